@@ -1,0 +1,92 @@
+"""Exact products in the clear: the reference that every other backend is held against. Protects nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ciphertune.backend import (
+    Backend,
+    Buffers,
+    ClientHalf,
+    Direction,
+    Encrypted,
+    LinearMap,
+    SecurityStatement,
+    WeightBits,
+    WorkerHalf,
+)
+from ciphertune.errors import ProtocolError, ReplyError
+
+
+@dataclasses.dataclass(frozen=True)
+class ClearOptions:
+    """Options of the clear backend.
+
+    Attributes:
+        weight_bits: 32 for the original float32 weights; 8 or 16 to see what quantizing them alone does.
+    """
+
+    weight_bits: Literal[8, 16, 32] = 32
+
+
+class ClearClient(ClientHalf[int]):
+    """Sends activations as they are."""
+
+    def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[int]:
+        """See ``ClientHalf.encrypt``; nothing is encrypted."""
+        return Encrypted({"x": x}, len(x))
+
+    def decrypt(self, reply: Buffers, state: int, linear_map: LinearMap) -> Tensor:
+        """See ``ClientHalf.decrypt``."""
+        y = reply.get("y")
+        if y is None or y.dtype != torch.float32 or y.shape != (state, linear_map.out_features):
+            raise ReplyError(f"{linear_map.label}: expected float32 ({state}, {linear_map.out_features})")
+        return y
+
+
+class ClearWorker(WorkerHalf):
+    """Multiplies in float32."""
+
+    def prepare(self, weight: Tensor) -> Tensor:
+        """See ``WorkerHalf.prepare``."""
+        return weight
+
+    def evaluate(self, prepared: Tensor, direction: Direction, request: Buffers) -> Buffers:
+        """See ``WorkerHalf.evaluate``."""
+        matrix = prepared if direction == "forward" else prepared.t()
+        x = request.get("x")
+        if x is None or x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != matrix.shape[1]:
+            raise ProtocolError(f"expected a float32 buffer 'x' of shape (tokens, {matrix.shape[1]})")
+        return {"y": torch.nn.functional.linear(x, matrix.to(torch.float32))}
+
+
+class ClearBackend(Backend):
+    """Exact plaintext products. The worker sees everything."""
+
+    name = "clear"
+    Options = ClearOptions
+
+    @property
+    def security(self) -> SecurityStatement:
+        """Nothing is protected."""
+        return SecurityStatement(False, None, "no protection: the worker sees activations and gradients")
+
+    @property
+    def weight_bits(self) -> WeightBits | None:
+        """As the option says."""
+        bits = self.options.weight_bits
+        return None if bits == 32 else bits
+
+    def client(self, device: torch.device) -> ClearClient:
+        """See ``Backend.client``."""
+        return ClearClient()
+
+    @classmethod
+    def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> ClearWorker:
+        """See ``Backend.worker``."""
+        return ClearWorker()

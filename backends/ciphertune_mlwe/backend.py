@@ -1,0 +1,116 @@
+"""The ``mlwe`` backend: options, security statement, noise model, and the two halves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ciphertune.backend import Backend, Buffers, ClientHalf, NoiseModel, SecurityStatement, WeightBits, WorkerHalf
+from ciphertune.errors import ProtocolError, SelectionError
+from ciphertune_mlwe.params import ERROR_VARIANCE, MODULUS_BITS, PARAMETER_SETS, ParameterSet
+
+
+@dataclasses.dataclass(frozen=True)
+class MLWEOptions:
+    """Options of the mlwe backend.
+
+    Attributes:
+        params: parameter set.
+        request_bits: bits kept of every ciphertext value sent; 24 saves a quarter of the upload and rounds
+            activations to about 9 bits at 768 features.
+        reply_bits: bits kept of every value that comes back.
+        weight_bits: how workers hold weights, per output channel.
+        pad_tokens: round the number of tokens up to a multiple of this, to hide the exact one.
+        key: key file to use, made if it does not exist; a key of this process alone if not given.
+    """
+
+    params: Literal["mlwe-1280", "mlwe-1536"] = "mlwe-1280"
+    request_bits: Literal[24, 32] = 32
+    reply_bits: Literal[16, 24, 32] = 24
+    weight_bits: Literal[8, 16] = 8
+    pad_tokens: int = 1
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.pad_tokens <= 1 << 16:
+            raise SelectionError(f"option pad_tokens={self.pad_tokens} must be between 1 and 65536")
+
+
+class MLWEBackend(Backend):
+    """Module-LWE encryption; workers evaluate int8 matrix products on ciphertext."""
+
+    name = "mlwe"
+    Options = MLWEOptions
+
+    @property
+    def parameters(self) -> ParameterSet:
+        """The chosen parameter set."""
+        return PARAMETER_SETS[self.options.params]
+
+    @property
+    def security(self) -> SecurityStatement:
+        """IND-CPA under Module-LWE."""
+        p = self.parameters
+        figures = ", ".join(f"{attack} {bits}" for attack, bits in p.estimates.items())
+        return SecurityStatement(
+            True,
+            p.security_bits,
+            "workers see only ciphertext, shapes, layer names and timing",
+            f"Module-LWE, n = {p.dimension}, q = 2^{MODULUS_BITS}, ternary secret, centred binomial error of "
+            f"variance {ERROR_VARIANCE}; lattice-estimator at sigma {p.sigma}, classical bits: {figures}",
+        )
+
+    @property
+    def weight_bits(self) -> WeightBits:
+        """As the option says."""
+        bits: WeightBits = self.options.weight_bits
+        return bits
+
+    @property
+    def noise(self) -> NoiseModel:
+        """Errors of encryption and of rounding both ways, in units of ciphertext values mod 2^32.
+
+        A fresh value carries the error, the rounding of the message and that to ``request_bits``. Rounding a reply
+        to ``reply_bits`` adds 1/12 of the squared unit for b' and, through a ternary secret of variance 2/3, n/18
+        for a'.
+        """
+        p = self.parameters
+        sent = 4.0 ** (MODULUS_BITS - self.options.request_bits) if self.options.request_bits < MODULUS_BITS else 0.0
+        returned = 4.0 ** (MODULUS_BITS - self.options.reply_bits)
+        rounding = returned * (1 / 12 + p.dimension / 18) if self.options.reply_bits < MODULUS_BITS else 0.0
+        return NoiseModel(2.0 ** (MODULUS_BITS - 1), ERROR_VARIANCE + 1 / 12 + sent / 12, rounding)
+
+    def client(self, device: torch.device) -> ClientHalf[Any]:
+        """A client half with the key file's key, or a fresh one. Raises ``KeyFileError``."""
+        from ciphertune_mlwe.client import MLWEClient
+        from ciphertune_mlwe.keys import MasterKey
+
+        o = self.options
+        if o.key is None:
+            key = MasterKey.generate(self.parameters)
+        elif Path(o.key).exists():
+            key = MasterKey.load(o.key, self.parameters)
+        else:
+            key = MasterKey.generate(self.parameters)
+            key.save(o.key)
+        return MLWEClient(key, self.noise, o.request_bits, o.reply_bits, o.pad_tokens, device)
+
+    @classmethod
+    def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> WorkerHalf:
+        """See ``Backend.worker``; this scheme has no evaluation key."""
+        from ciphertune_mlwe.worker import MLWEWorker
+
+        if evaluation_key:
+            raise ProtocolError("the mlwe backend has no evaluation key")
+        return MLWEWorker(fields, device)
+
+    def diagnose(self, device: torch.device) -> Mapping[str, Any]:
+        """Which product kernel this machine uses, and the speed of each that is exact."""
+        from ciphertune_mlwe.kernels import choose_kernel
+
+        chosen, speeds = choose_kernel(device)
+        return {"kernel": chosen, **{f"{name} product (GMAC/s)": round(speed, 1) for name, speed in speeds.items()}}

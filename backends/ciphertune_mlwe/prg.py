@@ -1,0 +1,107 @@
+"""Pseudorandom bytes and what is sampled from them: public matrices, secrets, errors.
+
+AES-256 in counter mode, keyed by 32 bytes from the operating system or derived from such.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor
+
+SEED_BYTES = 32
+_BLOCK = 16
+_ZEROS = np.zeros(1 << 18, dtype=np.uint8)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Keystream:
+    """The AES-256-CTR keystream of a key, from a block counter on.
+
+    Args:
+        key: 32 bytes.
+        first_block: counter of the first 16-byte block.
+        label: 8 bytes that set apart streams of one key.
+    """
+
+    def __init__(self, key: bytes, first_block: int = 0, label: bytes = bytes(8)) -> None:
+        if len(key) != SEED_BYTES or len(label) != 8:
+            raise ValueError("a keystream needs a 32-byte key and an 8-byte label")
+        nonce = label + first_block.to_bytes(8, "big")
+        self._encryptor = Cipher(algorithms.AES(key), modes.CTR(nonce)).encryptor()
+
+    def fill(self, out: Bytes, nbytes: int) -> Bytes:
+        """Write the next nbytes into ``out``, which needs 15 bytes of room past them; return the filled part."""
+        view = out.data
+        for start in range(0, nbytes, len(_ZEROS)):
+            size = min(len(_ZEROS), nbytes - start)
+            self._encryptor.update_into(_ZEROS[:size].data, view[start : start + size + _BLOCK - 1])
+        return out[:nbytes]
+
+
+def room(nbytes: int) -> int:
+    """Size of a buffer that ``Keystream.fill`` can write nbytes into."""
+    return nbytes + _BLOCK - 1
+
+
+def ternary(key: bytes, block: int, count: int) -> npt.NDArray[np.int8]:
+    """``count`` values uniform in {-1, 0, 1} for one secret block, in time that does not depend on them.
+
+    Each is ⌊3u / 2⁶⁴⌋ − 1 of 64 pseudorandom bits u: the bias is below 2⁻⁶².
+    """
+    stream = Keystream(key, label=b"secret" + block.to_bytes(2, "big"))
+    words = stream.fill(np.empty(room(8 * count), dtype=np.uint8), 8 * count).view("<u8")
+    low, high = words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)
+    carry = (low * np.uint64(3)) >> np.uint64(32)
+    return (((high * np.uint64(3) + carry) >> np.uint64(32)).astype(np.int8)) - np.int8(1)
+
+
+def expand(key: bytes, first_row: int, rows: int, row_bytes: int, out: Bytes) -> Bytes:
+    """Rows of a keystream, each ``row_bytes`` long (a multiple of 16), from ``first_row`` on; ``out`` needs room.
+
+    Rows can be made in any order and on any thread, since the counter of a row's first block is known.
+    """
+    return Keystream(key, first_row * (row_bytes // _BLOCK)).fill(out, rows * row_bytes)
+
+
+def expand_exactly(key: bytes, first_row: int, rows: int, row_bytes: int, out: Bytes) -> None:
+    """Like ``expand``, into memory without room past its end."""
+    body = max(rows - 1, 0)
+    if body:
+        expand(key, first_row, body, row_bytes, out)
+    last = np.empty(room(row_bytes), dtype=np.uint8)
+    out[body * row_bytes : rows * row_bytes] = expand(key, first_row + body, 1, row_bytes, last)
+
+
+def error_row_bytes(tokens: int) -> int:
+    """Random bytes for one row of errors: a 32-bit and a 16-bit word a token, padded to whole blocks."""
+    return -(-6 * tokens // _BLOCK) * _BLOCK
+
+
+def centred_binomial(noise: Tensor, tokens: int) -> Tensor:
+    """Errors from random bytes: the number of ones among 42 bits, less 21; variance 10.5, standard deviation 3.24.
+
+    The same operations for every value, and the same integers on every machine (Alkim et al., "Post-quantum key
+    exchange: a new hope", 2016, for the distribution).
+
+    Args:
+        noise: (rows, error_row_bytes(tokens)) uint8: per row the 32-bit words, then the 16-bit words.
+        tokens: errors a row.
+
+    Returns:
+        (rows, tokens) int32.
+    """
+    words = noise[:, : 4 * tokens].contiguous().view(torch.int32)
+    halves = noise[:, 4 * tokens : 6 * tokens].contiguous().view(torch.int16).to(torch.int32).bitwise_and_(0x3FF)
+    return _ones(words).add_(_ones(halves)).sub_(21)
+
+
+def _ones(words: Tensor) -> Tensor:
+    """Number of ones in every int32 (Warren, "Hacker's Delight", 5-1); arithmetic shifts are masked to be logical."""
+    pairs = words - ((words >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+    return octets.mul_(0x01010101).bitwise_right_shift_(24)

@@ -1,0 +1,156 @@
+"""The errors of a real backend without its cryptography: what people test and tune with. Protects nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ciphertune import registry
+from ciphertune.backend import (
+    Backend,
+    Buffers,
+    ClientHalf,
+    Direction,
+    Encrypted,
+    LinearMap,
+    NoiseModel,
+    SecurityStatement,
+    WeightBits,
+    WorkerHalf,
+)
+from ciphertune.errors import ProtocolError, ReplyError, SelectionError
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulationOptions:
+    """Options of the simulation backend.
+
+    Attributes:
+        of: the backend to simulate; it must declare a noise model.
+        seed: of the simulated noise; the same seed and the same sequence of products give the same results.
+        request_bits, reply_bits, weight_bits, params: handed on to the simulated backend.
+    """
+
+    of: str = "mlwe"
+    seed: int = 0
+    request_bits: int | None = None
+    reply_bits: int | None = None
+    weight_bits: Literal[8, 16] | None = None
+    params: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.of == "simulation":
+            raise SelectionError("a simulation of the simulation is not a thing: name a backend in of=…")
+        if not 0 <= self.seed < 1 << 63:
+            raise SelectionError(f"option seed={self.seed} must be between 0 and 2^63 - 1")
+
+
+class SimulationClient(ClientHalf[Tensor]):
+    """Encodes tokens as the simulated backend does and sends them in the clear."""
+
+    def __init__(self, noise: NoiseModel, seed: int) -> None:
+        self._noise = noise
+        self._seed = seed
+
+    def open_fields(self) -> Mapping[str, Any]:
+        """The noise model and the seed."""
+        return {
+            "seed": self._seed,
+            "input_variance": self._noise.input_variance,
+            "output_variance": self._noise.output_variance,
+        }
+
+    def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[Tensor]:
+        """See ``ClientHalf.encrypt``; nothing is encrypted."""
+        scale = self._noise.token_scale(x, linear_map.max_norm)
+        return Encrypted({"x": x, "scale": scale}, scale)
+
+    def decrypt(self, reply: Buffers, state: Tensor, linear_map: LinearMap) -> Tensor:
+        """See ``ClientHalf.decrypt``."""
+        y = reply.get("y")
+        if y is None or y.dtype != torch.float32 or y.shape != (len(state), linear_map.out_features):
+            raise ReplyError(f"{linear_map.label}: expected float32 ({len(state)}, {linear_map.out_features})")
+        return y
+
+
+class SimulationWorker(WorkerHalf):
+    """A float32 product with integer codes, plus Gaussian noise of the simulated backend's variance."""
+
+    def __init__(self, fields: Mapping[str, Any], device: torch.device) -> None:
+        values = [fields.get(name) for name in ("input_variance", "output_variance")]
+        seed = fields.get("seed")
+        if not isinstance(seed, int) or not all(isinstance(v, float) and 0 <= v < 1e30 for v in values):
+            raise ProtocolError("expected the fields seed, input_variance and output_variance")
+        self._input_variance, self._output_variance = values
+        self._device = device
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def prepare(self, weight: Tensor) -> dict[Direction, tuple[Tensor, Tensor]]:
+        """See ``WorkerHalf.prepare``: the codes, and the noise per output for either direction."""
+        values = weight.to(torch.float32)
+        return {"forward": (weight, self._deviation(values)), "backward": (weight.t(), self._deviation(values.t()))}
+
+    def evaluate(
+        self, prepared: dict[Direction, tuple[Tensor, Tensor]], direction: Direction, request: Buffers
+    ) -> Buffers:
+        """See ``WorkerHalf.evaluate``."""
+        matrix, deviation = prepared[direction]
+        x, scale = request.get("x"), request.get("scale")
+        if x is None or x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != matrix.shape[1]:
+            raise ProtocolError(f"expected a float32 buffer 'x' of shape (tokens, {matrix.shape[1]})")
+        if scale is None or scale.dtype != torch.float64 or scale.shape != (len(x),):
+            raise ProtocolError("expected a float64 buffer 'scale' of shape (tokens,)")
+        y = torch.nn.functional.linear(x.to(self._device), matrix.to(torch.float32))
+        unit = scale.to(self._device).reciprocal().to(torch.float32)
+        noise = torch.randn(y.shape, generator=self._generator, device=self._device)
+        return {"y": y.add_(noise.mul_(deviation).mul_(unit[:, None]))}
+
+    def _deviation(self, matrix: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(matrix, dim=1)
+        return torch.sqrt(self._input_variance * norm**2 + self._output_variance)
+
+
+class SimulationBackend(Backend):
+    """Encoding, weight quantization and noise of another backend, from a seed, at about the plain product's speed."""
+
+    name = "simulation"
+    Options = SimulationOptions
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        handed = ("request_bits", "reply_bits", "weight_bits", "params")
+        given = {name: value for name in handed if (value := getattr(self.options, name)) is not None}
+        backend: type[Backend] = registry.load(registry.BACKENDS, self.options.of)
+        self._simulated = backend.from_text(given)
+        if self._simulated.noise is None:
+            raise SelectionError(f"{self.options.of!r} declares no noise model, so it cannot be simulated")
+
+    @property
+    def security(self) -> SecurityStatement:
+        """Nothing is protected."""
+        return SecurityStatement(False, None, f"no protection: the errors of {self.options.of}, without its encryption")
+
+    @property
+    def weight_bits(self) -> WeightBits | None:
+        """As the simulated backend."""
+        return self._simulated.weight_bits
+
+    @property
+    def noise(self) -> NoiseModel:
+        """As the simulated backend."""
+        noise = self._simulated.noise
+        assert noise is not None
+        return noise
+
+    def client(self, device: torch.device) -> SimulationClient:
+        """See ``Backend.client``."""
+        return SimulationClient(self.noise, self.options.seed)
+
+    @classmethod
+    def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> SimulationWorker:
+        """See ``Backend.worker``."""
+        return SimulationWorker(fields, device)

@@ -1,0 +1,237 @@
+"""What a backend is: one way to protect and evaluate the linear maps of outsourced layers.
+
+A backend has two halves that run in different places and trust each other with nothing:
+the client half holds the keys, the worker half holds the weights. They exchange named
+buffers (tensors of plain numbers), never objects.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ciphertune.errors import PrecisionError
+from ciphertune.selection import build_options
+
+Buffers = dict[str, Tensor]
+"""Named buffers of one request or reply: tensors of fixed-size numbers, any device."""
+
+Direction = Literal["forward", "backward"]
+WeightBits = Literal[8, 16]
+
+WORST_RELATIVE_ERROR = 0.25
+"""Expected error over signal above which a product is refused rather than returned as noise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SecurityStatement:
+    """What a backend protects, in words a user reads before choosing it.
+
+    Attributes:
+        encrypted: whether a worker sees only ciphertext.
+        bits: classical security in bits, None where nothing is encrypted.
+        summary: one sentence for tables and reports.
+        assumption: the hardness assumption and where its figures come from.
+    """
+
+    encrypted: bool
+    bits: float | None
+    summary: str
+    assumption: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMap:
+    """What a client knows of one outsourced product ``y = x Mᵀ``, M of shape (out_features, in_features).
+
+    Attributes:
+        label: the layers and direction, for messages.
+        direction: which product of the layer this is.
+        in_features: K, columns of M.
+        out_features: N, rows of M.
+        max_norm: an upper bound of the Euclidean norm of every row of M as the worker stores it.
+    """
+
+    label: str
+    direction: Direction
+    in_features: int
+    out_features: int
+    max_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseModel:
+    """What a backend's encryption does to a product, for encoding, for the simulation and for predictions.
+
+    With ``m = scale_t · x`` the encoded token, the error of encoded output j is Gaussian with variance
+    ``input_variance · ‖w_j‖² + output_variance``; decoding divides it by scale_t.
+
+    Attributes:
+        half_range: encoded outputs wrap at ±half_range.
+        input_variance: of the error added to every encoded input value.
+        output_variance: of the error added to every encoded output value.
+    """
+
+    half_range: float
+    input_variance: float
+    output_variance: float
+
+    def deviation(self, norm: float) -> float:
+        """Standard deviation of an encoded output's error, for a row of the given Euclidean norm."""
+        return math.sqrt(self.input_variance * norm**2 + self.output_variance)
+
+    def usable_range(self, max_norm: float) -> float:
+        """What is left for the signal when eight standard deviations of error must not wrap either."""
+        return self.half_range - 8 * self.deviation(max_norm) - 1
+
+    def relative_error(self, linear_map: LinearMap) -> float:
+        """Expected error over signal for inputs that are independent of the weights (root mean squares)."""
+        usable = self.usable_range(linear_map.max_norm)
+        if usable <= 0:
+            return math.inf
+        return self.deviation(linear_map.max_norm) * math.sqrt(linear_map.in_features) / usable
+
+    def token_scale(self, x: Tensor, max_norm: float) -> Tensor:
+        """The largest real scale per token for which no output can wrap, by Cauchy-Schwarz.
+
+        Args:
+            x: (tokens, features), floating point.
+            max_norm: bound of the Euclidean norm of the map's rows.
+
+        Returns:
+            (tokens,) float64; 1 for a token of zeros.
+        """
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        # A norm under 1e-30 would ask for a scale that float64 products with it cannot carry.
+        scale = self.usable_range(max_norm) / (norm.clamp_min(1e-30) * max(max_norm, 1.0))
+        return torch.where(norm > 0, scale, torch.ones_like(scale))
+
+
+StateT = TypeVar("StateT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encrypted(Generic[StateT]):
+    """An encrypted request: the buffers to send and what only this client needs to decrypt the reply."""
+
+    buffers: Buffers
+    state: StateT = dataclasses.field(repr=False)
+
+
+class ClientHalf(abc.ABC, Generic[StateT]):
+    """Keys, encryption and decryption. Runs at the data owner; never imports the worker half."""
+
+    def open_fields(self) -> Mapping[str, Any]:
+        """Public parameters that the worker half needs, as plain numbers and text."""
+        return {}
+
+    def evaluation_key(self) -> Buffers:
+        """Public key material the worker needs to evaluate; sent once per worker and session."""
+        return {}
+
+    @abc.abstractmethod
+    def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[StateT]:
+        """Encrypt x of shape (tokens, linear_map.in_features), float32, finite, tokens ≥ 1."""
+
+    @abc.abstractmethod
+    def decrypt(self, reply: Buffers, state: StateT, linear_map: LinearMap) -> Tensor:
+        """The product as float32 of shape (tokens, linear_map.out_features), of any strides.
+
+        Raises:
+            ReplyError: the reply cannot belong to the request.
+        """
+
+    def close(self) -> None:
+        """Forget key material and scratch memory."""
+        return
+
+
+class WorkerHalf(abc.ABC):
+    """Evaluation on ciphertext. Runs at the worker; never sees a secret."""
+
+    @abc.abstractmethod
+    def prepare(self, weight: Tensor) -> Any:
+        """Take a weight of shape (N, K): int8 or int16 codes, or float32 where ``weight_bits`` is None.
+
+        Called once per layer group; what it returns is handed to ``evaluate``. It should keep a reference
+        to ``weight`` rather than a copy, since all sessions share it.
+        """
+
+    @abc.abstractmethod
+    def evaluate(self, prepared: Any, direction: Direction, request: Buffers) -> Buffers:
+        """Evaluate ``x Wᵀ`` (forward) or ``g W`` (backward) on an encrypted request.
+
+        Raises:
+            ProtocolError: the request's buffers are not what this backend sends.
+        """
+
+    def close(self) -> None:
+        """Forget the session's keys and scratch memory."""
+        return
+
+
+class Backend(abc.ABC):
+    """One way to protect and evaluate outsourced linear maps. Registered in ``ciphertune.backends``.
+
+    Subclasses set ``name`` and ``Options`` (a frozen dataclass whose fields are the options that the selection
+    string may carry) and keep imports that only one half needs inside ``client`` and ``worker``.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type]
+
+    def __init__(self, options: Any = None) -> None:
+        self.options: Any = options if options is not None else self.Options()
+
+    @classmethod
+    def from_text(cls, options: Mapping[str, Any]) -> Backend:
+        """Make the backend from option text, as in a selection string. Raises ``SelectionError``."""
+        return cls(build_options(cls.Options, options))
+
+    @property
+    @abc.abstractmethod
+    def security(self) -> SecurityStatement:
+        """What this backend, with these options, protects."""
+
+    @property
+    def weight_bits(self) -> WeightBits | None:
+        """How weights are stored at the worker: 8 or 16 bit integers per output channel, or None for float32."""
+        return 8
+
+    @property
+    def noise(self) -> NoiseModel | None:
+        """The error model of this backend with these options, or None where it has no closed form."""
+        return None
+
+    def refuse_imprecise(self, linear_map: LinearMap) -> None:
+        """Raise ``PrecisionError`` for a map whose outputs would be mostly noise under these options."""
+        error = 0.0 if self.noise is None else self.noise.relative_error(linear_map)
+        if error > WORST_RELATIVE_ERROR:
+            raise PrecisionError(
+                f"{linear_map.label}: with {linear_map.in_features} inputs and weight norms up to "
+                f"{linear_map.max_norm:.3g}, {self.name} leaves an expected relative error of {error:.2g} "
+                f"(limit {WORST_RELATIVE_ERROR}): keep more bits of requests and replies, use 8-bit weights, or "
+                "leave this layer at the client"
+            )
+
+    @abc.abstractmethod
+    def client(self, device: torch.device) -> ClientHalf[Any]:
+        """A client half with fresh keys (or those that the options name)."""
+
+    @classmethod
+    @abc.abstractmethod
+    def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> WorkerHalf:
+        """A worker half for one session, from what ``open_fields`` and ``evaluation_key`` gave and nothing else.
+
+        Both came over the wire. Raises ``ProtocolError`` for anything this backend does not send.
+        """
+
+    def diagnose(self, device: torch.device) -> Mapping[str, Any]:
+        """What ``ciphertune doctor`` should show of this backend on this machine: names and figures with units."""
+        return {}

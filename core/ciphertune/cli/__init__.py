@@ -1,0 +1,76 @@
+"""The ``ciphertune`` command line. Each command's module is imported only when that command runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from ciphertune import __version__
+from ciphertune.errors import CipherTuneError
+
+# Name → (module under ciphertune.cli, one line for --help); the command object has the command's name.
+_COMMANDS = {
+    "backends": ("listing", "Installed backends and what each protects."),
+    "bench": ("bench", "Measure products and training steps against plaintext in the same run."),
+    "demo": ("demo", "Fine-tune a real model on real data under encryption, in one command."),
+    "doctor": ("doctor", "Versions, threads, kernels and their speed on this machine."),
+    "plugins": ("listing", "Installed hook plugins."),
+    "train": ("train", "Fine-tune as a TOML file says."),
+    "transports": ("listing", "Installed transports."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose own commands are imported on use and whose plugins may add more."""
+
+    _plugins_asked = False
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All command names."""
+        self._ask_plugins()
+        return sorted({*_COMMANDS, *super().list_commands(ctx)})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import and return a command."""
+        if name in _COMMANDS:
+            module = importlib.import_module(f"ciphertune.cli.{_COMMANDS[name][0]}")
+            command: click.Command = getattr(module, name)
+            return command
+        self._ask_plugins()
+        return super().get_command(ctx, name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List commands without importing them."""
+        rows = [(name, text) for name, (_, text) in _COMMANDS.items()]
+        self._ask_plugins()
+        rows += [(name, command.get_short_help_str()) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows))
+
+    def _ask_plugins(self) -> None:
+        if not self._plugins_asked:
+            self._plugins_asked = True
+            from ciphertune.plugins import plugin_manager
+
+            plugin_manager().observe("ciphertune_register_commands", cli=self)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ciphertune")
+def cli() -> None:
+    """Fine-tune a model on private data while machines you do not trust do the heavy work, on ciphertext."""
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Entry point: errors of ours are one line on standard error and exit status 1; Ctrl-C exits with 130."""
+    try:
+        return cli.main(args=args, prog_name="ciphertune")
+    except CipherTuneError as error:
+        click.echo(f"ciphertune: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("ciphertune: interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,188 @@
+"""Outsource a model's linear layers, and take them back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from torch import nn
+
+from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError
+from ciphertune.group import LayerGroup
+from ciphertune.layers import Candidate, LayerChoice, choose_layers, device_of, linear_layers, sibling_groups
+from ciphertune.linear import OutsourcedLinear
+from ciphertune.plugins import PluginManager, plugin_manager
+from ciphertune.session import Session, choose
+from ciphertune.weights import LayerInfo, LayerWeight, WeightStore, describe, quantize
+from ciphertune.worker import Worker
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def outsource(
+    model: ModelT,
+    to: str = "mlwe",
+    layers: LayerChoice | Iterable[LayerChoice] | None = None,
+    *,
+    plugins: PluginManager | None = None,
+) -> ModelT:
+    """Replace linear layers by ones whose weights are at the workers. The model is changed in place and returned.
+
+    Works before or after ``peft.get_peft_model``. Either every chosen layer is replaced or, on any error, none.
+
+    Args:
+        model: any module with ``nn.Linear`` or transformers ``Conv1D`` layers.
+        to: selection string: which encryption, and where the workers are.
+        layers: which layers; see ``ciphertune.layers.choose_layers``. By default all but the output head, layers
+            tied to something that stays, and layers that are being trained. ``"all"`` includes the output head.
+        plugins: hook plugins; those of the process unless given.
+
+    Raises:
+        SelectionError, PluginError, SecurityError: about ``to``.
+        UnknownLayerError, UnsupportedLayerError, NothingOutsourcedError: about ``layers``.
+        PrecisionError: a layer too large for the backend's guarantees.
+        TransportError, WorkerError: no session could be opened.
+    """
+    manager = plugins if plugins is not None else plugin_manager()
+    choice = choose(to)
+    chosen = choose_layers(model, layers, manager)
+    device = device_of(chosen)
+    store = WeightStore()
+    infos: list[LayerInfo] = []
+    for candidate in chosen:
+        weight = quantize(candidate.weight(), choice.backend.weight_bits)
+        infos.append(describe(candidate.name, weight))
+        if not choice.transport.remote:
+            store.add(candidate.name, weight)
+    formats = [(info.in_features, info.weight_bits) for info in infos]
+    groups = sibling_groups(chosen, formats) if choice.options.share_inputs else [(i,) for i in range(len(chosen))]
+    # Members of a group are also units of their own, for models in which siblings turn out to differ in input.
+    units = list(dict.fromkeys([*groups, *((i,) for group in groups for i in group)]))
+    worker = None if choice.transport.remote else Worker(store, device)
+    session = Session(choice, infos, units, worker, device, manager)
+    _untie(model, chosen)
+    for group in groups:
+        handle = LayerGroup(session, units.index(group), [units.index((i,)) for i in group])
+        for member, index in enumerate(group):
+            _replace(chosen[index], infos[index], handle, member)
+    _refuse_full_save(model)
+    return model
+
+
+def restore(model: ModelT) -> ModelT:
+    """Put ordinary linear layers back in place of outsourced ones and close the session.
+
+    Only for a session whose worker is in this process. The weights are what the worker held: exact under ``clear``,
+    rounded to 8 or 16 bits otherwise. The model is changed in place and returned.
+
+    Raises:
+        NothingOutsourcedError: the model has no outsourced layer.
+        OutsourcedWeightError: the weights are on other machines.
+    """
+    session = session_of(model)
+    if not isinstance(session.worker, Worker):
+        raise OutsourcedWeightError("the weights are on other machines: load the original model instead")
+    for parent in list(model.modules()):
+        for attribute, module in list(parent.named_children()):
+            if isinstance(module, OutsourcedLinear):
+                setattr(parent, attribute, _clear_linear(module, session.worker.weights[module.name]))
+    model.__dict__.pop("save_pretrained", None)
+    session.close()
+    return model
+
+
+def outsourced_layers(model: nn.Module) -> list[OutsourcedLinear]:
+    """The outsourced layers of a model, in module order."""
+    return [module for module in model.modules() if isinstance(module, OutsourcedLinear)]
+
+
+def session_of(model: nn.Module) -> Session:
+    """The session that a model's outsourced layers use. Raises ``NothingOutsourcedError`` where there is none."""
+    for module in model.modules():
+        if isinstance(module, OutsourcedLinear):
+            return module.group.session
+    raise NothingOutsourcedError("the model has no outsourced layer: call ciphertune.outsource(model, to=…) first")
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How much of a model is at the workers.
+
+    Attributes:
+        outsourced: weights of outsourced layers.
+        at_client: parameters that stay, adapters included.
+        trainable: those of them that are trained.
+        layers: number of outsourced layers.
+    """
+
+    outsourced: int
+    at_client: int
+    trainable: int
+    layers: int
+
+    @property
+    def fraction(self) -> float:
+        """Outsourced weights over all."""
+        return self.outsourced / max(self.outsourced + self.at_client, 1)
+
+
+def share(model: nn.Module) -> Share:
+    """Count what is at the workers and what stays. Libraries that count parameters miss outsourced weights."""
+    layers = outsourced_layers(model)
+    parameters = list(model.parameters())
+    return Share(
+        outsourced=sum(layer.in_features * layer.out_features for layer in layers),
+        at_client=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        layers=len(layers),
+    )
+
+
+def validate(model: nn.Module) -> dict[str, str]:
+    """Linear layers that cannot be outsourced, by dotted path, each with the reason."""
+    return {c.name: c.obstacle for c in linear_layers(model) if c.obstacle is not None}
+
+
+def _replace(candidate: Candidate, info: LayerInfo, group: LayerGroup, member: int) -> None:
+    old = candidate.module
+    bias = old._parameters.get("bias")
+    new = OutsourcedLinear(info.name, info.in_features, info.out_features, bias, group, member, candidate.weight())
+    setattr(candidate.parent, candidate.attribute, new.train(old.training))
+
+
+def _clear_linear(layer: OutsourcedLinear, weight: LayerWeight) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    like = layer.weight
+    linear.weight = nn.Parameter(weight.dequantize().to(device=like.device, dtype=like.dtype), requires_grad=False)
+    linear.register_parameter("bias", layer.bias)
+    return linear.train(layer.training)
+
+
+def _untie(model: nn.Module, chosen: Sequence[Candidate]) -> None:
+    """Keep ``tie_weights`` from hanging the embedding on a head that was outsourced."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if head is None or all(candidate.module is not head for candidate in chosen):
+        return
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+        if getattr(module, "all_tied_weights_keys", None):
+            object.__setattr__(module, "all_tied_weights_keys", {})
+
+
+def _refuse_full_save(model: Any) -> None:
+    """A full model saved without its weights would load as random ones without a word; adapters save as ever."""
+    bases = [model] if not hasattr(model, "get_base_model") else [model.get_base_model()]
+    for base in bases:
+        if hasattr(base, "save_pretrained"):
+            base.save_pretrained = _refuse_save
+
+
+def _refuse_save(*_: Any, **__: Any) -> NoReturn:
+    raise OutsourcedWeightError(
+        "this model's weights are at the workers, so it cannot be saved whole. Save the adapter "
+        "(peft_model.save_pretrained) and load it on the original model, or call ciphertune.restore(model) first"
+    )

@@ -1,0 +1,128 @@
+"""Every exception that CipherTune raises on purpose.
+
+CipherTuneError
+├── SelectionError            the selection string, an option, or a name in it is wrong
+├── PluginError               an installed plugin could not be imported or set up
+├── LayerError                a layer cannot be outsourced, or is unknown
+│   ├── UnknownLayerError
+│   ├── UnsupportedLayerError
+│   ├── NothingOutsourcedError
+│   └── OutsourcedWeightError something asked for a weight that is at the workers
+├── InputError                activations or gradients that must not be sent
+├── PrecisionError            a product whose exactness or precision cannot be guaranteed
+├── KeyFileError              a key file is missing, damaged, unsafe, or of other parameters
+├── SecurityError             the requested run would give up a protection silently
+│   └── VetoError             a before-request hook refused the request
+├── ProtocolError             a message that breaks the protocol
+│   └── ReplyError            a reply that cannot belong to its request
+├── TransportError            the link to a worker failed
+│   └── TransportTimeoutError no answer within the deadline
+├── WorkerError               the worker answered with an error of its own
+├── ConfigError               a configuration file or a command's argument is wrong
+└── TrainingError             training cannot start or go on
+    ├── NoAdapterError        no trainable parameter
+    ├── NonFiniteLossError    the loss is NaN or infinite; no weight was touched
+    └── CheckpointError       a checkpoint cannot be written, read, or matched to this run
+"""
+
+from __future__ import annotations
+
+
+class CipherTuneError(Exception):
+    """Base of all CipherTune errors."""
+
+
+class SelectionError(CipherTuneError, ValueError):
+    """The selection string, one of its options, or a name in it is wrong."""
+
+
+class PluginError(CipherTuneError):
+    """An installed plugin could not be imported or set up."""
+
+
+class LayerError(CipherTuneError, ValueError):
+    """A layer cannot be outsourced, or is unknown."""
+
+
+class UnknownLayerError(LayerError):
+    """A layer name or pattern matches no layer of the model."""
+
+
+class UnsupportedLayerError(LayerError):
+    """A layer was named that cannot be outsourced."""
+
+
+class NothingOutsourcedError(LayerError):
+    """The selection leaves no layer to outsource, or the model holds none."""
+
+
+class OutsourcedWeightError(LayerError):
+    """Something asked for a weight that is at the workers and not on this machine."""
+
+
+class InputError(CipherTuneError, ValueError):
+    """Activations or gradients that must not be sent: wrong shape, empty, NaN or infinity."""
+
+
+class PrecisionError(CipherTuneError, ValueError):
+    """A product whose exactness or precision cannot be guaranteed."""
+
+
+class KeyFileError(CipherTuneError):
+    """A key file is missing, damaged, readable by others, or of another parameter set."""
+
+
+class SecurityError(CipherTuneError):
+    """The requested run would silently give up a protection."""
+
+
+class VetoError(SecurityError):
+    """A ``ciphertune_before_request`` hook refused the request; nothing was sent."""
+
+
+class ProtocolError(CipherTuneError):
+    """A message that breaks the protocol: malformed, oversized, or of another version."""
+
+
+class ReplyError(ProtocolError):
+    """A reply that cannot belong to its request: tampered with, truncated, or of another shape."""
+
+
+class TransportError(CipherTuneError):
+    """The link to a worker failed. Retrying may help."""
+
+
+class TransportTimeoutError(TransportError, TimeoutError):
+    """No answer within the deadline."""
+
+
+class WorkerError(CipherTuneError):
+    """The worker answered with an error of its own.
+
+    Attributes:
+        code: machine-readable kind, one of ``ciphertune.protocol.ERROR_CODES``.
+    """
+
+    def __init__(self, message: str, code: str = "internal") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ConfigError(CipherTuneError, ValueError):
+    """A configuration file or a command's argument is wrong."""
+
+
+class TrainingError(CipherTuneError):
+    """Training cannot start or cannot go on."""
+
+
+class NoAdapterError(TrainingError):
+    """The model has no trainable parameter."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss is NaN or infinite; no weight was touched."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint cannot be written, read, or matched to this run."""

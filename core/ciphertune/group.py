@@ -1,0 +1,84 @@
+"""Layers that read the same input, evaluated as one product."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ciphertune.autograd import OutsourcedProduct
+from ciphertune.errors import OutsourcedWeightError
+from ciphertune.session import Session
+
+
+@dataclasses.dataclass
+class _Pending:
+    """Outputs computed for siblings that have not asked yet, valid for one input tensor only."""
+
+    source: weakref.ref[Tensor]
+    version: int
+    grad: bool
+    outputs: dict[int, Tensor]
+
+    def belongs_to(self, x: Tensor) -> bool:
+        return self.source() is x and self.version == x._version and self.grad == torch.is_grad_enabled()
+
+
+class LayerGroup:
+    """A handle on one unit of a session, shared by its layers.
+
+    The first member asked with an input evaluates the whole unit; its siblings, asked with the very same tensor,
+    take their part. If a sibling turns up with another tensor, the layers do not share their input after all, and
+    the group evaluates each alone from then on: the results are the same, only the saving is gone.
+
+    Args:
+        session: the open session.
+        unit: the unit of all members together.
+        singles: the unit of each member alone, in order; ``[unit]`` for a group of one.
+    """
+
+    def __init__(self, session: Session, unit: int, singles: list[int]) -> None:
+        self.session = session
+        self.unit = unit
+        self.singles = singles
+        self.shared = len(singles) > 1
+        self._pending: _Pending | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise OutsourcedWeightError(
+            "an outsourced model cannot be pickled: its weights are at the workers. Save the adapter with "
+            "save_pretrained, or a state_dict"
+        )
+
+    def output(self, member: int, x: Tensor) -> Tensor:
+        """``x Wᵀ`` of one member, float32.
+
+        Args:
+            member: position of the layer in the group.
+            x: the layer's input, (…, K), any floating dtype.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None and member in pending.outputs:
+            if pending.belongs_to(x):
+                output = pending.outputs.pop(member)
+                if pending.outputs:
+                    self._pending = pending
+                return output
+            self.shared = False
+        if not self.shared:
+            return self._evaluate(self.singles[member], x)[0]
+        outputs = dict(enumerate(self._evaluate(self.unit, x)))
+        output = outputs.pop(member)
+        self._pending = _Pending(weakref.ref(x), x._version, torch.is_grad_enabled(), outputs)
+        return output
+
+    def _evaluate(self, unit: int, x: Tensor) -> tuple[Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        outputs: tuple[Tensor, ...] = OutsourcedProduct.apply(flat, self.session, unit)  # type: ignore[no-untyped-call]
+        return tuple(output.reshape(*x.shape[:-1], output.shape[-1]) for output in outputs)

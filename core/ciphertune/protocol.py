@@ -1,0 +1,178 @@
+"""Messages between client and worker, and their form on a wire.
+
+A message is a kind, a few plain fields, and named buffers. On a wire it is one msgpack header followed by one raw
+frame per buffer, little-endian and C-contiguous. Nothing is pickled. Everything a peer can influence is checked
+against ``Limits`` before memory is allocated for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgpack
+import torch
+from torch import Tensor
+
+from ciphertune.errors import ProtocolError
+
+VERSION = 1
+OLDEST_VERSION = 1
+
+KINDS = ("hello", "manifest", "open", "evaluate", "close", "stats", "ok", "error")
+ERROR_CODES = ("protocol", "version", "unknown-session", "unknown-layer", "plugin", "quota", "internal")
+
+_DTYPES: dict[str, torch.dtype] = {
+    "u1": torch.uint8,
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "f4": torch.float32,
+    "f8": torch.float64,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+Frame = bytes | bytearray | memoryview
+
+if sys.byteorder != "little":
+    raise ImportError("CipherTune's wire format is little-endian; this machine is not")
+
+# Received frames are read-only and nobody writes to them; torch warns about the possibility.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds on what a peer may send.
+
+    Attributes:
+        header_bytes: size of the msgpack header.
+        buffers: number of buffers in a message.
+        buffer_bytes: size of one buffer.
+        total_bytes: size of all buffers of a message.
+    """
+
+    header_bytes: int = 1 << 20
+    buffers: int = 16
+    buffer_bytes: int = 1 << 31
+    total_bytes: int = 1 << 32
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclasses.dataclass
+class Message:
+    """One request or reply.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        fields: plain data: None, bool, int, float, str, bytes, lists and dicts with text keys.
+        buffers: tensors by name.
+    """
+
+    kind: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        shapes = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in self.buffers.items()}
+        return f"Message({self.kind!r}, fields={sorted(self.fields)}, buffers={shapes})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, without the header."""
+        return sum(t.numel() * t.element_size() for t in self.buffers.values())
+
+
+def error_message(code: str, text: str) -> Message:
+    """A reply that reports an error; ``code`` is one of ``ERROR_CODES``."""
+    return Message("error", {"code": code, "message": text})
+
+
+def pack(message: Message) -> list[Frame]:
+    """The message as frames: the header, then one frame per buffer, without copying contiguous CPU buffers."""
+    described = []
+    frames: list[Frame] = []
+    for name, tensor in message.buffers.items():
+        code = _CODES.get(tensor.dtype)
+        if code is None:
+            raise ProtocolError(f"buffer {name!r} has dtype {tensor.dtype}, which the protocol does not carry")
+        tensor = tensor.detach().cpu().contiguous()
+        described.append([name, code, list(tensor.shape)])
+        frames.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    header = msgpack.packb(
+        {"v": VERSION, "kind": message.kind, "fields": message.fields, "buffers": described}, use_bin_type=True
+    )
+    return [header, *frames]
+
+
+def unpack(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:
+    """Read frames from a peer into a message whose tensors share the frames' memory.
+
+    Raises:
+        ProtocolError: the frames are malformed, oversized, of an unknown version, or contradict their header.
+    """
+    if not frames:
+        raise ProtocolError("an empty message has no header")
+    header = _read_header(frames[0], limits)
+    described = header.get("buffers")
+    if not isinstance(described, list) or len(described) != len(frames) - 1:
+        raise ProtocolError("the header does not describe the buffers that came with it")
+    if len(described) > limits.buffers:
+        raise ProtocolError(f"{len(described)} buffers are more than the limit of {limits.buffers}")
+    total = sum(len(frame) for frame in frames[1:])
+    if total > limits.total_bytes:
+        raise ProtocolError(f"{total} bytes are more than the limit of {limits.total_bytes}")
+    buffers: dict[str, Tensor] = {}
+    for row, frame in zip(described, frames[1:], strict=True):
+        name, tensor = _read_buffer(row, frame, limits)
+        if name in buffers:
+            raise ProtocolError(f"buffer {name!r} came twice")
+        buffers[name] = tensor
+    return Message(header["kind"], header["fields"], buffers)
+
+
+def _read_header(frame: Frame, limits: Limits) -> dict[str, Any]:
+    if len(frame) > limits.header_bytes:
+        raise ProtocolError(f"a header of {len(frame)} bytes is over the limit of {limits.header_bytes}")
+    try:
+        header = msgpack.unpackb(
+            bytes(frame), raw=False, strict_map_key=True, max_buffer_size=max(limits.header_bytes, 1)
+        )
+    except Exception as error:
+        raise ProtocolError(f"the header is not msgpack: {type(error).__name__}") from error
+    if not isinstance(header, Mapping):
+        raise ProtocolError("the header is not a map")
+    version = header.get("v")
+    if not isinstance(version, int) or isinstance(version, bool) or not OLDEST_VERSION <= version <= VERSION:
+        raise ProtocolError(f"protocol version {version!r} is not between {OLDEST_VERSION} and {VERSION}")
+    if header.get("kind") not in KINDS:
+        raise ProtocolError("the message kind is unknown")
+    if not isinstance(header.get("fields"), dict):
+        raise ProtocolError("the header has no fields")
+    return dict(header)
+
+
+def _read_buffer(row: Any, frame: Frame, limits: Limits) -> tuple[str, Tensor]:
+    if not (isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and isinstance(row[2], list)):
+        raise ProtocolError("a buffer's description is malformed")
+    name, code, shape = row
+    dtype = _DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise ProtocolError("a buffer has an unknown dtype")
+    if len(shape) > 8 or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
+        raise ProtocolError("a buffer has a malformed shape")
+    expected = math.prod(shape) * dtype.itemsize
+    if expected != len(frame):
+        raise ProtocolError(f"a buffer of {len(frame)} bytes was announced with {expected}")
+    if expected > limits.buffer_bytes:
+        raise ProtocolError(f"a buffer of {expected} bytes is over the limit of {limits.buffer_bytes}")
+    if expected == 0:
+        return name, torch.empty(shape, dtype=dtype)
+    return name, torch.frombuffer(frame, dtype=dtype).reshape(shape)

@@ -1,0 +1,166 @@
+"""The selection string: one string names the encryption, the wire, the endpoints and the options.
+
+``backend[+transport]://[endpoint,endpoint…][?option=value&…]``, or just ``backend[?option=value&…]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+from urllib.parse import parse_qsl, urlencode
+
+from ciphertune.errors import SelectionError
+
+DEFAULT_TRANSPORT = "local"
+_NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*\Z")
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """A parsed selection string.
+
+    Attributes:
+        backend: name of the backend entry point.
+        transport: name of the transport entry point.
+        endpoints: the transport's addresses, verbatim, without a scheme.
+        options: option names and their text.
+    """
+
+    backend: str
+    transport: str = DEFAULT_TRANSPORT
+    endpoints: tuple[str, ...] = ()
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Selection:
+        """Parse a selection string.
+
+        >>> Selection.parse("mlwe").transport
+        'local'
+        >>> s = Selection.parse("mlwe+zmq://10.0.0.5:5555,10.0.0.6:5555?reply_bits=24")
+        >>> s.backend, s.transport, s.endpoints, dict(s.options)
+        ('mlwe', 'zmq', ('10.0.0.5:5555', '10.0.0.6:5555'), {'reply_bits': '24'})
+        >>> Selection.parse("simulation?seed=7").options["seed"]
+        '7'
+
+        Raises:
+            SelectionError: the text does not have the documented form.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise SelectionError("the selection is empty: give a backend, for example 'mlwe' or 'simulation?seed=1'")
+        head, query_mark, query = text.strip().partition("?")
+        scheme, separator, rest = head.partition("://")
+        backend, plus, transport = scheme.partition("+")
+        if not _NAME.match(backend) or (plus and not _NAME.match(transport)):
+            raise SelectionError(
+                f"cannot read the selection {text!r}: expected backend[+transport]://[endpoint,…][?option=value&…]"
+            )
+        endpoints = tuple(part.strip() for part in rest.split(",")) if rest else ()
+        if any(not part for part in endpoints):
+            raise SelectionError(f"an endpoint is empty in {text!r}")
+        if plus and not separator:
+            raise SelectionError(
+                f"a transport needs '://' after it: write {backend}+{transport}://… instead of {text!r}"
+            )
+        options = _parse_query(query, text) if query_mark else {}
+        return cls(backend, transport if plus else DEFAULT_TRANSPORT, endpoints, options)
+
+    def __str__(self) -> str:
+        """The canonical text.
+
+        >>> str(Selection.parse("mlwe+local://?reply_bits=16"))
+        'mlwe?reply_bits=16'
+        """
+        query = "?" + urlencode(self.options) if self.options else ""
+        if self.transport == DEFAULT_TRANSPORT and not self.endpoints:
+            return self.backend + query
+        return f"{self.backend}+{self.transport}://{','.join(self.endpoints)}{query}"
+
+
+def _parse_query(query: str, text: str) -> dict[str, str]:
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
+    except ValueError as error:
+        raise SelectionError(f"cannot read the options of {text!r}: expected name=value joined by '&'") from error
+    options: dict[str, str] = {}
+    for name, value in pairs:
+        if name in options:
+            raise SelectionError(f"option {name!r} is given twice in {text!r}")
+        options[name] = value
+    return options
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Text that lists the known names and, where one is near, suggests it.
+
+    >>> closest("mlew", ["clear", "mlwe"])
+    "did you mean 'mlwe'? Known: clear, mlwe"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Known: {', '.join(known) or 'none'}"
+
+
+def split_options(options: Mapping[str, str], *owners: type) -> list[dict[str, str]]:
+    """Hand each option to the first of ``owners`` (options dataclasses) that has a field of its name.
+
+    Raises:
+        SelectionError: an option that none of them knows.
+    """
+    shares: list[dict[str, str]] = [{} for _ in owners]
+    fields = [{field.name for field in dataclasses.fields(owner)} for owner in owners]
+    for name, value in options.items():
+        for share, names in zip(shares, fields, strict=True):
+            if name in names:
+                share[name] = value
+                break
+        else:
+            raise SelectionError(f"unknown option {name!r}; {closest(name, set().union(*fields))}")
+    return shares
+
+
+def build_options(cls: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
+    """Make an options dataclass from text values; its annotations say how each is read.
+
+    Supported annotations: bool, int, float, str, Literal of ints or strings, and each of them ``| None``.
+
+    Raises:
+        SelectionError: an unknown option, or a value of the wrong form.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = [name for name in values if name not in hints]
+    if unknown:
+        raise SelectionError(f"unknown option {unknown[0]!r}; {closest(unknown[0], hints)}")
+    return cls(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        choices = [part for part in typing.get_args(hint) if part is not type(None)]
+        if value is None or str(value).lower() == "none":
+            return None
+        hint = choices[0]
+    text = str(value)
+    if typing.get_origin(hint) is Literal:
+        for choice in typing.get_args(hint):
+            if text == str(choice):
+                return choice
+        listed = ", ".join(str(choice) for choice in typing.get_args(hint))
+        raise SelectionError(f"option {name}={text!r} must be one of: {listed}")
+    if hint is bool:
+        if text.lower() in ("1", "true", "yes", "on"):
+            return True
+        if text.lower() in ("0", "false", "no", "off"):
+            return False
+        raise SelectionError(f"option {name}={text!r} must be 1 or 0")
+    try:
+        return hint(text)
+    except ValueError as error:
+        raise SelectionError(f"option {name}={text!r} must be a {hint.__name__}") from error

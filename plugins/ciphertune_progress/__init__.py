@@ -1,0 +1,84 @@
+"""A progress bar for training, on standard error where that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ciphertune import hookimpl
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class _Bar:
+    """The bar of one training run, on the screen from construction to ``close``."""
+
+    def __init__(self, trainer: Any, total_steps: int, start_step: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.trainer = trainer
+        self.amount = 0.0
+        self.seconds = 0.0
+        self.progress: Progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            refresh_per_second=2,
+            speed_estimate_period=600,  # a step on ciphertext may take minutes
+        )
+        self.task: TaskID = self.progress.add_task("training", total=total_steps, completed=start_step, note="")
+        self.progress.start()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a finished step: its loss, and the mean speed so far."""
+        unit = "tokens" if "tokens" in metrics else "samples"
+        self.amount += metrics.get(unit, 0.0)
+        self.seconds += metrics.get("seconds", 0.0)
+        note = f"loss {metrics.get('loss', float('nan')):.4f}"
+        if self.seconds > 0:
+            note += f"  {self.amount / self.seconds:.4g} {unit}/s"
+        self.progress.update(self.task, completed=step, note=note)
+
+    def close(self) -> None:
+        """Leave the bar on the screen as it is and stop drawing it."""
+        self.progress.stop()
+
+
+# The terminal has room for one bar: the run that started last has it.
+_bar: _Bar | None = None
+
+
+@hookimpl
+def ciphertune_training_start(trainer: Any, total_steps: int, start_step: int) -> None:
+    """Show the bar."""
+    global _bar
+    _close()
+    if sys.stderr is not None and sys.stderr.isatty():
+        _bar = _Bar(trainer, total_steps, start_step)
+
+
+@hookimpl
+def ciphertune_training_step(trainer: Any, step: int, metrics: Mapping[str, float]) -> None:
+    """Move it on."""
+    if _bar is not None and _bar.trainer is trainer:
+        _bar.update(step, metrics)
+
+
+@hookimpl
+def ciphertune_training_end(trainer: Any) -> None:
+    """Close it."""
+    if _bar is not None and _bar.trainer is trainer:
+        _close()
+
+
+def _close() -> None:
+    global _bar
+    bar, _bar = _bar, None
+    if bar is not None:
+        bar.close()

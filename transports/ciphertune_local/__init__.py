@@ -1,0 +1,64 @@
+"""The embedded transport: the worker is in this process and buffers are handed over, not copied."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import Future
+
+from ciphertune.errors import SelectionError, TransportError
+from ciphertune.protocol import Message, pack, unpack
+from ciphertune.transport import Handler, Link, Transport
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalOptions:
+    """Options of the local transport.
+
+    Attributes:
+        wire: put every message through its wire form, as a remote transport would; for tests.
+    """
+
+    wire: bool = False
+
+
+class LocalLink(Link):
+    """Calls the embedded worker on the caller's thread."""
+
+    def __init__(self, worker: Handler, wire: bool) -> None:
+        self._worker: Handler | None = worker
+        self._wire = wire
+
+    def submit(self, request: Message) -> Future[Message]:
+        """Evaluate at once; the future is already done."""
+        future: Future[Message] = Future()
+        if self._worker is None:
+            future.set_exception(TransportError("the local link is closed"))
+        elif self._wire:
+            future.set_result(unpack(pack(self._worker.handle(unpack(pack(request))))))
+        else:
+            future.set_result(self._worker.handle(request))
+        return future
+
+    def close(self) -> None:
+        """Let go of the worker."""
+        self._worker = None
+
+
+class LocalTransport(Transport):
+    """The worker runs in this process; for one machine, for tests, and as the reference for other transports."""
+
+    name = "local"
+    Options = LocalOptions
+    remote = False
+
+    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> LocalLink:
+        """See ``Transport.connect``."""
+        if endpoints:
+            raise SelectionError(f"the local transport takes no endpoint, got {', '.join(endpoints)}")
+        if worker is None:
+            raise TransportError("the local transport needs an embedded worker")
+        return LocalLink(worker, self.options.wire)
+
+    def serve(self, worker: Handler, address: str) -> None:
+        """Refuse: there is nothing to serve to."""
+        raise SelectionError("the local transport cannot be served; its worker lives in the client's process")
