@@ -23,7 +23,7 @@ class MLWEOptions:
         request_bits: bits kept of every ciphertext value sent; 24 saves a quarter of the upload and rounds
             activations to about 9 bits at 768 features.
         reply_bits: bits kept of every value that comes back.
-        weight_bits: how workers hold weights, per output channel.
+        weight_bits: how workers hold weights, per output channel; 16 doubles evaluation and what comes back.
         pad_tokens: round the number of tokens up to a multiple of this, to hide the exact one.
         key: key file to use, made if it does not exist; a key of this process alone if not given.
     """
@@ -82,7 +82,8 @@ class MLWEBackend(Backend):
         sent = 4.0 ** (MODULUS_BITS - self.options.request_bits) if self.options.request_bits < MODULUS_BITS else 0.0
         returned = 4.0 ** (MODULUS_BITS - self.options.reply_bits)
         rounding = returned * (1 / 12 + p.dimension / 18) if self.options.reply_bits < MODULUS_BITS else 0.0
-        return NoiseModel(2.0 ** (MODULUS_BITS - 1), ERROR_VARIANCE + 1 / 12 + sent / 12, rounding)
+        received = ERROR_VARIANCE + 1 / 12 + sent / 12
+        return NoiseModel(2.0 ** (MODULUS_BITS - 1), received, rounding, self.options.weight_bits // 8)
 
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half with the key file's key, or a fresh one. Raises ``KeyFileError``."""

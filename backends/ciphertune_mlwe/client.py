@@ -82,7 +82,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         x = x.detach().to(self._device, torch.float32)
         if sent > tokens:
             x = torch.cat([x, x.new_zeros(sent - tokens, x.shape[1])])
-        scale = self._noise.token_scale(x, linear_map.max_norm)
+        scale = self._noise.token_scale(x, linear_map)
         seed = fresh_seed()
         b = self._engine.encrypt(x, scale, seed, fresh_seed(), self._request_bits // 8)
         public_seed = torch.frombuffer(bytearray(seed), dtype=torch.uint8)
@@ -90,10 +90,12 @@ class MLWEClient(ClientHalf[EncryptionState]):
 
     def decrypt(self, reply: Buffers, state: EncryptionState, linear_map: LinearMap) -> Tensor:
         """See ``ClientHalf.decrypt``."""
-        rows, planes = linear_map.out_features, self._reply_bits // 8
+        digits = self._noise.digits
+        rows, planes = digits * linear_map.out_features, self._reply_bits // 8
         a = self._expect(reply, "a", (rows, planes, self._parameters.dimension), linear_map)
         b = self._expect(reply, "b", (rows, planes, state.sent), linear_map)
-        return self._engine.decrypt(a, b, 1.0 / state.scale)[: state.tokens]
+        y = self._engine.decrypt(a, b, 1.0 / state.scale)[: state.tokens]
+        return y if digits == 1 else torch.add(*y.tensor_split(2, dim=1), alpha=256)
 
     def close(self) -> None:
         """Forget the secrets and free scratch memory."""

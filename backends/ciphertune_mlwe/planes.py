@@ -1,8 +1,9 @@
 """Values mod 2^32 as balanced base-256 digits: int8 planes that an int8 matrix product takes as they are.
 
-``v = Σ digit_i · 256^i`` with digits in [-128, 127]. Leaving out the lowest digits rounds v to nearest, so planes
-are also how a value is switched to a smaller modulus. On the wire and in memory, planes of one feature stand
-together: (features, planes, columns), lowest kept digit first.
+``v = Σ digit_i · 256^i`` with digits in [-128, 127]. Leaving out the lowest digits rounds v to nearest (what is left
+out is at most 0.502 of the lowest kept digit's unit), so planes are also how a value is switched to a smaller
+modulus. On the wire and in memory, planes of one feature stand together: (features, planes, columns), lowest kept
+digit first.
 """
 
 from __future__ import annotations

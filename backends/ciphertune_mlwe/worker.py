@@ -30,7 +30,11 @@ REPLY_BITS = (16, 24, 32)
 
 @dataclasses.dataclass(frozen=True)
 class DigitWeight:
-    """A weight as int8 digits: ``W = Σ digit · 256^i``, each (N, K), lowest first."""
+    """A weight as balanced base-256 digits, each (N, K) int8, lowest first.
+
+    Each digit is a product of its own and the client puts the results together: evaluated as one, the larger
+    codes would leave the message that much less of the 32 bits.
+    """
 
     digits: tuple[Tensor, ...]
 
@@ -67,23 +71,32 @@ class MLWEWorker(WorkerHalf):
             return DigitWeight((weight,))
         if weight.dtype != torch.int16:
             raise ProtocolError(f"this backend evaluates int8 and int16 weights, not {weight.dtype}")
+        if int(weight.max()) > 127 * 257 or int(weight.min()) < -128 * 257:
+            raise ProtocolError("a 16-bit weight code is outside what two balanced digits hold, -32896 to 32639")
         digits = torch.empty(weight.shape[0], 2, weight.shape[1], dtype=torch.int8, device=weight.device)
         split(weight.to(torch.int32), digits, 0)
         return DigitWeight((digits[:, 0], digits[:, 1]))
 
     def evaluate(self, prepared: DigitWeight, direction: Direction, request: Buffers) -> Buffers:
-        """See ``WorkerHalf.evaluate``. Buffers back: ``a`` (rows, planes, n) and ``b`` (rows, planes, tokens) int8."""
+        """See ``WorkerHalf.evaluate``.
+
+        Returns:
+            ``a`` (rows, planes, n) and ``b`` (rows, planes, tokens) int8; rows are the outputs, once per weight digit.
+        """
         digits = prepared.digits if direction == "forward" else tuple(digit.t() for digit in prepared.digits)
         rows, features = digits[0].shape
         seed, b = self._read(request, features)
-        tokens = b.shape[2]
+        shape = (len(digits) * rows, self._reply_planes)
         reply = {
-            "a": torch.empty(rows, self._reply_planes, self._dimension, dtype=torch.int8, device=self._device),
-            "b": torch.empty(rows, self._reply_planes, tokens, dtype=torch.int8, device=self._device),
+            "a": torch.empty(*shape, self._dimension, dtype=torch.int8, device=self._device),
+            "b": torch.empty(*shape, b.shape[2], dtype=torch.int8, device=self._device),
         }
         with self._lock:
-            self._product(digits, self._public(seed, features), reply["a"])
-            self._product(digits, b, reply["b"])
+            public = self._public(seed, features)
+            for index, digit in enumerate(digits):
+                part = slice(index * rows, (index + 1) * rows)
+                self._product(digit, public, reply["a"][part])
+                self._product(digit, b, reply["b"][part])
         return reply
 
     def close(self) -> None:
@@ -119,35 +132,30 @@ class MLWEWorker(WorkerHalf):
         stream = torch.from_numpy(self._bytes[:nbytes])
         return stream.view(torch.int8).view(features, PLANES, self._dimension).to(self._device)
 
-    def _product(self, weight: Sequence[Tensor], planes: Tensor, out: Tensor) -> None:
+    def _product(self, weight: Tensor, planes: Tensor, out: Tensor) -> None:
         """``W · planes`` mod 2^32, its top digits written to ``out``.
 
         Args:
-            weight: digits of W, each (N, K) int8, lowest first.
+            weight: (N, K) int8.
             planes: (K, P, C) int8, the top P of the four digits of a value mod 2^32.
             out: (N, planes kept, C) int8.
         """
-        rows, depth = weight[0].shape
+        rows, depth = weight.shape
         count, columns = planes.shape[1:]
-        # Every product of a weight digit, a ciphertext digit and a range of features, by the power of 256 it counts.
-        products = sorted(
-            (
-                (i + PLANES - count + j, i, j, slice(low, low + MAX_DEPTH))
-                for i in range(len(weight))
-                for j in range(count)
-                for low in range(0, depth, MAX_DEPTH)
-            ),
-            key=lambda product: -product[0],
-        )
-        products = [product for product in products if product[0] < PLANES]
+        # Every product of a digit and a range of features, by the power of 256 it counts, the top one first.
+        products = [
+            (PLANES - count + j, j, slice(low, low + MAX_DEPTH))
+            for j in reversed(range(count))
+            for low in range(0, depth, MAX_DEPTH)
+        ]
         # One block of columns at a time, so that partial products and their digits stay in the cache.
         step = max(64, (BLOCK_VALUES // (rows * len(products))) // 64 * 64)
         powers = [power for power, *_ in products]
         for start in range(0, columns, step):
             stop = min(start + step, columns)
             partials = self._scratch.get("partials", (len(products), rows, stop - start), torch.int32)
-            for partial, (_, i, j, part) in zip(partials, products, strict=True):
-                self._kernel(weight[i][:, part], planes[part, j, start:stop], partial)
+            for partial, (_, j, part) in zip(partials, products, strict=True):
+                self._kernel(weight[:, part], planes[part, j, start:stop], partial)
             combine(partials, powers, out[:, :, start:stop])
 
 

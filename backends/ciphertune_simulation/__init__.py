@@ -61,12 +61,12 @@ class SimulationClient(ClientHalf[Tensor]):
         return {
             "seed": self._seed,
             "input_variance": self._noise.input_variance,
-            "output_variance": self._noise.output_variance,
+            "output_variance": self._noise.returned_variance,
         }
 
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[Tensor]:
         """See ``ClientHalf.encrypt``; nothing is encrypted."""
-        scale = self._noise.token_scale(x, linear_map.max_norm)
+        scale = self._noise.token_scale(x, linear_map)
         return Encrypted({"x": x, "scale": scale}, scale)
 
     def decrypt(self, reply: Buffers, state: Tensor, linear_map: LinearMap) -> Tensor:

@@ -69,48 +69,63 @@ class LinearMap:
 class NoiseModel:
     """What a backend's encryption does to a product, for encoding, for the simulation and for predictions.
 
-    With ``m = scale_t · x`` the encoded token, the error of encoded output j is Gaussian with variance
-    ``input_variance · ‖w_j‖² + output_variance``; decoding divides it by scale_t.
+    A token is encoded as ``m = scale_t · x``; decoding divides outputs by scale_t again.
 
     Attributes:
         half_range: encoded outputs wrap at ±half_range.
         input_variance: of the error added to every encoded input value.
         output_variance: of the error added to every encoded output value.
+        digits: base-256 digits in which a weight is evaluated, each a product of its own that may use the whole
+            range; more than one for weights of more than 8 bits.
     """
 
     half_range: float
     input_variance: float
     output_variance: float
+    digits: int = 1
 
-    def deviation(self, norm: float) -> float:
-        """Standard deviation of an encoded output's error, for a row of the given Euclidean norm."""
-        return math.sqrt(self.input_variance * norm**2 + self.output_variance)
+    @property
+    def returned_variance(self) -> float:
+        """Variance that ``output_variance`` adds once the digits are put together."""
+        return self.output_variance * 65536.0 ** (self.digits - 1)
 
-    def usable_range(self, max_norm: float) -> float:
-        """What is left for the signal when eight standard deviations of error must not wrap either."""
-        return self.half_range - 8 * self.deviation(max_norm) - 1
+    def error_deviation(self, norm: float) -> float:
+        """Standard deviation of an encoded output's error, for a row of weight codes of this Euclidean norm."""
+        return math.sqrt(self.input_variance * norm**2 + self.returned_variance)
 
     def relative_error(self, linear_map: LinearMap) -> float:
         """Expected error over signal for inputs that are independent of the weights (root mean squares)."""
-        usable = self.usable_range(linear_map.max_norm)
+        usable = self._usable_range(linear_map)
         if usable <= 0:
             return math.inf
-        return self.deviation(linear_map.max_norm) * math.sqrt(linear_map.in_features) / usable
+        signal = usable / self._digit_norm(linear_map) * linear_map.max_norm / math.sqrt(linear_map.in_features)
+        return self.error_deviation(linear_map.max_norm) / max(signal, 1e-300)
 
-    def token_scale(self, x: Tensor, max_norm: float) -> Tensor:
+    def token_scale(self, x: Tensor, linear_map: LinearMap) -> Tensor:
         """The largest real scale per token for which no output can wrap, by Cauchy-Schwarz.
 
         Args:
             x: (tokens, features), floating point.
-            max_norm: bound of the Euclidean norm of the map's rows.
+            linear_map: the map it is for.
 
         Returns:
             (tokens,) float64; 1 for a token of zeros.
         """
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         # A norm under 1e-30 would ask for a scale that float64 products with it cannot carry.
-        scale = self.usable_range(max_norm) / (norm.clamp_min(1e-30) * max(max_norm, 1.0))
+        scale = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_norm(linear_map))
         return torch.where(norm > 0, scale, torch.ones_like(scale))
+
+    def _digit_norm(self, linear_map: LinearMap) -> float:
+        """A bound of the norm of one digit's rows; low digits take any value, whatever the weight's norm is."""
+        if self.digits == 1:
+            return max(linear_map.max_norm, 1.0)
+        return 128.0 * math.sqrt(linear_map.in_features)
+
+    def _usable_range(self, linear_map: LinearMap) -> float:
+        """What is left for the signal when eight standard deviations of error must not wrap either."""
+        norm = self._digit_norm(linear_map)
+        return self.half_range - 8 * math.sqrt(self.input_variance * norm**2 + self.output_variance) - 1
 
 
 StateT = TypeVar("StateT")

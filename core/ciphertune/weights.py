@@ -15,6 +15,8 @@ from ciphertune.backend import Direction, LinearMap, WeightBits
 from ciphertune.errors import ProtocolError, UnknownLayerError, UnsupportedLayerError
 
 _CODE_DTYPES = {8: torch.int8, 16: torch.int16}
+# 16-bit codes stop where two balanced base-256 digits do: 127 · 257.
+_LARGEST_CODE = {8: 127, 16: 32639}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ def quantize(weight: Tensor, bits: WeightBits | None) -> LayerWeight:
 
     Args:
         weight: (N, K), any floating dtype.
-        bits: 8 (codes in ±127) or 16 (codes in ±32767), or None to keep float32.
+        bits: 8 (codes in ±127) or 16 (codes in ±32639), or None to keep float32.
 
     Raises:
         UnsupportedLayerError: the weight holds NaN or infinity.
@@ -69,7 +71,7 @@ def quantize(weight: Tensor, bits: WeightBits | None) -> LayerWeight:
         raise UnsupportedLayerError("the weight holds NaN or infinity")
     if bits is None:
         return LayerWeight(weight.contiguous().clone(), None)
-    top = float(2 ** (bits - 1) - 1)
+    top = float(_LARGEST_CODE[bits])
     scale = weight.abs().amax(dim=1) / top
     # An all-zero row, or one so small that its scale underflows, quantizes to zeros.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,0 +1,86 @@
+"""The simulation has the errors of what it simulates."""
+
+import pytest
+import torch
+from torch import nn
+
+import ciphertune
+from ciphertune.errors import SelectionError
+from ciphertune.session import choose
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+
+
+def losses(to: str, steps: int = 22) -> torch.Tensor:
+    """Loss curve of training the last layer, the others outsourced with their biases trained."""
+    model = ciphertune.outsource(network(), to, layers=["0", "2"])
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 48, generator=generator)
+    target = torch.randint(0, 4, (64,), generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    curve = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    return torch.tensor(curve, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", ["", "request_bits=24", "reply_bits=16", "weight_bits=16"])
+def test_product_errors_have_the_same_size(options: str) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(100, 80, bias=False), torch.randn(400, 100)
+
+    def error(to: str) -> torch.Tensor:
+        bits = 16 if "weight_bits=16" in to else 8
+        clear = ciphertune.outsource(nn.Sequential(layer), f"clear?weight_bits={bits}")
+        model = ciphertune.outsource(nn.Sequential(layer), to)
+        with torch.no_grad():
+            return (model(x) - clear(x)).double()
+
+    joint = "&" if options else ""
+    simulated, real = error(f"simulation?seed=3{joint}{options}"), error(f"mlwe?{options}" if options else "mlwe")
+    assert 0.93 < (simulated.square().mean() / real.square().mean()).item() < 1.07
+    per_token = simulated.square().mean(1) / real.square().mean(1)
+    assert 0.3 < per_token.min() < per_token.max() < 3
+
+
+@pytest.mark.parametrize("options", ["", "request_bits=24&reply_bits=16"])
+def test_loss_curves_agree_within_noise(options: str) -> None:
+    joint = "&" if options else ""
+    exact = losses("clear?weight_bits=8")
+    runs = [losses(f"simulation?seed={seed}{joint}{options}") for seed in range(6)]
+    spread = torch.stack(runs).std(0).clamp_min(1e-7)
+    real = losses(f"mlwe?{options}" if options else "mlwe")
+    assert exact[-1] < 0.8 * exact[0]
+    centre = torch.stack(runs).mean(0)
+    assert ((real - centre).abs() < 6 * spread + 2e-6).all()
+    assert (centre - exact).abs().max() < 0.02
+
+
+def test_the_seed_decides_everything() -> None:
+    assert torch.equal(losses("simulation?seed=5", 3), losses("simulation?seed=5", 3))
+    assert not torch.equal(losses("simulation?seed=5", 3), losses("simulation?seed=6", 3))
+
+
+def test_it_declares_the_simulated_backends_noise_and_no_security() -> None:
+    simulated = choose("simulation?request_bits=24&params=mlwe-1536&weight_bits=16").backend
+    real = choose("mlwe?request_bits=24&params=mlwe-1536&weight_bits=16").backend
+    assert simulated.noise == real.noise
+    assert simulated.weight_bits == real.weight_bits == 16
+    assert not simulated.security.encrypted
+    assert real.security.encrypted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("of=clear", "no noise model"), ("of=simulation", "name a backend"), ("of=mlew", "mlwe"), ("seed=-1", "seed")],
+)
+def test_wrong_options(options: str, message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        choose(f"simulation?{options}")
