@@ -79,7 +79,7 @@ def test_tokens_that_reach_the_bound_do_not_wrap(engine: type[Engine]) -> None:
     x = torch.cat([weight.float() * 1e-6, -weight.float() * 1e6, torch.zeros(2, 96)])
     exact = x.double() @ weight.double().t()
     y = run(client, worker, x, weight, linear_map).double()
-    assert ((y - exact).abs().amax(1) <= 1e-4 * exact.abs().amax(1) + 1e4).all()
+    assert (y[128:].abs() < 1e-25).all(), "a token of zeros must not decode to noise"
     assert ((y - exact).abs()[:64].amax() / exact[:64].abs().amax()) < 1e-4
     assert ((y - exact).abs()[64:128].amax() / exact[64:128].abs().amax()) < 1e-4
 
@@ -90,8 +90,7 @@ def test_tokens_of_any_magnitude_keep_their_precision(scale: float) -> None:
     x, weight, linear_map = problem(5, 64, 32)
     exact = (x * scale).double() @ weight.double().t()
     y = run(client, worker, x * scale, weight, linear_map).double()
-    tolerance = 1e-3 if scale > 1e-30 else 1.0  # below 1e-30 a token counts as small noise, not as an error
-    assert (y - exact).square().mean().sqrt() <= tolerance * exact.square().mean().sqrt() + 1e-30
+    assert (y - exact).square().mean().sqrt() <= 1e-3 * exact.square().mean().sqrt() + 1e-33
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 255, 256, 257, 600])

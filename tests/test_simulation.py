@@ -63,6 +63,21 @@ def test_loss_curves_agree_within_noise(options: str) -> None:
     assert (centre - exact).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("to", ["simulation", "mlwe"])
+def test_tokens_of_zeros_get_zero_outputs_and_gradients(to: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48, bias=False)
+    model = ciphertune.outsource(nn.Sequential(layer), to)
+    x = torch.randn(9, 64)
+    x[::2] = 0
+    x.requires_grad_()
+    y = model(x)
+    assert y[::2].abs().max() < 1e-25 < 1e-2 < y[1::2].abs().max()
+    (y[:5] ** 2).sum().backward()
+    assert x.grad is not None
+    assert x.grad[5:].abs().max() < 1e-25 < 1e-2 < x.grad[1].abs().max()
+
+
 def test_the_seed_decides_everything() -> None:
     assert torch.equal(losses("simulation?seed=5", 3), losses("simulation?seed=5", 3))
     assert not torch.equal(losses("simulation?seed=5", 3), losses("simulation?seed=6", 3))

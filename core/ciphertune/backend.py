@@ -109,12 +109,12 @@ class NoiseModel:
             linear_map: the map it is for.
 
         Returns:
-            (tokens,) float64; 1 for a token of zeros.
+            (tokens,) float64. A token of zeros gets a huge one, so that its outputs decode to zeros and not to noise:
+            gradients have such tokens wherever the loss ignores a position.
         """
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-        # A norm under 1e-30 would ask for a scale that float64 products with it cannot carry.
-        scale = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_norm(linear_map))
-        return torch.where(norm > 0, scale, torch.ones_like(scale))
+        # Norms under 1e-30 would ask for a scale whose inverse float32 outputs cannot carry.
+        return self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_norm(linear_map))
 
     def _digit_norm(self, linear_map: LinearMap) -> float:
         """A bound of the norm of one digit's rows; low digits take any value, whatever the weight's norm is."""

@@ -1,0 +1,69 @@
+"""A peft model's adapter: switching it off, and saving it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ciphertune.errors import NoAdapterError
+from ciphertune.trainer.atomic import atomic_directory, draft_directory, sync_tree
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether peft wrapped the model."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Without the adapter; which parameters are trainable is as before afterwards.
+
+    Raises:
+        NoAdapterError: the model is not a peft model.
+    """
+    peft_model = _peft_model(model)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with peft_model.disable_adapter():
+            yield
+    finally:
+        # peft makes all of the adapter trainable when it switches it on again.
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Write the adapter to a directory, whole; files of the same names there are replaced, one by one.
+
+    Raises:
+        NoAdapterError: the model is not a peft model.
+    """
+    peft_model = _peft_model(model)
+    if not path.exists():
+        with atomic_directory(path) as draft:
+            peft_model.save_pretrained(draft)
+        return
+    # What else is in a directory that exists is not ours to remove, so it cannot be replaced as a whole.
+    with draft_directory(path) as draft:
+        peft_model.save_pretrained(draft)
+        sync_tree(draft)
+        for file in sorted(draft.rglob("*")):
+            target = path / file.relative_to(draft)
+            if file.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                file.replace(target)
+
+
+def _peft_model(model: nn.Module) -> Any:
+    if not is_peft(model):
+        raise NoAdapterError(
+            f"the model is a {type(model).__name__} and not a peft model: wrap it with peft.get_peft_model first"
+        )
+    return model

@@ -1,0 +1,77 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+DRAFT_PREFIX = ".draft-"
+"""How the name of a directory begins that is being written or removed."""
+
+
+@contextlib.contextmanager
+def atomic_directory(final: Path, mode: int = 0o777) -> Iterator[Path]:
+    """An empty directory to write into, beside ``final`` and renamed to it on success; removed on any exception.
+
+    Args:
+        final: must not exist yet. Missing parents are made.
+        mode: permissions of the directory, less the process's umask.
+
+    Raises:
+        OSError: it cannot be written, or ``final`` exists and is not empty.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with draft_directory(final, mode) as draft:
+        yield draft
+        sync_tree(draft)
+        draft.replace(final)
+        _sync(final.parent)
+
+
+@contextlib.contextmanager
+def draft_directory(beside: Path, mode: int = 0o777) -> Iterator[Path]:
+    """An empty directory in the same parent as ``beside``, removed at the end if it is still there."""
+    draft = _draft_beside(beside)
+    try:
+        draft.mkdir(mode=mode)
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sync_tree(directory: Path) -> None:
+    """Wait until a directory and all below it are on the disk."""
+    for path in directory.rglob("*"):
+        _sync(path)
+    _sync(directory)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory such that an interruption never leaves half of it under its name."""
+    draft = _draft_beside(path)
+    path.replace(draft)
+    shutil.rmtree(draft)
+
+
+def remove_drafts(directory: Path) -> None:
+    """Remove what a killed process left behind."""
+    for path in directory.glob(DRAFT_PREFIX + "*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _draft_beside(path: Path) -> Path:
+    return path.parent / f"{DRAFT_PREFIX}{path.name}-{secrets.token_hex(4)}"
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open directories
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

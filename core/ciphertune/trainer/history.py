@@ -1,0 +1,25 @@
+"""What happened in a training run, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class History:
+    """Metrics of a run; a resumed run carries on the history of the one it resumes.
+
+    Attributes:
+        steps: one entry per optimizer step: ``step`` and ``epoch`` (both from 1), ``loss`` (mean over the step's
+            micro-batches), ``learning_rate`` (of the first parameter group), ``grad_norm`` (before clipping),
+            ``seconds``, and ``tokens`` read or, for batches without ``input_ids``, ``samples``.
+        evaluations: one entry per evaluation: ``step``, ``eval_loss`` and, for language models, ``perplexity``.
+    """
+
+    steps: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every step."""
+        return [entry["loss"] for entry in self.steps]

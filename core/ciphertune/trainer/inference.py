@@ -1,0 +1,60 @@
+"""Using a model between training steps without disturbing the training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; every module's own mode is restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class InferenceModel(nn.Module):
+    """A model for inference only: each call runs in evaluation mode without gradients and leaves no trace.
+
+    Attributes of the model are reached through it. Its own ``train`` does nothing.
+
+    Args:
+        model: the model, shared and not copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs."""
+        with evaluating(self.model):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``generate``."""
+        with evaluating(self.model):
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def train(self, mode: bool = True) -> InferenceModel:
+        """Nothing: the model's mode belongs to the training loop."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
