@@ -113,5 +113,12 @@ class MLWEBackend(Backend):
         """Which product kernel this machine uses, and the speed of each that is exact."""
         from ciphertune_mlwe.kernels import choose_kernel
 
+        from ciphertune_mlwe.native import library
+
         chosen, speeds = choose_kernel(device)
-        return {"kernel": chosen, **{f"{name} product (GMAC/s)": round(speed, 1) for name, speed in speeds.items()}}
+        loops = "compiled" if library() is not None else "portable (no C compiler was found at installation)"
+        return {
+            "kernel": chosen,
+            "encryption loops": loops,
+            **{f"{name} product (GMAC/s)": round(speed, 1) for name, speed in speeds.items()},
+        }

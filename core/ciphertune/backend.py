@@ -114,7 +114,8 @@ class NoiseModel:
         """
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         # Norms under 1e-30 would ask for a scale whose inverse float32 outputs cannot carry.
-        return self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_norm(linear_map))
+        scale: Tensor = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_norm(linear_map))
+        return scale
 
     def _digit_norm(self, linear_map: LinearMap) -> float:
         """A bound of the norm of one digit's rows; low digits take any value, whatever the weight's norm is."""

@@ -1,0 +1,1 @@
+"""Measurements against plaintext in the same run."""

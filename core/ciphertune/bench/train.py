@@ -1,0 +1,76 @@
+"""A whole training step, encrypted and in the clear."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from ciphertune.errors import CipherTuneError, ConfigError
+from ciphertune.session import choose
+
+
+def bench_train(model: str, to: str, tokens: int, steps: int = 4, repeat: int = 1, seed: int = 0) -> dict[str, Any]:
+    """Time, memory and loss of training steps, each mode in child processes of its own, in turn.
+
+    One process for both would show the larger of two peaks and keep one model's pages while the other runs. The
+    first step of every process warms up and is not timed; a step's time is the median over the others.
+
+    Args:
+        model: a built-in workload, ``smollm2`` or ``mlp``.
+        to: selection string of a transport that stays in the process.
+        tokens: tokens or samples a step.
+        steps: optimizer steps a process, 2 or more.
+        repeat: processes of each mode.
+        seed: of adapters and data, the same for both modes.
+
+    Raises:
+        ConfigError: fewer than two steps, a remote transport, an unknown model or a missing package.
+        CipherTuneError: a child process failed.
+    """
+    if steps < 2:
+        raise ConfigError(f"steps must be 2 or more, not {steps}: the first one warms up")
+    if choose(to).transport.remote:
+        raise ConfigError(f"the training benchmark embeds its worker, so it cannot use the workers behind {to!r}")
+    request = {"model_name": model, "tokens": tokens, "count": steps, "seed": seed}
+    plain, encrypted = [], []
+    for _ in range(repeat):
+        plain.append(_child({**request, "to": None}))
+        encrypted.append(_child({**request, "to": to}))
+    plain_step, encrypted_step = (
+        statistics.median(s for run in runs for s in run["seconds"][1:]) for runs in (plain, encrypted)
+    )
+    plain_peak, encrypted_peak = (max(run["peak_rss_mb"] for run in runs) for runs in (plain, encrypted))
+    traffic = encrypted[-1]["traffic"]
+    return {
+        "model": model,
+        "to": to,
+        "tokens": tokens,
+        "steps": steps,
+        "plaintext_step_s": plain_step,
+        "encrypted_step_s": encrypted_step,
+        "ratio": encrypted_step / plain_step,
+        "peak_rss_mb": encrypted_peak,
+        "plaintext_peak_rss_mb": plain_peak,
+        "memory_ratio": encrypted_peak / plain_peak,
+        "bytes_up": traffic["bytes_up"],
+        "bytes_down": traffic["bytes_down"],
+        "requests": traffic["requests"],
+        "encrypt_s": traffic["encrypt_seconds"],
+        "evaluate_s": traffic["evaluate_seconds"],
+        "decrypt_s": traffic["decrypt_seconds"],
+        "loss_plaintext": plain[-1]["losses"],
+        "loss_encrypted": encrypted[-1]["losses"],
+    }
+
+
+def _child(request: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "ciphertune.bench.child", json.dumps(request)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        last = run.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise CipherTuneError(f"the benchmark's process ended with status {run.returncode}: {last[0]}")
+    result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    return result

@@ -1,0 +1,103 @@
+"""``ciphertune bench``: products and training steps against plaintext in the same run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ciphertune.cli.output import megabytes, print_facts, print_json
+
+_to = click.option("--to", default="mlwe", show_default=True, help="Selection string.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_seed = click.option("--seed", default=0, show_default=True, help="Of weights, data and adapters.")
+
+
+@click.group()
+def bench() -> None:
+    """Measure products and training steps against plaintext in the same run."""
+
+
+@bench.command()
+@_to
+@click.option("--tokens", default=2048, show_default=True, help="T, rows of the input.")
+@click.option("--in-features", default=2048, show_default=True, help="K, columns of the weight.")
+@click.option("--out-features", default=2048, show_default=True, help="N, rows of the weight.")
+@click.option("--repeat", default=7, show_default=True, help="Rounds; medians are shown.")
+@_seed
+@_json
+def kernel(to: str, tokens: int, in_features: int, out_features: int, repeat: int, seed: int, as_json: bool) -> None:
+    """One product: seconds to encrypt, evaluate and decrypt, bytes both ways, and its error."""
+    from ciphertune.bench.kernel import bench_kernel
+
+    result = bench_kernel(to, tokens, in_features, out_features, repeat, seed)
+    if as_json:
+        print_json(result)
+        return
+    plain = result["plaintext_fp32_s"]
+
+    def against(name: str) -> str:
+        return f"{1e3 * result[name]:.2f} ms ({result[name] / plain:.2f}×)"
+
+    print_facts(
+        f"{tokens} × {in_features} × {out_features} with {to}, medians of {repeat}",
+        {
+            "plaintext float32": f"{1e3 * plain:.2f} ms",
+            "encrypt": against("encrypt_s"),
+            "evaluate": against("evaluate_s"),
+            "decrypt": against("decrypt_s"),
+            "all three": f"{result['total_ratio']:.2f}× of plaintext",
+            "up": _bytes(result, "up"),
+            "down": _bytes(result, "down"),
+            "error against float32 weights": _error(result["relative_rms_error"]),
+            "error against the worker's weights": _error(result["relative_rms_error_quantized_weight"]),
+            "security": f"{result['security_bits']} bits" if result["security_bits"] else "none",
+        },
+    )
+
+
+@bench.command()
+@click.option("--model", type=click.Choice(["smollm2", "mlp"]), default="smollm2", show_default=True)
+@_to
+@click.option("--tokens", default=1024, show_default=True, help="Tokens (of mlp: samples) a step.")
+@click.option("--steps", default=4, show_default=True, help="Optimizer steps; the first warms up.")
+@click.option("--repeat", default=1, show_default=True, help="Processes of each mode, in turn.")
+@_seed
+@_json
+def train(model: str, to: str, tokens: int, steps: int, repeat: int, seed: int, as_json: bool) -> None:
+    """A whole training step: seconds, peak memory, traffic and loss, encrypted and in the clear."""
+    from ciphertune.bench.train import bench_train
+
+    result = bench_train(model, to, tokens, steps, repeat, seed)
+    if as_json:
+        print_json(result)
+        return
+    print_facts(
+        f"{model}, {tokens} a step, with {to}",
+        {
+            "plaintext step": f"{result['plaintext_step_s']:.3f} s",
+            "encrypted step": f"{result['encrypted_step_s']:.3f} s ({result['ratio']:.2f}×)",
+            "of it encrypting": f"{result['encrypt_s']:.3f} s",
+            "of it evaluating": f"{result['evaluate_s']:.3f} s",
+            "of it decrypting": f"{result['decrypt_s']:.3f} s",
+            "peak memory": f"{result['peak_rss_mb']:.0f} MB ({result['memory_ratio']:.2f}×)",
+            "up a step": f"{megabytes(result['bytes_up'])} in {result['requests']} requests",
+            "down a step": megabytes(result["bytes_down"]),
+            "losses in the clear": _losses(result["loss_plaintext"]),
+            "losses encrypted": _losses(result["loss_encrypted"]),
+        },
+    )
+
+
+def _bytes(result: dict[str, Any], way: str) -> str:
+    return f"{megabytes(result[f'bytes_{way}'])} ({result[f'bytes_{way}_per_value']:.2f} bytes a value)"
+
+
+def _error(value: float) -> str:
+    import math
+
+    return f"{value:.3g}" + (f" (2^{math.log2(value):.1f})" if value > 0 else "")
+
+
+def _losses(values: list[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)

@@ -1,0 +1,96 @@
+"""``ciphertune backends``, ``transports`` and ``plugins``: what is installed, from where, and what it is worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from ciphertune import registry
+from ciphertune.cli.output import print_json, print_table
+from ciphertune.errors import CipherTuneError
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _rows(group: str) -> list[dict[str, Any]]:
+    rows = []
+    for row in registry.installed(group).values():
+        entry: dict[str, Any] = {"name": row.name, "package": row.distribution, "target": row.target, "error": None}
+        try:
+            entry |= _describe(group, row.load())
+        except CipherTuneError as error:
+            entry["error"] = str(error)
+        rows.append(entry)
+    return rows
+
+
+def _describe(group: str, plugin: Any) -> dict[str, Any]:
+    if group == registry.PLUGINS:
+        return {"hooks": sorted(name for name in dir(plugin) if name.startswith("ciphertune_"))}
+    options = {field.name: field.default for field in dataclasses.fields(plugin.Options)}
+    if group == registry.TRANSPORTS:
+        return {"remote": plugin.remote, "options": options}
+    security = plugin().security
+    return {
+        "encrypted": security.encrypted,
+        "security_bits": security.bits,
+        "security": security.summary,
+        "assumption": security.assumption,
+        "options": options,
+    }
+
+
+def _options(row: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in row.get("options", {}).items() if value is not None) or "none"
+
+
+@click.command()
+@_json_option
+def backends(as_json: bool) -> None:
+    """Installed backends, what each protects, and its options with their defaults."""
+    rows = _rows(registry.BACKENDS)
+    if as_json:
+        print_json(rows)
+        return
+    table = []
+    for row in rows:
+        if row["error"]:
+            table.append((row["name"], "cannot be loaded", row["error"], "", row["package"]))
+            continue
+        bits = f"{row['security_bits']:.0f} bits" if row["security_bits"] else "none"
+        table.append((row["name"], bits, row["security"], _options(row), row["package"]))
+    print_table("Backends", ["name", "security", "what it protects", "options", "package"], table)
+
+
+@click.command()
+@_json_option
+def transports(as_json: bool) -> None:
+    """Installed transports and their options."""
+    rows = _rows(registry.TRANSPORTS)
+    if as_json:
+        print_json(rows)
+        return
+    table = [
+        (
+            row["name"],
+            row["error"] or ("other processes" if row["remote"] else "this process"),
+            _options(row),
+            row["package"],
+        )
+        for row in rows
+    ]
+    print_table("Transports", ["name", "workers are in", "options", "package"], table)
+
+
+@click.command()
+@_json_option
+def plugins(as_json: bool) -> None:
+    """Installed hook plugins and the hooks they use."""
+    rows = _rows(registry.PLUGINS)
+    if as_json:
+        print_json(rows)
+        return
+    table = [(row["name"], row["error"] or "\n".join(row["hooks"]), row["package"]) for row in rows]
+    print_table("Plugins", ["name", "hooks", "package"], table)
