@@ -142,7 +142,8 @@ def read_texts(data: DataSection) -> list[str]:
             files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md"))
             texts = [file.read_text(encoding="utf-8") for file in files]
         elif path.suffix == ".jsonl":
-            texts = [_field(line, data.text_field, path, n) for n, line in enumerate(path.open(encoding="utf-8"), 1)]
+            with path.open(encoding="utf-8") as lines:
+                texts = [_field(line, data.text_field, path, n) for n, line in enumerate(lines, 1)]
         else:
             texts = [path.read_text(encoding="utf-8")]
     except (OSError, UnicodeDecodeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import math
 import os
 import warnings
@@ -58,7 +59,10 @@ def add_lora(model: nn.Module, *, seed: int, rank: int, targets: Sequence[str] |
     peft = need("peft", _EXTRA)
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, target_modules=targets, **options)
-    adapted: nn.Module = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft asks transformers for a property under a name that transformers is about to drop.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
 
 
@@ -140,7 +144,8 @@ def _quiet(transformers: Any, offline: bool) -> Iterator[None]:
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        with warnings.catch_warnings(), _no_bars():
+        # The GGUF reader draws a bar of its own, whatever the settings say.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -151,16 +156,3 @@ def _quiet(transformers: Any, offline: bool) -> Iterator[None]:
             os.environ.pop("HF_HUB_OFFLINE")
             if before is not None:
                 os.environ["HF_HUB_OFFLINE"] = before
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """The GGUF reader draws its bar with tqdm directly."""
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("TQDM_DISABLE")
-        if before is not None:
-            os.environ["TQDM_DISABLE"] = before

@@ -1,0 +1,160 @@
+"""The command line, on what is cheap to run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ciphertune import registry
+from ciphertune.cli import _COMMANDS, cli, main
+from ciphertune.errors import PluginError
+from ciphertune.registry import Registered
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(cli, list(args), catch_exceptions=False)
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    probe = (
+        "import sys\n"
+        "from ciphertune.cli import cli\n"
+        "cli.main(['--help'], standalone_mode=False)\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'peft', 'rich', 'matplotlib', 'sklearn', 'ciphertune_mlwe'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in run.stdout
+    for name in _COMMANDS:
+        assert f"\n  {name} " in run.stdout
+
+
+@pytest.mark.parametrize("name", sorted(_COMMANDS))
+def test_every_command_has_help(name: str) -> None:
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_backends_state_their_security() -> None:
+    rows = {row["name"]: row for row in json.loads(invoke("backends", "--json").output)}
+    assert rows["mlwe"]["encrypted"] is True
+    assert rows["mlwe"]["security_bits"] == 133.4
+    assert rows["mlwe"]["options"]["reply_bits"] == 24
+    for name in ("clear", "simulation"):
+        assert rows[name]["encrypted"] is False
+        assert rows[name]["security_bits"] is None
+        assert "no protection" in rows[name]["security"]
+    assert "133 bits" in invoke("backends").output
+
+
+def test_transports_and_plugins() -> None:
+    rows = {row["name"]: row for row in json.loads(invoke("transports", "--json").output)}
+    assert rows["local"]["remote"] is False
+    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
+    assert "ciphertune_training_step" in rows["progress"]["hooks"]
+    assert "local" in invoke("transports").output
+    assert "progress" in invoke("plugins").output
+
+
+def test_a_plugin_that_fails_is_listed_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Registered):
+        def load(self) -> Any:
+            raise PluginError("plugin 'broken' cannot be imported: ImportError: no module named quantum")
+
+    rows = dict(registry.installed(registry.BACKENDS))
+    rows["broken"] = Broken("broken", "nowhere:Backend", "someone 1.0", None)  # type: ignore[arg-type]
+    monkeypatch.setattr(registry, "installed", lambda group: rows)
+    found = {row["name"]: row for row in json.loads(invoke("backends", "--json").output)}
+    assert "no module named quantum" in found["broken"]["error"]
+    assert found["mlwe"]["error"] is None
+    assert "quantum" in invoke("backends").output
+
+
+def test_doctor_names_the_kernel() -> None:
+    found = json.loads(invoke("doctor", "--json").output)
+    assert found["backends"]["mlwe"]["kernel"] in ("int8", "float64")
+    assert found["backends"]["mlwe"]["encryption loops"]
+    assert found["versions"]["torch"]
+    assert found["machine"]["float32 product (GMAC/s)"] > 0
+    assert "kernel" in invoke("doctor").output
+
+
+@pytest.mark.parametrize("to", ["clear", "simulation?seed=1", "mlwe", "mlwe?request_bits=24&reply_bits=24"])
+def test_bench_kernel_gives_one_complete_object(to: str) -> None:
+    sizes = ["--tokens", "200", "--in-features", "96", "--out-features", "80", "--repeat", "2"]
+    result = json.loads(invoke("bench", "kernel", "--to", to, *sizes, "--json").output)
+    assert (result["tokens"], result["in_features"], result["out_features"]) == (200, 96, 80)
+    for name in ("plaintext_fp32_s", "encrypt_s", "evaluate_s", "decrypt_s"):
+        assert result[name] > 0
+    exact = result["relative_rms_error_quantized_weight"]
+    if to == "clear":
+        assert result["relative_rms_error"] == exact < 1e-6
+        assert result["security_bits"] is None
+    else:
+        assert 1e-6 < exact < result["relative_rms_error"] < 2e-2
+    if to.startswith("mlwe"):
+        assert result["security_bits"] == 133.4
+        bytes_per_value = 3 if "request_bits=24" in to else 4
+        assert result["bytes_up"] == 200 * 96 * bytes_per_value + 32
+        assert result["bytes_down"] == (1280 + 200) * 80 * 3
+    assert "encrypt" in invoke("bench", "kernel", "--to", to, *sizes).output
+
+
+def test_bench_train_compares_the_same_training() -> None:
+    arguments = ["--model", "mlp", "--to", "mlwe", "--tokens", "32", "--steps", "3", "--json"]
+    result = json.loads(invoke("bench", "train", *arguments).output)
+    plain, encrypted = result["loss_plaintext"], result["loss_encrypted"]
+    assert len(plain) == len(encrypted) == 3
+    assert all(abs(a - b) < 0.05 * a for a, b in zip(plain, encrypted, strict=True))
+    assert plain != encrypted
+    assert result["plaintext_step_s"] > 0 < result["encrypted_step_s"]
+    assert result["peak_rss_mb"] > 50
+    # Three layers forward, and backward for all but the first, whose input needs no gradient.
+    assert result["requests"] == 5
+    assert result["bytes_up"] > 0 < result["bytes_down"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "kernel", "--to", "mlew"], "did you mean 'mlwe'"),
+        (["bench", "kernel", "--to", "mlwe?reply_bit=24"], "did you mean 'reply_bits'"),
+        (["bench", "kernel", "--tokens", "0"], "tokens must be 1 or more"),
+        (["bench", "train", "--steps", "1"], "steps must be 2 or more"),
+        (["train", "nowhere.toml"], "cannot read nowhere.toml"),
+        (["demo", "--steps", "0", "--output", "{tmp}"], "steps must be 1 or more"),
+        (["demo", "--quick", "--to", "mlwe+pigeon://x", "--output", "{tmp}"], "unknown transport 'pigeon'"),
+    ],
+)
+def test_errors_are_one_line_and_exit_with_1(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([argument.format(tmp=tmp_path) for argument in arguments])
+    assert exit_.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("ciphertune: ")
+    assert message in last
+
+
+def test_plugins_can_add_commands() -> None:
+    probe = (
+        "import click, ciphertune\n"
+        "class Extra:\n"
+        "    @ciphertune.hookimpl\n"
+        "    def ciphertune_register_commands(self, cli):\n"
+        "        cli.add_command(click.Command('extra', callback=lambda: click.echo('hello'), help='One more.'))\n"
+        "ciphertune.plugin_manager().register(Extra())\n"
+        "from ciphertune.cli import main\n"
+        "main(ARGS)\n"
+    )
+    for arguments, expected in ((["--help"], "One more."), (["extra"], "hello")):
+        run = subprocess.run(
+            [sys.executable, "-c", probe.replace("ARGS", repr(arguments))], capture_output=True, text=True, check=True
+        )
+        assert expected in run.stdout

@@ -1,0 +1,163 @@
+"""Training runs from TOML files."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ciphertune.config import DataSection, load_config, parse_config
+from ciphertune.errors import ConfigError, SelectionError, TrainingError
+from ciphertune.run import read_texts, run_training
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+GOOD: dict[str, Any] = {"model": {"name": "m"}, "data": {"source": "d"}, "training": {"output": "o"}}
+
+
+def changed(section: str | None, **values: Any) -> dict[str, Any]:
+    if section is None:
+        return {**GOOD, **values}
+    return {**GOOD, section: {**GOOD.get(section, {}), **values}}
+
+
+def test_defaults_and_conversion() -> None:
+    config = parse_config(changed("training", learning_rate=1, max_grad_norm=2))
+    assert config.to == "mlwe"
+    assert config.training.learning_rate == 1.0
+    assert config.training.max_grad_norm == 2.0
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (changed(None, modle={}), "unknown key or section 'modle'; did you mean 'model'"),
+        (changed("training", learning_rat=1.0), "unknown key 'training.learning_rat'; did you mean 'learning_rate'"),
+        (changed("training", steps="ten"), "training.steps must be of type int, not str"),
+        (changed("training", steps=True), "training.steps must be of type int, not bool"),
+        (changed("training", schedule="square"), "training.schedule must be one of constant, linear, cosine"),
+        (changed("lora", target_modules="q_proj"), "lora.target_modules must be a list of strings"),
+        (changed("lora", r=0), "lora.r must be 1 or more"),
+        (changed("data", held_out=1.0), "data.held_out must be from 0 to below 1"),
+        ({**GOOD, "data": 3}, r"\[data\] must be a section"),
+        ({k: v for k, v in GOOD.items() if k != "model"}, "model is missing"),
+        ({**GOOD, "data": {}}, "data.source is missing"),
+    ],
+)
+def test_mistakes_are_named(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(content)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "none.toml")
+    path = tmp_path / "bad.toml"
+    path.write_text("to = [")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_config(path)
+
+
+def test_the_example_is_valid() -> None:
+    config = load_config(Path(__file__).parent.parent / "examples" / "train.toml")
+    assert config.model.name == "smollm2"
+    assert config.training.steps
+
+
+def test_texts_from_files_folders_and_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.md").write_text("two")
+    (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
+    lines = tmp_path / "d.jsonl"
+    lines.write_text('{"text": "three"}\n\n{"text": "four"}\n')
+    assert read_texts(DataSection(str(tmp_path))) == ["one", "two"]
+    assert read_texts(DataSection(str(lines))) == ["three", "four"]
+    assert read_texts(DataSection(str(tmp_path / "a.txt"))) == ["one"]
+    assert len(read_texts(DataSection("language-reference"))) > 50
+    with pytest.raises(ConfigError, match=r"cannot read data\.source"):
+        read_texts(DataSection(str(tmp_path / "none.txt")))
+    with pytest.raises(ConfigError, match=r"cannot read data\.source"):
+        read_texts(DataSection(str(tmp_path / "c.bin")))
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(ConfigError, match="holds no text"):
+        read_texts(DataSection(str(tmp_path / "a.txt")))
+    lines.write_text('{"text": "fine"}\n{"texts": "private words"}\n')
+    with pytest.raises(ConfigError, match="line 2 of") as caught:
+        read_texts(DataSection(str(lines)))
+    assert "private words" not in str(caught.value)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a tiny Llama, a tokenizer of characters, a text and a configuration."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {chr(c): i for i, c in enumerate(range(32, 127))} | {"<unk>": 95, "<eos>": 96}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    fast.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    (tmp_path / "run.toml").write_text(
+        'to = "clear"\n[model]\nname = "model"\n[data]\nsource = "text.txt"\nlength = 16\nbatch_size = 8\n'
+        '[training]\noutput = "out"\nsteps = 8\nlearning_rate = 0.02\nschedule = "cosine"\ncheckpoint_dir = "ck"\n'
+        "checkpoint_every = 4\neval_every = 4\n"
+    )
+    return tmp_path
+
+
+def test_a_run_trains_saves_and_resumes_exactly(project: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(project / "run.toml")
+    whole = run_training(config)
+    assert whole.steps == 8
+    assert whole.losses[-1] < whole.losses[0]
+    assert len(whole.evaluations) == 2
+    written = json.loads((project / "out" / "result.json").read_text())
+    assert written["losses"] == whole.losses
+    assert written["config"]["model"]["name"].endswith("model")
+    assert (project / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    base = AutoModelForCausalLM.from_pretrained(project / "model")
+    loaded = PeftModel.from_pretrained(base, whole.adapter)
+    assert any(p.abs().sum() > 0 for n, p in loaded.named_parameters() if "lora_B" in n)
+
+    # A run whose process ended after the first checkpoint goes on as if nothing had happened.
+    (project / "ck" / "checkpoint-8").rename(project / "gone")
+    again = run_training(config, resume=True)
+    assert again.losses == whole.losses
+    with pytest.raises(TrainingError):
+        run_training(config)
+
+
+def test_a_run_under_encryption_follows_the_one_in_the_clear(project: Path) -> None:
+    config = load_config(project / "run.toml")
+    free = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, checkpoint_dir=None, checkpoint_every=None)
+    )
+    clear = run_training(free)
+    encrypted = run_training(dataclasses.replace(free, to="mlwe"))
+    assert encrypted.security_bits == 133.4
+    assert max(abs(a - b) for a, b in zip(clear.losses, encrypted.losses, strict=True)) < 0.02
+    assert clear.losses != encrypted.losses
+    with pytest.raises(SelectionError):
+        run_training(dataclasses.replace(free, to="mlwe?bits=1"))
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        run_training(free, resume=True)
+
+
+def test_a_model_that_is_not_there(project: Path) -> None:
+    config = load_config(project / "run.toml")
+    with pytest.raises(ConfigError, match="cannot load the model"):
+        run_training(dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(project / "out2"))))
