@@ -55,4 +55,6 @@ class OutsourcedProduct(torch.autograd.Function):
                 part.copy_(grad)
             else:
                 torch.mul(grad, layer.scale.to(device), out=part)
-        return ctx.session.product(ctx.unit, "backward", stacked).contiguous(), None, None
+        # A backward pass started under autocast runs under it too.
+        with torch.autocast(device.type, enabled=False):
+            return ctx.session.product(ctx.unit, "backward", stacked).contiguous(), None, None

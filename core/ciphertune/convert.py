@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
-from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError
+from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError, UnsupportedLayerError
 from ciphertune.group import LayerGroup
 from ciphertune.layers import Candidate, LayerChoice, choose_layers, device_of, linear_layers, sibling_groups
 from ciphertune.linear import OutsourcedLinear
@@ -51,7 +51,10 @@ def outsource(
     store = WeightStore()
     infos: list[LayerInfo] = []
     for candidate in chosen:
-        weight = quantize(candidate.weight(), choice.backend.weight_bits)
+        try:
+            weight = quantize(candidate.weight(), choice.backend.weight_bits)
+        except UnsupportedLayerError as error:
+            raise UnsupportedLayerError(f"{candidate.name} cannot be outsourced: {error}") from error
         infos.append(describe(candidate.name, weight))
         if not choice.transport.remote:
             store.add(candidate.name, weight)
@@ -80,15 +83,20 @@ def restore(model: ModelT) -> ModelT:
         NothingOutsourcedError: the model has no outsourced layer.
         OutsourcedWeightError: the weights are on other machines.
     """
-    session = session_of(model)
-    if not isinstance(session.worker, Worker):
+    sessions = _sessions(model)
+    held = {session: session.worker.weights for session in sessions if isinstance(session.worker, Worker)}
+    if len(held) != len(sessions):
         raise OutsourcedWeightError("the weights are on other machines: load the original model instead")
     for parent in list(model.modules()):
-        for attribute, module in list(parent.named_children()):
+        for attribute, module in list(parent._modules.items()):
             if isinstance(module, OutsourcedLinear):
-                setattr(parent, attribute, _clear_linear(module, session.worker.weights[module.name]))
-    model.__dict__.pop("save_pretrained", None)
-    session.close()
+                setattr(parent, attribute, _clear_linear(module, held[module.group.session][module.name]))
+                if getattr(parent, "fan_in_fan_out", False):
+                    # The peft adapter of what was a Conv1D would merge into its layout.
+                    parent.fan_in_fan_out = False  # type: ignore[assignment]
+    _base(model).__dict__.pop("save_pretrained", None)
+    for session in sessions:
+        session.close()
     return model
 
 
@@ -98,11 +106,12 @@ def outsourced_layers(model: nn.Module) -> list[OutsourcedLinear]:
 
 
 def session_of(model: nn.Module) -> Session:
-    """The session that a model's outsourced layers use. Raises ``NothingOutsourcedError`` where there is none."""
-    for module in model.modules():
-        if isinstance(module, OutsourcedLinear):
-            return module.group.session
-    raise NothingOutsourcedError("the model has no outsourced layer: call ciphertune.outsource(model, to=…) first")
+    """The session that a model's outsourced layers use; the first, if it was outsourced in several calls.
+
+    Raises:
+        NothingOutsourcedError: the model has no outsourced layer.
+    """
+    return _sessions(model)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +153,13 @@ def validate(model: nn.Module) -> dict[str, str]:
     return {c.name: c.obstacle for c in linear_layers(model) if c.obstacle is not None}
 
 
+def _sessions(model: nn.Module) -> list[Session]:
+    sessions = dict.fromkeys(layer.group.session for layer in outsourced_layers(model))
+    if not sessions:
+        raise NothingOutsourcedError("the model has no outsourced layer: call ciphertune.outsource(model, to=…) first")
+    return list(sessions)
+
+
 def _replace(candidate: Candidate, info: LayerInfo, group: LayerGroup, member: int) -> None:
     old = candidate.module
     bias = old._parameters.get("bias")
@@ -175,10 +191,13 @@ def _untie(model: nn.Module, chosen: Sequence[Candidate]) -> None:
 
 def _refuse_full_save(model: Any) -> None:
     """A full model saved without its weights would load as random ones without a word; adapters save as ever."""
-    bases = [model] if not hasattr(model, "get_base_model") else [model.get_base_model()]
-    for base in bases:
-        if hasattr(base, "save_pretrained"):
-            base.save_pretrained = _refuse_save
+    base = _base(model)
+    if hasattr(base, "save_pretrained"):
+        base.save_pretrained = _refuse_save
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _refuse_save(*_: Any, **__: Any) -> NoReturn:

@@ -20,11 +20,15 @@ class _Pending:
 
     source: weakref.ref[Tensor]
     version: int
-    grad: bool
+    differentiable: bool
     outputs: dict[int, Tensor]
 
     def belongs_to(self, x: Tensor) -> bool:
-        return self.source() is x and self.version == x._version and self.grad == torch.is_grad_enabled()
+        return self.source() is x and self.version == x._version and self.differentiable == _differentiable(x)
+
+
+def _differentiable(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 class LayerGroup:
@@ -71,11 +75,12 @@ class LayerGroup:
                     self._pending = pending
                 return output
             self.shared = False
-        if not self.shared:
+        # Tensors of inference mode keep no version, so a change in place would go unnoticed.
+        if not self.shared or x.is_inference():
             return self._evaluate(self.singles[member], x)[0]
         outputs = dict(enumerate(self._evaluate(self.unit, x)))
         output = outputs.pop(member)
-        self._pending = _Pending(weakref.ref(x), x._version, torch.is_grad_enabled(), outputs)
+        self._pending = _Pending(weakref.ref(x), x._version, _differentiable(x), outputs)
         return output
 
     def _evaluate(self, unit: int, x: Tensor) -> tuple[Tensor, ...]:

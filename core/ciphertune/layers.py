@@ -115,7 +115,7 @@ def choose_layers(
         single = isinstance(choice, (str, type)) or callable(choice)
         chosen = _matching(candidates, [choice] if single else list(choice))  # type: ignore[arg-type,list-item]
     if not chosen:
-        reasons = "; ".join(f"{c.name}: {c.obstacle or c.stays}" for c in candidates[:5])
+        reasons = "; ".join(f"{c.name}: {c.obstacle or c.stays or 'not chosen'}" for c in candidates[:5])
         raise NothingOutsourcedError(
             "no layer is left to outsource: "
             + (reasons or "the model has no nn.Linear or Conv1D layer that is not outsourced already")
@@ -150,7 +150,10 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
         if id(module) in seen or isinstance(module, peft_wrapper):
             return
         seen.add(id(module))
-        for attribute, child in module.named_children():
+        # Not named_children, which names a module that hangs in two places of one parent only once.
+        for attribute, child in module._modules.items():
+            if child is None:
+                continue
             if isinstance(module, peft_layer):
                 if attribute != "base_layer":
                     continue

@@ -49,11 +49,12 @@ class PluginManager:
         Raises:
             PluginError: it implements a hook that does not exist, or is registered already.
         """
+        known = self._manager.is_registered(plugin)
         try:
             registered = self._manager.register(plugin, name=name)
             self._manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
-            if self._manager.get_name(plugin) is not None:
+            if not known and self._manager.get_name(plugin) is not None:
                 self._manager.unregister(plugin)
             raise PluginError(f"plugin {name or plugin!r}: {error}") from error
         if registered is None:

@@ -42,8 +42,10 @@ Frame = bytes | bytearray | memoryview
 if sys.byteorder != "little":
     raise ImportError("CipherTune's wire format is little-endian; this machine is not")
 
-# Received frames are read-only and nobody writes to them; torch warns about the possibility.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
+with warnings.catch_warnings():
+    # torch warns once a process that received frames are read-only; nobody writes to them.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"0", dtype=torch.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +54,14 @@ class Limits:
 
     Attributes:
         header_bytes: size of the msgpack header.
+        header_items: entries of any one list or map in the header.
         buffers: number of buffers in a message.
         buffer_bytes: size of one buffer.
         total_bytes: size of all buffers of a message.
     """
 
     header_bytes: int = 1 << 20
+    header_items: int = 1 << 15
     buffers: int = 16
     buffer_bytes: int = 1 << 31
     total_bytes: int = 1 << 32
@@ -143,7 +147,7 @@ def _read_header(frame: Frame, limits: Limits) -> dict[str, Any]:
         raise ProtocolError(f"a header of {len(frame)} bytes is over the limit of {limits.header_bytes}")
     try:
         header = msgpack.unpackb(
-            bytes(frame), raw=False, strict_map_key=True, max_buffer_size=max(limits.header_bytes, 1)
+            bytes(frame), raw=False, max_array_len=limits.header_items, max_map_len=limits.header_items
         )
     except Exception as error:
         raise ProtocolError(f"the header is not msgpack: {type(error).__name__}") from error
@@ -168,11 +172,13 @@ def _read_buffer(row: Any, frame: Frame, limits: Limits) -> tuple[str, Tensor]:
         raise ProtocolError("a buffer has an unknown dtype")
     if len(shape) > 8 or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
         raise ProtocolError("a buffer has a malformed shape")
+    # A dimension of 0 must not hide others that are too large for a tensor's strides.
+    largest = math.prod(max(n, 1) for n in shape) * dtype.itemsize
+    if largest > limits.buffer_bytes:
+        raise ProtocolError(f"a buffer of {largest} bytes is over the limit of {limits.buffer_bytes}")
     expected = math.prod(shape) * dtype.itemsize
     if expected != len(frame):
         raise ProtocolError(f"a buffer of {len(frame)} bytes was announced with {expected}")
-    if expected > limits.buffer_bytes:
-        raise ProtocolError(f"a buffer of {expected} bytes is over the limit of {limits.buffer_bytes}")
     if expected == 0:
         return name, torch.empty(shape, dtype=dtype)
     return name, torch.frombuffer(frame, dtype=dtype).reshape(shape)

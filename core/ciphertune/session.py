@@ -161,18 +161,12 @@ class Session:
         self._counting = threading.Lock()
         self.closed = False
         self._link = choice.transport.connect(choice.selection.endpoints, worker)
-        reply = self._ask(
-            Message(
-                "open",
-                {
-                    "backend": choice.selection.backend,
-                    "public": dict(self._client.open_fields()),
-                    "groups": [[layer.name for layer in members] for members in self._members],
-                },
-                self._client.evaluation_key(),
-            )
-        )
-        self._id = reply.fields.get("session")
+        try:
+            self._id = self._open()
+        except BaseException:
+            self._client.close()
+            self._link.close()
+            raise
         self.plugins.observe("ciphertune_session_opened", session=self)
 
     def __repr__(self) -> str:
@@ -243,6 +237,14 @@ class Session:
             self._client.close()
             self._link.close()
             self.plugins.observe("ciphertune_session_closed", session=self)
+
+    def _open(self) -> Any:
+        fields = {
+            "backend": self.choice.selection.backend,
+            "public": dict(self._client.open_fields()),
+            "groups": [[layer.name for layer in members] for members in self._members],
+        }
+        return self._ask(Message("open", fields, self._client.evaluation_key())).fields.get("session")
 
     def _ask(self, request: Message) -> Message:
         reply = self._link.submit(request).result()

@@ -1,0 +1,131 @@
+"""What several test modules share: tiny models, a hook plugin that records, and plugins registered for one test."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ciphertune import hookimpl, registry
+from ciphertune.plugins import PluginManager
+from ciphertune.session import Exchange
+
+
+class Recorder:
+    """A hook plugin that keeps what it is shown; hand its ``plugins`` to ``outsource``."""
+
+    def __init__(self) -> None:
+        self.asked: list[Exchange] = []
+        self.answered: list[Exchange] = []
+        self.opened: list[Any] = []
+        self.closed: list[Any] = []
+        self.plugins = PluginManager()
+        self.plugins.register(self, "recorder")
+
+    @hookimpl
+    def ciphertune_before_request(self, exchange: Exchange) -> None:
+        self.asked.append(exchange)
+
+    @hookimpl
+    def ciphertune_after_reply(self, exchange: Exchange) -> None:
+        self.answered.append(exchange)
+
+    @hookimpl
+    def ciphertune_session_opened(self, session: Any) -> None:
+        self.opened.append(session)
+
+    @hookimpl
+    def ciphertune_session_closed(self, session: Any) -> None:
+        self.closed.append(session)
+
+    def products(self, direction: str) -> list[tuple[str, ...]]:
+        """The layers of each answered product of one direction, in order."""
+        return [exchange.layers for exchange in self.answered if exchange.direction == direction]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
+    """``register(group, plugin_class)``: install a backend or transport under its name, for this test."""
+    installed = registry.installed
+    added: dict[str, dict[str, registry.Registered]] = {}
+
+    def patched(group: str) -> dict[str, registry.Registered]:
+        return {**installed(group), **added.get(group, {})}
+
+    def add(group: str, plugin: Any) -> None:
+        entry_point: Any = types.SimpleNamespace(load=lambda: plugin)
+        row = registry.Registered(plugin.name, f"test:{plugin.__name__}", "test 1.0", entry_point)
+        added.setdefault(group, {})[plugin.name] = row
+
+    monkeypatch.setattr(registry, "installed", patched)
+    return add
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=48, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+
+
+def _llama(tied: bool = False) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=48,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=48,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            num_labels=3,
+        )
+    )
+
+
+_TINY: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "llama-tied": lambda: _llama(tied=True),
+    "bert": _bert,
+}
+
+
+@pytest.fixture
+def tiny() -> Callable[[str], nn.Module]:
+    """``tiny(name)``: a transformers model with random weights, the same ones at every call, in evaluation mode."""
+
+    def make(name: str) -> nn.Module:
+        torch.manual_seed(7)
+        model = _TINY[name]().eval()
+        for parameter in model.parameters():  # Biases start at zero and weights small, which hides mistakes.
+            nn.init.normal_(parameter, std=0.3)
+        return model
+
+    return make
