@@ -112,7 +112,6 @@ class MLWEBackend(Backend):
     def diagnose(self, device: torch.device) -> Mapping[str, Any]:
         """Which product kernel this machine uses, and the speed of each that is exact."""
         from ciphertune_mlwe.kernels import choose_kernel
-
         from ciphertune_mlwe.native import library
 
         chosen, speeds = choose_kernel(device)

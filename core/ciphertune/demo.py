@@ -99,7 +99,7 @@ def run_demo(
         output: folder for the adapter, the plot and ``result.json``; made if missing.
         to: selection string.
         quick: a small network on digits instead of a language model.
-        steps: optimizer steps of each run; 12, or 80 for the quick one.
+        steps: optimizer steps of each run; 10, or 80 for the quick one.
         seed: of adapters and data.
         say: called with a line at every stage.
 
@@ -109,7 +109,7 @@ def run_demo(
     """
     begin = time.perf_counter()
     say = say or (lambda line: None)
-    steps = steps if steps is not None else (80 if quick else 12)
+    steps = steps if steps is not None else (80 if quick else 10)
     if steps < 1:
         raise ConfigError(f"steps must be 1 or more, not {steps}")
     output.mkdir(parents=True, exist_ok=True)

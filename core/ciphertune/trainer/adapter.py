@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,11 @@ def save(model: nn.Module, path: Path) -> None:
     peft_model = _peft_model(model)
     if not path.exists():
         with atomic_directory(path) as draft:
-            peft_model.save_pretrained(draft)
+            _write(peft_model, draft)
         return
     # What else is in a directory that exists is not ours to remove, so it cannot be replaced as a whole.
     with draft_directory(path) as draft:
-        peft_model.save_pretrained(draft)
+        _write(peft_model, draft)
         sync_tree(draft)
         for file in sorted(draft.rglob("*")):
             target = path / file.relative_to(draft)
@@ -59,6 +60,13 @@ def save(model: nn.Module, path: Path) -> None:
                 target.mkdir(exist_ok=True)
             else:
                 file.replace(target)
+
+
+def _write(peft_model: Any, directory: Path) -> None:
+    with warnings.catch_warnings():
+        # peft wonders whether the vocabulary grew where the base model has no config file, as in GGUF form.
+        warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
+        peft_model.save_pretrained(directory)
 
 
 def _peft_model(model: nn.Module) -> Any:

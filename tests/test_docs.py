@@ -1,0 +1,61 @@
+"""The documentation's code runs, its commands exist, and its links lead somewhere."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ciphertune import plugin_manager
+from ciphertune.cli import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    try:
+        for number, code in enumerate(blocks(page, "python"), 1):
+            exec(compile(code, f"{page.name}, block {number}", "exec"), namespace)
+    finally:
+        manager = plugin_manager()
+        if "audit" in manager.names():
+            manager.unregister(manager._manager.get_plugin("audit"))
+
+
+def test_commands_in_the_documentation_exist() -> None:
+    runner = CliRunner()
+    found = set()
+    for page in PAGES:
+        for line in re.findall(r"ciphertune ((?:bench )?[a-z]+)\b(?=[^\n]*)", "\n".join(blocks(page, "sh"))):
+            found.add(line.strip())
+    assert {"backends", "bench kernel", "bench train", "demo", "doctor", "train"} <= found
+    for command in found:
+        result = runner.invoke(cli, [*command.split(), "--help"])
+        assert result.exit_code == 0, command
+
+
+def test_make_targets_in_the_documentation_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in PAGES:
+        for target in re.findall(r"`?make ([a-z-]+)", "\n".join(blocks(page, "sh"))):
+            assert target in targets, (page.name, target)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for target in re.findall(r"`((?:docs|examples|benchmarks|tests|core|backends)/[\w./]+\.\w+)`", text):
+        assert (ROOT / target).exists(), target
