@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from ciphertune import hookimpl, registry
 from ciphertune.plugins import PluginManager
 from ciphertune.session import Exchange
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("ciphertune", deadline=None)
+settings.load_profile("ciphertune")
 
 
 class Recorder:

@@ -1,129 +1,170 @@
-"""Plugins found by entry points, imported late, and kept from harming each other; and the public names."""
+"""Plugins found by name through entry points, resolved from real dist-info folders in child processes."""
 
-import builtins
-import inspect
+from __future__ import annotations
+
 import os
-import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
-import ciphertune
-from ciphertune import errors
+import pytest
+
+from ciphertune import registry
+from ciphertune.errors import SelectionError
 
 
-def child(code: str, *paths: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-def distribution(folder: Path, name: str, entry_points: str, module: str = "") -> None:
-    info = folder / f"{name}-1.0.dist-info"
+def ship(folder: Path, distribution: str, entry_points: str, **modules: str) -> None:
+    """Install a distribution as pip would: modules, and a dist-info folder that points to them."""
+    info = folder / f"{distribution}-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(entry_points)
-    (folder / f"{name}.py").write_text(module)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(textwrap.dedent(entry_points))
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(textwrap.dedent(source))
 
 
-def test_importing_loads_neither_torch_nor_plugins() -> None:
-    heavy = ["torch", "numpy", "click", "rich", "transformers", "peft", "ciphertune_mlwe", "ciphertune_progress"]
-    assert child(f"import sys, ciphertune; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
-
-
-def test_choosing_one_backend_loads_no_other() -> None:
-    code = (
-        "import sys; from ciphertune.session import choose; choose('clear')\n"
-        "print([m for m in sys.modules if m.startswith('ciphertune_') and '.' not in m])"
+def child(code: str, folder: Path, **environment: str) -> str:
+    """What Python code prints in a process of its own that also sees the distributions in a folder."""
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, check=False
     )
-    assert child(code).strip() == "['ciphertune_clear', 'ciphertune_local']"
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_a_third_partys_backend_works_and_a_broken_one_harms_nobody(tmp_path: Path) -> None:
-    distribution(
+def test_plugins_load_lazily_and_a_broken_one_disables_nothing(tmp_path: Path) -> None:
+    ship(
         tmp_path,
-        "thirdparty",
-        "[ciphertune.backends]\nthird = thirdparty:Third\n",
-        "from ciphertune_clear import ClearBackend\nclass Third(ClearBackend):\n    name = 'third'\n",
+        "good",
+        """
+        [ciphertune.backends]
+        good = good_plugin:GoodBackend
+        [ciphertune.plugins]
+        greeter = good_hooks
+        """,
+        good_plugin="class GoodBackend: name = 'good'",
+        good_hooks="""
+        import ciphertune
+        @ciphertune.hookimpl
+        def ciphertune_session_opened(session): pass
+        """,
     )
-    distribution(
+    ship(
         tmp_path,
-        "broken",
-        "[ciphertune.backends]\nbroken = broken:Backend\n[ciphertune.plugins]\nbrokenhook = broken\n",
-        "raise ImportError('libquantum is missing')\n",
+        "bad",
+        """
+        [ciphertune.backends]
+        absent = bad_plugin:Nothing
+        broken = bad_plugin:BadBackend
+        missing = no_such_module:Backend
+        [ciphertune.plugins]
+        misspelt = bad_hooks
+        unimportable = bad_plugin
+        """,
+        bad_plugin="raise RuntimeError('needs a newer driver')",
+        bad_hooks="""
+        import ciphertune
+        @ciphertune.hookimpl
+        def ciphertune_session_openned(session): pass
+        """,
     )
-    code = (
-        "import warnings; warnings.simplefilter('ignore')\n"
-        "import torch, ciphertune; from ciphertune.errors import PluginError\n"
-        "model = torch.nn.Sequential(torch.nn.Linear(3, 2)); x = torch.ones(1, 3); want = model(x)\n"
-        "print(torch.equal(ciphertune.outsource(model, 'third')(x), want))\n"
-        "try: ciphertune.outsource(torch.nn.Sequential(torch.nn.Linear(3, 2)), 'broken')\n"
-        "except PluginError as error: print(error)\n"
-        "print(ciphertune.plugin_manager().failed)\n"
-        "print(ciphertune.plugin_manager().names())\n"
+    child(
+        """
+        import sys, warnings
+        import ciphertune
+        from ciphertune import registry
+        from ciphertune.errors import PluginError, SelectionError
+
+        def plugins():
+            prefixes = ("torch", "numpy", "ciphertune_", "good_", "bad_")
+            return sorted(name for name in sys.modules if name.startswith(prefixes))
+
+        assert ciphertune.__version__ and plugins() == [], plugins()
+        backends = registry.installed(registry.BACKENDS)
+        assert {"good", "broken", "absent", "missing", "clear", "mlwe"} <= backends.keys()
+        assert backends["good"].distribution == "good 1.0", backends["good"]
+        assert backends["good"].target == "good_plugin:GoodBackend"
+        assert list(backends) == sorted(backends)
+        assert plugins() == [], plugins()
+
+        for name, cause in [
+            ("broken", "RuntimeError: needs a newer driver"),
+            ("missing", "No module named 'no_such_module'"),
+        ]:
+            try:
+                registry.load(registry.BACKENDS, name)
+            except PluginError as error:
+                text = str(error)
+                assert repr(name) in text and "bad 1.0" in text and cause in text, text
+                assert error.__cause__ is not None
+            else:
+                raise AssertionError(name)
+        assert registry.load(registry.BACKENDS, "good").name == "good"
+        assert plugins() == ["good_plugin"], plugins()
+        assert registry.load(registry.BACKENDS, "clear").name == "clear"
+
+        try:
+            registry.load(registry.BACKENDS, "goot")
+        except SelectionError as error:
+            assert "did you mean 'good'?" in str(error) and "mlwe" in str(error), error
+        else:
+            raise AssertionError
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            manager = ciphertune.plugin_manager()
+        assert sorted(manager.failed) == ["misspelt", "unimportable"], manager.failed
+        assert "needs a newer driver" in manager.failed["unimportable"]
+        assert "ciphertune_session_openned" in manager.failed["misspelt"]
+        messages = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+        assert len(messages) == 2 and any("unimportable" in m for m in messages), messages
+        assert {"greeter", "progress"} <= set(manager.names()), manager.names()
+        assert "misspelt" not in manager.names()
+        """,
+        tmp_path,
     )
-    works, cause, failed, names = child(code, tmp_path).strip().splitlines()
-    assert works == "True"
-    assert re.search(r"'broken' \(broken:Backend, from broken 1\.0\).*ImportError: libquantum is missing", cause)
-    assert "libquantum" in failed
-    assert "'progress'" in names
-    assert "brokenhook" not in names
 
 
-def test_a_name_registered_twice_is_an_error(tmp_path: Path) -> None:
-    distribution(tmp_path, "usurper", "[ciphertune.backends]\nmlwe = usurper:Fake\n")
-    code = (
-        "from ciphertune.session import choose; from ciphertune.errors import PluginError\n"
-        "try: choose('mlwe')\nexcept PluginError as error: print(error)\n"
-    )
-    out = child(code, tmp_path)
-    assert "'mlwe' is registered twice" in out
-    assert "usurper 1.0" in out
-    assert "ciphertune_mlwe:MLWEBackend" in out
+DUPLICATES = """
+from ciphertune import registry
+from ciphertune.errors import PluginError
+try:
+    print(registry.installed(registry.BACKENDS)["twin"].target)
+except PluginError as error:
+    print(error)
+"""
 
 
-def test_the_environment_limits_which_plugins_load() -> None:
-    code = "import os; os.environ['CIPHERTUNE_PLUGINS'] = ''; import ciphertune as c; print(c.plugin_manager().names())"
-    assert child(code).strip() == "[]"
+def test_a_name_taken_twice_is_an_error(tmp_path: Path) -> None:
+    ship(tmp_path, "one", "[ciphertune.backends]\ntwin = one_plugin:A\n")
+    ship(tmp_path, "two", "[ciphertune.backends]\ntwin = two_plugin:B\n")
+    text = child(DUPLICATES, tmp_path)
+    assert "'twin' is registered twice" in text
+    assert "one 1.0 (one_plugin:A)" in text
+    assert "two 1.0 (two_plugin:B)" in text
 
 
-def test_public_names_are_these() -> None:
-    assert ciphertune.__all__ == [
-        "__version__",
-        "CipherTuneError",
-        "LoraTrainer",
-        "OutsourcedLinear",
-        "Share",
-        "VetoError",
-        "hookimpl",
-        "outsource",
-        "outsourced_layers",
-        "plugin_manager",
-        "restore",
-        "session_of",
-        "share",
-        "validate",
-    ]
-    for name in ciphertune.__all__:
-        assert getattr(ciphertune, name) is not None
-    assert set(ciphertune.__all__) <= set(dir(ciphertune))
+def test_the_same_target_seen_twice_is_one_plugin(tmp_path: Path) -> None:
+    # An editable install beside a built one shows up like this.
+    ship(tmp_path, "one", "[ciphertune.backends]\ntwin = one_plugin:A\n")
+    ship(tmp_path, "two", "[ciphertune.backends]\ntwin = one_plugin:A\n")
+    assert child(DUPLICATES, tmp_path).strip() == "one_plugin:A"
 
 
-def test_the_printed_tree_of_errors_is_the_real_one() -> None:
-    assert errors.__doc__ is not None
-    rows = re.findall(r"^([│├└─ ]*)([A-Z]\w+)", errors.__doc__, re.M)
-    parents: list[str] = []
-    printed = {}
-    for indent, name in rows:
-        if not name.endswith("Error"):
-            continue
-        depth = len(indent) // 4
-        parents[depth:] = [name]
-        printed[name] = parents[depth - 1] if depth else "Exception"
-    real = {
-        name: next(base.__name__ for base in cls.__bases__ if base.__name__ not in ("ValueError", "TimeoutError"))
-        for name, cls in inspect.getmembers(errors, inspect.isclass)
-        if name not in dir(builtins)
-    }
-    assert printed == real
+def test_builtin_plugins_are_registered_as_a_third_partys() -> None:
+    backends = registry.installed(registry.BACKENDS)
+    transports = registry.installed(registry.TRANSPORTS)
+    assert {"clear", "mlwe", "simulation"} <= backends.keys()
+    assert "local" in transports
+    for group, rows in ((registry.BACKENDS, backends), (registry.TRANSPORTS, transports)):
+        for name, row in rows.items():
+            assert row.target.partition(":")[0].startswith("ciphertune_")
+            assert registry.load(group, name).name == name
+
+
+def test_transport_names_are_not_backend_names() -> None:
+    with pytest.raises(SelectionError, match="unknown backend 'local'"):
+        registry.load(registry.BACKENDS, "local")

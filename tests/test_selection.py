@@ -113,7 +113,9 @@ def test_unknown_names_list_the_known_and_the_closest() -> None:
         choose("mlew")
     with pytest.raises(SelectionError, match=r"unknown transport 'locl'; did you mean 'local'\? Known: .*local"):
         choose("clear+locl://")
-    with pytest.raises(SelectionError, match=r"unknown option 'weight_bit'; did you mean 'weight_bits'\? Known: .*wire"):
+    with pytest.raises(
+        SelectionError, match=r"unknown option 'weight_bit'; did you mean 'weight_bits'\? Known: .*wire"
+    ):
         choose("clear?weight_bit=8")
     with pytest.raises(SelectionError, match=r"unknown option 'cuont'; did you mean 'count'\?"):
         build_options(Options, {"cuont": "1"})

@@ -1,160 +1,335 @@
-"""The worker: every request is answered, whatever it is."""
+"""The worker answers every message, and errors are replies that say which kind they are and nothing they should not."""
 
+from __future__ import annotations
+
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
-from ciphertune.errors import WorkerError
-from ciphertune.protocol import Message
-from ciphertune.session import Session, choose
-from ciphertune.weights import LayerWeight, WeightStore, describe, quantize
+import ciphertune
+from ciphertune import registry
+from ciphertune.errors import PluginError, ProtocolError, UnknownLayerError, WorkerError
+from ciphertune.protocol import ERROR_CODES, KINDS, Message, pack, unpack
+from ciphertune.session import choose
+from ciphertune.weights import LayerWeight, WeightStore, describe, group_map, quantize
 from ciphertune.worker import Worker
 
 
-def store() -> WeightStore:
-    torch.manual_seed(0)
-    held = WeightStore()
-    for name, shape in {"a": (4, 6), "b": (3, 6), "c": (5, 7)}.items():
-        held.add(name, quantize(torch.randn(shape), None))
-    return held
+def weights() -> dict[str, LayerWeight]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (4, 6), "k": (2, 6), "out": (6, 4)}
+    return {name: quantize(torch.randn(*shape, generator=generator), None) for name, shape in shapes.items()}
 
 
-def opened(worker: Worker, groups: list[list[str]] | None = None) -> str:
-    request = Message("open", {"backend": "clear", "groups": groups or [["a"], ["a", "b"]], "public": {}})
-    reply = worker.handle(request)
-    assert reply.kind == "ok", reply.fields
-    session: str = reply.fields["session"]
-    return session
+def ask(worker: Worker, kind: str, fields: Any = None, **buffers: torch.Tensor) -> Message:
+    """One request, both ways through its wire form as a remote worker's would be."""
+    return unpack(pack(worker.handle(unpack(pack(Message(kind, fields or {}, buffers))))))
 
 
-def evaluate(session: str, **changes: Any) -> Message:
-    fields = {"session": session, "unit": 0, "direction": "forward", **changes}
-    return Message("evaluate", fields, {"x": torch.ones(2, 6)})
+def opening(**changes: Any) -> dict[str, Any]:
+    return {"backend": "clear", "public": {}, "groups": [["q", "k"], ["q"], ["out"]], **changes}
 
 
-def test_a_session_from_hello_to_close() -> None:
-    weights = store()
-    worker = Worker(weights)
-    hello = worker.handle(Message("hello")).fields
-    assert hello["layers"] == 3
-    assert "mlwe" in hello["backends"]
-    rows = worker.handle(Message("manifest")).fields["layers"]
-    assert rows[2] == {"name": "c", "shape": [5, 7], "dtype": "float32"}
-    session = opened(worker)
-    a, b = weights["a"].codes, weights["b"].codes
-    torch.testing.assert_close(worker.handle(evaluate(session)).buffers["y"], torch.ones(2, 6) @ a.t())
-    both = worker.handle(evaluate(session, unit=1)).buffers["y"]
-    torch.testing.assert_close(both, torch.ones(2, 6) @ torch.cat([a, b]).t())
-    stats = worker.handle(Message("stats")).fields
-    assert (stats["sessions"], stats["errors"]) == (1, 0)
-    assert stats["requests"] == 5
-    assert stats["bytes_in"] == 2 * 48
-    assert worker.handle(Message("close", {"session": session})).kind == "ok"
-    assert worker.handle(evaluate(session)).fields["code"] == "unknown-session"
-    assert worker.handle(Message("stats")).fields["sessions"] == 0
+@pytest.fixture
+def worker() -> Worker:
+    return Worker(WeightStore(weights()))
 
 
-def test_stacked_layers_are_held_once() -> None:
-    weights = store()
-    before = {name: weights[name].codes.clone() for name in ("a", "b")}
-    stacked = weights.stack(("a", "b"))
-    assert weights.stack(("a", "b")) is stacked
-    for name, codes in before.items():
-        assert torch.equal(weights[name].codes, codes)
-        assert weights[name].codes.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+@pytest.fixture
+def session(worker: Worker) -> str:
+    return ask(worker, "open", opening()).fields["session"]
+
+
+def test_hello_and_manifest(worker: Worker) -> None:
+    hello = ask(worker, "hello")
+    assert hello.kind == "ok"
+    assert hello.fields["versions"] == [1, 1]
+    assert {"clear", "mlwe"} <= set(hello.fields["backends"])
+    assert (hello.fields["device"], hello.fields["layers"]) == ("cpu", 3)
+    assert ask(worker, "manifest").fields["layers"] == [
+        {"name": "q", "shape": [4, 6], "dtype": "float32"},
+        {"name": "k", "shape": [2, 6], "dtype": "float32"},
+        {"name": "out", "shape": [6, 4], "dtype": "float32"},
+    ]
+
+
+def test_products_of_groups_and_single_layers(worker: Worker, session: str) -> None:
+    w, x = {name: weight.codes for name, weight in weights().items()}, torch.randn(3, 6)
+    both = torch.cat([w["q"], w["k"]])
+    for unit, matrix in [(0, both), (1, w["q"]), (2, w["out"])]:
+        features = matrix.shape[1]
+        given_x = x[:, :features].contiguous()
+        reply = ask(worker, "evaluate", {"session": session, "unit": unit, "direction": "forward"}, x=given_x)
+        torch.testing.assert_close(reply.buffers["y"], given_x @ matrix.t())
+        g = torch.randn(2, len(matrix))
+        reply = ask(worker, "evaluate", {"session": session, "unit": unit, "direction": "backward"}, x=g)
+        torch.testing.assert_close(reply.buffers["y"], g @ matrix)
+        assert reply.fields["seconds"] >= 0
+
+
+def test_sessions_are_independent_and_close(worker: Worker, session: str) -> None:
+    other = ask(worker, "open", opening(groups=[["out"]])).fields["session"]
+    assert other != session
+    assert len(session) >= 32  # too long to guess
+    assert ask(worker, "stats").fields["sessions"] == 2
+    assert ask(worker, "close", {"session": other}).kind == "ok"
+    request = {"session": other, "unit": 0, "direction": "forward"}
+    assert ask(worker, "evaluate", request, x=torch.randn(1, 4)).fields["code"] == "unknown-session"
+    assert ask(worker, "close", {"session": other}).fields["code"] == "unknown-session"
+    assert ask(worker, "stats").fields["sessions"] == 1
+    request = {"session": session, "unit": 2, "direction": "forward"}
+    assert ask(worker, "evaluate", request, x=torch.randn(1, 4)).kind == "ok"
+
+
+def test_counters(worker: Worker, session: str) -> None:
+    request = {"session": session, "unit": 2, "direction": "forward"}
+    ask(worker, "evaluate", request, x=torch.randn(5, 4))
+    ask(worker, "evaluate", request)
+    stats = ask(worker, "stats").fields
+    assert (stats["requests"], stats["errors"], stats["bytes_in"], stats["bytes_out"]) == (3, 1, 80, 120)
+    assert stats["evaluate_seconds"] > 0
 
 
 @pytest.mark.parametrize(
-    ("request_", "code"),
+    ("fields", "code"),
     [
-        (Message("ok"), "protocol"),
-        (Message("nonsense"), "protocol"),
-        (Message("open"), "protocol"),
-        (Message("open", {"backend": "mlew", "groups": [["a"]], "public": {}}), "protocol"),
-        (Message("open", {"backend": "clear", "groups": [["z"]], "public": {}}), "unknown-layer"),
-        (Message("open", {"backend": "clear", "groups": [["a", "c"]], "public": {}}), "protocol"),
-        (Message("open", {"backend": "clear", "groups": [["a", "a"]], "public": {}}), "protocol"),
-        (Message("open", {"backend": "clear", "groups": [[]], "public": {}}), "protocol"),
-        (Message("open", {"backend": "clear", "groups": ["a"], "public": {}}), "protocol"),
-        (Message("open", {"backend": "mlwe", "groups": [["a"]], "public": {}}), "protocol"),
-        (Message("open", {"backend": "simulation", "groups": [["a"]], "public": {"seed": "x"}}), "protocol"),
-        (Message("close", {"session": "none"}), "unknown-session"),
-        (Message("close", {"session": 7}), "protocol"),
-        (evaluate("none"), "unknown-session"),
+        *[(opening(backend=name), "protocol") for name in ("cler", "", None, 1, ["clear"])],
+        *[(opening(public=public), "protocol") for public in (None, [], "x", 1)],
+        *[
+            (opening(groups=groups), "protocol")
+            for groups in (None, {}, "q", [[]], ["q"], [[1]], [["q"], None], [[["q"]]])
+        ],
+        (opening(groups=[["q"], ["nothing"]]), "unknown-layer"),
+        (opening(groups=[["q", "nothing"]]), "unknown-layer"),
+        (opening(groups=[["q", "q"]]), "protocol"),
+        (opening(groups=[["q", "out"]]), "protocol"),
+        ({}, "protocol"),
     ],
 )
-def test_wrong_requests_get_error_replies(request_: Message, code: str) -> None:
-    worker = Worker(store())
-    reply = worker.handle(request_)
-    assert (reply.kind, reply.fields["code"]) == ("error", code)
-    assert worker.stats.errors == 1
-    assert worker.handle(Message("stats")).fields["sessions"] == 0
+def test_openings_that_cannot_be_served(worker: Worker, fields: dict[str, Any], code: str) -> None:
+    reply = ask(worker, "open", fields)
+    assert (reply.kind, reply.fields["code"]) == ("error", code), reply.fields
+    assert ask(worker, "stats").fields["sessions"] == 0
 
 
 @pytest.mark.parametrize(
-    "changes", [{"unit": 2}, {"unit": -1}, {"unit": True}, {"unit": "0"}, {"direction": "sideways"}, {"direction": 1}]
+    ("changes", "code"),
+    [
+        *[({"session": value}, "protocol") for value in (None, 7, ["a"], b"a")],
+        *[({"session": value}, "unknown-session") for value in ("", "nonsense", "0" * 32)],
+        *[({"unit": value}, "protocol") for value in (-1, -3, 3, 2**40, True, "0", None, 0.0)],
+        *[({"direction": value}, "protocol") for value in ("sideways", "", None, 1, ["forward"])],
+    ],
 )
-def test_wrong_evaluations(changes: dict[str, Any]) -> None:
-    worker = Worker(store())
-    assert worker.handle(evaluate(opened(worker), **changes)).fields["code"] == "protocol"
-
-
-@pytest.mark.parametrize(
-    "buffers", [{}, {"x": torch.ones(2, 5)}, {"x": torch.ones(2, 6).double()}, {"x": torch.ones(6)}]
-)
-def test_wrong_buffers(buffers: dict[str, torch.Tensor]) -> None:
-    worker = Worker(store())
-    request = Message("evaluate", {"session": opened(worker), "unit": 0, "direction": "forward"}, buffers)
-    assert worker.handle(request).fields["code"] == "protocol"
+def test_evaluations_that_cannot_be_served(worker: Worker, session: str, changes: dict[str, Any], code: str) -> None:
+    good = {"session": session, "unit": 0, "direction": "forward"}
+    x = torch.randn(2, 6)
+    reply = ask(worker, "evaluate", {**good, **changes}, x=x)
+    assert (reply.kind, reply.fields["code"]) == ("error", code), reply.fields
+    assert reply.buffers == {}
+    assert ask(worker, "evaluate", good, x=x).kind == "ok"
 
 
 @pytest.mark.parametrize(
     "buffers",
     [
-        {"b": torch.zeros(6, 4, 3, dtype=torch.int8)},
-        {"seed": torch.zeros(31, dtype=torch.uint8), "b": torch.zeros(6, 4, 3, dtype=torch.int8)},
-        {"seed": torch.zeros(32, dtype=torch.uint8), "b": torch.zeros(6, 3, 3, dtype=torch.int8)},
-        {"seed": torch.zeros(32, dtype=torch.uint8), "b": torch.zeros(5, 4, 3, dtype=torch.int8)},
-        {"seed": torch.zeros(32, dtype=torch.uint8), "b": torch.zeros(6, 4, 0, dtype=torch.int8)},
-        {"seed": torch.zeros(32, dtype=torch.uint8), "b": torch.zeros(6, 4, 3, dtype=torch.int16)},
+        {},
+        {"y": torch.zeros(2, 6)},
+        {"x": torch.zeros(2, 5)},
+        {"x": torch.zeros(6)},
+        {"x": torch.zeros(1, 2, 6)},
+        {"x": torch.zeros(2, 6, dtype=torch.float64)},
+        {"x": torch.zeros(2, 6, dtype=torch.int8)},
     ],
 )
-def test_wrong_ciphertexts(buffers: dict[str, torch.Tensor]) -> None:
-    worker = Worker(WeightStore({"a": quantize(torch.randn(4, 6), 8)}))
-    public = {"parameters": "mlwe-1280", "request_bits": 32, "reply_bits": 24}
-    session = worker.handle(Message("open", {"backend": "mlwe", "groups": [["a"]], "public": public})).fields["session"]
-    request = Message("evaluate", {"session": session, "unit": 0, "direction": "forward"}, buffers)
-    assert worker.handle(request).fields["code"] == "protocol"
+def test_buffers_that_do_not_fit(worker: Worker, session: str, buffers: dict[str, torch.Tensor]) -> None:
+    reply = ask(worker, "evaluate", {"session": session, "unit": 0, "direction": "forward"}, **buffers)
+    assert reply.fields["code"] == "protocol"
+    assert "(tokens, 6)" in reply.fields["message"]
 
 
-def test_unforeseen_errors_do_not_quote_data(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = Worker(store())
-    session = opened(worker)
+@pytest.mark.parametrize("kind", ["ok", "error", "shutdown", ""])
+def test_kinds_that_are_not_requests(worker: Worker, kind: str) -> None:
+    reply = worker.handle(Message(kind))
+    assert (reply.kind, reply.fields["code"]) == ("error", "protocol")
 
+
+PLAIN = st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5) | st.lists(st.text(max_size=3), max_size=2)
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.dictionaries(
+        st.sampled_from(["session", "unit", "direction", "backend", "public", "groups"]), PLAIN | st.just({})
+    ),
+)
+def test_every_message_is_answered(kind: str, fields: dict[str, Any]) -> None:
+    reply = Worker(WeightStore(weights())).handle(Message(kind, fields))
+    assert reply.kind in ("ok", "error")
+    if reply.kind == "error":
+        assert reply.fields["code"] in ERROR_CODES
+        assert reply.fields["code"] != "internal", reply.fields
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    pass
+
+
+@pytest.mark.parametrize("place", ["worker", "prepare", "evaluate"])
+def test_unforeseen_errors_do_not_leak_their_text(worker: Worker, register: Any, place: str) -> None:
     def fail(*_: Any) -> Any:
-        raise RuntimeError("activation 3.14159")
+        raise KeyError("activation 3.14159")
 
-    monkeypatch.setattr("ciphertune_clear.ClearWorker.evaluate", fail)
-    reply = worker.handle(evaluate(session))
+    clear = registry.load(registry.BACKENDS, "clear")
+
+    class Failing(clear):
+        name = "failing"
+
+        @classmethod
+        def worker(cls, fields: Any, evaluation_key: Any, device: Any) -> Any:
+            if place == "worker":
+                fail()
+            half = clear.worker(fields, evaluation_key, device)
+            setattr(half, place, fail)
+            return half
+
+    register(registry.BACKENDS, Failing)
+    reply = ask(worker, "open", opening(backend="failing"))
+    if place == "evaluate":
+        request = {"session": reply.fields["session"], "unit": 0, "direction": "forward"}
+        reply = ask(worker, "evaluate", request, x=torch.randn(2, 6))
     assert reply.fields["code"] == "internal"
-    assert "3.14159" not in str(reply.fields)
-    assert "RuntimeError" in reply.fields["message"]
+    assert "KeyError" in reply.fields["message"]
+    assert "3.14159" not in reply.fields["message"]
+    assert ask(worker, "open", opening()).kind == "ok", "the worker goes on"
 
 
-def test_a_workers_refusal_reaches_the_client() -> None:
-    held = quantize(torch.randn(4, 6), 8)
-    info = describe("elsewhere", held)
-    with pytest.raises(WorkerError, match="no layer named 'elsewhere'") as caught:
-        Session(choose("mlwe"), [info], [(0,)], Worker(WeightStore({"here": held})), torch.device("cpu"))
-    assert caught.value.code == "unknown-layer"
+def test_a_plugin_that_cannot_be_imported_at_the_worker(
+    worker: Worker, register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear = registry.load(registry.BACKENDS, "clear")
+    register(registry.BACKENDS, type("Absent", (clear,), {"name": "absent"}))
+
+    def fail() -> None:
+        raise PluginError("not here")
+
+    monkeypatch.setattr(registry.installed(registry.BACKENDS)["absent"].entry_point, "load", fail)
+    assert ask(worker, "open", opening(backend="absent")).fields["code"] == "plugin"
+
+
+def test_error_replies_become_worker_errors() -> None:
+    net = ciphertune.outsource(nn.Sequential(nn.Linear(4, 4)), "clear")
+    session = ciphertune.session_of(net)
+    session._id = "another"
+    with pytest.raises(WorkerError, match="not open") as caught:
+        net(torch.randn(1, 4))
+    assert caught.value.code == "unknown-session"
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+@pytest.mark.parametrize("backend", ["clear", "clear?weight_bits=8", "clear?weight_bits=16", "simulation?seed=3"])
+def test_the_wire_form_changes_nothing(backend: str) -> None:
+    results = []
+    for wire in ("0", "1"):
+        net = ciphertune.outsource(network(), f"{backend}{'&' if '?' in backend else '?'}wire={wire}")
+        x = torch.linspace(-1, 1, 40).reshape(5, 8).requires_grad_()
+        y = net(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, [p.grad for p in net.parameters()]))
+        traffic = ciphertune.session_of(net).traffic
+        assert traffic.requests == 4
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    for direct, wired in zip(results[0][2], results[1][2], strict=True):
+        assert torch.equal(direct, wired)
+
+
+def test_mlwe_over_the_wire_form() -> None:
+    torch.manual_seed(0)
+    reference, x = network(), torch.randn(5, 8)
+    net = ciphertune.outsource(network(), "mlwe+local://?wire=1")
+    torch.testing.assert_close(net(x), reference(x), rtol=0.05, atol=0.05)
+
+
+def test_quantization_by_hand() -> None:
+    weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [1e-45, 0.0, 0.0]])
+    held = quantize(weight, 8)
+    assert held.codes.tolist()[:2] == [[64, -127, 32], [0, 0, 0]]  # 0.5 · 127 / 2 = 31.75, 63.5 to even
+    assert held.scale is not None
+    assert held.scale[:2].tolist() == pytest.approx([2 / 127, 1.0])
+    assert held.codes.dtype == torch.int8
+    assert bool(torch.isfinite(held.dequantize()).all())
+    wide = quantize(weight, 16)
+    assert wide.codes.dtype == torch.int16
+    assert wide.codes[0, 1] == -32639
+    assert quantize(weight.double(), None).codes.dtype == torch.float32
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([8, 16]), st.integers(0, 99))
+def test_quantization_error_is_half_a_step(n: int, k: int, bits: Any, seed: int) -> None:
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    held = quantize(weight, bits)
+    assert held.scale is not None
+    error = (held.dequantize() - weight).abs()
+    assert bool((error <= held.scale[:, None] * 0.51).all())  # and what float32 rounds away
+    info = describe("layer", held)
+    codes = held.codes.double()
+    assert info.max_row_norm == pytest.approx(codes.norm(dim=1).max().item())
+    assert info.max_column_norm == pytest.approx(codes.norm(dim=0).max().item())
+    assert (info.out_features, info.in_features, info.weight_bits) == (n, k, bits)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 6), st.integers(0, 99))
+def test_norm_bounds_of_groups(sizes: list[int], k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    held = [quantize(torch.randn(n, k, generator=generator), 8) for n in sizes]
+    infos = [describe(str(i), weight) for i, weight in enumerate(held)]
+    stacked = torch.cat([weight.codes for weight in held]).double()
+    for direction, matrix in (("forward", stacked), ("backward", stacked.t())):
+        linear_map = group_map(infos, direction)
+        assert (linear_map.out_features, linear_map.in_features) == matrix.shape
+        # An overestimate costs precision, an underestimate lets outputs wrap.
+        assert linear_map.max_norm >= matrix.norm(dim=1).max().item() * (1 - 1e-12)
+        assert linear_map.max_norm <= matrix.norm(dim=1).max().item() * len(sizes) ** 0.5 * (1 + 1e-12)
+        assert direction in linear_map.label
 
 
 def test_digests_tell_weights_apart() -> None:
-    one = quantize(torch.randn(4, 6), 8)
-    assert describe("x", one).digest == describe("y", one).digest
-    changed = LayerWeight(one.codes.clone(), one.scale)
-    changed.codes[0, 0] ^= 1
-    assert describe("x", changed).digest != describe("x", one).digest
-    assert one.scale is not None
-    assert describe("x", LayerWeight(one.codes, one.scale * 2)).digest != describe("x", one).digest
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    digests = {describe("a", quantize(weight * factor, bits)).digest for factor in (1, 2, -1) for bits in (8, 16, None)}
+    assert len(digests) == 9
+    assert describe("a", quantize(weight, 8)).digest == describe("b", quantize(weight.clone(), 8)).digest
+
+
+def test_the_store_holds_one_copy() -> None:
+    store = WeightStore(weights())
+    assert store.nbytes == 4 * (24 + 12 + 24)
+    stacked = store.stack(("q", "k"))
+    assert store.stack(("q", "k")) is stacked
+    assert store["k"].codes.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+    for name, weight in weights().items():
+        assert torch.equal(store[name].codes, weight.codes)
+    assert (list(store), len(store), "q" in store, "z" in store) == (["q", "k", "out"], 3, True, False)
+    with pytest.raises(ValueError, match="held already"):
+        store.add("q", store["k"])
+    with pytest.raises(UnknownLayerError):
+        store["z"]
+    with pytest.raises(ProtocolError):
+        store.stack(("q", "out"))
+
+
+def test_clear_reports_that_it_protects_nothing() -> None:
+    backend = choose("clear").backend
+    assert backend.security.encrypted is False
+    assert backend.security.bits is None
+    assert backend.noise is None
