@@ -68,6 +68,17 @@ def test_models_against_themselves(tiny: Tiny, name: str, layers: Any, bits: int
             assert relative(result, unrounded) > 1e-3, "the weights were not rounded at all"
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("to", ["simulation", "mlwe"])
+def test_models_under_encryption_and_its_simulation(tiny: Tiny, name: str, to: str) -> None:
+    model = ciphertune.outsource(tiny(name), to)
+    # What is left beside quantization is the noise.
+    reference = quantized_by_hand(tiny(name), [layer.name for layer in ciphertune.outsourced_layers(model)], 127)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    for result, wanted in zip(embedded(model, x), embedded(reference, x), strict=True):
+        assert 0 < relative(result, wanted) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
 def test_a_tied_head_stays_by_default(tiny: Tiny, name: str) -> None:
     model = ciphertune.outsource(tiny(name), "clear")

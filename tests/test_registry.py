@@ -79,7 +79,7 @@ def test_plugins_load_lazily_and_a_broken_one_disables_nothing(tmp_path: Path) -
         from ciphertune.errors import PluginError, SelectionError
 
         def plugins():
-            prefixes = ("torch", "numpy", "ciphertune_", "good_", "bad_")
+            prefixes = ("torch", "numpy", "click", "rich", "peft", "transformers", "ciphertune_", "good_", "bad_")
             return sorted(name for name in sys.modules if name.startswith(prefixes))
 
         assert ciphertune.__version__ and plugins() == [], plugins()
@@ -126,6 +126,19 @@ def test_plugins_load_lazily_and_a_broken_one_disables_nothing(tmp_path: Path) -
         """,
         tmp_path,
     )
+
+
+def test_choosing_one_backend_loads_no_other(tmp_path: Path) -> None:
+    printed = child(
+        """
+        import sys
+        from ciphertune.session import choose
+        choose("clear")
+        print(*sorted(name for name in sys.modules if name.startswith("ciphertune_")))
+        """,
+        tmp_path,
+    )
+    assert printed.split() == ["ciphertune_clear", "ciphertune_local"]
 
 
 DUPLICATES = """

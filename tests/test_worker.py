@@ -15,7 +15,7 @@ import ciphertune
 from ciphertune import registry
 from ciphertune.errors import PluginError, ProtocolError, UnknownLayerError, WorkerError
 from ciphertune.protocol import ERROR_CODES, KINDS, Message, pack, unpack
-from ciphertune.session import choose
+from ciphertune.session import Session, choose
 from ciphertune.weights import LayerWeight, WeightStore, describe, group_map, quantize
 from ciphertune.worker import Worker
 
@@ -153,6 +153,35 @@ def test_buffers_that_do_not_fit(worker: Worker, session: str, buffers: dict[str
     assert "(tokens, 6)" in reply.fields["message"]
 
 
+def ciphertext(**changes: Any) -> dict[str, torch.Tensor]:
+    good = {"seed": torch.zeros(32, dtype=torch.uint8), "b": torch.zeros(6, 4, 3, dtype=torch.int8)}
+    return {name: tensor for name, tensor in {**good, **changes}.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("buffers", "code"),
+    [
+        (ciphertext(), None),
+        ({}, "protocol"),
+        (ciphertext(b=None), "protocol"),
+        (ciphertext(seed=None), "protocol"),
+        (ciphertext(seed=torch.zeros(31, dtype=torch.uint8)), "protocol"),
+        (ciphertext(seed=torch.zeros(32, dtype=torch.int8)), "protocol"),
+        (ciphertext(b=torch.zeros(6, 3, 3, dtype=torch.int8)), "protocol"),
+        (ciphertext(b=torch.zeros(5, 4, 3, dtype=torch.int8)), "protocol"),
+        (ciphertext(b=torch.zeros(6, 4, 0, dtype=torch.int8)), "protocol"),
+        (ciphertext(b=torch.zeros(6, 4, 3, dtype=torch.int16)), "protocol"),
+        (ciphertext(b=torch.zeros(6, 12, dtype=torch.int8)), "protocol"),
+    ],
+)
+def test_ciphertexts_that_do_not_fit(buffers: dict[str, torch.Tensor], code: str | None) -> None:
+    worker = Worker(WeightStore({"a": quantize(torch.randn(4, 6), 8)}))
+    public = {"parameters": "mlwe-1280", "request_bits": 32, "reply_bits": 24}
+    session = ask(worker, "open", {"backend": "mlwe", "groups": [["a"]], "public": public}).fields["session"]
+    reply = ask(worker, "evaluate", {"session": session, "unit": 0, "direction": "forward"}, **buffers)
+    assert reply.fields.get("code") == code
+
+
 @pytest.mark.parametrize("kind", ["ok", "error", "shutdown", ""])
 def test_kinds_that_are_not_requests(worker: Worker, kind: str) -> None:
     reply = worker.handle(Message(kind))
@@ -230,6 +259,14 @@ def test_error_replies_become_worker_errors() -> None:
     with pytest.raises(WorkerError, match="not open") as caught:
         net(torch.randn(1, 4))
     assert caught.value.code == "unknown-session"
+
+
+def test_a_layer_that_the_worker_does_not_hold() -> None:
+    held = quantize(torch.randn(4, 6), 8)
+    worker = Worker(WeightStore({"here": held}))
+    with pytest.raises(WorkerError, match="no layer named 'elsewhere'") as caught:
+        Session(choose("mlwe"), [describe("elsewhere", held)], [(0,)], worker, torch.device("cpu"))
+    assert caught.value.code == "unknown-layer"
 
 
 def network() -> nn.Module:
