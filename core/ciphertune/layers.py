@@ -108,9 +108,10 @@ def choose_layers(
     if choice is None:
         free = [c for c in possible if c.stays is None]
         answer = plugins.gate("ciphertune_select_layers", model=model, candidates=[c.name for c in free])
+        answer = [answer] if isinstance(answer, str) else answer
         chosen = free if answer is None else _matching(candidates, list(answer))
     elif isinstance(choice, str) and choice == "all":
-        chosen = [c for c in possible if c.stays != "it is being trained"]
+        chosen = possible
     else:
         single = isinstance(choice, (str, type)) or callable(choice)
         chosen = _matching(candidates, [choice] if single else list(choice))  # type: ignore[arg-type,list-item]
