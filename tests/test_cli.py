@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import ciphertune
+import ciphertune.cli.doctor
 from ciphertune import registry
 from ciphertune.cli import _COMMANDS, cli, main
 from ciphertune.errors import PluginError
 from ciphertune.registry import Registered
+from ciphertune_clear import ClearBackend
 
 
 def invoke(*args: str) -> Result:
@@ -75,12 +78,66 @@ def test_a_plugin_that_fails_is_listed_with_its_cause(monkeypatch: pytest.Monkey
     assert "quantum" in invoke("backends").output
 
 
+def _install(monkeypatch: pytest.MonkeyPatch, group: str, name: str, plugin: Any) -> None:
+    class Given(Registered):
+        def load(self) -> Any:
+            return plugin
+
+    row = Given(name, "stranger:Plugin", "stranger 1.0", None)  # type: ignore[arg-type]
+    real = registry.installed
+    monkeypatch.setattr(registry, "installed", lambda asked: {**real(asked), **({name: row} if asked == group else {})})
+
+
+class _NoOptions:
+    """A class that is no backend."""
+
+
+class _Explodes(ClearBackend):
+    """A backend that cannot be built."""
+
+    def __init__(self, *_: Any) -> None:
+        raise RuntimeError("no such device")
+
+
+@pytest.mark.parametrize("plugin", [_NoOptions, _Explodes])
+def test_a_backend_that_raises_anything_disables_no_other(monkeypatch: pytest.MonkeyPatch, plugin: Any) -> None:
+    _install(monkeypatch, registry.BACKENDS, "strange", plugin)
+    rows = {row["name"]: row for row in json.loads(invoke("backends", "--json").output)}
+    assert ("RuntimeError: no such device" if plugin is _Explodes else "AttributeError") in rows["strange"]["error"]
+    assert rows["mlwe"]["error"] is None
+    found = json.loads(invoke("doctor", "--json").output)["backends"]
+    assert ("RuntimeError: no such device" if plugin is _Explodes else "AttributeError") in found["strange"]["error"]
+    assert found["mlwe"]["kernel"]
+
+
+class _Misspelt:
+    """Imports well, and implements a hook that does not exist."""
+
+    @ciphertune.hookimpl
+    def ciphertune_trainig_step(self, trainer: Any) -> None:
+        """Never called."""
+
+
+def test_a_plugin_that_is_refused_or_left_out_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, registry.PLUGINS, "misspelt", _Misspelt())
+    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
+    assert "ciphertune_trainig_step" in rows["misspelt"]["error"]
+    assert rows["misspelt"]["active"] is False
+    assert rows["progress"]["error"] is None
+    assert rows["progress"]["active"] is True
+    monkeypatch.setenv("CIPHERTUNE_PLUGINS", "")
+    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
+    assert rows["progress"]["active"] is False
+    assert rows["progress"]["error"] is None
+
+
 def test_doctor_names_the_kernel() -> None:
     found = json.loads(invoke("doctor", "--json").output)
     assert found["backends"]["mlwe"]["kernel"] in ("int8", "float64")
     assert found["backends"]["mlwe"]["encryption loops"]
     assert found["versions"]["torch"]
     assert found["machine"]["float32 product (GMAC/s)"] > 0
+    assert 0 < found["machine"]["memory available (GB)"] <= found["machine"]["memory (GB)"]
     assert "kernel" in invoke("doctor").output
 
 
@@ -126,6 +183,7 @@ def test_bench_train_compares_the_same_training() -> None:
         (["bench", "kernel", "--to", "mlwe?reply_bit=24"], "did you mean 'reply_bits'"),
         (["bench", "kernel", "--tokens", "0"], "tokens must be 1 or more"),
         (["bench", "train", "--steps", "1"], "steps must be 2 or more"),
+        (["bench", "train", "--repeat", "0"], "repeat must be 1 or more"),
         (["train", "nowhere.toml"], "cannot read nowhere.toml"),
         (["demo", "--steps", "0", "--output", "{tmp}"], "steps must be 1 or more"),
         (["demo", "--quick", "--to", "mlwe+pigeon://x", "--output", "{tmp}"], "unknown transport 'pigeon'"),
@@ -140,6 +198,34 @@ def test_errors_are_one_line_and_exit_with_1(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("ciphertune: ")
     assert message in last
+
+
+@pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (None, 0)])
+def test_exit_status(
+    raised: type[BaseException] | None, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diagnose() -> dict[str, Any]:
+        if raised is not None:
+            raise raised
+        return {"versions": {}, "machine": {}, "backends": {}}
+
+    monkeypatch.setattr(ciphertune.cli.doctor, "diagnose", diagnose)
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor", "--json"])
+    assert exit_.value.code == status
+    assert ("interrupted" in capsys.readouterr().err) == (status == 130)
+
+
+def test_a_wrong_option_shows_the_usage_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor", "--jsn"])
+    assert exit_.value.code == 2
+    assert "No such option" in capsys.readouterr().err
+
+
+def test_python_m_runs_the_same_commands() -> None:
+    run = subprocess.run([sys.executable, "-m", "ciphertune", "--version"], capture_output=True, text=True, check=True)
+    assert ciphertune.__version__ in run.stdout
 
 
 def test_plugins_can_add_commands() -> None:

@@ -42,6 +42,19 @@ def test_defaults_and_conversion() -> None:
         (changed("lora", target_modules="q_proj"), "lora.target_modules must be a list of strings"),
         (changed("lora", r=0), "lora.r must be 1 or more"),
         (changed("data", held_out=1.0), "data.held_out must be from 0 to below 1"),
+        (changed("lora", alpha=0), "lora.alpha must be a finite number above 0"),
+        (changed("lora", target_modules=[]), "lora.target_modules must be one name or more"),
+        (changed("training", learning_rate=float("inf")), "training.learning_rate must be a finite number above 0"),
+        (changed("training", learning_rate=float("nan")), "training.learning_rate must be a finite number above 0"),
+        (changed("training", learning_rate=10**400), "training.learning_rate is too large a number"),
+        (changed("training", weight_decay=-0.1), "training.weight_decay must be a finite number from 0"),
+        (changed("training", steps=0), "training.steps must be 1 or more"),
+        (changed("training", epochs=0), "training.epochs must be 1 or more"),
+        (changed("training", accumulation=0), "training.accumulation must be 1 or more"),
+        (changed("training", max_grad_norm=0.0), "training.max_grad_norm must be above 0"),
+        (changed("training", eval_every=0), "training.eval_every must be 1 or more"),
+        (changed("training", checkpoint_dir="c", checkpoint_every=0), "training.checkpoint_every must be 1 or more"),
+        (changed("training", checkpoint_every=5), "checkpoint_every is set but training.checkpoint_dir is not"),
         ({**GOOD, "data": 3}, r"\[data\] must be a section"),
         ({k: v for k, v in GOOD.items() if k != "model"}, "model is missing"),
         ({**GOOD, "data": {}}, "data.source is missing"),
@@ -56,6 +69,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "none.toml")
     path = tmp_path / "bad.toml"
+    path.write_text("training.steps = " + "9" * 5000)
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_config(path)
     path.write_text("to = [")
     with pytest.raises(ConfigError, match="is not TOML"):
         load_config(path)

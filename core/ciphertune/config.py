@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -110,7 +111,7 @@ def load_config(path: Path) -> TrainConfig:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise ConfigError(f"{path} is not TOML: {error}") from error
     config = parse_config(content)
     folder = path.parent
@@ -131,17 +132,30 @@ def load_config(path: Path) -> TrainConfig:
 def parse_config(content: Mapping[str, Any]) -> TrainConfig:
     """Check and convert a parsed file. Raises ``ConfigError``."""
     config = _build(TrainConfig, content, "")
+    t = config.training
+    # All before a model is loaded, which may take minutes.
     checks = [
         ("lora.r", config.lora.r >= 1, "1 or more"),
+        ("lora.alpha", 0 < config.lora.alpha < math.inf, "a finite number above 0"),
         ("lora.dropout", 0 <= config.lora.dropout < 1, "from 0 to below 1"),
+        ("lora.target_modules", len(config.lora.target_modules) > 0, "one name or more"),
         ("data.length", config.data.length >= 2, "2 or more"),
         ("data.batch_size", config.data.batch_size >= 1, "1 or more"),
         ("data.held_out", 0 <= config.data.held_out < 1, "from 0 to below 1"),
-        ("training.learning_rate", config.training.learning_rate > 0, "above 0"),
+        ("training.steps", t.steps is None or t.steps >= 1, "1 or more"),
+        ("training.epochs", t.epochs >= 1, "1 or more"),
+        ("training.learning_rate", 0 < t.learning_rate < math.inf, "a finite number above 0"),
+        ("training.weight_decay", 0 <= t.weight_decay < math.inf, "a finite number from 0"),
+        ("training.accumulation", t.accumulation >= 1, "1 or more"),
+        ("training.max_grad_norm", t.max_grad_norm is None or t.max_grad_norm > 0, "above 0"),
+        ("training.eval_every", t.eval_every is None or t.eval_every >= 1, "1 or more"),
+        ("training.checkpoint_every", t.checkpoint_every is None or t.checkpoint_every >= 1, "1 or more"),
     ]
     for name, right, expected in checks:
         if not right:
             raise ConfigError(f"{name} must be {expected}")
+    if t.checkpoint_every is not None and t.checkpoint_dir is None:
+        raise ConfigError("training.checkpoint_every is set but training.checkpoint_dir is not")
     return config
 
 
@@ -183,7 +197,10 @@ def _value(value: Any, hint: Any, name: str) -> Any:
             return tuple(value)
         raise ConfigError(f"{name} must be a list of strings, not {value!r}")
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ConfigError(f"{name} is too large a number") from error
     if type(value) is not hint:
         raise ConfigError(f"{name} must be of type {hint.__name__}, not {type(value).__name__}")
     return value

@@ -16,7 +16,8 @@ def bench_train(model: str, to: str, tokens: int, steps: int = 4, repeat: int = 
     """Time, memory and loss of training steps, each mode in child processes of its own, in turn.
 
     One process for both would show the larger of two peaks and keep one model's pages while the other runs. The
-    first step of every process warms up and is not timed; a step's time is the median over the others.
+    first step of every process warms up and is not timed; a step's time, and that of each of its phases, is the median
+    over the others. Bytes are those of the last step.
 
     Args:
         model: a built-in workload, ``smollm2`` or ``mlp``.
@@ -27,11 +28,14 @@ def bench_train(model: str, to: str, tokens: int, steps: int = 4, repeat: int = 
         seed: of adapters and data, the same for both modes.
 
     Raises:
-        ConfigError: fewer than two steps, a remote transport, an unknown model or a missing package.
-        CipherTuneError: a child process failed.
+        ConfigError: fewer than two steps, no token or process, or a remote transport.
+        CipherTuneError: a child process failed, which is also how a missing package shows.
     """
     if steps < 2:
         raise ConfigError(f"steps must be 2 or more, not {steps}: the first one warms up")
+    for name, value in (("tokens", tokens), ("repeat", repeat)):
+        if value < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {value}")
     if choose(to).transport.remote:
         raise ConfigError(f"the training benchmark embeds its worker, so it cannot use the workers behind {to!r}")
     request = {"model_name": model, "tokens": tokens, "count": steps, "seed": seed}
@@ -43,7 +47,11 @@ def bench_train(model: str, to: str, tokens: int, steps: int = 4, repeat: int = 
         statistics.median(s for run in runs for s in run["seconds"][1:]) for runs in (plain, encrypted)
     )
     plain_peak, encrypted_peak = (max(run["peak_rss_mb"] for run in runs) for runs in (plain, encrypted))
-    traffic = encrypted[-1]["traffic"]
+    traffic = encrypted[-1]["traffic"][-1]
+    encrypt, evaluate, decrypt = (
+        statistics.median(step[f"{phase}_seconds"] for run in encrypted for step in run["traffic"][1:])
+        for phase in ("encrypt", "evaluate", "decrypt")
+    )
     return {
         "model": model,
         "to": to,
@@ -58,9 +66,9 @@ def bench_train(model: str, to: str, tokens: int, steps: int = 4, repeat: int = 
         "bytes_up": traffic["bytes_up"],
         "bytes_down": traffic["bytes_down"],
         "requests": traffic["requests"],
-        "encrypt_s": traffic["encrypt_seconds"],
-        "evaluate_s": traffic["evaluate_seconds"],
-        "decrypt_s": traffic["decrypt_seconds"],
+        "encrypt_s": encrypt,
+        "evaluate_s": evaluate,
+        "decrypt_s": decrypt,
         "loss_plaintext": plain[-1]["losses"],
         "loss_encrypted": encrypted[-1]["losses"],
     }

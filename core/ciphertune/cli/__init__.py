@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import NoReturn
 
 import click
 
@@ -64,13 +64,18 @@ def cli() -> None:
     """Fine-tune a model on private data while machines you do not trust do the heavy work, on ciphertext."""
 
 
-def main(args: list[str] | None = None) -> Any:
+def main(args: list[str] | None = None) -> NoReturn:
     """Entry point: errors of ours are one line on standard error and exit status 1; Ctrl-C exits with 130."""
     try:
-        return cli.main(args=args, prog_name="ciphertune")
+        # Standalone, click would turn Ctrl-C into status 1, which a script could not tell from a failure.
+        status = cli.main(args=args, prog_name="ciphertune", standalone_mode=False)
     except CipherTuneError as error:
         click.echo(f"ciphertune: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
         click.echo("ciphertune: interrupted", err=True)
         sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import click
@@ -22,7 +23,25 @@ def _rows(group: str) -> list[dict[str, Any]]:
             entry |= _describe(group, row.load())
         except CipherTuneError as error:
             entry["error"] = str(error)
+        except Exception as error:
+            # A stranger's plugin may raise anything; the others are listed all the same.
+            entry["error"] = f"{type(error).__name__}: {error}"
         rows.append(entry)
+    return rows
+
+
+def _plugin_rows() -> list[dict[str, Any]]:
+    """As ``_rows``, with whether a plugin manager takes each; ``CIPHERTUNE_PLUGINS`` may leave some out."""
+    from ciphertune.plugins import PluginManager
+
+    manager = PluginManager()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the table says it
+        manager.load_installed()
+    rows = _rows(registry.PLUGINS)
+    for row in rows:
+        row["error"] = row["error"] or manager.failed.get(row["name"])
+        row["active"] = row["name"] in manager.names()
     return rows
 
 
@@ -88,9 +107,12 @@ def transports(as_json: bool) -> None:
 @_json_option
 def plugins(as_json: bool) -> None:
     """Installed hook plugins and the hooks they use."""
-    rows = _rows(registry.PLUGINS)
+    rows = _plugin_rows()
     if as_json:
         print_json(rows)
         return
-    table = [(row["name"], row["error"] or "\n".join(row["hooks"]), row["package"]) for row in rows]
-    print_table("Plugins", ["name", "hooks", "package"], table)
+    table = []
+    for row in rows:
+        state = "active" if row["active"] else "cannot be loaded" if row["error"] else "off (CIPHERTUNE_PLUGINS)"
+        table.append((row["name"], state, row["error"] or "\n".join(row["hooks"]), row["package"]))
+    print_table("Plugins", ["name", "state", "hooks", "package"], table)
