@@ -15,7 +15,7 @@ from ciphertune.bench.train import bench_train
 def measure(repeat: int) -> dict[str, Any]:
     kernels = {
         "2048³": bench_kernel("mlwe", 2048, 2048, 2048, repeat),
-        "2048³, 24 bits both ways": bench_kernel("mlwe?request_bits=24&reply_bits=24", 2048, 2048, 2048, repeat),
+        "2048³, 24-bit requests": bench_kernel("mlwe?request_bits=24", 2048, 2048, 2048, repeat),
         "K = 768": bench_kernel("mlwe", 2048, 768, 768, repeat),
         "K = 8192": bench_kernel("mlwe", 512, 8192, 1024, repeat),
     }
@@ -24,19 +24,19 @@ def measure(repeat: int) -> dict[str, Any]:
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     k, step = found["kernels"], found["step"]
-    cube, packed = k["2048³"], k["2048³, 24 bits both ways"]
+    cube, packed = k["2048³"], k["2048³, 24-bit requests"]
     errors = [math.log2(k[name]["relative_rms_error_quantized_weight"]) for name in ("K = 768", "K = 8192")]
     return [
         ("evaluate / plaintext float32, T = K = N = 2048", f"{cube['evaluate_ratio']:.2f}", "≤ 1.8"),
         ("encrypt + evaluate + decrypt / plaintext, same shape", f"{cube['total_ratio']:.2f}", "≤ 3.5"),
-        ("the same with 24 bits both ways", f"{packed['evaluate_ratio']:.2f} and {packed['total_ratio']:.2f}", ""),
+        ("the same with 24-bit requests", f"{packed['evaluate_ratio']:.2f} and {packed['total_ratio']:.2f}", ""),
         (
             "relative error against the int8 weight, K = 768 / K = 8192",
             f"2^{errors[0]:.1f} / 2^{errors[1]:.1f}",
             "≤ 2^-11 / 2^-8",
         ),
         (
-            "bytes a value at T = 2048, 24 bits both ways, up / down",
+            "bytes a value at T = 2048, 24-bit requests, up / down",
             f"{packed['bytes_up_per_value']:.2f} / {packed['bytes_down_per_value']:.2f}",
             "≤ 3.1 / 5.0",
         ),

@@ -141,7 +141,7 @@ def test_doctor_names_the_kernel() -> None:
     assert "kernel" in invoke("doctor").output
 
 
-@pytest.mark.parametrize("to", ["clear", "simulation?seed=1", "mlwe", "mlwe?request_bits=24&reply_bits=24"])
+@pytest.mark.parametrize("to", ["clear", "simulation?seed=1", "mlwe", "mlwe?request_bits=24&body_bits=24"])
 def test_bench_kernel_gives_one_complete_object(to: str) -> None:
     sizes = ["--tokens", "200", "--in-features", "96", "--out-features", "80", "--repeat", "2"]
     result = json.loads(invoke("bench", "kernel", "--to", to, *sizes, "--json").output)
@@ -158,7 +158,8 @@ def test_bench_kernel_gives_one_complete_object(to: str) -> None:
         assert result["security_bits"] == 133.4
         bytes_per_value = 3 if "request_bits=24" in to else 4
         assert result["bytes_up"] == 200 * 96 * bytes_per_value + 32
-        assert result["bytes_down"] == (1280 + 200) * 80 * 3
+        body_bytes = 3 if "body_bits=24" in to else 2
+        assert result["bytes_down"] == (3 * 1280 + body_bytes * 200) * 80
     assert "encrypt" in invoke("bench", "kernel", "--to", to, *sizes).output
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ciphertune.errors import ProtocolError
 from ciphertune_mlwe import kernels, native, worker
 from ciphertune_mlwe.kernels import KERNELS, choose_kernel
 from ciphertune_mlwe.planes import compose, low_bits, split
@@ -171,32 +172,35 @@ def test_the_chosen_kernel_is_exact_and_a_saturating_one_is_never_chosen(monkeyp
 
 
 def reference_product(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, reply_planes: int
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, reply_planes: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``W a`` and ``W b`` mod 2^32 in int64, rounded to the top digits."""
 
-    def one(planes: torch.Tensor) -> torch.Tensor:
+    def one(planes: torch.Tensor, kept: int) -> torch.Tensor:
         count = planes.shape[1]
         shifts = torch.tensor([256 ** (4 - count + i) for i in range(count)])
         values = (planes.long() * shifts[:, None]).sum(1)
         total = weight.long() @ values  # wraps mod 2^64, which 2^32 divides
-        unit = 256 ** (4 - reply_planes)
-        carry = sum(128 * 256**i for i in range(4 - reply_planes))
-        return torch.div(total + carry, unit, rounding_mode="floor") % 256**reply_planes
+        unit = 256 ** (4 - kept)
+        carry = sum(128 * 256**i for i in range(4 - kept))
+        return torch.div(total + carry, unit, rounding_mode="floor") % 256**kept
 
-    return one(a), one(b)
+    return one(a, reply_planes[0]), one(b, reply_planes[1])
 
 
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("request_bits", [24, 32])
-@pytest.mark.parametrize("reply_bits", [16, 24, 32])
+@pytest.mark.parametrize(
+    ("reply_bits", "body_bits"), [(16, None), (24, None), (32, None), (24, 16), (32, 16), (32, 24)]
+)
 @pytest.mark.parametrize("weight_bits", [8, 16])
 def test_evaluation_is_bit_exact(
     portable: bool,
     direction: str,
     request_bits: int,
     reply_bits: int,
+    body_bits: int | None,
     weight_bits: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -212,7 +216,8 @@ def test_evaluation_is_bit_exact(
     dtype, top = (torch.int8, 127) if weight_bits == 8 else (torch.int16, 32639)
     weight = torch.randint(-top, top + 1, (rows, features), dtype=dtype)
     weight[0], weight[:, 0] = top, -top
-    half = worker.MLWEWorker({"parameters": "mlwe-1280", "request_bits": request_bits, "reply_bits": reply_bits}, CPU)
+    fields = {"parameters": "mlwe-1280", "request_bits": request_bits, "reply_bits": reply_bits}
+    half = worker.MLWEWorker(fields if body_bits is None else {**fields, "body_bits": body_bits}, CPU)
     matrix = weight if direction == "forward" else weight.t()
     seed = torch.arange(32, dtype=torch.uint8)
     b = torch.randint(-128, 128, (matrix.shape[1], request_bits // 8, tokens), dtype=torch.int8)
@@ -220,15 +225,22 @@ def test_evaluation_is_bit_exact(
     nbytes = 4 * 1280
     stream = expand(bytes(range(32)), 0, matrix.shape[1], nbytes, np.empty(room(matrix.shape[1] * nbytes), np.uint8))
     a = torch.from_numpy(stream.copy()).view(torch.int8).view(matrix.shape[1], 4, 1280)
-    planes = reply_bits // 8
+    planes = reply_bits // 8, (body_bits or reply_bits) // 8
     digits = [matrix]
     if weight_bits == 16:
         low = (matrix.long() + 128) % 256 - 128
         digits = [low, (matrix.long() - low) // 256]
     parts = [reference_product(digit, a, b, planes) for digit in digits]
-    for name, want in zip(("a", "b"), map(torch.cat, zip(*parts, strict=True)), strict=True):
-        got = (reply[name].long() * torch.tensor([256**i for i in range(planes)])[:, None]).sum(1) % 256**planes
+    for name, kept, want in zip(("a", "b"), planes, map(torch.cat, zip(*parts, strict=True)), strict=True):
+        got = (reply[name].long() * torch.tensor([256**i for i in range(kept)])[:, None]).sum(1) % 256**kept
         assert torch.equal(got, want), name
+
+
+@pytest.mark.parametrize("body_bits", [8, 20, 32, "16", None, True, [16]])
+def test_a_worker_refuses_body_bits_that_no_client_sends(body_bits: object) -> None:
+    fields = {"parameters": "mlwe-1280", "request_bits": 32, "reply_bits": 24, "body_bits": body_bits}
+    with pytest.raises(ProtocolError, match="body_bits"):
+        worker.MLWEWorker(fields, CPU)
 
 
 def test_the_two_halves_do_not_load_each_other() -> None:

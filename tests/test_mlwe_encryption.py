@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ciphertune.backend import LinearMap
+from ciphertune.bench.kernel import bench_kernel
 from ciphertune.errors import KeyFileError, PrecisionError, ReplyError, SecurityError, SelectionError
 from ciphertune_mlwe import MLWEBackend, native
 from ciphertune_mlwe.client import MLWEClient
@@ -22,25 +23,37 @@ from ciphertune_mlwe.params import PARAMETER_SETS
 
 CPU = torch.device("cpu")
 SECRET = bytes(range(32))
+PRECISIONS = [(16, 16), (24, 16), (24, 24), (32, 16), (32, 24), (32, 32)]
+"""What replies may keep of the mask and of the body."""
 ENGINES: list[type[Engine]] = [TensorEngine] + ([NativeEngine] if native.library() is not None else [])
 
 
 def make(engine: type[Engine] | None = None, **options: str) -> tuple[MLWEBackend, Any, Any]:
-    """A backend with both halves, optionally on one particular engine."""
+    """A backend with both halves; on one particular engine with a key that does not change from run to run."""
     backend = MLWEBackend.from_text(options)
     client = backend.client(CPU)
     if engine is not None:
-        client._engine = engine(MasterKey.generate(backend.parameters), CPU)  # type: ignore[attr-defined]
+        client._engine = engine(MasterKey(backend.parameters, SECRET), CPU)  # type: ignore[attr-defined]
     return backend, client, MLWEBackend.worker(client.open_fields(), {}, CPU)
 
 
-def problem(tokens: int, features: int, outputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, LinearMap]:
-    """Random activations, int8 weights and their map."""
-    generator = torch.Generator().manual_seed(seed)
+def problem(
+    tokens: int, features: int, outputs: int, weight_bits: int = 8
+) -> tuple[torch.Tensor, torch.Tensor, LinearMap]:
+    """Random activations, integer weights and their map."""
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, features, generator=generator)
-    weight = torch.randint(-127, 128, (outputs, features), dtype=torch.int8, generator=generator)
+    top, dtype = (127, torch.int8) if weight_bits == 8 else (32639, torch.int16)
+    weight = torch.randint(-top, top + 1, (outputs, features), dtype=dtype, generator=generator)
     norm = float(torch.linalg.vector_norm(weight.double(), dim=1).max())
     return x, weight, LinearMap("layer (forward)", "forward", features, outputs, norm)
+
+
+def negacyclic(a: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """The product modulo X^256 + 1 in int64, all in the order that ciphertexts keep coefficients in."""
+    full = np.convolve(np.concatenate([a[0::2], a[1::2]]), np.concatenate([s[0::2], s[1::2]]))
+    product = full[:256] - np.append(full[256:], 0)
+    return np.stack([product[:128], product[128:]], axis=1).reshape(-1)
 
 
 def run(client: Any, worker: Any, x: torch.Tensor, weight: torch.Tensor, linear_map: LinearMap) -> torch.Tensor:
@@ -53,12 +66,15 @@ def run(client: Any, worker: Any, x: torch.Tensor, weight: torch.Tensor, linear_
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("params", list(PARAMETER_SETS))
-@pytest.mark.parametrize(("request_bits", "reply_bits"), [(32, 32), (32, 24), (24, 24), (32, 16)])
+@pytest.mark.parametrize("request_bits", [24, 32])
+@pytest.mark.parametrize(("reply_bits", "body_bits"), PRECISIONS)
+@pytest.mark.parametrize("weight_bits", [8, 16])
 def test_measured_noise_is_the_declared_noise(
-    engine: type[Engine], params: str, request_bits: int, reply_bits: int
+    engine: type[Engine], params: str, request_bits: int, reply_bits: int, body_bits: int, weight_bits: int
 ) -> None:
-    backend, client, worker = make(engine, params=params, request_bits=str(request_bits), reply_bits=str(reply_bits))
-    x, weight, linear_map = problem(300, 200, 150)
+    bits = {"request_bits": request_bits, "reply_bits": reply_bits, "body_bits": body_bits, "weight_bits": weight_bits}
+    backend, client, worker = make(engine, params=params, **{name: str(value) for name, value in bits.items()})
+    x, weight, linear_map = problem(300, 200, 150, weight_bits)
     y = run(client, worker, x, weight, linear_map).double()
     exact = x.double() @ weight.double().t()
     scale = backend.noise.token_scale(x, linear_map)
@@ -68,7 +84,59 @@ def test_measured_noise_is_the_declared_noise(
     norms = torch.linalg.vector_norm(weight.double(), dim=1)
     declared = (backend.noise.input_variance * norms**2 + backend.noise.returned_variance).mean() + rounding
     assert 0.93 < (encoded.square().mean() / declared).item() < 1.07
-    assert abs(encoded.mean().item()) < 5 * declared.sqrt().item() / np.sqrt(encoded.numel())
+    # Balanced digits are not quite symmetric: what is rounded away has a mean of 1/500 of the kept digits' unit.
+    assert abs(encoded.mean().item()) < 6.5 * declared.sqrt().item() / np.sqrt(encoded.numel())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("request_bits", [24, 32])
+@pytest.mark.parametrize(("reply_bits", "body_bits"), [(32, 16), (32, 24)])
+def test_what_rounding_the_body_adds(engine: type[Engine], request_bits: int, reply_bits: int, body_bits: int) -> None:
+    bits = {"request_bits": str(request_bits), "reply_bits": str(reply_bits), "body_bits": str(body_bits)}
+    backend, client, worker = make(engine, **bits)
+    x, weight, linear_map = problem(300, 200, 150)
+    sent = client.encrypt(x, linear_map)
+    reply = worker.evaluate(worker.prepare(weight), "forward", sent.buffers)
+    _, whole, fuller = make(engine, request_bits=str(request_bits), reply_bits="32", body_bits="32")
+    exact = whole.decrypt(fuller.evaluate(fuller.prepare(weight), "forward", sent.buffers), sent.state, linear_map)
+    added = (client.decrypt(reply, sent.state, linear_map).double() - exact) * sent.state.scale[:, None]
+    # Both decryptions round to float32, which adds at most this.
+    rounding = 2 * (exact * sent.state.scale[:, None]).double().square().mean().item() * 2.0**-48 / 3
+    assert added.square().mean().item() == pytest.approx(backend.noise.output_variance, rel=0.07, abs=rounding)
+
+
+@pytest.mark.parametrize(
+    ("options", "mask", "body"),
+    [
+        ({}, 3, 2),
+        ({"reply_bits": "16"}, 2, 2),
+        ({"reply_bits": "32"}, 4, 2),
+        ({"body_bits": "24"}, 3, 3),
+        ({"reply_bits": "32", "body_bits": "32"}, 4, 4),
+        ({"weight_bits": "16"}, 3, 3),
+        ({"weight_bits": "16", "reply_bits": "32"}, 4, 4),
+        ({"weight_bits": "16", "body_bits": "16"}, 3, 2),
+    ],
+)
+def test_bytes_of_a_reply(options: dict[str, str], mask: int, body: int) -> None:
+    backend, client, worker = make(**options)
+    x, weight, linear_map = problem(300, 40, 30, backend.weight_bits)
+    sent = client.encrypt(x, linear_map)
+    reply = worker.evaluate(worker.prepare(weight), "forward", sent.buffers)
+    rows = 30 * backend.weight_bits // 8
+    assert reply["a"].nbytes == rows * mask * 1280
+    assert reply["b"].nbytes == rows * body * 300
+    exact = x.double() @ weight.double().t()
+    y = client.decrypt(reply, sent.state, linear_map)
+    assert ((y - exact).square().mean().sqrt() / exact.square().mean().sqrt()) < 2**-8
+
+
+def test_the_defaults_cost_far_less_precision_than_the_weights_rounding() -> None:
+    for features, worst in ((768, 2**-11), (8192, 2**-8)):
+        eight = bench_kernel("mlwe", 64, features, 64, 1)
+        assert eight["relative_rms_error_quantized_weight"] < worst
+        assert eight["relative_rms_error_quantized_weight"] < eight["relative_rms_error"] / 6
+        assert bench_kernel("mlwe?weight_bits=16", 64, features, 64, 1)["relative_rms_error"] < worst / 2
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -84,13 +152,13 @@ def test_tokens_that_reach_the_bound_do_not_wrap(engine: type[Engine]) -> None:
     assert ((y - exact).abs()[64:128].amax() / exact[64:128].abs().amax()) < 1e-4
 
 
-@pytest.mark.parametrize("scale", [1e-35, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("scale", [1e-32, 1e-20, 1e20, 1e30])
 def test_tokens_of_any_magnitude_keep_their_precision(scale: float) -> None:
     _, client, worker = make()
     x, weight, linear_map = problem(5, 64, 32)
     exact = (x * scale).double() @ weight.double().t()
     y = run(client, worker, x * scale, weight, linear_map).double()
-    assert (y - exact).square().mean().sqrt() <= 1e-3 * exact.square().mean().sqrt() + 1e-33
+    assert (y - exact).square().mean().sqrt() <= 2e-3 * exact.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 255, 256, 257, 600])
@@ -127,9 +195,19 @@ def test_both_engines_make_the_same_ciphertexts(params: str, planes: int, tokens
     one = portable.encrypt(x, scale, bytes(32), SECRET, planes)
     two = compiled.encrypt(x, scale, bytes(32), SECRET, planes)
     assert torch.equal(one, two)
-    a = torch.randint(-128, 128, (29, planes, key.parameters.dimension), dtype=torch.int8)
-    b = torch.randint(-128, 128, (29, planes, tokens), dtype=torch.int8)
-    torch.testing.assert_close(portable.decrypt(a, b, scale), compiled.decrypt(a, b, scale), rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+@pytest.mark.parametrize("params", list(PARAMETER_SETS))
+@pytest.mark.parametrize(("reply_bits", "body_bits"), PRECISIONS)
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_both_engines_decrypt_to_the_same_bits(params: str, reply_bits: int, body_bits: int, tokens: int) -> None:
+    key = MasterKey(PARAMETER_SETS[params], SECRET)
+    torch.manual_seed(tokens)
+    unit = torch.rand(tokens, dtype=torch.float64)
+    a = torch.randint(-128, 128, (29, reply_bits // 8, key.parameters.dimension), dtype=torch.int8)
+    b = torch.randint(-128, 128, (29, body_bits // 8, tokens), dtype=torch.int8)
+    assert torch.equal(TensorEngine(key, CPU).decrypt(a, b, unit), NativeEngine(key, CPU).decrypt(a, b, unit))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -146,6 +224,29 @@ def test_known_answers(engine: type[Engine], params: str, digest: str) -> None:
     scale = torch.arange(1, 301, dtype=torch.float64) * 1000.5
     b = engine(key, CPU).encrypt(x, scale, bytes(range(32, 64)), bytes(range(64, 96)), 4)
     assert hashlib.sha256(b.numpy().tobytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("reply_bits", "body_bits"), PRECISIONS)
+def test_decryption_is_exact_integer_arithmetic(engine: type[Engine], reply_bits: int, body_bits: int) -> None:
+    key, tokens = MasterKey(PARAMETER_SETS["mlwe-1280"], SECRET), 260
+    generator = torch.Generator().manual_seed(reply_bits + body_bits)
+    a = torch.randint(-128, 128, (3, reply_bits // 8, 1280), dtype=torch.int8, generator=generator)
+    b = torch.randint(-128, 128, (3, body_bits // 8, tokens), dtype=torch.int8, generator=generator)
+
+    def lifted(planes: torch.Tensor) -> np.ndarray:
+        powers = torch.tensor([256 ** (4 - planes.shape[1] + i) for i in range(planes.shape[1])])
+        return (planes.long() * powers[:, None]).sum(1).numpy()
+
+    masks = np.zeros((3, 512), dtype=np.int64)
+    ring = lifted(a).reshape(3, 5, 256)
+    for block in range(2):
+        secret = key.secret_block(block).long().numpy()
+        for row, part in np.ndindex(3, 5):
+            masks[row, block * 256 : (block + 1) * 256] += negacyclic(ring[row, part], secret[part])
+    phase = (lifted(b) - masks[:, :tokens] + 2**31) % 2**32 - 2**31
+    y = engine(key, CPU).decrypt(a, b, torch.ones(tokens, dtype=torch.float64))
+    assert torch.equal(y.t(), torch.from_numpy(phase).to(torch.float32))
 
 
 def test_every_ciphertext_has_a_fresh_seed_and_fresh_errors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +296,7 @@ def test_ciphertexts_look_uniform_whatever_the_message(engine: type[Engine]) -> 
 
 def test_secrets_are_in_no_buffer_repr_or_pickle() -> None:
     key = MasterKey(PARAMETER_SETS["mlwe-1280"], SECRET)
-    client = MLWEClient(key, MLWEBackend().noise, 32, 24, 1, CPU)
+    client = MLWEClient(key, MLWEBackend().noise, 32, 24, 16, 1, CPU)
     x, _, linear_map = problem(300, 64, 8)
     message = client.encrypt(x, linear_map)
     crossing = b"".join(t.contiguous().numpy().tobytes() for t in message.buffers.values())
@@ -276,7 +377,7 @@ def test_a_client_with_a_saved_key_decrypts_what_another_with_it_sent(tmp_path: 
     assert wrong / exact.square().mean().sqrt() > 1
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "dtype", "planes"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "dtype", "planes", "body planes"])
 def test_replies_that_cannot_belong_to_the_request(damage: str) -> None:
     _, client, worker = make()
     x, weight, linear_map = problem(10, 50, 20)
@@ -288,6 +389,9 @@ def test_replies_that_cannot_belong_to_the_request(damage: str) -> None:
         reply["b"] = reply["b"][:, :, :-1]
     elif damage == "dtype":
         reply["b"] = reply["b"].to(torch.int16)
+    elif damage == "body planes":
+        # As a worker answers that does not know the option.
+        reply["b"] = torch.zeros(20, 3, 10, dtype=torch.int8)
     else:
         reply["a"] = reply["a"][:, :2]
     with pytest.raises(ReplyError, match=r"layer \(forward\): expected buffer"):
@@ -308,7 +412,16 @@ def test_products_beyond_the_precision_of_32_bits_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"request_bits": "20"}, {"params": "mlwe-1"}, {"pad_tokens": "0"}, {"weight_bits": "4"}, {"colour": "1"}],
+    [
+        {"request_bits": "20"},
+        {"body_bits": "20"},
+        {"body_bits": "32"},
+        {"body_bits": "24", "reply_bits": "16"},
+        {"params": "mlwe-1"},
+        {"pad_tokens": "0"},
+        {"weight_bits": "4"},
+        {"colour": "1"},
+    ],
 )
 def test_wrong_options(options: dict[str, str]) -> None:
     with pytest.raises(SelectionError, match=next(iter(options))):
@@ -317,10 +430,7 @@ def test_wrong_options(options: dict[str, str]) -> None:
 
 def test_sixteen_bit_weights_are_as_exact_as_eight_bit_ones() -> None:
     _, client, worker = make(weight_bits="16")
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(-32639, 32640, (40, 60), dtype=torch.int16, generator=generator)
-    x = torch.randn(20, 60, generator=generator)
-    norm = float(torch.linalg.vector_norm(weight.double(), dim=1).max())
-    y = run(client, worker, x, weight, LinearMap("layer", "forward", 60, 40, norm))
+    x, weight, linear_map = problem(20, 60, 40, weight_bits=16)
+    y = run(client, worker, x, weight, linear_map)
     exact = x.double() @ weight.double().t()
     assert ((y - exact).square().mean().sqrt() / exact.square().mean().sqrt()) < 2**-11

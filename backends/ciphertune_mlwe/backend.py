@@ -22,8 +22,12 @@ class MLWEOptions:
         params: parameter set.
         request_bits: bits kept of every ciphertext value sent; 24 saves a quarter of the upload and rounds
             activations to about 9 bits at 768 features.
-        reply_bits: bits kept of every value that comes back.
-        weight_bits: how workers hold weights, per output channel; 16 doubles evaluation and what comes back.
+        reply_bits: bits kept of every value of the mask that comes back, whose rounding the secret multiplies.
+        body_bits: bits kept of every value of the body that comes back, one a token and output, at most
+            ``reply_bits``. If not given: 16 with 8-bit weights, whose own rounding is far larger, and
+            ``reply_bits`` with 16-bit weights.
+        weight_bits: how workers hold weights, per output channel; 16 doubles evaluation and more than doubles what
+            comes back.
         pad_tokens: round the number of tokens up to a multiple of this, to hide the exact one.
         key: key file to use, made if it does not exist; a key of this process alone if not given.
     """
@@ -31,6 +35,7 @@ class MLWEOptions:
     params: Literal["mlwe-1280", "mlwe-1536"] = "mlwe-1280"
     request_bits: Literal[24, 32] = 32
     reply_bits: Literal[16, 24, 32] = 24
+    body_bits: Literal[16, 24, 32] | None = None
     weight_bits: Literal[8, 16] = 8
     pad_tokens: int = 1
     key: str | None = None
@@ -38,6 +43,23 @@ class MLWEOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.pad_tokens <= 1 << 16:
             raise SelectionError(f"option pad_tokens={self.pad_tokens} must be between 1 and 65536")
+        if self.body_bits is not None and self.body_bits > self.reply_bits:
+            raise SelectionError(
+                f"option body_bits={self.body_bits} must not be more than reply_bits={self.reply_bits}: "
+                "the mask's rounding is the larger error, so raise reply_bits first"
+            )
+
+    @property
+    def kept_body_bits(self) -> int:
+        """Bits kept of the body: ``body_bits``, or what stands for it."""
+        if self.body_bits is not None:
+            return self.body_bits
+        return 16 if self.weight_bits == 8 else self.reply_bits
+
+
+def _squared_unit(bits: int) -> float:
+    """The square of what one unit is worth where so many bits of the modulus are kept."""
+    return 4.0 ** (MODULUS_BITS - bits)
 
 
 class MLWEBackend(Backend):
@@ -74,16 +96,16 @@ class MLWEBackend(Backend):
     def noise(self) -> NoiseModel:
         """Errors of encryption and of rounding both ways, in units of ciphertext values mod 2^32.
 
-        A fresh value carries the error, the rounding of the message and that to ``request_bits``. Rounding a reply
-        to ``reply_bits`` adds 1/12 of the squared unit for b' and, through a ternary secret of variance 2/3, n/18
-        for a'.
+        A fresh value carries the error and its rounding, with the message's, to ``request_bits``. Rounding a reply adds
+        1/12 of the squared unit of ``body_bits`` for b', less what is a multiple of the request's unit already, and,
+        through a ternary secret of variance 2/3, n/18 of that of ``reply_bits`` for a'.
         """
-        p = self.parameters
-        sent = 4.0 ** (MODULUS_BITS - self.options.request_bits) if self.options.request_bits < MODULUS_BITS else 0.0
-        returned = 4.0 ** (MODULUS_BITS - self.options.reply_bits)
-        rounding = returned * (1 / 12 + p.dimension / 18) if self.options.reply_bits < MODULUS_BITS else 0.0
-        received = ERROR_VARIANCE + 1 / 12 + sent / 12
-        return NoiseModel(2.0 ** (MODULUS_BITS - 1), received, rounding, self.options.weight_bits // 8)
+        o = self.options
+        sent = _squared_unit(o.request_bits)
+        received = ERROR_VARIANCE + sent / 12
+        body = max(_squared_unit(o.kept_body_bits) - sent, 0.0) / 12
+        mask = (_squared_unit(o.reply_bits) - 1) * self.parameters.dimension / 18
+        return NoiseModel(2.0 ** (MODULUS_BITS - 1), received, mask + body, o.weight_bits // 8)
 
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half with the key file's key, or a fresh one. Raises ``KeyFileError``."""
@@ -98,7 +120,7 @@ class MLWEBackend(Backend):
         else:
             key = MasterKey.generate(self.parameters)
             key.save(o.key)
-        return MLWEClient(key, self.noise, o.request_bits, o.reply_bits, o.pad_tokens, device)
+        return MLWEClient(key, self.noise, o.request_bits, o.reply_bits, o.kept_body_bits, o.pad_tokens, device)
 
     @classmethod
     def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> WorkerHalf:

@@ -42,7 +42,8 @@ class MLWEClient(ClientHalf[EncryptionState]):
     Args:
         key: the secret key.
         noise: the error model of the chosen options.
-        request_bits, reply_bits: bits kept of every value that travels up and down.
+        request_bits: bits kept of every value that travels up.
+        reply_bits, body_bits: bits kept of every value of the mask and of the body that come back.
         pad_tokens: the number of tokens sent is rounded up to a multiple of this, to hide the exact one.
         device: where encryption and decryption run.
     """
@@ -53,6 +54,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         noise: NoiseModel,
         request_bits: int,
         reply_bits: int,
+        body_bits: int,
         pad_tokens: int,
         device: torch.device,
     ) -> None:
@@ -60,6 +62,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         self._noise = noise
         self._request_bits = request_bits
         self._reply_bits = reply_bits
+        self._body_bits = body_bits
         self._pad = pad_tokens
         self._device = device
         self._engine = make_engine(key, device)
@@ -70,6 +73,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
             "parameters": self._parameters.name,
             "request_bits": self._request_bits,
             "reply_bits": self._reply_bits,
+            "body_bits": self._body_bits,
         }
 
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[EncryptionState]:
@@ -91,9 +95,9 @@ class MLWEClient(ClientHalf[EncryptionState]):
     def decrypt(self, reply: Buffers, state: EncryptionState, linear_map: LinearMap) -> Tensor:
         """See ``ClientHalf.decrypt``."""
         digits = self._noise.digits
-        rows, planes = digits * linear_map.out_features, self._reply_bits // 8
-        a = self._expect(reply, "a", (rows, planes, self._parameters.dimension), linear_map)
-        b = self._expect(reply, "b", (rows, planes, state.sent), linear_map)
+        rows = digits * linear_map.out_features
+        a = self._expect(reply, "a", (rows, self._reply_bits // 8, self._parameters.dimension), linear_map)
+        b = self._expect(reply, "b", (rows, self._body_bits // 8, state.sent), linear_map)
         y = self._engine.decrypt(a, b, 1.0 / state.scale)[: state.tokens]
         return y if digits == 1 else torch.add(*y.tensor_split(2, dim=1), alpha=256)
 

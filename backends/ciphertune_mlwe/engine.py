@@ -79,8 +79,8 @@ class Engine(abc.ABC):
         """Phases times a unit per token.
 
         Args:
-            a: (rows, planes, n) int8.
-            b: (rows, planes, tokens) int8.
+            a: (rows, planes, n) int8, the top digits of values mod 2^32.
+            b: (rows, planes, tokens) int8, as a; maybe of fewer digits.
             unit: (tokens,) float64, what one 2^-32 of the modulus is worth.
 
         Returns:
@@ -119,16 +119,17 @@ class TensorEngine(Engine):
 
     def decrypt(self, a: Tensor, b: Tensor, unit: Tensor) -> Tensor:
         """See ``Engine.decrypt``."""
-        rows, planes, tokens = b.shape
+        rows, _, tokens = b.shape
+        a_lift, b_lift = (8 * (PLANES - part.shape[1]) for part in (a, b))
         secrets = self.secrets(tokens)
         out = torch.empty(rows, tokens, dtype=torch.float32, device=self.device)
         with self._busy:
             for start, stop in self._chunks(rows, len(secrets)):
                 mask = low_bits(self._ring.inner(self._values(a[start:stop]), secrets, self._scratch))[:, :tokens]
                 body = self._scratch.get("body", (stop - start, tokens), torch.float64)
-                # Lifting to the top of 32 bits makes wrap-around the centred remainder.
-                phase = low_bits(compose(b[start:stop], body)).sub_(mask).bitwise_left_shift_(8 * (PLANES - planes))
-                out[start:stop] = phase * unit
+                # Lifting both to the top of 32 bits makes wrap-around the centred remainder.
+                phase = low_bits(compose(b[start:stop], body)).bitwise_left_shift_(b_lift)
+                out[start:stop] = phase.sub_(mask.bitwise_left_shift_(a_lift)) * unit
         return out.t()
 
     def close(self) -> None:
@@ -225,20 +226,22 @@ class NativeEngine(Engine):
     def decrypt(self, a: Tensor, b: Tensor, unit: Tensor) -> Tensor:
         """See ``Engine.decrypt``."""
         a, b, unit = a.contiguous(), b.contiguous(), unit.contiguous()
-        rows, planes, tokens = b.shape
+        rows, b_planes, tokens = b.shape
+        a_planes = a.shape[1]
         secrets = self.secrets(tokens)
         y = torch.empty(tokens, rows, dtype=torch.float32)
 
         def task(start: int, stop: int) -> None:
             status = self._library.ct_decrypt(
-                native.pointer(a) + start * planes * self.parameters.dimension,
-                native.pointer(b) + start * planes * tokens,
+                native.pointer(a) + start * a_planes * self.parameters.dimension,
+                native.pointer(b) + start * b_planes * tokens,
                 native.pointer(secrets),
                 native.pointer(unit),
                 self.parameters.rank,
                 tokens,
                 stop - start,
-                planes,
+                a_planes,
+                b_planes,
                 native.pointer(y) + start * y.element_size(),
                 rows,
             )

@@ -56,9 +56,14 @@ class MLWEWorker(WorkerHalf):
             raise ProtocolError(f"unknown parameter set; known: {', '.join(PARAMETER_SETS)}")
         if fields.get("request_bits") not in REQUEST_BITS or fields.get("reply_bits") not in REPLY_BITS:
             raise ProtocolError(f"request_bits must be one of {REQUEST_BITS} and reply_bits one of {REPLY_BITS}")
+        # Clients from before the option expect one precision for the whole reply.
+        body_bits = fields.get("body_bits", fields["reply_bits"])
+        if body_bits not in REPLY_BITS or body_bits > fields["reply_bits"]:
+            raise ProtocolError(f"body_bits must be one of {REPLY_BITS} and not more than reply_bits")
         self._dimension = PARAMETER_SETS[name].dimension
         self._request_planes = int(fields["request_bits"]) // 8
         self._reply_planes = int(fields["reply_bits"]) // 8
+        self._body_planes = int(body_bits) // 8
         self._device = device
         self._kernel: Kernel = KERNELS[choose_kernel(device)[0]]
         self._scratch = Scratch(device)
@@ -81,15 +86,16 @@ class MLWEWorker(WorkerHalf):
         """See ``WorkerHalf.evaluate``.
 
         Returns:
-            ``a`` (rows, planes, n) and ``b`` (rows, planes, tokens) int8; rows are the outputs, once per weight digit.
+            ``a`` (rows, planes, n) and ``b`` (rows, planes, tokens) int8, each with as many planes as the client asked
+            for; rows are the outputs, once per weight digit.
         """
         digits = prepared.digits if direction == "forward" else tuple(digit.t() for digit in prepared.digits)
         rows, features = digits[0].shape
         seed, b = self._read(request, features)
-        shape = (len(digits) * rows, self._reply_planes)
+        shapes = {"a": (self._reply_planes, self._dimension), "b": (self._body_planes, b.shape[2])}
         reply = {
-            "a": torch.empty(*shape, self._dimension, dtype=torch.int8, device=self._device),
-            "b": torch.empty(*shape, b.shape[2], dtype=torch.int8, device=self._device),
+            name: torch.empty(len(digits) * rows, *shape, dtype=torch.int8, device=self._device)
+            for name, shape in shapes.items()
         }
         with self._lock:
             public = self._public(seed, features)

@@ -32,13 +32,14 @@ class SimulationOptions:
     Attributes:
         of: the backend to simulate; it must declare a noise model.
         seed: of the simulated noise; the same seed and the same sequence of products give the same results.
-        request_bits, reply_bits, weight_bits, params: handed on to the simulated backend.
+        request_bits, reply_bits, body_bits, weight_bits, params: handed on to the simulated backend.
     """
 
     of: str = "mlwe"
     seed: int = 0
     request_bits: int | None = None
     reply_bits: int | None = None
+    body_bits: int | None = None
     weight_bits: Literal[8, 16] | None = None
     params: str | None = None
 
@@ -122,7 +123,7 @@ class SimulationBackend(Backend):
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
-        handed = ("request_bits", "reply_bits", "weight_bits", "params")
+        handed = ("request_bits", "reply_bits", "body_bits", "weight_bits", "params")
         given = {name: value for name in handed if (value := getattr(self.options, name)) is not None}
         backend: type[Backend] = registry.load(registry.BACKENDS, self.options.of)
         self._simulated = backend.from_text(given)

@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL | None:
         *(_INT, _INT, _INT, _INT, _INT, _POINTER),
     ]
     loaded.ct_encrypt.restype = ctypes.c_int
-    loaded.ct_decrypt.argtypes = [*(_POINTER,) * 4, *(_INT,) * 4, _POINTER, _INT]
+    loaded.ct_decrypt.argtypes = [*(_POINTER,) * 4, *(_INT,) * 5, _POINTER, _INT]
     loaded.ct_decrypt.restype = ctypes.c_int
     loaded.ct_combine.argtypes = [_POINTER, _POINTER, *(_INT,) * 4, _POINTER, *(_INT,) * 4]
     loaded.ct_init()

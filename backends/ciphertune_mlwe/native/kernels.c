@@ -241,11 +241,11 @@ CLONES int ct_encrypt(const int8_t *a, const uint8_t *noise, int64_t noise_bytes
 
 /* y = centred(b - <a, s>) * unit for `rows` features, the phase counted in units of 2^-32 of the modulus.
  *
- * a (rows, planes, rank * DEGREE) and b (rows, planes, tokens) int8; unit (tokens) double
+ * a (rows, a_planes, rank * DEGREE) and b (rows, b_planes, tokens) int8: top digits; unit (tokens) double
  * y first feature's column of (tokens, y_stride) float
  */
 CLONES int ct_decrypt(const int8_t *a, const int8_t *b, const complex64x2 *secrets, const double *unit, int64_t rank,
-                      int64_t tokens, int64_t rows, int64_t planes, float *y, int64_t y_stride) {
+                      int64_t tokens, int64_t rows, int64_t a_planes, int64_t b_planes, float *y, int64_t y_stride) {
     int64_t n = rank * DEGREE, blocks = (tokens + DEGREE - 1) / DEGREE;
     size_t values_size = padded(sizeof(cvec) * HALF * rank), z_size = padded(sizeof(cvec) * HALF);
     size_t line_size = padded(sizeof(int32_t) * n);
@@ -256,20 +256,21 @@ CLONES int ct_decrypt(const int8_t *a, const int8_t *b, const complex64x2 *secre
     cvec *values = (cvec *)memory, *z = (cvec *)(memory + values_size);
     int32_t *line = (int32_t *)(memory + values_size + z_size);
     int32_t *body = (int32_t *)(memory + values_size + z_size + line_size);
-    int lift = 32 - 8 * (int)planes;
+    int a_lift = 32 - 8 * (int)a_planes, b_lift = 32 - 8 * (int)b_planes;
     for (int64_t row = 0; row < rows; row += LANES) {
         int count = rows - row < LANES ? (int)(rows - row) : LANES;
-        transform_rows(a + row * planes * n, planes * n, (int)planes, (int)rank, count, line, values);
+        transform_rows(a + row * a_planes * n, a_planes * n, (int)a_planes, (int)rank, count, line, values);
         for (int64_t j = 0; j < blocks; j++) {
             inner_block(values, secrets + j * rank * HALF, (int)rank, z);
             const double *flat = (const double *)z;
             int64_t width = tokens - j * DEGREE < DEGREE ? tokens - j * DEGREE : DEGREE;
             for (int lane = 0; lane < count; lane++) {
                 int32_t *phase = body + lane * DEGREE;
-                compose(b + (row + lane) * planes * tokens + j * DEGREE, tokens, (int)planes, width, phase);
-                /* Lifting to the top of 32 bits makes wrap-around the centred remainder. */
+                compose(b + (row + lane) * b_planes * tokens + j * DEGREE, tokens, (int)b_planes, width, phase);
+                /* Lifting both to the top of 32 bits makes wrap-around the centred remainder. */
                 for (int64_t t = 0; t < width; t++)
-                    phase[t] = (int32_t)(((uint32_t)phase[t] - (uint32_t)low_bits(flat[t * LANES + lane])) << lift);
+                    phase[t] = (int32_t)(((uint32_t)phase[t] << b_lift) -
+                                         ((uint32_t)low_bits(flat[t * LANES + lane]) << a_lift));
             }
             for (int64_t t = 0; t < width; t++) {
                 double u = unit[j * DEGREE + t];
