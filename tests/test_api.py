@@ -19,12 +19,14 @@ PUBLIC = [
     "Share",
     "VetoError",
     "hookimpl",
+    "load_client",
     "outsource",
     "outsourced_layers",
     "plugin_manager",
     "restore",
     "session_of",
     "share",
+    "split",
     "validate",
 ]
 HOOKS = {

@@ -330,9 +330,9 @@ def test_a_refused_opening_drops_the_link_and_the_keys(register: Any) -> None:
         name = "watched"
 
         def connect(self, *arguments: Any) -> Any:
-            link = super().connect(*arguments)
+            (link,) = super().connect(*arguments)
             link.close = lambda: closed.append("link")
-            return link
+            return [link]
 
     register(registry.BACKENDS, Refusing)
     register(registry.TRANSPORTS, Watched)

@@ -1,14 +1,19 @@
 """The documentation's code runs, its commands exist, and its links lead somewhere."""
 
+import contextlib
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from ciphertune import plugin_manager
+from ciphertune import plugin_manager, registry, session_of
+from ciphertune.bundle import load_worker, split
 from ciphertune.cli import cli
+from ciphertune.service import Service
+from ciphertune.worker import Worker
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
@@ -21,16 +26,38 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
-def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Any]
+) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     try:
-        for number, code in enumerate(blocks(page, "python"), 1):
-            exec(compile(code, f"{page.name}, block {number}", "exec"), namespace)
+        with workers(tiny("llama")) if page.name == "remote.md" else contextlib.nullcontext("") as addresses:
+            for number, code in enumerate(blocks(page, "python"), 1):
+                here = code.replace("10.0.0.5:5555,10.0.0.6:5555", addresses)
+                exec(compile(here, f"{page.name}, block {number}", "exec"), namespace)
+            if addresses:
+                session_of(namespace["model"]).close()
     finally:
         manager = plugin_manager()
         if "audit" in manager.names():
             manager.unregister(manager._manager.get_plugin("audit"))
+
+
+@contextlib.contextmanager
+def workers(model: Any) -> Iterator[str]:
+    """What remote.md takes for granted: a bundle and keys in this folder, and two workers."""
+    split(model, "bundle")
+    transport = registry.load(registry.TRANSPORTS, "zmq")
+    transport.make_keys(Path("keys"), ("client",), worker=True)
+    service = Service(Worker(load_worker("bundle/worker")))
+    listeners = [transport.listen(service, "127.0.0.1:*", {"curve": "keys"}) for _ in range(2)]
+    try:
+        yield ",".join(listener.address for listener in listeners)
+    finally:
+        for listener in listeners:
+            listener.close()
+        service.close()
 
 
 def test_commands_in_the_documentation_exist() -> None:

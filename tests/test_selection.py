@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
@@ -146,8 +147,8 @@ def test_local_takes_no_endpoint() -> None:
 
 def test_local_is_not_served_and_needs_a_worker() -> None:
     transport = choose("clear").transport
-    with pytest.raises(SelectionError):
-        transport.serve(Worker(WeightStore()), "x")
+    with pytest.raises(SelectionError, match="local transport cannot serve"):
+        type(transport).listen(None, "x", {})  # type: ignore[arg-type]
     with pytest.raises(TransportError):
         transport.connect((), None)
 
@@ -165,13 +166,10 @@ class FarTransport(Transport):
     remote = True
     worker: Worker
 
-    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> Link:
+    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> Sequence[Link]:
         assert endpoints == ("host:1",)
         assert worker is None, "weights were handed to a remote transport"
         return choose("clear?wire=1").transport.connect((), self.worker)
-
-    def serve(self, worker: Handler, address: str) -> None:
-        raise NotImplementedError
 
 
 @pytest.mark.parametrize("backend", ["clear", "simulation"])
@@ -191,10 +189,10 @@ def test_remote_worker(register: Any, to: str) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
     expected = model(x).detach()
-    FarTransport.worker = Worker(WeightStore({"0": quantize(model[0].weight, choose(to).backend.weight_bits)}))
+    FarTransport.worker = Worker(WeightStore.of({"0": quantize(model[0].weight, choose(to).backend.weight_bits)}))
     ciphertune.outsource(model, to)
     torch.testing.assert_close(model(x).detach(), expected, rtol=0.05, atol=0.05)
-    assert FarTransport.worker.stats.requests == 2
+    assert FarTransport.worker.stats.requests == 4, "hello, manifest, open and the product"
     with pytest.raises(OutsourcedWeightError, match="other machines"):
         ciphertune.restore(model)
     assert ciphertune.share(model).layers == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import pytest
@@ -14,16 +15,34 @@ from torch import nn
 import ciphertune
 from ciphertune import registry
 from ciphertune.errors import PluginError, ProtocolError, UnknownLayerError, WorkerError
-from ciphertune.protocol import ERROR_CODES, KINDS, Message, pack, unpack
+from ciphertune.protocol import ERROR_CODES, KINDS, Message, error_message, pack, unpack
 from ciphertune.session import Session, choose
-from ciphertune.weights import LayerWeight, WeightStore, describe, group_map, quantize
-from ciphertune.worker import Worker
+from ciphertune.weights import (
+    DIGEST_ROWS,
+    LayerWeight,
+    WeightStore,
+    describe,
+    group_map,
+    quantize,
+    read_manifest,
+)
+from ciphertune.worker import SessionLimits, Worker
 
 
 def weights() -> dict[str, LayerWeight]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"q": (4, 6), "k": (2, 6), "out": (6, 4)}
     return {name: quantize(torch.randn(*shape, generator=generator), None) for name, shape in shapes.items()}
+
+
+def stored() -> WeightStore:
+    """q and k one below the other, out alone."""
+    held, store = weights(), WeightStore()
+    store.add(
+        [describe(name, held[name]).shard() for name in ("q", "k")], torch.cat([held["q"].codes, held["k"].codes])
+    )
+    store.add([describe("out", held["out"]).shard()], held["out"].codes)
+    return store
 
 
 def ask(worker: Worker, kind: str, fields: Any = None, **buffers: torch.Tensor) -> Message:
@@ -37,7 +56,7 @@ def opening(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def worker() -> Worker:
-    return Worker(WeightStore(weights()))
+    return Worker(stored())
 
 
 @pytest.fixture
@@ -51,11 +70,11 @@ def test_hello_and_manifest(worker: Worker) -> None:
     assert hello.fields["versions"] == [1, 1]
     assert {"clear", "mlwe"} <= set(hello.fields["backends"])
     assert (hello.fields["device"], hello.fields["layers"]) == ("cpu", 3)
-    assert ask(worker, "manifest").fields["layers"] == [
-        {"name": "q", "shape": [4, 6], "dtype": "float32"},
-        {"name": "k", "shape": [2, 6], "dtype": "float32"},
-        {"name": "out", "shape": [6, 4], "dtype": "float32"},
-    ]
+    blocks = read_manifest(ask(worker, "manifest").fields["blocks"])
+    held = [[describe(name, weights()[name]).shard() for name in block] for block in (("q", "k"), ("out",))]
+    assert blocks == held
+    other = Worker(WeightStore.of(weights()))
+    assert other.handle(Message("hello")).fields["holdings"] != hello.fields["holdings"], "other blocks"
 
 
 def test_products_of_groups_and_single_layers(worker: Worker, session: str) -> None:
@@ -175,7 +194,7 @@ def ciphertext(**changes: Any) -> dict[str, torch.Tensor]:
     ],
 )
 def test_ciphertexts_that_do_not_fit(buffers: dict[str, torch.Tensor], code: str | None) -> None:
-    worker = Worker(WeightStore({"a": quantize(torch.randn(4, 6), 8)}))
+    worker = Worker(WeightStore.of({"a": quantize(torch.randn(4, 6), 8)}))
     public = {"parameters": "mlwe-1280", "request_bits": 32, "reply_bits": 24}
     session = ask(worker, "open", {"backend": "mlwe", "groups": [["a"]], "public": public}).fields["session"]
     reply = ask(worker, "evaluate", {"session": session, "unit": 0, "direction": "forward"}, **buffers)
@@ -198,7 +217,7 @@ PLAIN = st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5) | s
     ),
 )
 def test_every_message_is_answered(kind: str, fields: dict[str, Any]) -> None:
-    reply = Worker(WeightStore(weights())).handle(Message(kind, fields))
+    reply = Worker(stored()).handle(Message(kind, fields))
     assert reply.kind in ("ok", "error")
     if reply.kind == "error":
         assert reply.fields["code"] in ERROR_CODES
@@ -255,18 +274,59 @@ def test_a_plugin_that_cannot_be_imported_at_the_worker(
 def test_error_replies_become_worker_errors() -> None:
     net = ciphertune.outsource(nn.Sequential(nn.Linear(4, 4)), "clear")
     session = ciphertune.session_of(net)
-    session._id = "another"
-    with pytest.raises(WorkerError, match="not open") as caught:
+    session.worker.handle = lambda request, peer="": error_message("quota", "enough for today")  # type: ignore
+    with pytest.raises(WorkerError, match=r"embedded worker refused .* 'evaluate': enough for today") as caught:
         net(torch.randn(1, 4))
-    assert caught.value.code == "unknown-session"
+    assert caught.value.code == "quota"
+
+
+def test_a_session_that_the_worker_forgot_is_opened_again() -> None:
+    net = ciphertune.outsource(nn.Sequential(nn.Linear(4, 4)), "clear")
+    session, x = ciphertune.session_of(net), torch.randn(1, 4)
+    expected = net(x)
+    session.worker._sessions.clear()
+    assert torch.equal(net(x), expected)
+    assert (session.traffic.requests, session.traffic.retries) == (2, 1)
+
+
+def test_a_session_serves_only_the_client_that_opened_it(worker: Worker) -> None:
+    opened = worker.handle(Message("open", opening()), "alice").fields["session"]
+    request = Message("evaluate", {"session": opened, "unit": 0, "direction": "forward"}, {"x": torch.randn(2, 6)})
+    assert worker.handle(request, "bob").fields["code"] == "unknown-session"
+    assert worker.handle(Message("close", {"session": opened}), "bob").fields["code"] == "unknown-session"
+    assert worker.handle(request, "alice").kind == "ok"
+
+
+def test_sessions_are_limited_and_expire() -> None:
+    worker = Worker(stored(), limits=SessionLimits(sessions=2, all_sessions=3, idle_seconds=0.05))
+    fields = {"backend": "clear", "groups": [["q"]], "public": {}}
+    assert [worker.handle(Message("open", fields), "alice").kind for _ in range(3)] == ["ok", "ok", "error"]
+    assert worker.handle(Message("open", fields), "bob").kind == "ok"
+    assert worker.handle(Message("open", fields), "carol").fields["code"] == "quota"
+    assert worker.expire() == 0
+    time.sleep(0.06)
+    assert (worker.expire(), worker.sessions) == (3, 0)
+    assert worker.handle(Message("open", fields), "carol").kind == "ok"
+
+
+def test_a_worker_that_holds_something_else_says_so(worker: Worker) -> None:
+    reply = ask(worker, "open", {**opening(), "holdings": "0" * 64})
+    assert reply.fields["code"] == "holdings"
+
+
+def test_sessions_with_equal_parameters_share_what_was_prepared(worker: Worker) -> None:
+    first, second = (ask(worker, "open", opening()).fields["session"] for _ in range(2))
+    units = [worker._sessions[name].units for name in (first, second)]
+    assert all(a is b for a, b in zip(*units, strict=True))
 
 
 def test_a_layer_that_the_worker_does_not_hold() -> None:
     held = quantize(torch.randn(4, 6), 8)
-    worker = Worker(WeightStore({"here": held}))
-    with pytest.raises(WorkerError, match="no layer named 'elsewhere'") as caught:
+    worker = Worker(WeightStore.of({"here": held}))
+    with pytest.raises(UnknownLayerError, match="elsewhere: no worker has it"):
         Session(choose("mlwe"), [describe("elsewhere", held)], [(0,)], worker, torch.device("cpu"))
-    assert caught.value.code == "unknown-layer"
+    reply = worker.handle(Message("open", {"backend": "clear", "groups": [["elsewhere"]], "public": {}}))
+    assert reply.fields["code"] == "unknown-layer"
 
 
 def network() -> nn.Module:
@@ -343,26 +403,45 @@ def test_norm_bounds_of_groups(sizes: list[int], k: int, seed: int) -> None:
 
 def test_digests_tell_weights_apart() -> None:
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    digests = {describe("a", quantize(weight * factor, bits)).digest for factor in (1, 2, -1) for bits in (8, 16, None)}
+    digests = {
+        describe("a", quantize(weight * factor, bits)).digest() for factor in (1, 2, -1) for bits in (8, 16, None)
+    }
     assert len(digests) == 9
-    assert describe("a", quantize(weight, 8)).digest == describe("b", quantize(weight.clone(), 8)).digest
+    assert describe("a", quantize(weight, 8)).digest() == describe("b", quantize(weight.clone(), 8)).digest()
+
+
+def test_digests_of_rows_are_those_of_a_layer_of_these_rows() -> None:
+    held = quantize(torch.randn(3 * DIGEST_ROWS + 5, 4), 8)
+    assert held.scale is not None
+    info = describe("a", held)
+    for start, stop in ((0, 64), (64, 192), (128, 197), (192, 197)):
+        part = describe("a", LayerWeight(held.codes[start:stop], held.scale[start:stop]))
+        assert info.digest(start, stop) == part.digest() != info.digest()
 
 
 def test_the_store_holds_one_copy() -> None:
-    store = WeightStore(weights())
+    store = stored()
     assert store.nbytes == 4 * (24 + 12 + 24)
-    stacked = store.stack(("q", "k"))
-    assert store.stack(("q", "k")) is stacked
-    assert store["k"].codes.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+    stacked = store.matrix(("q", "k"))
+    assert store["k"].untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
     for name, weight in weights().items():
-        assert torch.equal(store[name].codes, weight.codes)
+        assert torch.equal(store[name], weight.codes)
     assert (list(store), len(store), "q" in store, "z" in store) == (["q", "k", "out"], 3, True, False)
     with pytest.raises(ValueError, match="held already"):
-        store.add("q", store["k"])
+        store.add([describe("q", weights()["q"]).shard()], weights()["q"].codes)
     with pytest.raises(UnknownLayerError):
         store["z"]
-    with pytest.raises(ProtocolError):
-        store.stack(("q", "out"))
+    for apart in (("q", "out"), ("k", "q"), ("q", "q")):
+        with pytest.raises(ProtocolError, match="do not lie one below the other"):
+            store.matrix(apart)
+
+
+def test_a_block_must_fit_what_is_said_of_it() -> None:
+    q, k = (describe(name, weights()[name]).shard() for name in ("q", "k"))
+    codes = torch.cat([weights()["q"].codes, weights()["k"].codes])
+    for shards, block in (([q], codes), ([q, k], codes[:-1]), ([q, k], codes.to(torch.int8)), ([q, q], codes)):
+        with pytest.raises(ValueError, match="announced|held already"):
+            WeightStore().add(shards, block)
 
 
 def test_clear_reports_that_it_protects_nothing() -> None:

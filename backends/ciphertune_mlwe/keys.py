@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-import stat
-import tempfile
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ciphertune.errors import KeyFileError
+from ciphertune.keyfile import read_key_file, write_key_file
 from ciphertune_mlwe.params import PARAMETER_SETS, ParameterSet
 from ciphertune_mlwe.prg import SEED_BYTES, ternary
 
@@ -49,25 +46,15 @@ class MasterKey:
         Raises:
             KeyFileError: missing, readable by others, damaged, or of another parameter set.
         """
-        file = Path(path)
+        content = read_key_file(path, _FORMAT)
         try:
-            mode = stat.S_IMODE(file.stat().st_mode)
-            text = file.read_text(encoding="ascii") if file.stat().st_size < 4096 else ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise KeyFileError(f"cannot read the key file {file}: {type(error).__name__}") from None
-        if os.name == "posix" and mode & 0o077:
-            raise KeyFileError(f"the key file {file} can be read by others (mode {mode:04o}): run chmod 600 {file}")
-        try:
-            content = json.loads(text)
-            form, name, secret = content["format"], content["parameters"], bytes.fromhex(content["secret"])
+            name, secret = content["parameters"], bytes.fromhex(content["secret"])
         except (ValueError, KeyError, TypeError):
-            raise KeyFileError(f"{file} is damaged or not a key file") from None
-        if form != _FORMAT:
-            raise KeyFileError(f"{file} has format {form!r}, expected {_FORMAT!r}")
+            raise KeyFileError(f"{path} is damaged or not a key file") from None
         if name != parameters.name:
             known = "" if name in PARAMETER_SETS else ", which this version does not know"
             raise KeyFileError(
-                f"{file} is a key of {name!r}{known}, not of {parameters.name!r}: say params={name} or use another file"
+                f"{path} is a key of {name!r}{known}, not of {parameters.name!r}: say params={name} or use another file"
             )
         return cls(parameters, secret)
 
@@ -77,24 +64,7 @@ class MasterKey:
         Raises:
             KeyFileError: the file exists or cannot be written; nothing half-written remains.
         """
-        file = Path(path)
-        content = {"format": _FORMAT, "parameters": self.parameters.name, "secret": self._secret.hex()}
-        try:
-            handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-        except OSError as error:
-            raise KeyFileError(f"cannot write a key file in {file.parent}: {type(error).__name__}") from None
-        try:
-            with os.fdopen(handle, "w", encoding="ascii") as stream:
-                json.dump(content, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.link(temporary, file)
-        except FileExistsError:
-            raise KeyFileError(f"{file} exists already; a key file is never overwritten") from None
-        except OSError as error:
-            raise KeyFileError(f"cannot write the key file {file}: {type(error).__name__}") from None
-        finally:
-            Path(temporary).unlink()
+        write_key_file(path, {"format": _FORMAT, "parameters": self.parameters.name, "secret": self._secret.hex()})
 
     def secret_block(self, index: int) -> Tensor:
         """Secret s_index as (rank, degree) float64 in {-1, 0, 1}."""

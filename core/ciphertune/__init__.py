@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ciphertune.bundle import load_client as load_client
+    from ciphertune.bundle import split as split
     from ciphertune.convert import (
         Share as Share,
     )
@@ -44,12 +46,14 @@ _HOMES = {
     "Share": "convert",
     "VetoError": "errors",
     "hookimpl": "plugins",
+    "load_client": "bundle",
     "outsource": "convert",
     "outsourced_layers": "convert",
     "plugin_manager": "plugins",
     "restore": "convert",
     "session_of": "convert",
     "share": "convert",
+    "split": "bundle",
     "validate": "convert",
 }
 __all__ = ["__version__", *sorted(_HOMES)]

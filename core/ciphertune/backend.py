@@ -159,6 +159,9 @@ class ClientHalf(abc.ABC, Generic[StateT]):
     def decrypt(self, reply: Buffers, state: StateT, linear_map: LinearMap) -> Tensor:
         """The product as float32 of shape (tokens, linear_map.out_features), of any strides.
 
+        One encrypted request may go to several workers that each hold some rows of the map it was encrypted for;
+        ``linear_map`` is then the part of the map that this reply is for.
+
         Raises:
             ReplyError: the reply cannot belong to the request.
         """
@@ -175,8 +178,8 @@ class WorkerHalf(abc.ABC):
     def prepare(self, weight: Tensor) -> Any:
         """Take a weight of shape (N, K): int8 or int16 codes, or float32 where ``weight_bits`` is None.
 
-        Called once per layer group; what it returns is handed to ``evaluate``. It should keep a reference
-        to ``weight`` rather than a copy, since all sessions share it.
+        What it returns is handed to ``evaluate``, also of other sessions that were opened with the same fields, so it
+        must hold nothing of this session. It should keep a reference to ``weight`` rather than a copy.
         """
 
     @abc.abstractmethod

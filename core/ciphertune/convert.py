@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import torch
 from torch import nn
 
 from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError, UnsupportedLayerError
@@ -13,7 +14,8 @@ from ciphertune.group import LayerGroup
 from ciphertune.layers import Candidate, LayerChoice, choose_layers, device_of, linear_layers, sibling_groups
 from ciphertune.linear import OutsourcedLinear
 from ciphertune.plugins import PluginManager, plugin_manager
-from ciphertune.session import Session, choose
+from ciphertune.session import Choice, Session, choose
+from ciphertune.transport import Handler
 from ciphertune.weights import LayerInfo, LayerWeight, WeightStore, describe, quantize
 from ciphertune.worker import Worker
 
@@ -47,30 +49,63 @@ def outsource(
     manager = plugins if plugins is not None else plugin_manager()
     choice = choose(to)
     chosen = choose_layers(model, layers, manager)
-    device = device_of(chosen)
+    sizes = [candidate.weight().shape[1] for candidate in chosen]
+    groups = sibling_groups(chosen, sizes) if choice.options.share_inputs else [(i,) for i in range(len(chosen))]
     store = WeightStore()
-    infos: list[LayerInfo] = []
-    for candidate in chosen:
-        try:
-            weight = quantize(candidate.weight(), choice.backend.weight_bits)
-        except UnsupportedLayerError as error:
-            raise UnsupportedLayerError(f"{candidate.name} cannot be outsourced: {error}") from error
-        infos.append(describe(candidate.name, weight))
+    infos: dict[int, LayerInfo] = {}
+    for group in groups:
+        weights = [_quantized(chosen[i], choice) for i in group]
+        infos |= {i: describe(chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)}
         if not choice.transport.remote:
-            store.add(candidate.name, weight)
-    formats = [(info.in_features, info.weight_bits) for info in infos]
-    groups = sibling_groups(chosen, formats) if choice.options.share_inputs else [(i,) for i in range(len(chosen))]
+            codes = [weight.codes for weight in weights]
+            store.add([infos[i].shard() for i in group], codes[0] if len(codes) == 1 else torch.cat(codes))
+    device = device_of(chosen)
+    worker = None if choice.transport.remote else Worker(store, device)
+    return attach(model, chosen, [infos[i] for i in range(len(chosen))], groups, choice, worker, device, manager)
+
+
+def attach(
+    model: ModelT,
+    chosen: Sequence[Candidate],
+    infos: Sequence[LayerInfo],
+    groups: Sequence[tuple[int, ...]],
+    choice: Choice,
+    worker: Handler | None,
+    device: torch.device,
+    plugins: PluginManager,
+) -> ModelT:
+    """Open a session and put outsourced layers in the place of linear ones.
+
+    Args:
+        model: changed in place once the session is open; on any error it is as before.
+        chosen: its layers to replace, whose weights may be on the meta device.
+        infos: of each of them, in order.
+        groups: layers evaluated together, as indices; every layer is in exactly one.
+        choice: from ``choose``.
+        worker: the embedded worker, for a transport that stays in this process.
+        device: where the client encrypts and decrypts, and where the layers say their weight is.
+        plugins: hook plugins.
+
+    Raises:
+        PrecisionError, TransportError, WorkerError: as ``outsource``.
+    """
     # Members of a group are also units of their own, for models in which siblings turn out to differ in input.
     units = list(dict.fromkeys([*groups, *((i,) for group in groups for i in group)]))
-    worker = None if choice.transport.remote else Worker(store, device)
-    session = Session(choice, infos, units, worker, device, manager)
+    session = Session(choice, infos, units, worker, device, plugins)
     _untie(model, chosen)
     for group in groups:
         handle = LayerGroup(session, units.index(group), [units.index((i,)) for i in group])
         for member, index in enumerate(group):
-            _replace(chosen[index], infos[index], handle, member)
+            _replace(chosen[index], infos[index], handle, member, device)
     _refuse_full_save(model)
     return model
+
+
+def _quantized(candidate: Candidate, choice: Choice) -> LayerWeight:
+    try:
+        return quantize(candidate.weight(), choice.backend.weight_bits)
+    except UnsupportedLayerError as error:
+        raise UnsupportedLayerError(f"{candidate.name} cannot be outsourced: {error}") from error
 
 
 def restore(model: ModelT) -> ModelT:
@@ -90,7 +125,8 @@ def restore(model: ModelT) -> ModelT:
     for parent in list(model.modules()):
         for attribute, module in list(parent._modules.items()):
             if isinstance(module, OutsourcedLinear):
-                setattr(parent, attribute, _clear_linear(module, held[module.group.session][module.name]))
+                codes = held[module.group.session][module.name]
+                setattr(parent, attribute, _clear_linear(module, LayerWeight(codes, module.info.scale)))
                 if getattr(parent, "fan_in_fan_out", False):
                     # The peft adapter of what was a Conv1D would merge into its layout.
                     parent.fan_in_fan_out = False  # type: ignore[assignment]
@@ -160,10 +196,10 @@ def _sessions(model: nn.Module) -> list[Session]:
     return list(sessions)
 
 
-def _replace(candidate: Candidate, info: LayerInfo, group: LayerGroup, member: int) -> None:
+def _replace(candidate: Candidate, info: LayerInfo, group: LayerGroup, member: int, device: torch.device) -> None:
     old = candidate.module
-    bias = old._parameters.get("bias")
-    new = OutsourcedLinear(info.name, info.in_features, info.out_features, bias, group, member, candidate.weight())
+    like = torch.empty(0, dtype=candidate.weight().dtype, device=device)
+    new = OutsourcedLinear(info, old._parameters.get("bias"), group, member, like)
     setattr(candidate.parent, candidate.attribute, new.train(old.training))
 
 

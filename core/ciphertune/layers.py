@@ -64,8 +64,13 @@ def is_conv1d(module: nn.Module) -> bool:
     return utilities is not None and isinstance(module, utilities.Conv1D)
 
 
-def linear_layers(model: nn.Module) -> list[Candidate]:
-    """Every linear layer of a model that is not an adapter's own, in module order."""
+def linear_layers(model: nn.Module, *, allow_meta: bool = False) -> list[Candidate]:
+    """Every linear layer of a model that is not an adapter's own, in module order.
+
+    Args:
+        model: any module.
+        allow_meta: take layers without weights, on the meta device, as well.
+    """
     head = _output_head(model)
     shared = _shared_weights(model)
     parameters = list(model.parameters())
@@ -83,12 +88,16 @@ def linear_layers(model: nn.Module) -> list[Candidate]:
         elif mixed and weight.requires_grad:
             stays = "it is being trained"
         name = path.removeprefix(_PEFT_PREFIX) if hasattr(model, "peft_config") else path
-        found.append(Candidate(name, parent, attribute, module, _obstacle(module, parent, mixed), stays))
+        found.append(Candidate(name, parent, attribute, module, _obstacle(module, parent, mixed, allow_meta), stays))
     return found
 
 
 def choose_layers(
-    model: nn.Module, choice: LayerChoice | Iterable[LayerChoice] | None, plugins: PluginManager
+    model: nn.Module,
+    choice: LayerChoice | Iterable[LayerChoice] | None,
+    plugins: PluginManager,
+    *,
+    allow_meta: bool = False,
 ) -> list[Candidate]:
     """The layers that a caller means.
 
@@ -97,13 +106,14 @@ def choose_layers(
         choice: None for every layer that has no reason to stay, unless a plugin chooses; ``"all"`` for every layer
             that can be outsourced, output head included; or names, patterns, types and predicates.
         plugins: asked when choice is None.
+        allow_meta: take layers without weights, on the meta device, as well.
 
     Raises:
         UnknownLayerError: a name or pattern matches nothing.
         UnsupportedLayerError: a layer named exactly cannot be outsourced.
         NothingOutsourcedError: nothing is left.
     """
-    candidates = linear_layers(model)
+    candidates = linear_layers(model, allow_meta=allow_meta)
     possible = [c for c in candidates if c.obstacle is None]
     if choice is None:
         free = [c for c in possible if c.stays is None]
@@ -190,14 +200,14 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {identity for identity, count in places.items() if count > 1}
 
 
-def _obstacle(module: nn.Module, parent: nn.Module, mixed: bool) -> str | None:
+def _obstacle(module: nn.Module, parent: nn.Module, mixed: bool, allow_meta: bool) -> str | None:
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"{type(module).__name__} is a linear layer with a behaviour of its own"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention computes with its weights directly"
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if weight.is_meta:
+    if weight.is_meta and not allow_meta:
         return "its weight is on the meta device: load the model first"
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight has dtype {weight.dtype}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ciphertune.errors import InputError, OutsourcedWeightError
 from ciphertune.group import LayerGroup
+from ciphertune.weights import LayerInfo
 
 # What a module tree may ask of a weight without wanting its values.
 _METADATA = frozenset(
@@ -126,15 +127,14 @@ class OutsourcedLinear(nn.Linear):
     but it holds no weight: ``weight`` is an empty buffer that says so when used.
 
     Args:
-        name: dotted path of the layer, for messages.
-        in_features: K.
-        out_features: N.
+        info: what is known of the layer.
         bias: the original bias of shape (N,), which stays here, or None.
         group: the handle on the session's unit that this layer belongs to.
         member: position of this layer in the group.
         like: a tensor whose device and dtype the layer reports as its weight's.
 
     Attributes:
+        info: name, sizes, scale and norms of the layer.
         in_features, out_features: as in ``nn.Linear``.
     """
 
@@ -143,21 +143,20 @@ class OutsourcedLinear(nn.Linear):
 
     def __init__(
         self,
-        name: str,
-        in_features: int,
-        out_features: int,
+        info: LayerInfo,
         bias: nn.Parameter | None,
         group: LayerGroup,
         member: int,
         like: Tensor,
     ) -> None:
         nn.Module.__init__(self)
-        self.name = name
-        self.in_features = in_features
-        self.out_features = out_features
+        self.info = info
+        self.name = info.name
+        self.in_features = info.in_features
+        self.out_features = info.out_features
         self.group = group
         self.member = member
-        self.register_buffer("weight", AbsentWeight.make(name, like), persistent=False)
+        self.register_buffer("weight", AbsentWeight.make(info.name, like), persistent=False)
         self.register_parameter("bias", bias)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 - the name nn.Linear uses

@@ -24,7 +24,19 @@ VERSION = 1
 OLDEST_VERSION = 1
 
 KINDS = ("hello", "manifest", "open", "evaluate", "close", "stats", "ok", "error")
-ERROR_CODES = ("protocol", "version", "unknown-session", "unknown-layer", "plugin", "quota", "internal")
+ERROR_CODES = (
+    "protocol",
+    "version",
+    "unknown-session",
+    "unknown-layer",
+    "plugin",
+    "quota",
+    "busy",
+    "holdings",
+    "internal",
+)
+"""``busy`` asks to try again later or elsewhere; ``holdings`` says that the worker no longer holds what the client
+thinks it does; the others, but for ``unknown-session``, that the same request will fail again."""
 
 _DTYPES: dict[str, torch.dtype] = {
     "u1": torch.uint8,

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
 from torch.utils.data import DataLoader
 
+from ciphertune.bundle import load_client
+from ciphertune.bundle.client import is_client_folder
 from ciphertune.config import DataSection, TrainConfig
 from ciphertune.convert import outsource, session_of, share
 from ciphertune.errors import ConfigError
@@ -24,9 +26,9 @@ from ciphertune.workloads.language import (
     add_lora,
     batches_of,
     language_reference,
-    load_causal_model,
+    load_named_model,
+    load_tokenizer,
     rows_of,
-    smollm2_folder,
     split_articles,
 )
 
@@ -65,12 +67,15 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
     # Texts first: they are quickly read, and what is wrong with them should not wait for a model.
     texts = read_texts(config.data)
     say(f"Loading {config.model.name} …")
-    if config.model.name == "smollm2":
-        base, tokenizer = load_causal_model(str(smollm2_folder()), "SmolLM2-135M-Instruct.Q4_1.gguf")
+    client = is_client_folder(config.model.name)
+    if client and config.layers is not None:
+        raise ConfigError("layers were chosen when the model was split: leave 'layers' out")
+    if client:
+        base, tokenizer = load_client(config.model.name, config.to), load_tokenizer(config.model.name)
     else:
-        base, tokenizer = load_causal_model(config.model.name, config.model.gguf_file)
+        base, tokenizer = load_named_model(config.model.name, config.model.gguf_file)
     base.config.use_cache = False
-    train, held = _rows(texts, tokenizer, config.data)
+    train, held = split_rows(texts, tokenizer, config.data)
     lora = config.lora
     model = add_lora(
         base,
@@ -80,7 +85,8 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
     )
-    outsource(model, config.to, config.layers)
+    if not client:
+        outsource(model, config.to, config.layers)
     session = session_of(model)
     part = share(model)
     say(
@@ -165,8 +171,12 @@ def _field(line: str, name: str, path: Path, number: int) -> str:
     return value
 
 
-def _rows(texts: list[str], tokenizer: Any, data: DataSection) -> tuple[Tensor, Tensor]:
-    """Sequences to train on and to hold out, split by text where there are several."""
+def split_rows(texts: list[str], tokenizer: Any, data: DataSection) -> tuple[Tensor, Tensor]:
+    """Sequences to train on and to hold out, (rows, length) int64 each, split by text where there are several.
+
+    Raises:
+        ConfigError: the text does not fill one sequence.
+    """
     empty = torch.empty(0, data.length, dtype=torch.int64)
     if data.held_out == 0:
         train, held = rows_of(texts, tokenizer, data.length), empty

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -12,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ciphertune import registry
-from ciphertune.backend import Backend, Direction, LinearMap, SecurityStatement
-from ciphertune.errors import InputError, ReplyError, SecurityError, WorkerError
+from ciphertune.backend import Backend, Buffers, Direction, LinearMap, SecurityStatement
+from ciphertune.errors import InputError, ReplyError, SecurityError, SelectionError
+from ciphertune.fleet import Call, Fleet, Patience
+from ciphertune.placement import Piece
 from ciphertune.plugins import PluginManager, plugin_manager
 from ciphertune.protocol import Message
 from ciphertune.selection import Selection, build_options, split_options
-from ciphertune.transport import Handler, Transport
+from ciphertune.transport import Handler, Link, Transport
 from ciphertune.weights import LayerInfo, group_map
 
 
@@ -28,10 +32,25 @@ class SessionOptions:
     Attributes:
         allow_insecure: let a backend that does not encrypt send data out of this process.
         share_inputs: evaluate layers that read the same input (q/k/v, gate/up) as one product.
+        timeout, deadline, hedge, connect_timeout: seconds; see ``ciphertune.fleet.Patience``.
     """
 
     allow_insecure: bool = False
     share_inputs: bool = True
+    timeout: float = Patience.timeout
+    deadline: float = Patience.deadline
+    hedge: float = Patience.hedge
+    connect_timeout: float = Patience.connect_timeout
+
+    def __post_init__(self) -> None:
+        for name, least in (("timeout", 0.001), ("deadline", 0.001), ("hedge", 0.0), ("connect_timeout", 0.001)):
+            if not least <= getattr(self, name) < math.inf:
+                raise SelectionError(f"option {name}={getattr(self, name)} must be a number of seconds above 0")
+
+    @property
+    def patience(self) -> Patience:
+        """The times alone."""
+        return Patience(self.timeout, self.deadline, self.hedge, self.connect_timeout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +96,9 @@ class Exchange:
         layers: names of the layers it serves.
         direction: forward or backward.
         tokens: rows of the input.
-        bytes_up, bytes_down: buffer bytes sent and received.
+        requests: messages it took: one for every part of the layers that another worker holds.
+        retries: messages sent again, because a worker failed or was late.
+        bytes_up, bytes_down: buffer bytes sent and received, without those of retries.
         encrypt_seconds, wait_seconds, evaluate_seconds, decrypt_seconds: time by phase; waiting covers the
             transport and the worker, and evaluation is the part of it that the worker reports.
     """
@@ -85,6 +106,8 @@ class Exchange:
     layers: tuple[str, ...]
     direction: Direction
     tokens: int
+    requests: int = 0
+    retries: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     encrypt_seconds: float = 0.0
@@ -98,6 +121,7 @@ class Traffic:
     """Totals over the products of a session; fields as in ``Exchange``."""
 
     requests: int = 0
+    retries: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     encrypt_seconds: float = 0.0
@@ -107,10 +131,8 @@ class Traffic:
 
     def add(self, exchange: Exchange) -> None:
         """Count one exchange."""
-        self.requests += 1
         for field in dataclasses.fields(self):
-            if field.name != "requests":
-                setattr(self, field.name, getattr(self, field.name) + getattr(exchange, field.name))
+            setattr(self, field.name, getattr(self, field.name) + getattr(exchange, field.name))
 
     def since(self, earlier: Traffic) -> Traffic:
         """The difference to an earlier copy."""
@@ -160,12 +182,20 @@ class Session:
         self._client = choice.backend.client(device)
         self._counting = threading.Lock()
         self.closed = False
-        self._link = choice.transport.connect(choice.selection.endpoints, worker)
+        links: Sequence[Link] = ()
         try:
-            self._id = self._open()
+            links = choice.transport.connect(choice.selection.endpoints, worker)
+            opening = Message(
+                "open",
+                {"backend": choice.selection.backend, "public": dict(self._client.open_fields())},
+                self._client.evaluation_key(),
+            )
+            self._fleet = Fleet(links, self._members, opening, choice.options.patience)
         except BaseException:
-            self._client.close()
-            self._link.close()
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._client.close)
+                for link in links:
+                    stack.callback(link.close)
             raise
         self.plugins.observe("ciphertune_session_opened", session=self)
 
@@ -205,55 +235,92 @@ class Session:
         self.choice.backend.refuse_imprecise(linear_map)
         exchange = Exchange(tuple(layer.name for layer in self._members[unit]), direction, len(x))
         self.plugins.gate("ciphertune_before_request", exchange=exchange)
-        clock = time.perf_counter
-        start = clock()
-        encrypted = self._client.encrypt(x, linear_map)
-        encoded = clock()
-        request = Message("evaluate", {"session": self._id, "unit": unit, "direction": direction}, encrypted.buffers)
-        exchange.bytes_up = request.nbytes
-        reply = self._ask(request)
-        answered = clock()
-        exchange.bytes_down = reply.nbytes
-        y = self._client.decrypt(reply.buffers, encrypted.state, linear_map)
-        if y.shape != (len(x), linear_map.out_features):
-            raise ReplyError(f"{linear_map.label}: the reply decrypts to the wrong shape {tuple(y.shape)}")
-        exchange.encrypt_seconds = encoded - start
-        exchange.wait_seconds = answered - encoded
-        exchange.evaluate_seconds = _seconds(reply)
-        exchange.decrypt_seconds = clock() - answered
+        pieces = self._fleet.pieces(unit)
+        if direction == "forward":
+            y = self._forward(pieces, x, linear_map, exchange)
+        else:
+            y = self._backward(pieces, x, exchange)
         with self._counting:
             self.traffic.add(exchange)
         self.plugins.observe("ciphertune_after_reply", exchange=exchange)
         return y
 
     def close(self) -> None:
-        """Close the session at the worker, forget the keys and drop the link. Idempotent."""
-        if self.closed:
-            return
-        self.closed = True
+        """Close the session at the workers, forget the keys and drop the links. Idempotent."""
+        with self._counting:
+            if self.closed:
+                return
+            self.closed = True
         try:
-            self._ask(Message("close", {"session": self._id}))
+            self._fleet.close()
         finally:
             self._client.close()
-            self._link.close()
             self.plugins.observe("ciphertune_session_closed", session=self)
 
-    def _open(self) -> Any:
-        fields = {
-            "backend": self.choice.selection.backend,
-            "public": dict(self._client.open_fields()),
-            "groups": [[layer.name for layer in members] for members in self._members],
-        }
-        return self._ask(Message("open", fields, self._client.evaluation_key())).fields.get("session")
+    def _forward(self, pieces: Sequence[Piece], x: Tensor, whole: LinearMap, exchange: Exchange) -> Tensor:
+        """One ciphertext for all pieces, their outputs side by side."""
+        start = time.perf_counter()
+        encrypted = self._client.encrypt(x, whole)
+        exchange.encrypt_seconds += time.perf_counter() - start
+        with contextlib.ExitStack() as stack:
+            calls = [self._start(piece, "forward", encrypted.buffers, exchange, stack) for piece in pieces]
+            if len(pieces) == 1 and pieces[0].whole:
+                return self._finish(calls[0], encrypted.state, pieces[0].forward, len(x), exchange)
+            # Feature-major, as products come.
+            y = torch.empty(whole.out_features, len(x), dtype=torch.float32, device=self.device)
+            for piece, call in zip(pieces, calls, strict=True):
+                part = self._finish(call, encrypted.state, piece.forward, len(x), exchange).t()
+                row = 0
+                for segment in piece.segments:
+                    rows = segment.stop - segment.start
+                    y[segment.row : segment.row + rows] = part[row : row + rows]
+                    row += rows
+            return y.t()
 
-    def _ask(self, request: Message) -> Message:
-        reply = self._link.submit(request).result()
-        if reply.kind == "error":
-            code, text = reply.fields.get("code"), reply.fields.get("message")
-            raise WorkerError(f"the worker refused a request of kind {request.kind!r}: {text}", str(code))
-        if reply.kind != "ok":
-            raise ReplyError(f"the worker answered a {request.kind!r} request with {reply.kind!r}")
-        return reply
+    def _backward(self, pieces: Sequence[Piece], g: Tensor, exchange: Exchange) -> Tensor:
+        """A ciphertext for each piece's columns of g, their products summed."""
+        with contextlib.ExitStack() as stack:
+            calls = []
+            for piece in pieces:
+                start = time.perf_counter()
+                part = g
+                if not piece.whole:
+                    part = torch.cat([g[:, s.row : s.row + s.stop - s.start] for s in piece.segments], dim=1)
+                encrypted = self._client.encrypt(part, piece.backward)
+                exchange.encrypt_seconds += time.perf_counter() - start
+                call = self._start(piece, "backward", encrypted.buffers, exchange, stack)
+                calls.append((call, encrypted.state, piece))
+            parts = (self._finish(call, state, piece.backward, len(g), exchange) for call, state, piece in calls)
+            total = next(parts)
+            for part in parts:
+                total = total + part
+            return total
+
+    def _start(
+        self, piece: Piece, direction: Direction, buffers: Buffers, exchange: Exchange, stack: contextlib.ExitStack
+    ) -> Call:
+        start = time.perf_counter()
+        call = self._fleet.start(piece, {"direction": direction}, buffers)
+        stack.callback(call.forget)
+        exchange.wait_seconds += time.perf_counter() - start
+        exchange.requests += 1
+        exchange.bytes_up += sum(t.numel() * t.element_size() for t in buffers.values())
+        return call
+
+    def _finish(self, call: Call, state: Any, linear_map: LinearMap, tokens: int, exchange: Exchange) -> Tensor:
+        clock = time.perf_counter
+        start = clock()
+        reply = call.result()
+        answered = clock()
+        exchange.retries += call.attempts - 1
+        exchange.bytes_down += reply.nbytes
+        exchange.wait_seconds += answered - start
+        exchange.evaluate_seconds += _seconds(reply)
+        y = self._client.decrypt(reply.buffers, state, linear_map)
+        if y.shape != (tokens, linear_map.out_features):
+            raise ReplyError(f"{linear_map.label}: the reply decrypts to the wrong shape {tuple(y.shape)}")
+        exchange.decrypt_seconds += clock() - answered
+        return y
 
 
 def _seconds(reply: Message) -> float:

@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Protocol
 
-from ciphertune.protocol import Message
+from ciphertune.errors import SelectionError
+from ciphertune.protocol import Frame, Limits, Message
+from ciphertune.selection import build_options
 
 
 class Handler(Protocol):
-    """What serves requests: a ``ciphertune.worker.Worker``, or anything with its ``handle``."""
+    """What answers requests: a ``ciphertune.worker.Worker``, or anything with its ``handle``."""
 
-    def handle(self, request: Message) -> Message:
-        """Answer one request; never raises."""
+    def handle(self, request: Message, peer: str = ...) -> Message:
+        """Answer one request of the client known as ``peer``; never raises."""
+        ...
+
+
+Reply = Callable[[list[Frame], Callable[[], None]], None]
+"""Takes a reply's frames and what to call once they have left this process, or never will."""
+
+
+class Desk(Protocol):
+    """What a listener hands requests to: a ``ciphertune.service.Service``."""
+
+    limits: Limits
+    """What a listener need not take from a peer."""
+
+    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
+        """Take a request; ``reply`` is called once, from any thread. Never raises and never blocks for long."""
         ...
 
 
 class Link(abc.ABC):
-    """An open connection to the workers behind one selection. Safe to use from several threads."""
+    """An open connection to one worker. Safe to use from several threads.
+
+    Attributes:
+        name: where the worker is, for messages.
+    """
+
+    name: str = ""
 
     @abc.abstractmethod
     def submit(self, request: Message) -> Future[Message]:
         """Send a request; the future resolves to its reply.
 
-        The future raises ``TransportError`` (``TransportTimeoutError`` past the deadline). A reply of kind ``error``
-        is a result, not an exception: the session above turns it into one.
+        The future raises ``TransportError`` as soon as it is known that no reply will come over this connection: the
+        worker is gone, or was never there. It has no deadline of its own: whoever waits sets one, and cancels the
+        future to forget the request. A reply of kind ``error`` is a result, not an exception. After a failure the
+        link connects again by itself, and later requests may succeed.
         """
 
     @abc.abstractmethod
@@ -33,14 +59,33 @@ class Link(abc.ABC):
         """Drop the connection; pending futures fail with ``TransportError``. Idempotent."""
 
 
+class Listener(abc.ABC):
+    """A worker's open door.
+
+    Attributes:
+        address: what clients write after ``://``.
+    """
+
+    address: str = ""
+
+    @abc.abstractmethod
+    def close(self, linger: float = 0.0) -> None:
+        """Stop taking requests, give replies that are ready up to ``linger`` seconds to leave, and let go.
+
+        Idempotent.
+        """
+
+
 class Transport(abc.ABC):
     """A wire. Registered in ``ciphertune.transports``. Knows nothing of encryption or of what layers mean.
 
-    Subclasses set ``name``, ``Options`` (a frozen dataclass) and ``remote``.
+    Subclasses set ``name``, ``Options`` (a frozen dataclass), ``remote`` and, where they can serve, ``ServeOptions``.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    ServeOptions: ClassVar[type | None] = None
+    """Options of ``listen``, a frozen dataclass; None where workers cannot be served over this transport."""
     remote: ClassVar[bool] = True
     """Whether requests leave this process; a backend that does not encrypt then needs ``allow_insecure=1``."""
 
@@ -48,18 +93,36 @@ class Transport(abc.ABC):
         self.options: Any = options if options is not None else self.Options()
 
     @abc.abstractmethod
-    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> Link:
-        """Open a link.
+    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> Sequence[Link]:
+        """Open a link to every worker, without waiting for any of them.
 
         Args:
             endpoints: addresses from the selection string.
             worker: the embedded worker for a transport that is not remote, else None.
 
         Raises:
-            TransportError: no worker can be reached.
             SelectionError: the endpoints are not what this transport takes.
+            KeyFileError, SecurityError: the link cannot be made as safe as asked for.
         """
 
-    @abc.abstractmethod
-    def serve(self, worker: Handler, address: str) -> None:
-        """Serve ``worker`` at ``address`` until interrupted."""
+    @classmethod
+    def listen(cls, desk: Desk, address: str, options: Mapping[str, Any]) -> Listener:
+        """Serve at an address, on threads of the transport's own.
+
+        Args:
+            desk: where requests go.
+            address: in this transport's form.
+            options: text or values for ``ServeOptions``.
+
+        Raises:
+            SelectionError: this transport cannot serve, or the address or an option is wrong.
+            KeyFileError, SecurityError: it cannot be served as safely as asked for.
+            TransportError: the address cannot be used.
+        """
+        if cls.ServeOptions is None:
+            raise SelectionError(f"the {cls.name} transport cannot serve workers")
+        return cls._listen(desk, address, build_options(cls.ServeOptions, options))
+
+    @classmethod
+    def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:
+        raise NotImplementedError

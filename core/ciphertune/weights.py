@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,11 @@ _CODE_DTYPES = {8: torch.int8, 16: torch.int16}
 # 16-bit codes stop where two balanced base-256 digits do: 127 · 257.
 _LARGEST_CODE = {8: 127, 16: 32639}
 
+DIGEST_ROWS = 64
+"""Rows that one digest covers; workers hold layers whole or cut at multiples of it."""
+_CHUNK_VALUES = 1 << 22
+"""Values worked on at once, so that quantizing a large layer takes little memory beside it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
@@ -29,7 +35,7 @@ class LayerInfo:
         weight_bits: 8 or 16 for integer codes, None for float32.
         scale: (N,) float32, ``W = diag(scale) · codes``; None where the weight is float32.
         max_row_norm, max_column_norm: largest Euclidean norm of a row and of a column of the codes.
-        digest: SHA-256 of the codes and scales, hexadecimal.
+        row_digests: SHA-256 of codes and scales of every ``DIGEST_ROWS`` rows, one after the other.
     """
 
     name: str
@@ -39,12 +45,70 @@ class LayerInfo:
     scale: Tensor | None = dataclasses.field(repr=False)
     max_row_norm: float
     max_column_norm: float
+    row_digests: bytes = dataclasses.field(repr=False)
+
+    def digest(self, start: int = 0, stop: int | None = None) -> str:
+        """SHA-256, hexadecimal, that identifies rows start to stop, both at multiples of ``DIGEST_ROWS`` or the end.
+
+        A worker that holds these rows of this weight announces the same one.
+        """
+        size = hashlib.sha256().digest_size
+        last = self.out_features if stop is None else stop
+        part = self.row_digests[start // DIGEST_ROWS * size : -(-last // DIGEST_ROWS) * size]
+        return hashlib.sha256(part).hexdigest()
+
+    def shard(self, start: int = 0, stop: int | None = None) -> Shard:
+        """Rows start to stop of this layer, as a worker announces them."""
+        last = self.out_features if stop is None else stop
+        return Shard(
+            self.name, start, last, self.in_features, self.out_features, self.weight_bits, self.digest(start, last)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Rows of one layer that a worker holds; all of them, unless the layer is cut.
+
+    Attributes:
+        name: of the layer.
+        start, stop: rows of the layer's weight.
+        in_features, out_features, weight_bits: of the whole layer.
+        digest: as ``LayerInfo.digest`` of these rows.
+    """
+
+    name: str
+    start: int
+    stop: int
+    in_features: int
+    out_features: int
+    weight_bits: WeightBits | None
     digest: str
+
+    @property
+    def rows(self) -> int:
+        """How many rows these are."""
+        return self.stop - self.start
+
+    @classmethod
+    def read(cls, row: Any) -> Shard:
+        """From plain data that came from a peer or a file. Raises ``ProtocolError``."""
+        if not isinstance(row, Mapping):
+            raise ProtocolError("a manifest row is not a map")
+        name, digest, bits = row.get("name"), row.get("digest"), row.get("weight_bits")
+        numbers: list[Any] = [row.get(key) for key in ("start", "stop", "in_features", "out_features")]
+        if not isinstance(name, str) or not isinstance(digest, str) or bits not in (8, 16, None):
+            raise ProtocolError("a manifest row lacks its name, digest or weight format")
+        if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 1 << 31 for n in numbers):
+            raise ProtocolError(f"the manifest row of {name!r} has malformed sizes")
+        start, stop, k, n = numbers
+        if not (start < stop <= n and k > 0):
+            raise ProtocolError(f"the manifest row of {name!r} has rows {start} to {stop} of {n}")
+        return cls(name, start, stop, k, n, bits, digest)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerWeight:
-    """A weight as a worker holds it: codes of shape (N, K) and, for integer codes, one scale per output channel."""
+    """A quantized weight: codes of shape (N, K) and, for integer codes, one scale per output channel."""
 
     codes: Tensor
     scale: Tensor | None
@@ -66,37 +130,65 @@ def quantize(weight: Tensor, bits: WeightBits | None) -> LayerWeight:
     Raises:
         UnsupportedLayerError: the weight holds NaN or infinity.
     """
-    weight = weight.detach().to(torch.float32)
-    if not bool(torch.isfinite(weight).all()):
-        raise UnsupportedLayerError("the weight holds NaN or infinity")
-    if bits is None:
-        return LayerWeight(weight.contiguous().clone(), None)
-    top = float(_LARGEST_CODE[bits])
-    scale = weight.abs().amax(dim=1) / top
-    # An all-zero row, or one so small that its scale underflows, quantizes to zeros.
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    codes = torch.div(weight, scale[:, None]).round_().clamp_(-top, top).to(_CODE_DTYPES[bits])
+    weight = weight.detach()
+    rows = weight.shape[0]
+    codes = torch.empty(weight.shape, dtype=torch.float32 if bits is None else _CODE_DTYPES[bits], device=weight.device)
+    scale = None if bits is None else torch.empty(rows, device=weight.device)
+    for part in _chunks(weight):
+        values = weight[part].to(torch.float32)
+        if not bool(torch.isfinite(values).all()):
+            raise UnsupportedLayerError("the weight holds NaN or infinity")
+        if bits is None or scale is None:
+            codes[part] = values
+            continue
+        top = float(_LARGEST_CODE[bits])
+        unit = values.abs().amax(dim=1) / top
+        # An all-zero row, or one so small that its scale underflows, quantizes to zeros.
+        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+        scale[part] = unit
+        codes[part] = torch.div(values, unit[:, None]).round_().clamp_(-top, top).to(codes.dtype)
     return LayerWeight(codes, scale)
 
 
 def describe(name: str, weight: LayerWeight) -> LayerInfo:
     """The client's view of a weight."""
-    values = weight.codes.to(torch.float64)
-    digest = hashlib.sha256(_raw(weight.codes))
-    if weight.scale is not None:
-        digest.update(_raw(weight.scale))
-    n, k = weight.codes.shape
-    bits: WeightBits | None = {torch.int8: 8, torch.int16: 16}.get(weight.codes.dtype)  # type: ignore[assignment]
+    codes = weight.codes
+    n, k = codes.shape
+    bits: WeightBits | None = {torch.int8: 8, torch.int16: 16}.get(codes.dtype)  # type: ignore[assignment]
+    row_norm = 0.0
+    squares = torch.zeros(k, dtype=torch.float64, device=codes.device)
+    for part in _chunks(codes):
+        values = codes[part].to(torch.float64).square_()
+        row_norm = max(row_norm, math.sqrt(float(values.sum(dim=1).max())))
+        squares += values.sum(dim=0)
     return LayerInfo(
         name=name,
         in_features=k,
         out_features=n,
         weight_bits=bits,
         scale=weight.scale,
-        max_row_norm=float(torch.linalg.vector_norm(values, dim=1).max()),
-        max_column_norm=float(torch.linalg.vector_norm(values, dim=0).max()),
-        digest=digest.hexdigest(),
+        max_row_norm=row_norm,
+        max_column_norm=math.sqrt(float(squares.max())),
+        row_digests=row_digests(weight),
     )
+
+
+def row_digests(weight: LayerWeight) -> bytes:
+    """SHA-256 of codes and scales of every ``DIGEST_ROWS`` rows, one after the other."""
+    digests = []
+    for start in range(0, len(weight.codes), DIGEST_ROWS):
+        part = slice(start, start + DIGEST_ROWS)
+        digest = hashlib.sha256(_raw(weight.codes[part]))
+        if weight.scale is not None:
+            digest.update(_raw(weight.scale[part]))
+        digests.append(digest.digest())
+    return b"".join(digests)
+
+
+def _chunks(weight: Tensor) -> Iterator[slice]:
+    step = max(1, _CHUNK_VALUES // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -116,75 +208,113 @@ def group_map(layers: Sequence[LayerInfo], direction: Direction) -> LinearMap:
 
 
 class WeightStore:
-    """The weights one worker serves, by layer name. One copy in memory serves every group and session."""
+    """The weights one worker serves. One copy in memory serves every unit and session.
 
-    def __init__(self, weights: Mapping[str, LayerWeight] | None = None) -> None:
-        self._weights: dict[str, LayerWeight] = dict(weights or {})
-        self._stacks: dict[tuple[str, ...], Tensor] = {}
+    Weights are held in blocks: layers that are evaluated together lie one below the other in one matrix, so that
+    the unit they form is a view of it, as is each layer alone.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[tuple[Shard, ...], Tensor]] = []
+        # Layer name → (block, first row in the block, shard).
+        self._places: dict[str, tuple[int, int, Shard]] = {}
+
+    @classmethod
+    def of(cls, weights: Mapping[str, LayerWeight]) -> WeightStore:
+        """A store of whole layers, each a block of its own."""
+        store = cls()
+        for name, weight in weights.items():
+            store.add([describe(name, weight).shard()], weight.codes)
+        return store
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self._places)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._weights
+        return name in self._places
 
-    def __getitem__(self, name: str) -> LayerWeight:
-        try:
-            return self._weights[name]
-        except KeyError:
-            raise UnknownLayerError(f"this worker holds no layer named {name!r}") from None
+    def __getitem__(self, name: str) -> Tensor:
+        """The codes of a layer's rows that are here, (rows, K)."""
+        return self.matrix((name,))
 
-    def add(self, name: str, weight: LayerWeight) -> None:
-        """Hold a weight under a name not used before."""
-        if name in self._weights:
-            raise ValueError(f"layer {name!r} is held already")
-        self._weights[name] = weight
+    def add(self, shards: Sequence[Shard], codes: Tensor) -> None:
+        """Hold a block.
+
+        Args:
+            shards: what lies in it, from the top.
+            codes: (sum of the shards' rows, K), int8, int16 or float32.
+
+        Raises:
+            ValueError: a layer is held already, or the sizes do not fit.
+        """
+        row = 0
+        dtype = None if not shards else _dtype(shards[0].weight_bits)
+        places: dict[str, tuple[int, int, Shard]] = {}
+        for shard in shards:
+            if shard.name in self._places or shard.name in places:
+                raise ValueError(f"layer {shard.name!r} is held already")
+            if shard.in_features != codes.shape[1] or _dtype(shard.weight_bits) != dtype:
+                raise ValueError(f"layer {shard.name!r} does not share its block's input size and weight format")
+            places[shard.name] = (len(self._blocks), row, shard)
+            row += shard.rows
+        if row != codes.shape[0] or codes.dtype != dtype:
+            raise ValueError(f"a block of {row} rows was announced with codes of shape {tuple(codes.shape)}")
+        self._blocks.append((tuple(shards), codes))
+        self._places.update(places)
 
     @property
     def nbytes(self) -> int:
-        """Memory of all codes and scales."""
-        return sum(
-            w.codes.numel() * w.codes.element_size() + (0 if w.scale is None else w.scale.numel() * 4)
-            for w in self._weights.values()
-        )
+        """Memory of all codes."""
+        return sum(codes.numel() * codes.element_size() for _, codes in self._blocks)
 
-    def stack(self, names: tuple[str, ...]) -> Tensor:
-        """The codes of layers one below the other, shape (sum of N, K).
-
-        The layers' own codes become views of the stack, so that no weight is held twice unless a layer
-        is a member of two different groups.
+    def matrix(self, names: tuple[str, ...]) -> Tensor:
+        """The codes of layers one below the other, (sum of their rows here, K): a view of the block they lie in.
 
         Raises:
             UnknownLayerError: a name this store does not hold.
-            ProtocolError: the layers differ in K or dtype, or a name repeats.
+            ProtocolError: the layers do not lie one below the other in one block.
         """
-        if len(names) == 1:
-            return self[names[0]].codes
-        if names in self._stacks:
-            return self._stacks[names]
-        parts = [self[name].codes for name in names]
-        if len(set(names)) != len(names):
-            raise ProtocolError("a layer stands twice in one group")
-        if len({(part.shape[1], part.dtype) for part in parts}) != 1:
-            raise ProtocolError(f"layers {', '.join(names)} do not share an input size and a weight format")
-        stacked = torch.cat(parts)
-        row = 0
-        for name, part in zip(names, parts, strict=True):
-            self._weights[name] = LayerWeight(stacked[row : row + len(part)], self._weights[name].scale)
-            row += len(part)
-        self._stacks[names] = stacked
-        return stacked
+        places = [self._place(name) for name in names]
+        block, first, _ = places[0]
+        row = first
+        for place, start, shard in places:
+            if (place, start) != (block, row):
+                raise ProtocolError(
+                    f"layers {', '.join(names)} do not lie one below the other at this worker, so they are not a unit"
+                )
+            row += shard.rows
+        return self._blocks[block][1][first:row]
 
-    def manifest(self) -> list[dict[str, Any]]:
-        """Names, shapes and formats of the held layers, as plain data."""
-        return [
-            {
-                "name": name,
-                "shape": list(weight.codes.shape),
-                "dtype": str(weight.codes.dtype).removeprefix("torch."),
-            }
-            for name, weight in self._weights.items()
-        ]
+    def manifest(self) -> list[list[dict[str, Any]]]:
+        """What is held, as plain data: for each block its shards from the top."""
+        return [[dataclasses.asdict(shard) for shard in shards] for shards, _ in self._blocks]
+
+    def _place(self, name: str) -> tuple[int, int, Shard]:
+        try:
+            return self._places[name]
+        except KeyError:
+            raise UnknownLayerError(f"this worker holds no layer named {name!r}") from None
+
+
+def _dtype(bits: WeightBits | None) -> torch.dtype:
+    return torch.float32 if bits is None else _CODE_DTYPES[bits]
+
+
+def holdings_digest(manifest: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """SHA-256 of what a worker holds, for noticing after a reconnection that it is another one."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(blocks: Any) -> list[list[Shard]]:
+    """A worker's manifest from plain data. Raises ``ProtocolError``."""
+    if not isinstance(blocks, list) or not all(isinstance(block, list) for block in blocks):
+        raise ProtocolError("a manifest is not a list of blocks")
+    read = [[Shard.read(row) for row in block] for block in blocks]
+    names = [shard.name for block in read for shard in block]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ProtocolError(f"a manifest lists the layer {twice!r} twice")
+    return read

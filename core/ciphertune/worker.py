@@ -7,8 +7,10 @@ import logging
 import secrets
 import threading
 import time
+import weakref
 from typing import Any
 
+import msgpack
 import torch
 
 from ciphertune import registry
@@ -21,7 +23,7 @@ from ciphertune.errors import (
     UnknownLayerError,
 )
 from ciphertune.protocol import OLDEST_VERSION, VERSION, Message, error_message
-from ciphertune.weights import WeightStore
+from ciphertune.weights import WeightStore, holdings_digest
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +32,32 @@ class _UnknownSessionError(CipherTuneError):
     pass
 
 
+class _HoldingsError(CipherTuneError):
+    pass
+
+
+class QuotaError(CipherTuneError):
+    """A client asks for more than it may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionLimits:
+    """What clients may open.
+
+    Attributes:
+        sessions: of one client at a time.
+        all_sessions: of all clients together.
+        idle_seconds: after which a session that nothing was asked of is closed.
+    """
+
+    sessions: int = 4
+    all_sessions: int = 256
+    idle_seconds: float = 600.0
+
+
 @dataclasses.dataclass
 class _Unit:
-    """A group of layers of one session, with the backend's prepared weight."""
+    """A group of layers with the backend's prepared weight; sessions with equal parameters share it."""
 
     layers: tuple[str, ...]
     prepared: Any
@@ -40,8 +65,11 @@ class _Unit:
 
 @dataclasses.dataclass
 class _WorkerSession:
+    peer: str
     half: WorkerHalf
     units: list[_Unit]
+    used: float
+    busy: int = 0
 
 
 @dataclasses.dataclass
@@ -61,15 +89,24 @@ class Worker:
     Every message is answered; a request that cannot be served gets an ``error`` reply and changes nothing.
 
     Args:
-        weights: the layers this worker serves.
+        weights: the layers this worker serves; what it holds must not change any more.
         device: where products are evaluated.
+        limits: what clients may open.
     """
 
-    def __init__(self, weights: WeightStore, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, weights: WeightStore, device: torch.device | str = "cpu", limits: SessionLimits | None = None
+    ) -> None:
         self.weights = weights
         self.device = torch.device(device)
+        self.limits = limits if limits is not None else SessionLimits()
         self.stats = WorkerStats()
+        self._blocks = weights.manifest()
+        self._holdings = holdings_digest(self._blocks)
         self._sessions: dict[str, _WorkerSession] = {}
+        self._prepared: weakref.WeakValueDictionary[tuple[str, bytes, tuple[str, ...]], _Unit] = (
+            weakref.WeakValueDictionary()
+        )
         self._lock = threading.Lock()
         self._operations = {
             "hello": self._hello,
@@ -80,25 +117,20 @@ class Worker:
             "stats": self._stats,
         }
 
-    def handle(self, request: Message) -> Message:
-        """Answer one request. Never raises; errors are replies of kind ``error``."""
+    def handle(self, request: Message, peer: str = "") -> Message:
+        """Answer one request. Never raises; errors are replies of kind ``error``.
+
+        Args:
+            request: what was asked.
+            peer: who asked, as the transport authenticated it. A session serves only the client that opened it.
+        """
         operation = self._operations.get(request.kind)
         try:
             if operation is None:
                 raise ProtocolError(f"{request.kind!r} is not a request")
-            reply = operation(request)
-        except _UnknownSessionError as error:
-            reply = error_message("unknown-session", str(error))
-        except UnknownLayerError as error:
-            reply = error_message("unknown-layer", str(error))
-        except (ProtocolError, SelectionError) as error:
-            reply = error_message("protocol", str(error))
-        except PluginError as error:
-            reply = error_message("plugin", str(error))
+            reply = operation(request, peer)
         except Exception as error:
-            # The text of an unforeseen error may quote data, so only its type leaves the worker.
-            log.exception("request %s failed", request.kind)
-            reply = error_message("internal", f"the worker failed on this request: {type(error).__name__}")
+            reply = _error_reply(request.kind, error)
         with self._lock:
             self.stats.requests += 1
             self.stats.errors += reply.kind == "error"
@@ -106,7 +138,22 @@ class Worker:
             self.stats.bytes_out += reply.nbytes
         return reply
 
-    def _hello(self, request: Message) -> Message:
+    @property
+    def sessions(self) -> int:
+        """Number of open sessions."""
+        return len(self._sessions)
+
+    def expire(self) -> int:
+        """Close sessions that were idle for longer than they may be; how many there were."""
+        oldest = time.monotonic() - self.limits.idle_seconds
+        with self._lock:
+            idle = [name for name, session in self._sessions.items() if session.used < oldest and not session.busy]
+            closed = [self._sessions.pop(name) for name in idle]
+        for session in closed:
+            session.half.close()
+        return len(closed)
+
+    def _hello(self, request: Message, peer: str) -> Message:
         return Message(
             "ok",
             {
@@ -114,58 +161,111 @@ class Worker:
                 "backends": sorted(registry.installed(registry.BACKENDS)),
                 "device": self.device.type,
                 "layers": len(self.weights),
+                "holdings": self._holdings,
             },
         )
 
-    def _manifest(self, request: Message) -> Message:
-        return Message("ok", {"layers": self.weights.manifest()})
+    def _manifest(self, request: Message, peer: str) -> Message:
+        return Message("ok", {"blocks": self._blocks})
 
-    def _open(self, request: Message) -> Message:
+    def _open(self, request: Message, peer: str) -> Message:
         name = _field(request, "backend", str)
         groups = _field(request, "groups", list)
         public = _field(request, "public", dict)
+        if request.fields.get("holdings", self._holdings) != self._holdings:
+            raise _HoldingsError("this worker does not hold what it held when the client asked for its manifest")
         for group in groups:
             if not (isinstance(group, list) and group and all(isinstance(layer, str) for layer in group)):
                 raise ProtocolError("a group is not a list of layer names")
+        if len(groups) > 2 * len(self.weights) or sum(map(len, groups)) > 3 * len(self.weights):
+            raise ProtocolError(f"{len(groups)} groups are more than {len(self.weights)} layers can form")
+        # Before the backend allocates anything for it.
+        self._refuse_more(peer)
         backend: type[Backend] = registry.load(registry.BACKENDS, name)
         half = backend.worker(public, request.buffers, self.device)
+        form = msgpack.packb(public)
+        units = [self._unit(half, name, form, tuple(group)) for group in groups]
+        session_id = secrets.token_hex(16)
         with self._lock:
-            units = [_Unit(tuple(group), half.prepare(self.weights.stack(tuple(group)))) for group in groups]
-            session_id = secrets.token_hex(16)
-            self._sessions[session_id] = _WorkerSession(half, units)
+            self._refuse_more(peer)
+            self._sessions[session_id] = _WorkerSession(peer, half, units, time.monotonic())
         return Message("ok", {"session": session_id})
 
-    def _evaluate(self, request: Message) -> Message:
-        session = self._session(request)
+    def _refuse_more(self, peer: str) -> None:
+        mine = sum(session.peer == peer for session in list(self._sessions.values()))
+        if mine >= self.limits.sessions or len(self._sessions) >= self.limits.all_sessions:
+            raise QuotaError(
+                f"{mine} sessions of this client and {len(self._sessions)} in all are open, and no more may be; "
+                f"idle ones are closed after {self.limits.idle_seconds:g} s"
+            )
+
+    def _unit(self, half: WorkerHalf, backend: str, form: bytes, layers: tuple[str, ...]) -> _Unit:
+        matrix = self.weights.matrix(layers)
+        key = (backend, form, layers)
+        unit = self._prepared.get(key)
+        if unit is None:
+            unit = _Unit(layers, half.prepare(matrix))
+            self._prepared[key] = unit
+        return unit
+
+    def _evaluate(self, request: Message, peer: str) -> Message:
+        session = self._session(request, peer)
         index = _field(request, "unit", int)
         direction: Direction = _field(request, "direction", str)
         if not 0 <= index < len(session.units):
             raise ProtocolError(f"unit {index} is not one of the {len(session.units)} that the session opened")
         if direction not in ("forward", "backward"):
             raise ProtocolError("the direction is neither forward nor backward")
-        start = time.perf_counter()
-        buffers = session.half.evaluate(session.units[index].prepared, direction, request.buffers)
-        seconds = time.perf_counter() - start
         with self._lock:
-            self.stats.evaluate_seconds += seconds
+            session.busy += 1
+        start = time.perf_counter()
+        try:
+            buffers = session.half.evaluate(session.units[index].prepared, direction, request.buffers)
+        finally:
+            seconds = time.perf_counter() - start
+            with self._lock:
+                session.busy -= 1
+                session.used = time.monotonic()
+                self.stats.evaluate_seconds += seconds
         return Message("ok", {"seconds": seconds}, buffers)
 
-    def _close(self, request: Message) -> Message:
-        session = self._session(request)
+    def _close(self, request: Message, peer: str) -> Message:
+        session = self._session(request, peer)
         with self._lock:
             self._sessions.pop(_field(request, "session", str), None)
         session.half.close()
         return Message("ok")
 
-    def _stats(self, request: Message) -> Message:
+    def _stats(self, request: Message, peer: str) -> Message:
         with self._lock:
             return Message("ok", {**dataclasses.asdict(self.stats), "sessions": len(self._sessions)})
 
-    def _session(self, request: Message) -> _WorkerSession:
+    def _session(self, request: Message, peer: str) -> _WorkerSession:
         session = self._sessions.get(_field(request, "session", str))
-        if session is None:
+        # Another client's session and one that never was are told apart by nothing.
+        if session is None or session.peer != peer:
             raise _UnknownSessionError("the session is not open at this worker")
         return session
+
+
+_CODES: dict[type[CipherTuneError], str] = {
+    _UnknownSessionError: "unknown-session",
+    _HoldingsError: "holdings",
+    UnknownLayerError: "unknown-layer",
+    QuotaError: "quota",
+    ProtocolError: "protocol",
+    SelectionError: "protocol",
+    PluginError: "plugin",
+}
+
+
+def _error_reply(kind: str, error: Exception) -> Message:
+    for known, code in _CODES.items():
+        if isinstance(error, known):
+            return error_message(code, str(error))
+    # The text of an unforeseen error may quote data, so only its type leaves the worker.
+    log.error("request %s failed", kind, exc_info=error)
+    return error_message("internal", f"the worker failed on this request: {type(error).__name__}")
 
 
 def _field(message: Message, name: str, kind: type) -> Any:

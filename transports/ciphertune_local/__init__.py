@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from concurrent.futures import Future
 
-from ciphertune.errors import SelectionError, TransportError
+from ciphertune.errors import ProtocolError, SelectionError, TransportError
 from ciphertune.protocol import Message, pack, unpack
 from ciphertune.transport import Handler, Link, Transport
 
@@ -24,6 +24,8 @@ class LocalOptions:
 class LocalLink(Link):
     """Calls the embedded worker on the caller's thread."""
 
+    name = "the embedded worker"
+
     def __init__(self, worker: Handler, wire: bool) -> None:
         self._worker: Handler | None = worker
         self._wire = wire
@@ -33,10 +35,16 @@ class LocalLink(Link):
         future: Future[Message] = Future()
         if self._worker is None:
             future.set_exception(TransportError("the local link is closed"))
-        elif self._wire:
-            future.set_result(unpack(pack(self._worker.handle(unpack(pack(request))))))
+            return future
+        try:
+            if self._wire:
+                reply = unpack(pack(self._worker.handle(unpack(pack(request)))))
+            else:
+                reply = self._worker.handle(request)
+        except ProtocolError as error:
+            future.set_exception(error)
         else:
-            future.set_result(self._worker.handle(request))
+            future.set_result(reply)
         return future
 
     def close(self) -> None:
@@ -51,14 +59,10 @@ class LocalTransport(Transport):
     Options = LocalOptions
     remote = False
 
-    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> LocalLink:
+    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> list[LocalLink]:
         """See ``Transport.connect``."""
         if endpoints:
             raise SelectionError(f"the local transport takes no endpoint, got {', '.join(endpoints)}")
         if worker is None:
             raise TransportError("the local transport needs an embedded worker")
-        return LocalLink(worker, self.options.wire)
-
-    def serve(self, worker: Handler, address: str) -> None:
-        """Refuse: there is nothing to serve to."""
-        raise SelectionError("the local transport cannot be served; its worker lives in the client's process")
+        return [LocalLink(worker, self.options.wire)]

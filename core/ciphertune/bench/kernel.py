@@ -55,7 +55,7 @@ def bench_kernel(
     held = quantize(weight, choice.backend.weight_bits)
     info = describe("layer", held)
     device = torch.device("cpu")
-    session = Session(choice, [info], [(0,)], Worker(WeightStore({"layer": held}), device), device)
+    session = Session(choice, [info], [(0,)], Worker(WeightStore.of({"layer": held}), device), device)
     plain: list[float] = []
     rounds = []
     y = torch.empty(0)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from typing import Any
 
+from ciphertune.bench.workers import serving
 from ciphertune.errors import CipherTuneError, ConfigError
-from ciphertune.session import choose
 
 
-def bench_train(model: str, to: str, tokens: int, steps: int = 4, repeat: int = 1, seed: int = 0) -> dict[str, Any]:
+def bench_train(
+    model: str, to: str, tokens: int, steps: int = 4, repeat: int = 1, seed: int = 0, against: str | None = None
+) -> dict[str, Any]:
     """Time, memory and loss of training steps, each mode in child processes of its own, in turn.
 
     One process for both would show the larger of two peaks and keep one model's pages while the other runs. The
@@ -21,14 +23,16 @@ def bench_train(model: str, to: str, tokens: int, steps: int = 4, repeat: int = 
 
     Args:
         model: a built-in workload, ``smollm2`` or ``mlp``.
-        to: selection string of a transport that stays in the process.
+        to: selection string. A remote transport without endpoints, ``mlwe+zmq://``, gets a worker process of its own on
+            this machine.
         tokens: tokens or samples a step.
         steps: optimizer steps a process, 2 or more.
         repeat: processes of each mode.
-        seed: of adapters and data, the same for both modes.
+        seed: of adapters and data, the same for all modes.
+        against: another selection string to compare with in the same run.
 
     Raises:
-        ConfigError: fewer than two steps, no token or process, or a remote transport.
+        ConfigError: fewer than two steps, or no token or process.
         CipherTuneError: a child process failed, which is also how a missing package shows.
     """
     if steps < 2:
@@ -36,16 +40,15 @@ def bench_train(model: str, to: str, tokens: int, steps: int = 4, repeat: int = 
     for name, value in (("tokens", tokens), ("repeat", repeat)):
         if value < 1:
             raise ConfigError(f"{name} must be 1 or more, not {value}")
-    if choose(to).transport.remote:
-        raise ConfigError(f"the training benchmark embeds its worker, so it cannot use the workers behind {to!r}")
     request = {"model_name": model, "tokens": tokens, "count": steps, "seed": seed}
-    plain, encrypted = [], []
-    for _ in range(repeat):
-        plain.append(_child({**request, "to": None}))
-        encrypted.append(_child({**request, "to": to}))
-    plain_step, encrypted_step = (
-        statistics.median(s for run in runs for s in run["seconds"][1:]) for runs in (plain, encrypted)
-    )
+    plain, encrypted, other = [], [], []
+    with serving(model, to) as served, serving(model, against or "mlwe") as other_served:
+        for _ in range(repeat):
+            plain.append(_child({**request, "to": None}))
+            encrypted.append(_child({**request, "to": served}))
+            if against is not None:
+                other.append(_child({**request, "to": other_served}))
+    plain_step, encrypted_step = _step(plain), _step(encrypted)
     plain_peak, encrypted_peak = (max(run["peak_rss_mb"] for run in runs) for runs in (plain, encrypted))
     traffic = encrypted[-1]["traffic"][-1]
     encrypt, evaluate, decrypt = (
@@ -60,6 +63,9 @@ def bench_train(model: str, to: str, tokens: int, steps: int = 4, repeat: int = 
         "plaintext_step_s": plain_step,
         "encrypted_step_s": encrypted_step,
         "ratio": encrypted_step / plain_step,
+        "against": against,
+        "against_step_s": _step(other) if other else None,
+        "against_ratio": encrypted_step / _step(other) if other else None,
         "peak_rss_mb": encrypted_peak,
         "plaintext_peak_rss_mb": plain_peak,
         "memory_ratio": encrypted_peak / plain_peak,
@@ -72,6 +78,10 @@ def bench_train(model: str, to: str, tokens: int, steps: int = 4, repeat: int = 
         "loss_plaintext": plain[-1]["losses"],
         "loss_encrypted": encrypted[-1]["losses"],
     }
+
+
+def _step(runs: list[dict[str, Any]]) -> float:
+    return float(statistics.median(s for run in runs for s in run["seconds"][1:]))
 
 
 def _child(request: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,12 @@ _COMMANDS = {
     "bench": ("bench", "Measure products and training steps against plaintext in the same run."),
     "demo": ("demo", "Fine-tune a real model on real data under encryption, in one command."),
     "doctor": ("doctor", "Versions, threads, kernels and their speed on this machine."),
+    "keys": ("keys", "Make the keys with which clients and workers recognise each other."),
     "plugins": ("listing", "Installed hook plugins."),
+    "split": ("split", "Split a model into the parts that a data owner and workers hold."),
     "train": ("train", "Fine-tune as a TOML file says."),
     "transports": ("listing", "Installed transports."),
+    "worker": ("worker", "Serve the layers of a bundle to clients on other machines."),
 }
 
 

@@ -62,13 +62,16 @@ def kernel(to: str, tokens: int, in_features: int, out_features: int, repeat: in
 @click.option("--tokens", default=1024, show_default=True, help="Tokens (of mlp: samples) a step.")
 @click.option("--steps", default=4, show_default=True, help="Optimizer steps; the first warms up.")
 @click.option("--repeat", default=1, show_default=True, help="Processes of each mode, in turn.")
+@click.option("--against", default=None, help="Another selection string to compare with in the same run.")
 @_seed
 @_json
-def train(model: str, to: str, tokens: int, steps: int, repeat: int, seed: int, as_json: bool) -> None:
+def train(
+    model: str, to: str, tokens: int, steps: int, repeat: int, against: str | None, seed: int, as_json: bool
+) -> None:
     """A whole training step: seconds, peak memory, traffic and loss, encrypted and in the clear."""
     from ciphertune.bench.train import bench_train
 
-    result = bench_train(model, to, tokens, steps, repeat, seed)
+    result = bench_train(model, to, tokens, steps, repeat, seed, against)
     if as_json:
         print_json(result)
         return
@@ -77,6 +80,7 @@ def train(model: str, to: str, tokens: int, steps: int, repeat: int, seed: int, 
         {
             "plaintext step": f"{result['plaintext_step_s']:.3f} s",
             "encrypted step": f"{result['encrypted_step_s']:.3f} s ({result['ratio']:.2f}×)",
+            **_comparison(result),
             "of it encrypting": f"{result['encrypt_s']:.3f} s",
             "of it evaluating": f"{result['evaluate_s']:.3f} s",
             "of it decrypting": f"{result['decrypt_s']:.3f} s",
@@ -87,6 +91,29 @@ def train(model: str, to: str, tokens: int, steps: int, repeat: int, seed: int, 
             "losses encrypted": _losses(result["loss_encrypted"]),
         },
     )
+
+
+@bench.command()
+@click.option("--to", default="mlwe+zmq://", show_default=True, help="Selection string; no endpoint: start a worker.")
+@click.option("--count", default=2000, show_default=True, help="Requests.")
+@_json
+def link(to: str, count: int, as_json: bool) -> None:
+    """The round trip of an empty request to a worker in another process."""
+    from ciphertune.bench.link import bench_link
+
+    result = bench_link(to, count)
+    if as_json:
+        print_json(result)
+        return
+    facts = {"median": f"{1e3 * result['median_s']:.3f} ms", "99th percentile": f"{1e3 * result['p99_s']:.3f} ms"}
+    print_facts(f"Empty request over {to}, {count} times", facts)
+
+
+def _comparison(result: dict[str, Any]) -> dict[str, str]:
+    if result["against"] is None:
+        return {}
+    seconds, ratio = result["against_step_s"], result["against_ratio"]
+    return {f"step with {result['against']}": f"{seconds:.3f} s; the one above is {ratio:.2f}× of it"}
 
 
 def _bytes(result: dict[str, Any], way: str) -> str:

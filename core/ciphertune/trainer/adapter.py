@@ -66,7 +66,14 @@ def _write(peft_model: Any, directory: Path) -> None:
     with warnings.catch_warnings():
         # peft wonders whether the vocabulary grew where the base model has no config file, as in GGUF form.
         warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
-        peft_model.save_pretrained(directory)
+        peft_model.save_pretrained(directory, save_embedding_layers=_save_embeddings(peft_model))
+
+
+def _save_embeddings(peft_model: Any) -> bool | str:
+    """Whether the vocabulary grew; peft would ask a model hub for the original's size, which a bundle knows."""
+    base = peft_model.get_base_model()
+    original = getattr(base, "vocabulary_in_bundle", None)
+    return "auto" if original is None else bool(base.get_input_embeddings().num_embeddings != original)
 
 
 def _peft_model(model: nn.Module) -> Any:

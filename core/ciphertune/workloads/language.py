@@ -54,6 +54,47 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     return model, tokenizer
 
 
+def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = False) -> tuple[Any, Any]:
+    """A model and its tokenizer by the name that a user gives.
+
+    Args:
+        name: the built-in ``smollm2``, or a folder or hub name for transformers.
+        gguf_file: file within the folder, for models in GGUF form.
+        whole: the class that the model's configuration names and the dtype it is stored in, with a tokenizer only if
+            there is one; else a causal language model in float32.
+
+    Raises:
+        ConfigError: as ``load_causal_model``.
+    """
+    if name == "smollm2":
+        return load_causal_model(str(smollm2_folder()), _FILE)
+    if not whole or gguf_file is not None:
+        return load_causal_model(name, gguf_file)
+    transformers = need("transformers", _EXTRA)
+    with _quiet(transformers, offline=Path(name).exists()):
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+            model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+            model = model_class.from_pretrained(name, dtype="auto")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"transformers cannot load the model {name!r}: {error}") from error
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError):
+            tokenizer = None
+    return model, tokenizer
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer in a folder, by transformers. Raises ``ConfigError``."""
+    transformers = need("transformers", _EXTRA)
+    with _quiet(transformers, offline=True):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
+
+
 def add_lora(model: nn.Module, *, seed: int, rank: int, targets: Sequence[str] | str, **options: Any) -> nn.Module:
     """Fresh LoRA adapters from a seed, by peft."""
     peft = need("peft", _EXTRA)

@@ -1,0 +1,126 @@
+"""The files of a bundle, and reading them with distrust."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ciphertune.errors import ConfigError
+
+CLIENT_FORMAT = "ciphertune-client-1"
+WORKER_FORMAT = "ciphertune-worker-1"
+CLIENT_MANIFEST = "ciphertune.json"
+WORKER_MANIFEST = "manifest.json"
+OUTSOURCED = "outsourced.safetensors"
+INDEX = "model.safetensors.index.json"
+_LARGEST_MANIFEST = 1 << 28
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file."""
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest_file(file: Path, form: str) -> dict[str, Any]:
+    """A manifest of this format. Raises ``ConfigError``."""
+    try:
+        if file.stat().st_size > _LARGEST_MANIFEST:
+            raise ConfigError(f"{file} is too large to be a manifest")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{file.parent} is not a bundle's folder: cannot read {file.name}: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged: it is not JSON") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != form:
+        raise ConfigError(f"{file} has format {found!r}, expected {form!r}: split the model again with this version")
+    return dict(content)
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """A file that a manifest names, which must lie in its folder. Raises ``ConfigError``."""
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"the manifest in {folder} names a file outside it")
+    return folder / name
+
+
+def open_tensors(file: Path) -> Any:
+    """A safetensors file, memory-mapped: tensors are views of its pages until they are moved or changed.
+
+    Raises:
+        ConfigError: missing or damaged.
+    """
+    import safetensors
+
+    try:
+        return safetensors.safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file} is missing from the bundle") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ConfigError(f"{file} is damaged: {error}") from error
+
+
+def read_tensor(handle: Any, file: Path, name: str) -> Tensor:
+    """One tensor of an open file. Raises ``ConfigError``."""
+    import safetensors
+
+    try:
+        tensor: Tensor = handle.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"{file} is damaged: it holds no tensor {name!r}") from error
+    return tensor
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """Tensor name → file, for a folder with safetensors, sharded or not; empty where there is none.
+
+    Raises:
+        ConfigError: the index or a file is damaged.
+    """
+    index = folder / INDEX
+    if index.exists():
+        try:
+            table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {str(name): inside(folder, file) for name, file in table.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index} is damaged") from error
+    single = folder / "model.safetensors"
+    if not single.exists():
+        return {}
+    return dict.fromkeys(open_tensors(single).keys(), single)
+
+
+class TensorFiles:
+    """Tensors by name from the files of a folder, one file open at a time."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+        self._open: tuple[Path, Any] | None = None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A memory-mapped tensor. Raises ``ConfigError``."""
+        file = self._files[name]
+        if self._open is None or self._open[0] != file:
+            self._open = (file, open_tensors(file))
+        return read_tensor(self._open[1], file, name)
+
+
+def floating(dtype: str) -> torch.dtype:
+    """A floating-point dtype by its name. Raises ``ConfigError``."""
+    found = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if dtype not in found:
+        raise ConfigError(f"the manifest names an unknown dtype {dtype!r}")
+    return found[dtype]

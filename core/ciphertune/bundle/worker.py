@@ -1,0 +1,121 @@
+"""A worker's part of a bundle, memory-mapped."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ciphertune.bundle.files import (
+    WORKER_FORMAT,
+    WORKER_MANIFEST,
+    inside,
+    open_tensors,
+    read_manifest_file,
+    read_tensor,
+)
+from ciphertune.errors import ConfigError, ProtocolError, UnknownLayerError
+from ciphertune.selection import closest
+from ciphertune.weights import LayerInfo, LayerWeight, Shard, WeightStore, row_digests
+
+_DTYPES = {8: torch.int8, 16: torch.int16, None: torch.float32}
+
+
+def load_worker(
+    folder: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    layers: Iterable[str] | None = None,
+    verify: bool = True,
+) -> WeightStore:
+    """The weights in a worker's folder. On the CPU they stay pages of the files, shared by all processes that map them.
+
+    Args:
+        folder: written by ``split``.
+        device: where the weights are evaluated.
+        layers: names, ends of names or ``*`` patterns of the layers to serve; all if None.
+        verify: read every weight and hold its hash against the manifest's.
+
+    Raises:
+        ConfigError: the folder is no worker's folder, or damaged.
+        UnknownLayerError: a pattern matches nothing.
+    """
+    place = Path(folder)
+    blocks = read_manifest_file(place / WORKER_MANIFEST, WORKER_FORMAT).get("blocks")
+    if not isinstance(blocks, list):
+        raise ConfigError(f"{place / WORKER_MANIFEST} is damaged: it lists no blocks")
+    read = [_read_block(place, block) for block in blocks]
+    wanted = None if layers is None else _matching([s.name for _, shards in read for s in shards], list(layers))
+    store = WeightStore()
+    for file, shards in read:
+        if wanted is None or any(shard.name in wanted for shard in shards):
+            _load_block(store, file, shards, wanted, torch.device(device), verify)
+    return store
+
+
+def _read_block(folder: Path, block: Any) -> tuple[Path, list[Shard]]:
+    try:
+        shards = [Shard.read(row) for row in block["shards"]]
+        file = inside(folder, block["file"])
+    except (ProtocolError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / WORKER_MANIFEST} is damaged: {error}") from error
+    if not shards:
+        raise ConfigError(f"{folder / WORKER_MANIFEST} is damaged: a block holds no layer")
+    return file, shards
+
+
+def _load_block(
+    store: WeightStore, file: Path, shards: list[Shard], wanted: set[str] | None, device: torch.device, verify: bool
+) -> None:
+    handle = open_tensors(file)
+    codes, scale = (read_tensor(handle, file, name) for name in ("codes", "scale"))
+    rows = sum(shard.rows for shard in shards)
+    expected = (rows, shards[0].in_features)
+    if tuple(codes.shape) != expected or codes.dtype != _DTYPES[shards[0].weight_bits] or tuple(scale.shape) != (rows,):
+        raise ConfigError(
+            f"{file} is damaged: codes {codes.dtype} {tuple(codes.shape)} where {expected} were announced"
+        )
+    if verify:
+        _verify(file, shards, codes, scale)
+    row = 0
+    runs: list[tuple[list[Shard], int, int]] = []
+    for shard in shards:
+        if wanted is None or shard.name in wanted:
+            if runs and runs[-1][2] == row:
+                runs[-1] = ([*runs[-1][0], shard], runs[-1][1], row + shard.rows)
+            else:
+                runs.append(([shard], row, row + shard.rows))
+        row += shard.rows
+    for run, start, stop in runs:
+        try:
+            store.add(run, codes[start:stop].to(device))
+        except ValueError as error:
+            raise ConfigError(f"{file} is damaged: {error}") from error
+
+
+def _verify(file: Path, shards: list[Shard], codes: Tensor, scale: Tensor) -> None:
+    row = 0
+    for shard in shards:
+        part = slice(row, row + shard.rows)
+        digests = row_digests(LayerWeight(codes[part], scale[part]))
+        found = LayerInfo(
+            shard.name, shard.in_features, shard.rows, shard.weight_bits, None, 0.0, 0.0, digests
+        ).digest()
+        if found != shard.digest:
+            raise ConfigError(f"{file} is damaged: the weights of {shard.name!r} do not have the hash in the manifest")
+        row += shard.rows
+
+
+def _matching(names: list[str], patterns: list[str]) -> set[str]:
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matches = {n for n in names if n == pattern or n.endswith("." + pattern) or fnmatch.fnmatchcase(n, pattern)}
+        if not matches:
+            raise UnknownLayerError(f"no layer in the bundle matches {pattern!r}; {closest(pattern, names)}")
+        chosen |= matches
+    return chosen

@@ -1,0 +1,337 @@
+"""Splitting: a client's part and workers' parts, written block by block."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ciphertune.backend import WeightBits
+from ciphertune.bundle.files import (
+    CLIENT_FORMAT,
+    CLIENT_MANIFEST,
+    INDEX,
+    OUTSOURCED,
+    WORKER_FORMAT,
+    WORKER_MANIFEST,
+    write_json,
+)
+from ciphertune.bundle.skeleton import tied_names
+from ciphertune.bundle.source import Source, count_bytes, dtype_of, open_source
+from ciphertune.errors import ConfigError, UnsupportedLayerError
+from ciphertune.layers import Candidate, LayerChoice, choose_layers, sibling_groups
+from ciphertune.plugins import plugin_manager
+from ciphertune.weights import DIGEST_ROWS, LayerInfo, LayerWeight, describe, quantize
+
+Progress = Callable[[int, int], None]
+"""Called with weights written so far, and all of them."""
+
+_CLIENT_FILE_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitResult:
+    """What was written.
+
+    Attributes:
+        client: the client's folder.
+        workers: the workers' folders.
+        layers: number of outsourced layers.
+        outsourced, at_client: weights.
+        client_bytes: of the client's tensors.
+        worker_bytes: of each worker's weights.
+    """
+
+    client: Path
+    workers: tuple[Path, ...]
+    layers: int
+    outsourced: int
+    at_client: int
+    client_bytes: int
+    worker_bytes: tuple[int, ...]
+
+    @property
+    def fraction(self) -> float:
+        """Outsourced weights over all."""
+        return self.outsourced / max(self.outsourced + self.at_client, 1)
+
+
+def split(
+    model: str | nn.Module,
+    out: str | os.PathLike[str],
+    *,
+    layers: LayerChoice | Iterable[LayerChoice] | None = None,
+    shards: int = 1,
+    by: Literal["layers", "rows"] = "layers",
+    replicas: int = 1,
+    weight_bits: WeightBits = 8,
+    gguf_file: str | None = None,
+    in_memory: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> SplitResult:
+    """Split a model into ``OUT/client`` and ``OUT/worker`` (``OUT/worker-0`` … where there are several).
+
+    A folder of safetensors is read tensor by tensor: memory stays near one block of layers and the largest tensor that
+    stays. ``OUT`` appears when it is complete.
+
+    Args:
+        model: a folder or hub name for transformers, the built-in ``smollm2``, or a module in memory.
+        out: a folder that does not exist yet, or is empty.
+        layers: which layers; see ``ciphertune.layers.choose_layers``.
+        shards: workers to spread the layers over.
+        by: whole layers, in runs of about equal size, or rows of every layer, cut at multiples of 64.
+        replicas: worker folders with all layers; they share the disk's space.
+        weight_bits: 8 or 16 bits a weight.
+        gguf_file: file within the folder, for models in GGUF form.
+        in_memory: load the model whole, for checkpoints that cannot be read piece by piece.
+        force: replace ``out``.
+        progress: called as weights are written.
+
+    Raises:
+        ConfigError: the model cannot be read, an argument is wrong, or ``out`` exists.
+        LayerError: about ``layers``, or a weight that is not finite.
+    """
+    target = Path(out)
+    _check(target, shards, by, replicas, weight_bits, force)
+    source = open_source(model, gguf_file, in_memory)
+    chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+    try:
+        partial.chmod(0o755)
+        result = _Writer(source, chosen, partial, weight_bits, shards, by, progress).write(replicas)
+        _sync(partial)
+        _put(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return dataclasses.replace(
+        result,
+        client=target / "client",
+        workers=tuple(target / folder.name for folder in result.workers),
+    )
+
+
+def _check(target: Path, shards: int, by: str, replicas: int, weight_bits: int, force: bool) -> None:
+    if shards < 1 or replicas < 1:
+        raise ConfigError("shards and replicas must be 1 or more")
+    if shards > 1 and replicas > 1:
+        raise ConfigError(
+            "give shards or replicas, not both: replicas of shards are more workers over the same folders"
+        )
+    if by not in ("layers", "rows"):
+        raise ConfigError(f"layers are spread by 'layers' or 'rows', not {by!r}")
+    if weight_bits not in (8, 16):
+        raise ConfigError(f"weight_bits must be 8 or 16, not {weight_bits!r}")
+    if target.exists() and not force and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists already: name another folder, or replace it with --force (force=True)")
+
+
+class _Writer:
+    """Writes one bundle into a folder."""
+
+    def __init__(
+        self,
+        source: Source,
+        chosen: Sequence[Candidate],
+        folder: Path,
+        weight_bits: WeightBits,
+        shards: int,
+        by: str,
+        progress: Progress | None,
+    ) -> None:
+        self._source = source
+        self._chosen = chosen
+        self._folder = folder
+        self._bits: WeightBits = weight_bits
+        self._shards = shards
+        self._by = by
+        self._progress = progress or (lambda done, total: None)
+        self._groups = sibling_groups(chosen, [c.weight().shape[1] for c in chosen])
+        self._total = sum(c.weight().numel() for c in chosen)
+        self._blocks: list[list[dict[str, Any]]] = [[] for _ in range(shards)]
+        self._bytes = [0] * shards
+
+    def write(self, replicas: int) -> SplitResult:
+        client = self._folder / "client"
+        client.mkdir()
+        count = max(self._shards, replicas)
+        names = ["worker"] if count == 1 else [f"worker-{i}" for i in range(count)]
+        folders = [self._folder / name for name in names]
+        for folder in folders[: self._shards]:
+            (folder / "layers").mkdir(parents=True)
+        infos = self._write_workers(folders[: self._shards])
+        for folder in folders[self._shards :]:
+            shutil.copytree(folders[0], folder, copy_function=os.link)
+        kept, kept_bytes = self._write_client(client, infos)
+        return SplitResult(
+            client=client,
+            workers=tuple(folders),
+            layers=len(self._chosen),
+            outsourced=self._total,
+            at_client=kept,
+            client_bytes=kept_bytes,
+            worker_bytes=tuple(self._bytes * (count if self._shards == 1 else 1)),
+        )
+
+    def _write_workers(self, folders: Sequence[Path]) -> list[LayerInfo]:
+        infos: dict[int, LayerInfo] = {}
+        done = 0
+        for group in self._groups:
+            weights = [self._quantized(self._chosen[i]) for i in group]
+            members = [describe(self._chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)]
+            infos |= dict(zip(group, members, strict=True))
+            size = sum(weight.codes.numel() for weight in weights)
+            for worker, folder in enumerate(folders):
+                self._write_block(worker, folder, members, weights, (done + size / 2) / self._total)
+            done += size
+            self._progress(done, self._total)
+        for folder, blocks in zip(folders, self._blocks, strict=True):
+            write_json(
+                folder / WORKER_MANIFEST, {"format": WORKER_FORMAT, "model": self._source.name, "blocks": blocks}
+            )
+        return [infos[i] for i in range(len(self._chosen))]
+
+    def _quantized(self, candidate: Candidate) -> LayerWeight:
+        try:
+            return quantize(self._source.weight(candidate), self._bits)
+        except UnsupportedLayerError as error:
+            raise UnsupportedLayerError(f"{candidate.name} cannot be outsourced: {error}") from error
+
+    def _write_block(
+        self, worker: int, folder: Path, members: Sequence[LayerInfo], weights: Sequence[LayerWeight], place: float
+    ) -> None:
+        """A group's rows for one worker; ``place`` is where the group's middle lies in the model, from 0 to 1."""
+        from safetensors.torch import save_file
+
+        parts = []
+        for info, weight in zip(members, weights, strict=True):
+            start, stop = self._rows(info.out_features, worker, place)
+            if start < stop:
+                parts.append((info.shard(start, stop), weight.codes[start:stop], _scale(weight)[start:stop]))
+        if not parts:
+            return
+        name = f"layers/{len(self._blocks[worker]):05d}.safetensors"
+        codes = _stacked([part for _, part, _ in parts])
+        save_file({"codes": codes, "scale": _stacked([part for _, _, part in parts])}, folder / name)
+        self._bytes[worker] += count_bytes(codes)
+        self._blocks[worker].append({"file": name, "shards": [dataclasses.asdict(shard) for shard, _, _ in parts]})
+
+    def _rows(self, rows: int, worker: int, place: float) -> tuple[int, int]:
+        """Which rows of a layer a worker gets."""
+        if self._by == "rows":
+            return _cut(rows, worker, self._shards), _cut(rows, worker + 1, self._shards)
+        return (0, rows) if int(place * self._shards) == worker else (0, 0)
+
+    def _write_client(self, folder: Path, infos: Sequence[LayerInfo]) -> tuple[int, int]:
+        from safetensors.torch import save_file
+
+        self._source.save_companions(folder)
+        weights, size = _write_kept(self._source, {f"{c.name}.weight" for c in self._chosen}, folder)
+        tables: dict[str, Tensor] = {}
+        for info in infos:
+            assert info.scale is not None
+            tables[f"{info.name}.scale"] = info.scale.cpu()
+            tables[f"{info.name}.digests"] = torch.frombuffer(bytearray(info.row_digests), dtype=torch.uint8)
+        save_file(tables, folder / OUTSOURCED)
+        write_json(
+            folder / CLIENT_MANIFEST,
+            {
+                "format": CLIENT_FORMAT,
+                "model": self._source.name,
+                "architecture": self._source.architecture,
+                "dtype": str(dtype_of(self._source.model)).removeprefix("torch."),
+                "weight_bits": self._bits,
+                "outsourced_weights": self._total,
+                "client_weights": weights,
+                "layers": [
+                    {
+                        "name": info.name,
+                        "in_features": info.in_features,
+                        "out_features": info.out_features,
+                        "max_row_norm": info.max_row_norm,
+                        "max_column_norm": info.max_column_norm,
+                    }
+                    for info in infos
+                ],
+                "groups": [list(group) for group in self._groups],
+            },
+        )
+        return weights, size
+
+
+def _write_kept(source: Source, outsourced: set[str], folder: Path) -> tuple[int, int]:
+    """Every tensor of the state dict but the outsourced weights, each once; how many values and bytes."""
+    from safetensors.torch import save_file
+
+    aliases = {name for group in tied_names(source.model) for name in [n for n in group if n not in outsourced][1:]}
+    table: dict[str, str] = {}
+    pending: dict[str, Tensor] = {}
+    values = size = pending_bytes = files = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes, files
+        if pending:
+            files += 1
+            name = f"model-{files:05d}.safetensors"
+            save_file(pending, folder / name, metadata={"format": "pt"})
+            table.update(dict.fromkeys(pending, name))
+            pending, pending_bytes = {}, 0
+
+    for name in source.model.state_dict():
+        if name in outsourced or name in aliases:
+            continue
+        tensor = source.tensor(name).detach().cpu().contiguous()
+        if pending and pending_bytes + count_bytes(tensor) > _CLIENT_FILE_BYTES:
+            flush()
+        # A view of a larger tensor would be refused.
+        pending[name] = tensor if tensor.untyped_storage().nbytes() == count_bytes(tensor) else tensor.clone()
+        pending_bytes += count_bytes(tensor)
+        values += tensor.numel()
+        size += count_bytes(tensor)
+    flush()
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": table})
+    return values, size
+
+
+def _scale(weight: LayerWeight) -> Tensor:
+    assert weight.scale is not None
+    return weight.scale
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return whole.cpu().contiguous().clone() if whole.untyped_storage().nbytes() != count_bytes(whole) else whole.cpu()
+
+
+def _cut(rows: int, part: int, parts: int) -> int:
+    """Where a part of a layer's rows begins, at a multiple of ``DIGEST_ROWS``."""
+    return rows if part == parts else round(rows * part / parts / DIGEST_ROWS) * DIGEST_ROWS
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _put(partial: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        partial.replace(target)
+        return
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    target.replace(old)
+    partial.replace(target)
+    shutil.rmtree(old)

@@ -1,0 +1,485 @@
+"""The workers of one session: which holds what, and a product that survives the failure of one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+from ciphertune.errors import (
+    CipherTuneError,
+    ProtocolError,
+    ReplyError,
+    TransportError,
+    TransportTimeoutError,
+    UnknownLayerError,
+    WorkerError,
+)
+from ciphertune.placement import Holdings, Piece, place
+from ciphertune.protocol import Message
+from ciphertune.transport import Link
+from ciphertune.weights import LayerInfo, read_manifest
+
+log = logging.getLogger(__name__)
+
+_BACKOFF = 0.05
+_LONGEST_BACKOFF = 2.0
+_FAREWELL_SECONDS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """How long to wait for workers, and what to do meanwhile.
+
+    Attributes:
+        timeout: seconds without an answer after which a request is sent again, to a replica where there is one.
+        deadline: seconds that one product may take in all, restarts of workers included.
+        hedge: seconds after which an unanswered request is also sent to a replica; 0 for never.
+        connect_timeout: seconds to wait for the workers when a session opens.
+    """
+
+    timeout: float = 60.0
+    deadline: float = 300.0
+    hedge: float = 0.0
+    connect_timeout: float = 20.0
+
+
+class _Retry(Exception):  # noqa: N818 - not an error: the reason to try again
+    """This attempt failed in a way that another one, later or elsewhere, may not."""
+
+
+class _UnknownSession(_Retry):
+    """The worker was restarted, or closed a session that was idle."""
+
+
+class _Worker:
+    """One worker as this client knows it."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.session: str | None = None
+        self.holdings = ""
+        self.in_flight = 0
+        self.last_used = 0.0
+        self.failures = 0
+        self.not_before = 0.0
+        self.last_problem = "no worker answers"
+        self.opening = threading.Lock()
+        self._lock = threading.Lock()
+
+    def failed(self, problem: str) -> None:
+        """Leave it alone for a while."""
+        with self._lock:
+            self.last_problem = problem
+            now = time.monotonic()
+            # Requests that fail together tell of one failure.
+            if now >= self.not_before:
+                self.failures += 1
+                self.not_before = now + min(_BACKOFF * 2 ** min(self.failures - 1, 16), _LONGEST_BACKOFF)
+
+    def answered(self) -> None:
+        """It is well."""
+        self.failures = 0
+
+    def forgot(self, session: str) -> None:
+        """It does not know this session; another thread may have opened a new one meanwhile."""
+        with self._lock:
+            if self.session == session:
+                self.session = None
+
+
+class Fleet:
+    """Sessions with every worker that serves some of a model's layers.
+
+    Args:
+        links: a connection to every worker; they stay the caller's until the fleet is made.
+        units: the layers of each unit of the client's session.
+        open_request: what opens a session, without its groups.
+        patience: see ``Patience``.
+
+    Raises:
+        TransportError: workers that are needed cannot be reached.
+        UnknownLayerError: together they do not hold every layer with the weights that this client expects.
+        WorkerError, ReplyError: one refused, or answered nonsense.
+    """
+
+    def __init__(
+        self, links: Sequence[Link], units: Sequence[Sequence[LayerInfo]], open_request: Message, patience: Patience
+    ) -> None:
+        self._workers = [_Worker(link) for link in links]
+        self._patience = patience
+        self._open_request = open_request
+        self._closed = threading.Event()
+        self._choosing = threading.Lock()
+        holdings = self._introduce()
+        names = {index: self._workers[index].link.name for index in holdings}
+        try:
+            self._pieces = place(units, holdings, names)
+        except UnknownLayerError as error:
+            absent = [w for i, w in enumerate(self._workers) if i not in holdings]
+            if not absent:
+                raise
+            gone = "; ".join(f"{w.link.name} ({w.last_problem})" for w in absent)
+            raise TransportError(f"no answer within {patience.connect_timeout:g} s from {gone}; {error}") from error
+        # Per worker the groups its session opens, in the order of first use; a piece is known by its place there.
+        self._groups: list[list[tuple[str, ...]]] = [[] for _ in self._workers]
+        for pieces in self._pieces:
+            for piece in pieces:
+                for index in piece.workers:
+                    if piece.names not in self._groups[index]:
+                        self._groups[index].append(piece.names)
+        self._place = [{names: i for i, names in enumerate(groups)} for groups in self._groups]
+        try:
+            self._open_all()
+        except BaseException:
+            self._part()
+            raise
+
+    def pieces(self, unit: int) -> tuple[Piece, ...]:
+        """How a unit is cut."""
+        return self._pieces[unit]
+
+    def start(self, piece: Piece, fields: Mapping[str, Any], buffers: Mapping[str, Any]) -> Call:
+        """Send a request for a piece; ``Call.result`` waits for its reply."""
+        return Call(self, piece, dict(fields), dict(buffers))
+
+    def close(self) -> None:
+        """Close the session at every worker that still listens, and drop the links. Idempotent."""
+        if self._closed.is_set():
+            return
+        self._part()
+        with contextlib.ExitStack() as stack:
+            for worker in self._workers:
+                stack.callback(worker.link.close)
+
+    def _part(self) -> None:
+        self._closed.set()
+        farewells = [farewell for worker in self._workers if (farewell := _farewell(worker, worker.session))]
+        wait(farewells, timeout=_FAREWELL_SECONDS)
+
+    def _introduce(self) -> dict[int, Holdings]:
+        """Ask every worker what it holds; those that do not answer in time are left out."""
+        end = time.monotonic() + self._patience.connect_timeout
+        found: dict[int, Holdings] = {}
+        asked: dict[Future[Message], tuple[int, str]] = {}
+        again = dict.fromkeys(range(len(self._workers)), 0.0)
+        try:
+            while len(found) < len(self._workers) and time.monotonic() < end:
+                for index in [i for i, since in again.items() if since <= time.monotonic()]:
+                    del again[index]
+                    asked[_submit(self._workers[index], Message("hello"))] = index, "hello"
+                until = min(end, *again.values()) if again else end
+                if not asked:
+                    time.sleep(max(0.0, until - time.monotonic()))
+                    continue
+                done, _ = wait(asked, max(0.0, until - time.monotonic()), FIRST_COMPLETED)
+                for future in done:
+                    index, kind = asked.pop(future)
+                    worker = self._workers[index]
+                    try:
+                        reply = _ok(_value(future, 0), worker, kind)
+                    except (_Retry, TransportError) as error:
+                        worker.last_problem = str(error)
+                        again[index] = time.monotonic() + _BACKOFF
+                        continue
+                    if kind == "manifest":
+                        found[index] = _read_holdings(worker, reply)
+                        continue
+                    worker.holdings = _text(worker, reply, "holdings")
+                    asked[_submit(worker, Message("manifest"))] = index, "manifest"
+        finally:
+            for future in asked:
+                future.cancel()
+        for index, worker in enumerate(self._workers):
+            if index not in found:
+                log.warning("no answer from %s, going on without it: %s", worker.link.name, worker.last_problem)
+        return found
+
+    def _open_all(self) -> None:
+        """Open a session at every worker, and do without those whose replicas have one."""
+        needed = [index for index, groups in enumerate(self._groups) if groups]
+        # Preparing weights may take a worker long.
+        with ThreadPoolExecutor(max(1, len(needed)), "ciphertune-open") as pool:
+            problems = dict(zip(needed, pool.map(self._open_at_start, needed), strict=True))
+        for index, problem in problems.items():
+            if problem is None:
+                continue
+            worker = self._workers[index]
+            for piece in (piece for pieces in self._pieces for piece in pieces if index in piece.workers):
+                if all(self._workers[i].session is None for i in piece.workers):
+                    raise TransportError(
+                        f"{worker.link.name}: no session could be opened for {' + '.join(piece.names)}: {problem}"
+                    ) from problem
+            log.warning("no session at %s, going on without it: %s", worker.link.name, problem)
+
+    def _open_at_start(self, index: int) -> Exception | None:
+        """Open a session, however often it takes until the time is up; why it could not be had."""
+        worker = self._workers[index]
+        end = time.monotonic() + self._patience.connect_timeout
+        while True:
+            try:
+                self._open(worker, index, self._patience.timeout)
+            except (_Retry, TransportError) as error:
+                worker.last_problem = str(error)
+                if time.monotonic() > end:
+                    return error
+                time.sleep(_BACKOFF)
+            else:
+                return None
+
+    def _open(self, worker: _Worker, index: int, seconds: float) -> str:
+        """The worker's session, opened if there is none."""
+        if (session := worker.session) is not None:
+            return session
+        begun = time.monotonic()
+        if not worker.opening.acquire(timeout=seconds):
+            raise _Retry(f"no session within {seconds:.3g} s")
+        try:
+            if (session := worker.session) is not None:
+                return session
+            # Another thread found just now that none can be had: not one more wait for each of them.
+            if worker.not_before > begun:
+                raise _Retry(worker.last_problem)
+            request = Message(
+                "open",
+                {
+                    **self._open_request.fields,
+                    "groups": [list(names) for names in self._groups[index]],
+                    "holdings": worker.holdings,
+                },
+                self._open_request.buffers,
+            )
+            left = max(0.0, begun + seconds - time.monotonic())
+            session = _text(worker, _ok(_value(_submit(worker, request), left), worker, "open"), "session")
+            worker.session = session
+        finally:
+            worker.opening.release()
+        if self._closed.is_set():
+            # Nobody else tells the worker of a session that was opened while this end closed.
+            _farewell(worker, session)
+            raise TransportError("the session was closed")
+        return session
+
+
+class Call:
+    """One request for a piece, sent as often as it takes. Evaluation has no effects, so repeating it is safe."""
+
+    def __init__(self, fleet: Fleet, piece: Piece, fields: dict[str, Any], buffers: dict[str, Any]) -> None:
+        self._fleet = fleet
+        self._piece = piece
+        self._fields = fields
+        self._buffers = buffers
+        self._begun = time.monotonic()
+        self._deadline = self._begun + fleet._patience.deadline
+        self._attempts: dict[Future[Message], tuple[int, str, float]] = {}
+        self._hedge_not_before = 0.0
+        self._forgotten: set[int] = set()
+        self.attempts = 0
+        self._launch(set())
+
+    def result(self) -> Message:
+        """The reply.
+
+        Raises:
+            TransportTimeoutError: the deadline passed.
+            WorkerError, ReplyError: a worker refused the request for good, or answered nonsense.
+        """
+        while True:
+            if self._fleet._closed.is_set():
+                raise TransportError(f"the session was closed before {self._what} was answered")
+            if self._attempts:
+                reply = self._wait()
+                if reply is not None:
+                    self.forget()
+                    return reply
+            # Only now, for a reply may have come long before anybody asked for it.
+            if time.monotonic() >= self._deadline:
+                raise TransportTimeoutError(self._failure(time.monotonic() - self._begun))
+            if not self._attempts and not self._launch(set()):
+                self._pause()
+
+    def forget(self) -> None:
+        """Give up whatever is still under way. Idempotent."""
+        for future in list(self._attempts):
+            self._forget(future)
+
+    def _launch(self, busy: set[int], hedging: bool = False) -> bool:
+        """Send the request to the least loaded worker that is not known to be unwell; False where there is none."""
+        tried = set(busy)
+        while (index := self._reserve(tried, hedging)) is not None:
+            tried.add(index)
+            worker = self._fleet._workers[index]
+            begun = time.monotonic()
+            try:
+                seconds = max(0.0, min(self._fleet._patience.timeout, self._deadline - begun))
+                session = self._fleet._open(worker, index, seconds)
+                unit = self._fleet._place[index][self._piece.names]
+                request = Message("evaluate", {**self._fields, "session": session, "unit": unit}, self._buffers)
+                self._attempts[_submit(worker, request)] = (index, session, time.monotonic())
+            except (_Retry, TransportError) as error:
+                self._release(index)
+                worker.failed(str(error))
+            except BaseException:
+                self._release(index)
+                raise
+            else:
+                self.attempts += 1
+                return True
+        return False
+
+    def _reserve(self, tried: set[int], hedging: bool) -> int | None:
+        """The worker to ask next, counted as busy from now on."""
+        workers = self._fleet._workers
+        now = time.monotonic()
+        # A hedge must not wait for a session while the answer that it hedges may come.
+        ready = [
+            i
+            for i in self._piece.workers
+            if i not in tried and workers[i].not_before <= now and not (hedging and workers[i].session is None)
+        ]
+        with self._fleet._choosing:
+            index = min(
+                ready, key=lambda i: (workers[i].in_flight, workers[i].failures, workers[i].last_used), default=None
+            )
+            if index is not None:
+                workers[index].in_flight += 1
+                workers[index].last_used = now
+            return index
+
+    def _release(self, index: int) -> None:
+        with self._fleet._choosing:
+            self._fleet._workers[index].in_flight -= 1
+
+    def _wait(self) -> Message | None:
+        """Wait until something happens; the reply, if that is what happened."""
+        patience = self._fleet._patience
+        oldest = min(started for _, _, started in self._attempts.values())
+        newest = max(started for _, _, started in self._attempts.values())
+        may_hedge = patience.hedge > 0 and len(self._attempts) < len(self._piece.workers)
+        until = min(self._deadline, oldest + patience.timeout)
+        if may_hedge:
+            until = min(until, max(newest + patience.hedge, self._hedge_not_before))
+        done, _ = wait(self._attempts, max(0.0, until - time.monotonic()), FIRST_COMPLETED)
+        for future in done:
+            index, session, _ = self._attempts[future]
+            worker = self._fleet._workers[index]
+            self._forget(future)
+            try:
+                reply = _ok(_value(future, 0), worker, "evaluate")
+            except TransportError as error:
+                worker.failed(str(error))
+            except _UnknownSession as error:
+                worker.forgot(session)
+                # It was restarted, or the session was idle for long: open another at once. But not for ever.
+                if index in self._forgotten:
+                    worker.failed(str(error))
+                self._forgotten.add(index)
+            except _Retry as error:
+                worker.failed(str(error))
+            except WorkerError as error:
+                # What one worker stumbles over, its replica may not.
+                if error.code != "internal" or self.attempts >= len(self._piece.workers):
+                    raise
+                worker.failed(str(error))
+            else:
+                worker.answered()
+                return reply
+        now = time.monotonic()
+        for future, (index, _, started) in list(self._attempts.items()):
+            if now >= started + patience.timeout and not future.done():
+                self._forget(future)
+                self._fleet._workers[index].failed(f"no answer within {patience.timeout:g} s")
+        if may_hedge and self._attempts and not done and now >= max(newest + patience.hedge, self._hedge_not_before):
+            busy = {index for index, _, _ in self._attempts.values()}
+            if not self._launch(busy, hedging=True):
+                self._hedge_not_before = now + _BACKOFF
+        return None
+
+    def _pause(self) -> None:
+        """Wait until a worker may be asked again."""
+        next_time = min(self._fleet._workers[i].not_before for i in self._piece.workers)
+        self._fleet._closed.wait(max(0.001, min(next_time, self._deadline) - time.monotonic()))
+
+    def _forget(self, future: Future[Message]) -> None:
+        index, _, _ = self._attempts.pop(future)
+        self._release(index)
+        future.cancel()
+
+    @property
+    def _what(self) -> str:
+        return f"{' + '.join(self._piece.names)} ({self._fields['direction']})"
+
+    def _failure(self, seconds: float) -> str:
+        told = "; ".join(
+            f"{self._fleet._workers[i].link.name}: {self._fleet._workers[i].last_problem}" for i in self._piece.workers
+        )
+        return (
+            f"{self._what} had no answer within {seconds:.3g} s and {self.attempts} attempts. {told}. Start the worker "
+            "again and resume from the last checkpoint, or raise the option deadline"
+        )
+
+
+def _submit(worker: _Worker, request: Message) -> Future[Message]:
+    """A future of the reply, failed where the link fails to take the request."""
+    try:
+        return worker.link.submit(request)
+    except Exception as error:
+        future: Future[Message] = Future()
+        future.set_exception(error)
+        return future
+
+
+def _farewell(worker: _Worker, session: str | None) -> Future[Message] | None:
+    return None if session is None else _submit(worker, Message("close", {"session": session}))
+
+
+def _value(future: Future[Message], seconds: float) -> Message:
+    try:
+        return future.result(seconds)
+    except TransportError:
+        raise  # which may be a timeout of the link's own
+    except FutureTimeoutError:
+        future.cancel()
+        raise TransportTimeoutError(f"no answer within {seconds:.3g} s") from None
+    except CancelledError:
+        raise TransportError("the request was given up") from None
+    except CipherTuneError:
+        raise
+    except Exception as error:
+        # Its text may quote what was sent.
+        log.warning("the transport failed", exc_info=error)
+        raise TransportError(f"the transport failed: {type(error).__name__}") from error
+
+
+def _read_holdings(worker: _Worker, reply: Message) -> Holdings:
+    try:
+        return read_manifest(reply.fields.get("blocks"))
+    except ProtocolError as error:
+        raise ReplyError(f"{worker.link.name}: {error}") from error
+
+
+def _text(worker: _Worker, reply: Message, field: str) -> str:
+    value = reply.fields.get(field)
+    if not isinstance(value, str):
+        raise ReplyError(f"{worker.link.name} sent a reply without the field {field!r}")
+    return value
+
+
+def _ok(reply: Message, worker: _Worker, kind: str) -> Message:
+    """The reply if it is a good one."""
+    if reply.kind == "error":
+        code, text = str(reply.fields.get("code")), str(reply.fields.get("message"))[:2000]
+        if code == "unknown-session":
+            raise _UnknownSession("it does not know the session that it opened")
+        if code in ("busy", "holdings"):
+            raise _Retry(text)
+        raise WorkerError(f"{worker.link.name} refused a request of kind {kind!r}: {text}", code)
+    if reply.kind != "ok":
+        raise ReplyError(f"{worker.link.name} answered a {kind!r} request with {reply.kind!r}")
+    return reply

@@ -1,0 +1,72 @@
+"""Small files that hold a secret: JSON of mode 0600, written whole or not at all, refused if others can read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ciphertune.errors import KeyFileError
+
+_LARGEST = 4096
+
+
+def read_key_file(path: str | os.PathLike[str], form: str, *, secret: bool = True) -> dict[str, Any]:
+    """The content of a key file.
+
+    Args:
+        path: the file.
+        form: what its ``format`` entry must be.
+        secret: whether it must be unreadable for others.
+
+    Raises:
+        KeyFileError: missing, readable by others, damaged, or of another format. No content is quoted.
+    """
+    file = Path(path)
+    try:
+        status = file.stat()
+        text = file.read_text(encoding="ascii") if status.st_size < _LARGEST else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"cannot read the key file {file}: {type(error).__name__}") from None
+    mode = stat.S_IMODE(status.st_mode)
+    if secret and os.name == "posix" and mode & 0o077:
+        raise KeyFileError(f"the key file {file} can be read by others (mode {mode:04o}): run chmod 600 {file}")
+    try:
+        content = json.loads(text)
+        found = content["format"]
+    except (ValueError, KeyError, TypeError):
+        raise KeyFileError(f"{file} is damaged or not a key file") from None
+    if found != form:
+        raise KeyFileError(f"{file} has format {found!r}, expected {form!r}")
+    return dict(content)
+
+
+def write_key_file(path: str | os.PathLike[str], content: Mapping[str, Any], *, secret: bool = True) -> None:
+    """Write a key file with mode 0600, or 0644 for a public one; an existing file is never overwritten.
+
+    Raises:
+        KeyFileError: the file exists or cannot be written; nothing half-written remains.
+    """
+    file = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
+    except OSError as error:
+        raise KeyFileError(f"cannot write a key file in {file.parent}: {type(error).__name__}") from None
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as stream:
+            json.dump(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if not secret:
+            Path(temporary).chmod(0o644)
+        os.link(temporary, file)
+    except FileExistsError:
+        raise KeyFileError(f"{file} exists already; a key file is never overwritten") from None
+    except OSError as error:
+        raise KeyFileError(f"cannot write the key file {file}: {type(error).__name__}") from None
+    finally:
+        Path(temporary).unlink()

@@ -1,0 +1,34 @@
+"""Held-out loss of a trained adapter on the original model with stock peft, beside what the split model had.
+
+python examples/held_out.py MODEL CONFIG
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from ciphertune.config import load_config
+from ciphertune.run import read_texts, split_rows
+from ciphertune.workloads.language import load_named_model
+
+
+def main(name: str, path: Path) -> None:
+    config = load_config(path)
+    base, tokenizer = load_named_model(name)
+    model = PeftModel.from_pretrained(base, Path(config.training.output) / "adapter").eval()
+    _, rows = split_rows(read_texts(config.data), tokenizer, config.data)
+    with torch.no_grad():
+        losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in rows]
+    loss = sum(losses) / len(losses)
+    split = json.loads((Path(config.training.output) / "result.json").read_text())["evaluations"][-1]["eval_loss"]
+    print(f"held-out perplexity: {math.exp(loss):.3f} on the original model, {math.exp(split):.3f} through the workers")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,136 @@
+"""ZeroMQ workers on other machines: CURVE-encrypted and authenticated TCP, or Unix sockets on one machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ciphertune.errors import PluginError, SelectionError
+from ciphertune.transport import Desk, Handler, Link, Listener, Transport
+
+
+@dataclasses.dataclass(frozen=True)
+class ZmqOptions:
+    """Options of the zmq transport.
+
+    Attributes:
+        curve: folder with this client's key and the workers' public keys; see ``ciphertune keys``.
+            ``CIPHERTUNE_KEYS`` or ``~/.ciphertune/keys`` if not given.
+        client: name of the client's key in that folder.
+        insecure: plain TCP, to workers on this machine only.
+        no_authentication: plain TCP to any machine: whoever can reach the link can read it (what the backend encrypts
+            stays encrypted), alter it unnoticed, and pose as the worker.
+        heartbeat: seconds between signs of life; a worker silent for three times as long is given up.
+    """
+
+    curve: str | None = None
+    client: str = "client"
+    insecure: bool = False
+    no_authentication: bool = False
+    heartbeat: float = 5.0
+
+    def __post_init__(self) -> None:
+        _check_heartbeat(self.heartbeat)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZmqServeOptions:
+    """Options of a worker's side.
+
+    Attributes:
+        curve: folder with the worker's key and the authorised clients' public keys in ``clients/``.
+        insecure: plain TCP, on a loopback address only.
+        no_authentication: plain TCP on any address: anyone who can reach it can use this worker.
+        heartbeat: as for clients.
+        max_backlog: bytes of unfinished messages that all connections together may make this process hold.
+    """
+
+    curve: str | None = None
+    insecure: bool = False
+    no_authentication: bool = False
+    heartbeat: float = 5.0
+    max_backlog: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        _check_heartbeat(self.heartbeat)
+
+
+class ZmqTransport(Transport):
+    """One DEALER socket a worker; workers listen on a ROUTER socket."""
+
+    name = "zmq"
+    Options = ZmqOptions
+    ServeOptions = ZmqServeOptions
+
+    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> list[Link]:
+        """See ``Transport.connect``. Endpoints are ``HOST:PORT`` or ``ipc://PATH``."""
+        _need_zmq()
+        from ciphertune_zmq.address import parse
+        from ciphertune_zmq.link import ZmqLink
+        from ciphertune_zmq.security import client_curve
+
+        if not endpoints:
+            raise SelectionError("the zmq transport needs the workers' addresses: backend+zmq://HOST:PORT[,HOST:PORT…]")
+        addresses = [parse(endpoint) for endpoint in endpoints]
+        curves = [client_curve(address, self.options) for address in addresses]
+        links: list[Link] = []
+        try:
+            for address, curve in zip(addresses, curves, strict=True):
+                links.append(ZmqLink(address, curve, self.options.heartbeat))
+        except BaseException:
+            for link in links:
+                link.close()
+            raise
+        return links
+
+    @staticmethod
+    def make_keys(folder: Path, clients: Sequence[str], *, worker: bool) -> dict[str, str]:
+        """Make CURVE keys.
+
+        Args:
+            folder: where; made if missing.
+            clients: names of clients to make a key for.
+            worker: whether to make a worker's key too.
+
+        Returns:
+            The files made, and what each is.
+
+        Raises:
+            KeyFileError: a file exists, or cannot be written.
+        """
+        _need_zmq()
+        from ciphertune_zmq.keys import make_folder, make_pair
+
+        make_folder(folder)
+        made: dict[str, str] = {}
+        if worker:
+            make_pair(folder / "worker.key", folder / "worker.pub")
+            made |= {"worker.key": "secret, stays at the worker", "worker.pub": "public, for clients"}
+        for name in clients:
+            make_pair(folder / f"{name}.key", folder / "clients" / f"{name}.pub")
+            made |= {f"{name}.key": "secret, stays at the client", f"clients/{name}.pub": "public, for the worker"}
+        return made
+
+    @classmethod
+    def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:
+        _need_zmq()
+        from ciphertune_zmq.address import parse
+        from ciphertune_zmq.listener import ZmqListener
+        from ciphertune_zmq.security import server_curve
+
+        where = parse(address)
+        return ZmqListener(desk, where, server_curve(where, options), options)
+
+
+def _check_heartbeat(seconds: float) -> None:
+    if not 0.05 <= seconds <= 3600:
+        raise SelectionError(f"option heartbeat={seconds} must be between 0.05 and 3600 seconds")
+
+
+def _need_zmq() -> None:
+    try:
+        import zmq  # noqa: F401
+    except ImportError as error:
+        raise PluginError('the zmq transport needs pyzmq: pip install "ciphertune[zmq]"') from error

@@ -1,0 +1,64 @@
+"""Addresses as users write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+
+from ciphertune.errors import SelectionError
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where a worker listens.
+
+    Attributes:
+        scheme: ``tcp`` or ``ipc``.
+        host, port: of a TCP address; the port may be ``*`` for any free one.
+        path: of a Unix socket.
+    """
+
+    scheme: str
+    host: str = ""
+    port: str = ""
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.path}" if self.scheme == "ipc" else f"{self.host}:{self.port}"
+
+    @property
+    def zmq(self) -> str:
+        """As ZeroMQ writes it."""
+        return f"ipc://{self.path}" if self.scheme == "ipc" else f"tcp://{self.host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.scheme == "ipc" or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+
+def parse(text: str) -> Address:
+    """Read ``HOST:PORT``, ``tcp://HOST:PORT`` or ``ipc://PATH``.
+
+    >>> parse("10.0.0.5:5555")
+    Address(scheme='tcp', host='10.0.0.5', port='5555', path='')
+    >>> str(parse("ipc:///run/worker.sock")), parse("tcp://[::1]:5555").loopback
+    ('ipc:///run/worker.sock', True)
+
+    Raises:
+        SelectionError: it is neither.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "tcp", text
+    if scheme == "ipc" and rest and len(rest.encode()) < 100:
+        return Address("ipc", path=rest)
+    host, colon, port = rest.rpartition(":")
+    if scheme == "tcp" and colon and host and (port == "*" or (port.isdecimal() and int(port) < 65536)):
+        return Address("tcp", host=host, port="*" if port == "0" else port)
+    raise SelectionError(f"cannot read the address {text!r}: expected HOST:PORT, tcp://HOST:PORT or ipc://PATH")

@@ -1,0 +1,129 @@
+"""What both ends share: a thread that owns the sockets, and a way to wake it."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import logging
+import socket
+import threading
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+log = logging.getLogger(__name__)
+
+CONNECTION_EVENTS = (
+    zmq.EVENT_ACCEPTED
+    | zmq.EVENT_CONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+HANDSHAKE_FAILURES = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+)
+
+
+class SocketLoop(abc.ABC):
+    """One thread that owns a ZeroMQ socket, its monitor and its context. Other threads only ``wake`` it.
+
+    Args:
+        kind: type of the socket.
+        name: of the thread.
+    """
+
+    def __init__(self, kind: int, name: str) -> None:
+        self.context = zmq.Context()
+        self.socket: zmq.Socket[bytes] = self.context.socket(kind)
+        self.socket.linger = 0
+        self._monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(CONNECTION_EVENTS)
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._wake_out.setblocking(False)
+        self._wake_in.setblocking(False)
+        self.stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def begin(self) -> None:
+        """Start the thread, once the socket is set up."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Have the thread look at what there is to do."""
+        # A full pipe means that it is about to.
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._wake_out.send(b"x")
+
+    def stop(self) -> None:
+        """End the thread and let go of everything. Idempotent; not from the thread itself."""
+        self.stopping = True
+        self.wake()
+        if self._thread.is_alive():
+            self._thread.join()
+        elif self._thread.ident is None:
+            self._release()
+
+    @abc.abstractmethod
+    def poll_seconds(self) -> float:
+        """How long the thread may sleep if nothing happens."""
+
+    @abc.abstractmethod
+    def work(self, readable: bool) -> None:
+        """Receive, if there is something, and send."""
+
+    @abc.abstractmethod
+    def connection_event(self, event: int, value: int) -> None:
+        """A connection was made, lost or refused; ``value`` as in ``zmq_socket_monitor``."""
+
+    @abc.abstractmethod
+    def ended(self) -> None:
+        """The thread ends: answer whoever waits."""
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception:
+            log.exception("the thread %s failed", self._thread.name)
+        finally:
+            self.stopping = True
+            try:
+                self.ended()
+            finally:
+                self._release()
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        for readable in (self.socket, self._monitor, self._wake_in):
+            poller.register(readable, zmq.POLLIN)
+        wake = self._wake_in.fileno()
+        while not self.stopping:
+            events: dict[Any, int] = dict(poller.poll(int(1000 * self.poll_seconds())))
+            if wake in events:
+                with contextlib.suppress(BlockingIOError):
+                    self._wake_in.recv(4096)
+            # Replies that came before the connection was lost count.
+            self.work(self.socket in events)
+            if self._monitor in events:
+                self._read_monitor()
+
+    def _read_monitor(self) -> None:
+        while True:
+            try:
+                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self.connection_event(int(event["event"]), int(event["value"]))
+
+    def _release(self) -> None:
+        self.socket.disable_monitor()
+        self._monitor.close(0)
+        self.socket.close(0)
+        self.context.term()
+        self._wake_in.close()
+        self._wake_out.close()

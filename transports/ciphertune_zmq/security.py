@@ -1,0 +1,107 @@
+"""What protects a connection: CURVE keys, a Unix socket's permissions, or, if the user insists, nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ciphertune.errors import KeyFileError, SecurityError
+from ciphertune_zmq.address import Address
+from ciphertune_zmq.keys import KeyPair, keys_folder, read_pair, read_public
+
+if TYPE_CHECKING:
+    from ciphertune_zmq import ZmqOptions, ZmqServeOptions
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientCurve:
+    """A client's keys for one worker."""
+
+    pair: KeyPair
+    server: bytes
+
+
+class Authorised:
+    """Public keys of the clients that a worker serves, read anew when a client connects.
+
+    Args:
+        folder: of ``*.pub`` files; a file added or removed counts for the next connection.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether this Z85 public key may connect, as ``zmq.auth`` asks it."""
+        for file in sorted(self.folder.glob("*.pub")):
+            try:
+                if read_public(file) == key:
+                    return True
+            except KeyFileError as error:
+                log.warning("skipped: %s", error)
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerCurve:
+    """A worker's key and whom it lets in."""
+
+    pair: KeyPair
+    clients: Authorised
+
+
+def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
+    """Keys for a worker, or None where none are used.
+
+    The worker's public key is the first that exists of ``HOST_PORT.pub``, ``HOST.pub`` and ``worker.pub`` in the keys'
+    folder.
+
+    Raises:
+        KeyFileError: a key is missing or damaged.
+        SecurityError: plain TCP to another machine was asked for with ``insecure`` alone.
+    """
+    if _plain(address, options.insecure, options.no_authentication):
+        return None
+    folder = keys_folder(options.curve)
+    host = address.host.strip("[]")
+    names = (f"{host}_{address.port}.pub", f"{host}.pub", "worker.pub")
+    public = next((folder / name for name in names if (folder / name).exists()), folder / "worker.pub")
+    return ClientCurve(read_pair(_existing(folder / f"{options.client}.key")), read_public(_existing(public)))
+
+
+def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | None:
+    """A worker's key and authorised clients, or None where none are used. Raises as ``client_curve``."""
+    if _plain(address, options.insecure, options.no_authentication):
+        if address.scheme == "tcp" and not address.loopback:
+            log.warning("%s is served without authentication: anyone who can reach it can use this worker", address)
+        return None
+    folder = keys_folder(options.curve)
+    pair = read_pair(_existing(folder / "worker.key"))
+    clients = Authorised(folder / "clients")
+    if not any(clients.folder.glob("*.pub")):
+        raise KeyFileError(f"no client is authorised: put clients' public keys in {clients.folder}")
+    return ServerCurve(pair, clients)
+
+
+def _plain(address: Address, insecure: bool, no_authentication: bool) -> bool:
+    if address.scheme == "ipc" or no_authentication:
+        return True
+    if insecure and not address.loopback:
+        raise SecurityError(
+            f"insecure is for this machine only, and {address} is not: use keys (see 'ciphertune keys'), or say "
+            "no_authentication to let anyone on the network read and alter traffic, use the worker, and pose as it"
+        )
+    return insecure
+
+
+def _existing(file: Path) -> Path:
+    if not file.exists():
+        raise KeyFileError(
+            f"the key file {file} is missing: make keys with 'ciphertune keys', or name their folder with the option "
+            "curve or in CIPHERTUNE_KEYS"
+        )
+    return file
