@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from concurrent.futures import Future
 
-from ciphertune.errors import ProtocolError, SelectionError, TransportError
+from ciphertune.errors import ProtocolError, ReplyError, SelectionError, TransportError
 from ciphertune.protocol import Message, pack, unpack
 from ciphertune.transport import Handler, Link, Transport
 
@@ -33,19 +33,25 @@ class LocalLink(Link):
     def submit(self, request: Message) -> Future[Message]:
         """Evaluate at once; the future is already done."""
         future: Future[Message] = Future()
-        if self._worker is None:
+        worker = self._worker  # which another thread may let go of meanwhile
+        if worker is None:
             future.set_exception(TransportError("the local link is closed"))
             return future
         try:
+            reply = worker.handle(unpack(pack(request)) if self._wire else request)
             if self._wire:
-                reply = unpack(pack(self._worker.handle(unpack(pack(request)))))
-            else:
-                reply = self._worker.handle(request)
+                reply = self._carry(reply)
         except ProtocolError as error:
             future.set_exception(error)
         else:
             future.set_result(reply)
         return future
+
+    def _carry(self, reply: Message) -> Message:
+        try:
+            return unpack(pack(reply))
+        except ProtocolError as error:
+            raise ReplyError(f"{self.name} sent a malformed reply: {error}") from error
 
     def close(self) -> None:
         """Let go of the worker."""

@@ -122,7 +122,6 @@ class _ClientLoop(SocketLoop):
             self._lost("nothing answers there")
 
     def ended(self) -> None:
-        self._backlog.close()
         self._fail_all("the link is closed")
 
     def _send(self) -> None:

@@ -148,7 +148,6 @@ class _ServerLoop(SocketLoop):
                 self._backlog.closed(value)
 
     def ended(self) -> None:
-        self._backlog.close()
         for _, release in self._unsent:
             release()
         while self._replies:
