@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -302,7 +303,12 @@ def test_a_session_that_was_forgotten_is_opened_once(farm: Farm) -> None:
 
 def test_a_worker_that_never_knows_its_sessions_is_not_asked_without_end(farm: Farm) -> None:
     session, host = alone(farm, deadline=0.5)
-    host.on("evaluate", fail_with("unknown-session"), always=True)
+
+    def forget(request: Message) -> Message:
+        host.restart()
+        return host.answer(request)
+
+    host.on("evaluate", forget, always=True)
     with pytest.raises(TransportTimeoutError, match="a: it does not know the session that it opened"):
         product(session)
     assert 2 <= host.count("evaluate") < 12
@@ -488,6 +494,20 @@ def test_what_will_fail_again_is_raised_at_once(farm: Farm, code: str) -> None:
     check(session)
 
 
+def test_a_full_worker_is_not_the_end_of_a_session_that_it_forgot(farm: Farm) -> None:
+    session, host = alone(farm)
+    host.restart()
+    # Openings whose answers were lost count there until they run out.
+    host.on("open", fail_with("quota", "no more sessions"), fail_with("quota", "no more sessions"))
+    check(session)
+    assert host.count("open") == 4
+    session._fleet._patience = fleet.Patience(deadline=0.3)
+    host.restart()
+    host.on("open", fail_with("quota", "no more sessions"), always=True)
+    with pytest.raises(TransportTimeoutError, match="no more sessions"):
+        product(session)
+
+
 def test_what_one_worker_stumbles_over_its_replica_may_not(farm: Farm) -> None:
     session, first, second = both(farm)
     first.on("evaluate", fail_with("internal"))
@@ -601,16 +621,26 @@ def test_many_threads_at_workers_that_come_and_go(farm: Farm) -> None:
     farm.plant(model, a=[[("0", 0, 64)]], b=[[("0", 64, None)]], d=[[("0", 64, None)]])
     session = farm.outsource(model, hedge=0.05, timeout=0.2)
     stop = threading.Event()
+    chance = random.Random(0)
+
+    def moody(request: Message) -> Message | None:
+        mood = chance.random()
+        if mood < 0.1:
+            return None
+        return error_message("busy", "not now") if mood < 0.3 else farm.hosts["a"].answer(request)
+
+    farm.hosts["a"].script = moody
 
     def disturb() -> None:
         turns = 0
-        while not stop.wait(0.02):
+        while not stop.wait(0.03):
             host = farm.hosts["bd"[turns % 2]]
             if host.up:
                 host.crash()
             else:
                 host.restart()
-            farm.hosts["a"].on("evaluate", *[fail_with("busy"), fail_with("unknown-session"), never][turns % 3 :])
+            if turns % 5 == 0:
+                farm.hosts["a"].restart()
             turns += 1
 
     with thread(disturb) as disturbing:
@@ -707,6 +737,7 @@ def test_a_replica_that_dies_while_sessions_are_opened(farm: Farm, caplog: pytes
     assert "no session at a, going on without it" in caplog.text
     check(session)
     first.restart()
+    time.sleep(0.1)
     gate = Gate(second)
     second.on("evaluate", gate)
     with thread(lambda: check(session)) as done:

@@ -87,11 +87,13 @@ class _Worker:
         """It is well."""
         self.failures = 0
 
-    def forgot(self, session: str) -> None:
-        """It does not know this session; another thread may have opened a new one meanwhile."""
+    def forgot(self, session: str) -> bool:
+        """It does not know this session; False where another thread has opened a new one already."""
         with self._lock:
-            if self.session == session:
+            latest = self.session == session
+            if latest:
                 self.session = None
+            return latest
 
 
 class Fleet:
@@ -322,12 +324,13 @@ class Call:
                 unit = self._fleet._place[index][self._piece.names]
                 request = Message("evaluate", {**self._fields, "session": session, "unit": unit}, self._buffers)
                 self._attempts[_submit(worker, request)] = (index, session, time.monotonic())
-            except (_Retry, TransportError) as error:
+            except BaseException as error:
                 self._release(index)
+                # Sessions whose opening was answered too late count at the worker until they run out.
+                full = isinstance(error, WorkerError) and error.code == "quota"
+                if not (full or isinstance(error, (_Retry, TransportError))):
+                    raise
                 worker.failed(str(error))
-            except BaseException:
-                self._release(index)
-                raise
             else:
                 self.attempts += 1
                 return True
@@ -375,9 +378,8 @@ class Call:
             except TransportError as error:
                 worker.failed(str(error))
             except _UnknownSession as error:
-                worker.forgot(session)
                 # It was restarted, or the session was idle for long: open another at once. But not for ever.
-                if index in self._forgotten:
+                if worker.forgot(session) and index in self._forgotten:
                     worker.failed(str(error))
                 self._forgotten.add(index)
             except _Retry as error:

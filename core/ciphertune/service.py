@@ -17,6 +17,8 @@ from ciphertune.worker import Worker
 log = logging.getLogger(__name__)
 
 _EXPIRY_SECONDS = 1.0
+_INSTANT = ("hello", "stats")
+"""Answered where they arrive: handing them to a thread would take longer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,11 @@ class Service:
         except ProtocolError as error:
             code = "version" if "version" in str(error) else "protocol"
             self._answer(None, job, error_message(code, str(error)), "malformed")
+            return
+        if job.request.kind in _INSTANT and not self._draining:
+            with self._lock:
+                self.stats.bytes_in += nbytes
+            self._answer(None, job, self.worker.handle(job.request, peer), job.request.kind)
             return
         refusal = ""
         with self._lock:
