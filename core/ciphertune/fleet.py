@@ -64,6 +64,7 @@ class _Worker:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.session: str | None = None
+        self._served = False  # Whether a product was ever had in this session.
         self.holdings = ""
         self.in_flight = 0
         self.last_used = 0.0
@@ -83,17 +84,28 @@ class _Worker:
                 self.failures += 1
                 self.not_before = now + min(_BACKOFF * 2 ** min(self.failures - 1, 16), _LONGEST_BACKOFF)
 
-    def answered(self) -> None:
-        """It is well."""
-        self.failures = 0
-
-    def forgot(self, session: str) -> bool:
-        """It does not know this session; False where another thread has opened a new one already."""
+    def opened(self, session: str) -> None:
+        """It has a session for this client."""
         with self._lock:
-            latest = self.session == session
-            if latest:
-                self.session = None
-            return latest
+            self.session, self._served = session, False
+
+    def answered(self, session: str) -> None:
+        """It is well."""
+        with self._lock:
+            self.failures = 0
+            self._served |= self.session == session
+
+    def forgot(self, session: str, problem: str) -> None:
+        """It does not know this session."""
+        with self._lock:
+            if self.session != session:
+                return  # Another thread has noticed already.
+            self.session = None
+            served = self._served
+        # One that was restarted, or closed what was idle, is asked for another session at once. One that forgets
+        # what it has just opened is not, or this would never end.
+        if not served:
+            self.failed(problem)
 
 
 class Fleet:
@@ -259,7 +271,7 @@ class Fleet:
             )
             left = max(0.0, begun + seconds - time.monotonic())
             session = _text(worker, _ok(_value(_submit(worker, request), left), worker, "open"), "session")
-            worker.session = session
+            worker.opened(session)
         finally:
             worker.opening.release()
         if self._closed.is_set():
@@ -281,7 +293,6 @@ class Call:
         self._deadline = self._begun + fleet._patience.deadline
         self._attempts: dict[Future[Message], tuple[int, str, float]] = {}
         self._hedge_not_before = 0.0
-        self._forgotten: set[int] = set()
         self.attempts = 0
         self._launch(set())
 
@@ -378,10 +389,7 @@ class Call:
             except TransportError as error:
                 worker.failed(str(error))
             except _UnknownSession as error:
-                # It was restarted, or the session was idle for long: open another at once. But not for ever.
-                if worker.forgot(session) and index in self._forgotten:
-                    worker.failed(str(error))
-                self._forgotten.add(index)
+                worker.forgot(session, str(error))
             except _Retry as error:
                 worker.failed(str(error))
             except WorkerError as error:
@@ -390,7 +398,7 @@ class Call:
                     raise
                 worker.failed(str(error))
             else:
-                worker.answered()
+                worker.answered(session)
                 return reply
         now = time.monotonic()
         for future, (index, _, started) in list(self._attempts.items()):

@@ -33,6 +33,8 @@ _HANDSHAKE_SECONDS = 5
 _RECEIVE_QUEUE = 8
 _SEND_QUEUE = 64
 _ROUTING_FRAMES = 2
+# Replies to clients that take none.
+_MOST_WAITING = 1 << 14
 # Below this copying is cheaper than telling when ZeroMQ is done with the memory.
 _SMALL = 1 << 16
 
@@ -117,12 +119,12 @@ class _ServerLoop(SocketLoop):
         return bool(self._replies or self._unsent)
 
     def poll_seconds(self) -> float:
-        return _SENDING_SECONDS if self._unsent else _GUARD_SECONDS
+        return _SENDING_SECONDS if self.sending else _GUARD_SECONDS
 
     def work(self, readable: bool) -> None:
         if readable:
             self._receive()
-        while self._replies:
+        for _ in range(len(self._replies)):
             self._send(self._replies.popleft())
         if self._unsent:
             left = []
@@ -217,8 +219,14 @@ class _ServerLoop(SocketLoop):
             else:
                 tracker = self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False, track=True)
                 self._unsent.append((tracker, out.release))
+        except zmq.Again:
+            # Its connection is full; what may wait here is bounded by its quota, but for refusals, which have none.
+            if len(self._replies) < _MOST_WAITING:
+                self._replies.append(out)
+            else:
+                out.release()
         except zmq.ZMQError as error:
-            # Gone, or it takes no replies: it will ask again if it still wants to know.
+            # Gone: it will ask again if it still wants to know.
             log.info("a reply was dropped: %s", error)
             out.release()
 
