@@ -83,6 +83,10 @@ class ClearBackend(Backend):
         bits = self.options.weight_bits
         return None if bits == 32 else bits
 
+    def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
+        """See ``Backend.traffic``: float32 both ways."""
+        return 4 * tokens * linear_map.in_features, 4 * tokens * linear_map.out_features
+
     def client(self, device: torch.device) -> ClearClient:
         """See ``Backend.client``."""
         return ClearClient()

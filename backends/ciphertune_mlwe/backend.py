@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 import torch
 
-from ciphertune.backend import Backend, Buffers, ClientHalf, NoiseModel, SecurityStatement, WeightBits, WorkerHalf
+from ciphertune.backend import (
+    Backend,
+    Buffers,
+    ClientHalf,
+    LinearMap,
+    NoiseModel,
+    SecurityStatement,
+    WeightBits,
+    WorkerHalf,
+)
 from ciphertune.errors import ProtocolError, SelectionError
 from ciphertune_mlwe.params import ERROR_VARIANCE, MODULUS_BITS, PARAMETER_SETS, ParameterSet
 
@@ -106,6 +115,16 @@ class MLWEBackend(Backend):
         body = max(_squared_unit(o.kept_body_bits) - sent, 0.0) / 12
         mask = (_squared_unit(o.reply_bits) - 1) * self.parameters.dimension / 18
         return NoiseModel(2.0 ** (MODULUS_BITS - 1), received, mask + body, o.weight_bits // 8)
+
+    def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
+        """See ``Backend.traffic``."""
+        from ciphertune_mlwe.prg import SEED_BYTES
+
+        o = self.options
+        sent = -(-tokens // o.pad_tokens) * o.pad_tokens
+        row = o.reply_bits // 8 * self.parameters.dimension + o.kept_body_bits // 8 * sent
+        up = SEED_BYTES + linear_map.in_features * (o.request_bits // 8) * sent
+        return up, linear_map.out_features * (o.weight_bits // 8) * row
 
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half with the key file's key, or a fresh one. Raises ``KeyFileError``."""

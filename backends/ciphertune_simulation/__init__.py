@@ -147,6 +147,10 @@ class SimulationBackend(Backend):
         assert noise is not None
         return noise
 
+    def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
+        """See ``Backend.traffic``: what the simulation itself sends, float32 both ways and a scale a token."""
+        return tokens * (4 * linear_map.in_features + 8), 4 * tokens * linear_map.out_features
+
     def client(self, device: torch.device) -> SimulationClient:
         """See ``Backend.client``."""
         return SimulationClient(self.noise, self.options.seed)

@@ -228,6 +228,10 @@ class Backend(abc.ABC):
         """The error model of this backend with these options, or None where it has no closed form."""
         return None
 
+    def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int] | None:
+        """Bytes of the buffers of a request and of its reply, for plans; None where it is not known before."""
+        return None
+
     def refuse_imprecise(self, linear_map: LinearMap) -> None:
         """Raise ``PrecisionError`` for a map whose outputs would be mostly noise under these options."""
         error = 0.0 if self.noise is None else self.noise.relative_error(linear_map)
