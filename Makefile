@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 NATIVE := backends/ciphertune_mlwe/native/kernels.c
 
-.PHONY: install demo demo-quick test lint wheel-test slow-test bench clean
+.PHONY: install demo demo-quick test lint wheel-test soak fuzz bench clean
 
 install: $(STAMP)
 
@@ -39,6 +39,17 @@ test: lint
 # The wheel in an empty environment of its own runs the demo.
 wheel-test: $(STAMP)
 	PYTHON=$(BIN)/python TORCH="$(TORCH)" sh tests/wheel.sh
+
+# Longer runs, not part of the tests.
+MINUTES ?= 10
+RUNS ?= 100000
+
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py --minutes $(MINUTES) --clients 32
+
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet atheris
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_worker.py -runs=$(RUNS) -max_len=2000 -len_control=0
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/figures.py

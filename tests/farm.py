@@ -171,7 +171,11 @@ class Farm:
     def plant(self, model: nn.Module, backend: str = "clear", **plan: Blocks) -> list[Host]:
         """A host for each entry of the plan, by name, with these blocks of the model."""
         bits = choose(backend).backend.weight_bits
-        new = [Host(name, store(model, bits, blocks), self._pool) for name, blocks in plan.items()]
+        return self.serve(**{name: store(model, bits, blocks) for name, blocks in plan.items()})
+
+    def serve(self, **stores: WeightStore) -> list[Host]:
+        """A host for each store, by name."""
+        new = [Host(name, held, self._pool) for name, held in stores.items()]
         self.hosts.update({host.name: host for host in new})
         return new
 

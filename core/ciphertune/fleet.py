@@ -61,10 +61,11 @@ class _UnknownSession(_Retry):
 class _Worker:
     """One worker as this client knows it."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, longest_backoff: float) -> None:
         self.link = link
+        self._longest_backoff = longest_backoff
         self.session: str | None = None
-        self._served = False  # Whether a product was ever had in this session.
+        self._forgetful = False
         self.holdings = ""
         self.in_flight = 0
         self.last_used = 0.0
@@ -82,18 +83,13 @@ class _Worker:
             # Requests that fail together tell of one failure.
             if now >= self.not_before:
                 self.failures += 1
-                self.not_before = now + min(_BACKOFF * 2 ** min(self.failures - 1, 16), _LONGEST_BACKOFF)
+                self.not_before = now + min(_BACKOFF * 2 ** min(self.failures - 1, 16), self._longest_backoff)
 
-    def opened(self, session: str) -> None:
-        """It has a session for this client."""
-        with self._lock:
-            self.session, self._served = session, False
-
-    def answered(self, session: str) -> None:
+    def answered(self) -> None:
         """It is well."""
         with self._lock:
             self.failures = 0
-            self._served |= self.session == session
+            self._forgetful = False
 
     def forgot(self, session: str, problem: str) -> None:
         """It does not know this session."""
@@ -101,10 +97,10 @@ class _Worker:
             if self.session != session:
                 return  # Another thread has noticed already.
             self.session = None
-            served = self._served
+            again, self._forgetful = self._forgetful, True
         # One that was restarted, or closed what was idle, is asked for another session at once. One that forgets
-        # what it has just opened is not, or this would never end.
-        if not served:
+        # session after session is not, or this would never end.
+        if again:
             self.failed(problem)
 
 
@@ -126,7 +122,9 @@ class Fleet:
     def __init__(
         self, links: Sequence[Link], units: Sequence[Sequence[LayerInfo]], open_request: Message, patience: Patience
     ) -> None:
-        self._workers = [_Worker(link) for link in links]
+        # However short the deadline, a worker that comes back in time is noticed.
+        longest_backoff = min(_LONGEST_BACKOFF, patience.deadline / 8)
+        self._workers = [_Worker(link, longest_backoff) for link in links]
         self._patience = patience
         self._open_request = open_request
         self._closed = threading.Event()
@@ -271,7 +269,7 @@ class Fleet:
             )
             left = max(0.0, begun + seconds - time.monotonic())
             session = _text(worker, _ok(_value(_submit(worker, request), left), worker, "open"), "session")
-            worker.opened(session)
+            worker.session = session
         finally:
             worker.opening.release()
         if self._closed.is_set():
@@ -398,7 +396,7 @@ class Call:
                     raise
                 worker.failed(str(error))
             else:
-                worker.answered(session)
+                worker.answered()
                 return reply
         now = time.monotonic()
         for future, (index, _, started) in list(self._attempts.items()):
