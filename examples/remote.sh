@@ -2,7 +2,8 @@
 # Two roles on one machine: a provider splits a model and serves it from two workers; a data owner, who has only
 # bundle/client, trains; one worker is killed on the way; the adapter is used with the original model in the end.
 #   sh examples/remote.sh [MODEL [FOLDER [CONFIG]]]
-# MODEL is a folder or hub name, or the built-in smollm2 (about 5 minutes on two cores).
+# MODEL is a folder or hub name, or the built-in smollm2 (about 3 minutes on two cores). PORT and the next one are used,
+# 5555 if not set.
 set -eu
 model=${1:-smollm2}
 folder=${2:-demo-output/remote}
@@ -16,12 +17,14 @@ ciphertune keys "$folder/keys"
 serve() {
   ciphertune worker "$folder/bundle/worker" --bind "tcp://127.0.0.1:$1" --curve "$folder/keys" >"$folder/worker-$1.txt" 2>"$folder/worker-$1.log" &
 }
-serve 5555
+one=${PORT:-5555}
+two=$((one + 1))
+serve "$one"
 first=$!
-serve 5556
+serve "$two"
 second=$!
 trap 'kill "$first" "$second" 2>/dev/null || true' EXIT INT TERM
-for port in 5555 5556; do
+for port in "$one" "$two"; do
   until grep -q '^ready ' "$folder/worker-$port.txt"; do
     sleep 0.2
     kill -0 "$first" "$second"
@@ -31,7 +34,7 @@ done
 echo "== The data owner: train from the client's part alone"
 cp "$config" "$folder/train.toml"
 ciphertune train "$folder/train.toml" \
-  --to "mlwe+zmq://127.0.0.1:5555,127.0.0.1:5556?curve=$folder/keys" &
+  --to "mlwe+zmq://127.0.0.1:$one,127.0.0.1:$two?curve=$folder/keys" &
 training=$!
 until [ -d "$folder/out/checkpoints" ] && [ -n "$(ls "$folder/out/checkpoints")" ]; do
   sleep 0.2
