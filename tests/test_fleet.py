@@ -387,8 +387,11 @@ def test_a_late_answer_of_the_only_worker_is_asked_for_again(farm: Farm) -> None
 def test_a_worker_that_hangs_ends_at_the_deadline(farm: Farm) -> None:
     session, host = alone(farm, timeout=60, deadline=0.3)
     host.on("evaluate", never, always=True)
-    with pytest.raises(TransportTimeoutError, match="had no answer within 0.3"):
-        product(session)
+    with (
+        thread(lambda: product(session)) as waiting,
+        pytest.raises(TransportTimeoutError, match="had no answer within 0.3"),
+    ):
+        waiting.result(SECONDS)
     assert not host.pending
 
 
@@ -396,8 +399,11 @@ def test_opening_again_ends_at_the_deadline_too(farm: Farm) -> None:
     session, host = alone(farm, timeout=60, deadline=0.3)
     host.restart()
     host.on("open", never, always=True)
-    with pytest.raises(TransportTimeoutError, match="had no answer within"):
-        product(session)
+    with (
+        thread(lambda: product(session)) as waiting,
+        pytest.raises(TransportTimeoutError, match="had no answer within"),
+    ):
+        waiting.result(SECONDS)
     assert not host.pending
 
 
@@ -411,6 +417,22 @@ def test_one_hanging_opening_is_waited_for_once(farm: Farm) -> None:
     # One for the session that was lost, one that everybody waited for, at most one after the first back-off.
     assert first.count("open") <= 3
     assert second.count("evaluate") == 8
+
+
+def test_an_opening_that_fails_is_not_repeated_by_everybody(farm: Farm) -> None:
+    session, host = alone(farm, deadline=1)
+
+    def fail(request: Message) -> Message:
+        time.sleep(0.02)  # Long enough for all to queue.
+        return error_message("busy", "not now")
+
+    host.restart()
+    host.on("open", fail, always=True)
+    session._fleet._workers[0].session = None
+    with ThreadPoolExecutor(8) as pool:
+        products = [pool.submit(product, session) for _ in range(8)]
+    assert all(isinstance(done.exception(), TransportTimeoutError) for done in products)
+    assert 3 <= host.count("open") < 40
 
 
 def test_a_reply_is_good_however_late_it_is_asked_for(farm: Farm) -> None:
@@ -611,6 +633,22 @@ def test_closing_while_a_session_is_opened_again(farm: Farm) -> None:
             gate.open.set()
         with pytest.raises(TransportError, match="closed"):
             waiting.result(SECONDS)
+
+
+def test_a_session_that_is_opened_while_closing_is_closed_too(farm: Farm) -> None:
+    session, first, second = both(farm)
+    gate = Gate(first)
+    first.restart()
+    first.on("open", gate)
+    # While it waits for this farewell, the other worker's answer comes.
+    second.on("close", lambda request: gate.open.set())
+    session._fleet._workers[0].session = None
+    with thread(lambda: product(session)) as waiting:
+        assert gate.reached.wait(SECONDS)
+        session.close()
+        with pytest.raises(TransportError, match="closed"):
+            waiting.result(SECONDS)
+    assert first.worker.sessions == 0
 
 
 def test_closing_in_the_back_off(farm: Farm) -> None:
