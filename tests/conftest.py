@@ -15,6 +15,9 @@ from ciphertune import hookimpl, registry
 from ciphertune.plugins import PluginManager
 from ciphertune.session import Exchange
 
+# Run by hand (`make fuzz`, `make soak`), with packages that the tests do not install.
+collect_ignore = ["fuzz_worker.py", "soak.py"]
+
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("ciphertune", deadline=None)
 settings.load_profile("ciphertune")
@@ -122,7 +125,7 @@ _TINY: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Callable[[str], nn.Module]:
     """``tiny(name)``: a transformers model with random weights, the same ones at every call, in evaluation mode."""
 

@@ -35,24 +35,9 @@ CLEAR = "clear+zmq://{}?weight_bits=8&allow_insecure=1&insecure=1&heartbeat=0.3"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], nn.Module]) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    model.save_pretrained(folder / "model")
+    tiny("llama").save_pretrained(folder / "model")  # type: ignore[operator]
     ciphertune.split(str(folder / "model"), folder / "bundle")
     return folder / "bundle"
 

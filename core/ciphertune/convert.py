@@ -9,14 +9,14 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
-from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError, UnsupportedLayerError
+from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError
 from ciphertune.group import LayerGroup
 from ciphertune.layers import Candidate, LayerChoice, choose_layers, device_of, linear_layers, sibling_groups
 from ciphertune.linear import OutsourcedLinear
 from ciphertune.plugins import PluginManager, plugin_manager
 from ciphertune.session import Choice, Session, choose
 from ciphertune.transport import Handler
-from ciphertune.weights import LayerInfo, LayerWeight, WeightStore, describe, quantize
+from ciphertune.weights import LayerInfo, LayerWeight, WeightStore, describe, quantize_layer
 from ciphertune.worker import Worker
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -54,7 +54,7 @@ def outsource(
     store = WeightStore()
     infos: dict[int, LayerInfo] = {}
     for group in groups:
-        weights = [_quantized(chosen[i], choice) for i in group]
+        weights = [quantize_layer(chosen[i].name, chosen[i].weight(), choice.backend.weight_bits) for i in group]
         infos |= {i: describe(chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)}
         if not choice.transport.remote:
             codes = [weight.codes for weight in weights]
@@ -99,13 +99,6 @@ def attach(
             _replace(chosen[index], infos[index], handle, member, device)
     _refuse_full_save(model)
     return model
-
-
-def _quantized(candidate: Candidate, choice: Choice) -> LayerWeight:
-    try:
-        return quantize(candidate.weight(), choice.backend.weight_bits)
-    except UnsupportedLayerError as error:
-        raise UnsupportedLayerError(f"{candidate.name} cannot be outsourced: {error}") from error
 
 
 def restore(model: ModelT) -> ModelT:

@@ -214,7 +214,7 @@ def make_plan(
         bytes_without_sharing=sum(kind.bytes_up + kind.bytes_down for kind in alone),
         outsourced=outsourced,
         at_client=sum(p.numel() for p in kept.values()),
-        client_bytes=sum(p.numel() * p.element_size() for p in kept.values()),
+        client_bytes=sum(p.nbytes for p in kept.values()),
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
             for c in linear_layers(skeleton, allow_meta=True)

@@ -103,7 +103,7 @@ class Message:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, without the header."""
-        return sum(t.numel() * t.element_size() for t in self.buffers.values())
+        return sum(t.nbytes for t in self.buffers.values())
 
 
 def error_message(code: str, text: str) -> Message:

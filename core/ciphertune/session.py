@@ -304,7 +304,7 @@ class Session:
         stack.callback(call.forget)
         exchange.wait_seconds += time.perf_counter() - start
         exchange.requests += 1
-        exchange.bytes_up += sum(t.numel() * t.element_size() for t in buffers.values())
+        exchange.bytes_up += sum(t.nbytes for t in buffers.values())
         return call
 
     def _finish(self, call: Call, state: Any, linear_map: LinearMap, tokens: int, exchange: Exchange) -> Tensor:

@@ -150,6 +150,14 @@ def quantize(weight: Tensor, bits: WeightBits | None) -> LayerWeight:
     return LayerWeight(codes, scale)
 
 
+def quantize_layer(name: str, weight: Tensor, bits: WeightBits | None) -> LayerWeight:
+    """``quantize``, with the layer's name in the error. Raises ``UnsupportedLayerError``."""
+    try:
+        return quantize(weight, bits)
+    except UnsupportedLayerError as error:
+        raise UnsupportedLayerError(f"{name} cannot be outsourced: {error}") from error
+
+
 def describe(name: str, weight: LayerWeight) -> LayerInfo:
     """The client's view of a weight."""
     codes = weight.codes
@@ -268,7 +276,7 @@ class WeightStore:
     @property
     def nbytes(self) -> int:
         """Memory of all codes."""
-        return sum(codes.numel() * codes.element_size() for _, codes in self._blocks)
+        return sum(codes.nbytes for _, codes in self._blocks)
 
     def matrix(self, names: tuple[str, ...]) -> Tensor:
         """The codes of layers one below the other, (sum of their rows here, K): a view of the block they lie in.

@@ -143,11 +143,10 @@ class _ServerLoop(SocketLoop):
     def connection_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
             self._backlog.opened(value)
-        elif event == zmq.EVENT_DISCONNECTED or event in HANDSHAKE_FAILURES:
-            if event in HANDSHAKE_FAILURES:
-                log.info("a connection was refused: it failed the handshake")
-            else:
-                self._backlog.closed(value)
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._backlog.closed(value)
+        elif event in HANDSHAKE_FAILURES:
+            log.info("a connection was refused: it failed the handshake")
 
     def ended(self) -> None:
         for _, release in self._unsent:
@@ -173,7 +172,6 @@ class _ServerLoop(SocketLoop):
         for _ in range(_RECEIVE_QUEUE):
             frames: list[zmq.Frame] = []
             most = most_parts(self._desk.limits) + _ROUTING_FRAMES
-            extra = 0
             try:
                 more = True
                 while more:
@@ -181,8 +179,6 @@ class _ServerLoop(SocketLoop):
                     more = frame.more
                     if len(frames) <= most:
                         frames.append(frame)
-                    else:
-                        extra += 1
             except zmq.Again:
                 return
             last = frames[-1]

@@ -193,11 +193,6 @@ def _download(name: str) -> Path:
         raise ConfigError(f"{name!r} is neither a folder nor a model that the hub gives: {error}") from error
 
 
-def count_bytes(tensor: Tensor) -> int:
-    """Memory of a tensor's values."""
-    return tensor.numel() * tensor.element_size()
-
-
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype of most of a model's parameters."""
     sizes: dict[torch.dtype, int] = {}

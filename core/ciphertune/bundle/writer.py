@@ -26,11 +26,12 @@ from ciphertune.bundle.files import (
     write_json,
 )
 from ciphertune.bundle.skeleton import tied_names
-from ciphertune.bundle.source import Source, count_bytes, dtype_of, open_source
-from ciphertune.errors import ConfigError, UnsupportedLayerError
+from ciphertune.bundle.source import Source, dtype_of, open_source
+from ciphertune.errors import ConfigError
 from ciphertune.layers import Candidate, LayerChoice, choose_layers, sibling_groups
 from ciphertune.plugins import plugin_manager
-from ciphertune.weights import DIGEST_ROWS, LayerInfo, LayerWeight, describe, quantize
+from ciphertune.trainer.atomic import draft_directory, sync_tree
+from ciphertune.weights import DIGEST_ROWS, LayerInfo, LayerWeight, describe, quantize_layer
 
 Progress = Callable[[int, int], None]
 """Called with weights written so far, and all of them."""
@@ -106,15 +107,10 @@ def split(
     source = open_source(model, gguf_file, in_memory)
     chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
-    try:
-        partial.chmod(0o755)
-        result = _Writer(source, chosen, partial, weight_bits, shards, by, progress).write(replicas)
-        _sync(partial)
-        _put(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with draft_directory(target, 0o755) as draft:
+        result = _Writer(source, chosen, draft, weight_bits, shards, by, progress).write(replicas)
+        sync_tree(draft)
+        _put(draft, target)
     return dataclasses.replace(
         result,
         client=target / "client",
@@ -188,7 +184,9 @@ class _Writer:
         infos: dict[int, LayerInfo] = {}
         done = 0
         for group in self._groups:
-            weights = [self._quantized(self._chosen[i]) for i in group]
+            weights = [
+                quantize_layer(self._chosen[i].name, self._source.weight(self._chosen[i]), self._bits) for i in group
+            ]
             members = [describe(self._chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)]
             infos |= dict(zip(group, members, strict=True))
             size = sum(weight.codes.numel() for weight in weights)
@@ -203,12 +201,6 @@ class _Writer:
                 folder / WORKER_MANIFEST, {"format": WORKER_FORMAT, "model": self._source.name, "blocks": blocks}
             )
         return [infos[i] for i in range(len(self._chosen))]
-
-    def _quantized(self, candidate: Candidate) -> LayerWeight:
-        try:
-            return quantize(self._source.weight(candidate), self._bits)
-        except UnsupportedLayerError as error:
-            raise UnsupportedLayerError(f"{candidate.name} cannot be outsourced: {error}") from error
 
     def _write_block(
         self, worker: int, folder: Path, members: Sequence[LayerInfo], weights: Sequence[LayerWeight], place: float
@@ -226,7 +218,7 @@ class _Writer:
         name = f"layers/{len(self._blocks[worker]):05d}.safetensors"
         codes = _stacked([part for _, part, _ in parts])
         save_file({"codes": codes, "scale": _stacked([part for _, _, part in parts])}, folder / name)
-        self._bytes[worker] += count_bytes(codes)
+        self._bytes[worker] += codes.nbytes
         self._blocks[worker].append({"file": name, "shards": [dataclasses.asdict(shard) for shard, _, _ in parts]})
 
     def _rows(self, rows: int, worker: int, place: float) -> tuple[int, int]:
@@ -294,13 +286,13 @@ def _write_kept(source: Source, outsourced: set[str], folder: Path) -> tuple[int
         if name in outsourced or name in aliases:
             continue
         tensor = source.tensor(name).detach().cpu().contiguous()
-        if pending and pending_bytes + count_bytes(tensor) > _CLIENT_FILE_BYTES:
+        if pending and pending_bytes + tensor.nbytes > _CLIENT_FILE_BYTES:
             flush()
         # A view of a larger tensor would be refused.
-        pending[name] = tensor if tensor.untyped_storage().nbytes() == count_bytes(tensor) else tensor.clone()
-        pending_bytes += count_bytes(tensor)
+        pending[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        pending_bytes += tensor.nbytes
         values += tensor.numel()
-        size += count_bytes(tensor)
+        size += tensor.nbytes
     flush()
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": table})
     return values, size
@@ -313,7 +305,7 @@ def _scale(weight: LayerWeight) -> Tensor:
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    return whole.cpu().contiguous().clone() if whole.untyped_storage().nbytes() != count_bytes(whole) else whole.cpu()
+    return whole.cpu().contiguous().clone() if whole.untyped_storage().nbytes() != whole.nbytes else whole.cpu()
 
 
 def _give_back_memory() -> None:
@@ -328,16 +320,6 @@ def _give_back_memory() -> None:
 def _cut(rows: int, part: int, parts: int) -> int:
     """Where a part of a layer's rows begins, at a multiple of ``DIGEST_ROWS``."""
     return rows if part == parts else round(rows * part / parts / DIGEST_ROWS) * DIGEST_ROWS
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            handle = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 def _put(partial: Path, target: Path) -> None:
