@@ -136,7 +136,7 @@ StateT = TypeVar("StateT")
 class Encrypted(Generic[StateT]):
     """An encrypted request: the buffers to send and what only this client needs to decrypt the reply."""
 
-    buffers: Buffers
+    buffers: Buffers = dataclasses.field(repr=False)
     state: StateT = dataclasses.field(repr=False)
 
 

@@ -31,7 +31,10 @@ class Desk(Protocol):
     """What a listener need not take from a peer."""
 
     def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
-        """Take a request; ``reply`` is called once, from any thread. Never raises and never blocks for long."""
+        """Take a request; ``reply`` is called once, from any thread. Never raises and never blocks for long.
+
+        A request that the listener could not put together is handed over without frames: its sender is owed an error.
+        """
         ...
 
 

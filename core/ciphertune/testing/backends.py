@@ -1,0 +1,343 @@
+"""What every backend has to do, as tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ciphertune
+from ciphertune.backend import Backend, Buffers, ClientHalf, Direction, LinearMap, WorkerHalf
+from ciphertune.errors import ProtocolError, ReplyError
+from ciphertune.protocol import Message, pack, unpack
+from ciphertune.session import choose
+from ciphertune.weights import LayerWeight, describe, group_map, quantize
+
+_CPU = torch.device("cpu")
+
+
+def _carried(buffers: Buffers) -> Buffers:
+    """What the other side gets: the buffers through their wire form."""
+    return unpack([bytes(frame) for frame in pack(Message("ok", {}, buffers))]).buffers
+
+
+@dataclasses.dataclass
+class Pair:
+    """Both halves of a backend around one weight, with a wire between them."""
+
+    backend: Backend
+    client: ClientHalf[Any]
+    worker: WorkerHalf
+    weight: LayerWeight
+    prepared: Any
+
+    @classmethod
+    def make(cls, selection: str, out_features: int, in_features: int, seed: int = 0) -> Pair:
+        """A backend with fresh keys around a random weight."""
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(out_features, in_features, generator=generator) / math.sqrt(in_features)
+        backend = choose(selection).backend
+        weight = quantize(values, backend.weight_bits)
+        client = backend.client(_CPU)
+        opening = Message("open", {"public": dict(client.open_fields())}, client.evaluation_key())
+        opened = unpack([bytes(frame) for frame in pack(opening)])
+        worker = type(backend).worker(opened.fields["public"], opened.buffers, _CPU)
+        return cls(backend, client, worker, weight, worker.prepare(weight.codes))
+
+    def map(self, direction: Direction) -> LinearMap:
+        """The map of a direction, as a session knows it."""
+        return group_map([describe("layer", self.weight)], direction)
+
+    def matrix(self, direction: Direction) -> Tensor:
+        """The matrix of a direction in float64, as the worker stores it, without scales."""
+        codes = self.weight.codes.double()
+        return codes if direction == "forward" else codes.t()
+
+    def evaluate(self, direction: Direction, request: Buffers) -> Buffers:
+        """A request's reply, through the wire both ways."""
+        return _carried(self.worker.evaluate(self.prepared, direction, _carried(request)))
+
+    def product(self, direction: Direction, x: Tensor) -> Tensor:
+        """Encrypt, evaluate, decrypt."""
+        linear_map = self.map(direction)
+        encrypted = self.client.encrypt(x, linear_map)
+        return self.client.decrypt(self.evaluate(direction, encrypted.buffers), encrypted.state, linear_map)
+
+    def close(self) -> None:
+        """Close both halves."""
+        self.client.close()
+        self.worker.close()
+
+
+class BackendSuite:
+    """Inherit, set ``selection``, and collect with pytest.
+
+    Attributes:
+        selection: the backend and its options as in a selection string, without a transport.
+        tolerance: error over output (root mean squares) of a backend that declares no ``noise``.
+        shapes: (tokens, in_features, out_features) of the products that are checked.
+        repeats: encryptions compared in the test of what a request gives away.
+    """
+
+    selection: ClassVar[str]
+    tolerance: ClassVar[float] = 1e-5
+    shapes: ClassVar[tuple[tuple[int, int, int], ...]] = ((1, 1, 1), (1, 64, 3), (3, 17, 33), (70, 130, 96))
+    repeats: ClassVar[int] = 48
+
+    @pytest.fixture
+    def pair(self) -> Iterator[Callable[..., Pair]]:
+        """``pair(out_features, in_features)``: halves that are closed when the test ends."""
+        made: list[Pair] = []
+
+        def make(out_features: int, in_features: int) -> Pair:
+            made.append(Pair.make(self.selection, out_features, in_features))
+            return made[-1]
+
+        yield make
+        for each in made:
+            each.close()
+
+    def check(self, pair: Pair, direction: Direction, x: Tensor) -> None:
+        """Hold a product against float64, within the error that the backend declares."""
+        y = pair.product(direction, x)
+        linear_map, expected = pair.map(direction), x.double() @ pair.matrix(direction).t()
+        assert y.dtype == torch.float32, f"outputs are {y.dtype}, not float32"
+        assert y.shape == expected.shape
+        assert torch.isfinite(y).all()
+        noise = pair.backend.noise
+        if noise is None:
+            size = float(expected.square().mean().sqrt())
+            # Where outputs cancel, float32 can only be held against what was added up.
+            size = max(size, float(x.double().norm(dim=1).max()) * linear_map.max_norm * 1e-2)
+            assert float((y - expected).square().mean().sqrt()) <= self.tolerance * size
+            return
+        allowed = noise.error_deviation(linear_map.max_norm) / noise.token_scale(x, linear_map)
+        # Float32 outputs cannot be finer than their own last bits.
+        allowed = (allowed.square() + (x.double().norm(dim=1) * linear_map.max_norm * 1e-6).square()).sqrt()
+        units = (y.double() - expected) / allowed[:, None].clamp_min(1e-300)
+        # A mean of n squares of standard normals exceeds 1 + 6·sqrt(2/n) about once in 10^9; 8% is for the model.
+        assert float(units.square().mean()) <= 1.08**2 * (1 + 6 * math.sqrt(2 / units.numel()))
+        assert float(units.abs().max()) <= 8, "an output lies beyond eight standard deviations of the declared error"
+
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_products_have_the_declared_error(self, pair: Callable[..., Pair], direction: Direction) -> None:
+        """Any shape, both directions."""
+        for index, (tokens, features, outputs) in enumerate(self.shapes):
+            both = pair(outputs, features) if direction == "forward" else pair(features, outputs)
+            x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(index))
+            self.check(both, direction, x)
+
+    @pytest.mark.parametrize("scale", [1e-25, 1e-6, 1.0, 1e6, 1e25])
+    def test_scales_of_inputs(self, pair: Callable[..., Pair], scale: float) -> None:
+        """Values of any magnitude, within one batch too."""
+        x = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) * scale
+        x[1::2] *= 1e-3
+        self.check(pair(24, 40), "forward", x)
+
+    def test_inputs_of_every_form(self, pair: Callable[..., Pair]) -> None:
+        """Outliers, constants, single values, transposed and strided memory, views of larger tensors."""
+        both = pair(24, 40)
+        base = torch.randn(80, 80, generator=torch.Generator().manual_seed(2))
+        outlier = base[:5, :40].clone()
+        outlier[:, 7] *= 3000
+        one = torch.zeros(5, 40)
+        one[range(5), range(0, 40, 8)] = -2.5
+        forms = (outlier, one, torch.full((5, 40), 0.25), base[::2, ::2][:9], base.t()[:7, :40], base[3:4, 40:])
+        for x in (*forms, base[:1, :40].expand(4, 40)):
+            kept = x.clone()
+            self.check(both, "forward", x)
+            assert torch.equal(x, kept), "encryption changed its input"
+
+    def test_tokens_of_zeros(self, pair: Callable[..., Pair]) -> None:
+        """A token of zeros gives zeros, not noise: gradients have such tokens wherever the loss ignores a position."""
+        x = torch.randn(6, 40, generator=torch.Generator().manual_seed(3))
+        x[::2] = 0
+        y = pair(24, 40).product("forward", x)
+        assert float(y[::2].abs().max()) < 1e-20
+        assert float(y[1::2].abs().max()) > 1e-2
+
+    def test_a_part_of_the_rows(self, pair: Callable[..., Pair]) -> None:
+        """A request encrypted for a whole map is answered by a worker that holds some rows of it."""
+        both = pair(24, 40)
+        x = torch.randn(5, 40, generator=torch.Generator().manual_seed(4))
+        encrypted = both.client.encrypt(x, both.map("forward"))
+        whole = both.client.decrypt(both.evaluate("forward", encrypted.buffers), encrypted.state, both.map("forward"))
+        codes = both.weight.codes[8:19].contiguous()
+        part = dataclasses.replace(both.map("forward"), out_features=len(codes))
+        reply = _carried(both.worker.evaluate(both.worker.prepare(codes), "forward", _carried(encrypted.buffers)))
+        found = both.client.decrypt(reply, encrypted.state, part)
+        # Each of the two answers has an error of its own.
+        spread = float((whole.double() - x.double() @ both.matrix("forward").t()).square().mean().sqrt())
+        size = float(whole.square().mean().sqrt())
+        assert found.shape == (5, len(codes))
+        assert float((found - whole[:, 8:19]).abs().max()) <= 12 * spread + 1e-5 * size
+
+    def test_an_answer_can_be_had_again(self, pair: Callable[..., Pair]) -> None:
+        """Evaluation has no effects: a request may be repeated, and either answer decrypts."""
+        both = pair(24, 40)
+        x = torch.randn(5, 40, generator=torch.Generator().manual_seed(5))
+        encrypted = both.client.encrypt(x, both.map("forward"))
+        answers = [
+            both.client.decrypt(both.evaluate("forward", encrypted.buffers), encrypted.state, both.map("forward"))
+            for _ in range(2)
+        ]
+        size = float(answers[0].square().mean().sqrt())
+        assert float((answers[0] - answers[1]).square().mean().sqrt()) <= 0.25 * size
+
+    def test_requests_under_way_do_not_mix(self, pair: Callable[..., Pair]) -> None:
+        """Several requests are encrypted before the first is decrypted, and answered in any order."""
+        both = pair(24, 40)
+        linear_map = both.map("forward")
+        inputs = [torch.randn(3, 40, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+        sent = [both.client.encrypt(x, linear_map) for x in inputs]
+        replies = [both.evaluate("forward", one.buffers) for one in sent]
+        for n in (2, 0, 3, 1):
+            y = both.client.decrypt(replies[n], sent[n].state, linear_map)
+            expected = inputs[n].double() @ both.matrix("forward").t()
+            assert float((y - expected).norm() / expected.norm()) < 0.5
+
+    @pytest.mark.parametrize("damage", ["missing", "shorter", "other type", "flat", "empty"])
+    def test_requests_that_are_none(self, pair: Callable[..., Pair], damage: str) -> None:
+        """A worker refuses what this backend does not send with ``ProtocolError``, whichever buffer it is.
+
+        A request of fewer tokens may be one to the worker; then the client refuses the answer.
+        """
+        both = pair(24, 40)
+        linear_map = both.map("forward")
+        encrypted = both.client.encrypt(torch.ones(3, 40), linear_map)
+        for bad in self._damaged(encrypted.buffers, damage):
+            try:
+                reply = both.worker.evaluate(both.prepared, "forward", bad)
+            except ProtocolError:
+                continue
+            assert damage == "shorter", "the worker evaluated a request that is none"
+            with pytest.raises(ReplyError):
+                both.client.decrypt(reply, encrypted.state, linear_map)
+
+    @pytest.mark.parametrize("damage", ["missing", "shorter", "other type", "flat", "empty"])
+    def test_replies_that_are_none(self, pair: Callable[..., Pair], damage: str) -> None:
+        """A client refuses what this backend's worker does not answer with ``ReplyError``."""
+        both = pair(24, 40)
+        encrypted = both.client.encrypt(torch.ones(3, 40), both.map("forward"))
+        reply = both.worker.evaluate(both.prepared, "forward", encrypted.buffers)
+        for bad in self._damaged(reply, damage):
+            with pytest.raises(ReplyError):
+                both.client.decrypt(bad, encrypted.state, both.map("forward"))
+
+    @staticmethod
+    def _damaged(buffers: Buffers, damage: str) -> list[Buffers]:
+        if damage == "empty":
+            return [{}]
+        changes: dict[str, Callable[[Tensor], Tensor]] = {
+            "shorter": lambda t: t[..., :-1].clone(),
+            "other type": lambda t: t.to(torch.float64 if t.dtype != torch.float64 else torch.int32),
+            # One that is flat already gets a dimension more.
+            "flat": lambda t: t.reshape(-1) if t.dim() != 1 else t.reshape(1, -1),
+        }
+        damaged = []
+        for name, tensor in buffers.items():
+            bad = dict(buffers)
+            if damage == "missing":
+                del bad[name]
+            else:
+                bad[name] = changes[damage](tensor)
+            damaged.append(bad)
+        return damaged
+
+    def test_opening_fields_that_are_none(self, pair: Callable[..., Pair]) -> None:
+        """A worker half is not made from public fields of the wrong type."""
+        both = pair(2, 4)
+        fields, key = dict(both.client.open_fields()), both.client.evaluation_key()
+        if not fields:
+            pytest.skip("this backend opens without fields")
+        for name in fields:
+            with pytest.raises(ProtocolError):
+                type(both.backend).worker({**fields, name: {"not": "this"}}, key, _CPU)
+
+    def test_a_request_gives_nothing_away(self, pair: Callable[..., Pair]) -> None:
+        """What does not change from one encryption to the next must not depend on the data, and nor must any mean.
+
+        Compares many encryptions of an input with as many of another, byte by byte: a position that is constant must
+        hold the same byte for both, and the means of every position must agree within eight standard errors. This
+        finds activations and scales that are sent as they are or under too little noise; it is no proof of security.
+        """
+        both = pair(8, 16)
+        if not both.backend.security.encrypted:
+            pytest.skip("this backend says that it encrypts nothing")
+        first = torch.randn(2, 16, generator=torch.Generator().manual_seed(6))
+        second = -40 * first.flip(1) + 1000
+        second[1] = 0
+        samples = [self._encryptions(both, x) for x in (first, second)]
+        assert samples[0].shape == samples[1].shape, "the size of a request depends on its values"
+        a, b = samples
+        fixed = (a == a[0]).all(0) & (b == b[0]).all(0)
+        assert torch.equal(a[0, fixed], b[0, fixed]), "a constant part of the request depends on the data"
+        error = ((a.var(0) + b.var(0)) / self.repeats).sqrt()
+        # Bytes that hardly vary, such as the top ones of a number with spare bits, are held to a floor.
+        score = (a.mean(0) - b.mean(0)).abs()[~fixed] / error[~fixed].clamp_min(0.5 / self.repeats)
+        assert score.numel(), "two encryptions of the same input are the same: there is no randomness in them"
+        assert float(score.max()) < 8, "the request's values follow the data"
+
+    def _encryptions(self, both: Pair, x: Tensor) -> Tensor:
+        rows = []
+        for _ in range(self.repeats):
+            buffers = both.client.encrypt(x, both.map("forward")).buffers
+            rows.append(torch.cat([t.contiguous().reshape(-1).view(torch.uint8) for _, t in sorted(buffers.items())]))
+        return torch.stack(rows).double()
+
+    def test_nothing_private_shows(self, pair: Callable[..., Pair]) -> None:
+        """Neither half, nor a request with what is kept for its reply, prints its contents."""
+        both = pair(8, 16)
+        x = torch.full((1, 16), 0.7310585)
+        encrypted = both.client.encrypt(x, both.map("forward"))
+        for text in (repr(both.client), repr(both.worker), repr(both.backend), repr(encrypted)):
+            assert "0.73" not in text
+            assert "tensor(" not in text
+
+    def test_the_plan_of_traffic_holds(self, pair: Callable[..., Pair]) -> None:
+        """Bytes that the backend foretells are the bytes it sends."""
+        both = pair(24, 40)
+        directions: tuple[Direction, ...] = ("forward", "backward")
+        for direction in directions:
+            linear_map = both.map(direction)
+            foretold = both.backend.traffic(linear_map, 9)
+            if foretold is None:
+                pytest.skip("this backend foretells no traffic")
+            request = both.client.encrypt(torch.ones(9, linear_map.in_features), linear_map).buffers
+            reply = both.evaluate(direction, request)
+            assert foretold == (sum(t.nbytes for t in request.values()), sum(t.nbytes for t in reply.values()))
+
+    def test_a_model_trains(self) -> None:
+        """In the whole framework: the loss falls, and follows that of the same model at the client."""
+
+        def losses(to: str | None) -> list[float]:
+            torch.manual_seed(0)
+            model: nn.Module = nn.Sequential(
+                nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)
+            )
+            x = torch.randn(48, 12)
+            target = x[:, :3].argmax(1)
+            if to is not None:
+                model = ciphertune.outsource(model, to, layers=["2"])
+            for parameter in model[2].parameters():  # type: ignore[index]
+                parameter.requires_grad_(False)
+            optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
+            curve = []
+            for _ in range(12):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), target)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                curve.append(loss.item())
+            if to is not None:
+                ciphertune.session_of(model).close()
+            return curve
+
+        at_client, outsourced = losses(None), losses(self.selection)
+        assert outsourced[-1] < 0.8 * outsourced[0]
+        assert outsourced == pytest.approx(at_client, rel=0.1)

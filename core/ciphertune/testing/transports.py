@@ -1,0 +1,397 @@
+"""What every transport has to do, as tests."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import ciphertune
+from ciphertune import registry
+from ciphertune.errors import SelectionError, TransportError
+from ciphertune.protocol import Frame, Limits, Message, error_message, pack
+from ciphertune.service import Service
+from ciphertune.session import choose
+from ciphertune.transport import Link, Listener, Reply, Transport
+from ciphertune.weights import WeightStore, quantize
+from ciphertune.worker import Worker
+
+_SECONDS = 20.0
+"""Longer than anything here takes; a test that waits so long has failed."""
+
+
+def _until(condition: Callable[[], bool], seconds: float = _SECONDS) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+class EchoDesk:
+    """A desk that sends requests back as their own replies, at once or when told to.
+
+    Attributes:
+        hold: keep requests until ``answer``.
+        kept: requests and how to reply to them.
+        peers: who sent, in order of arrival.
+        released: replies whose memory the listener gave back.
+        largest: bytes of the largest request that was handed over, refused ones included.
+    """
+
+    limits = Limits(buffer_bytes=64 << 20, total_bytes=64 << 20)
+
+    def __init__(self) -> None:
+        self.hold = False
+        self.kept: list[tuple[list[Frame], Reply]] = []
+        self.peers: list[str] = []
+        self.released = 0
+        self.largest = 0
+        self._lock = threading.Lock()
+
+    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
+        """See ``Desk.submit``."""
+        size = sum(len(memoryview(frame).cast("B")) for frame in frames)
+        with self._lock:
+            self.largest = max(self.largest, size)
+            self.peers.append(peer)
+            if self.hold:
+                self.kept.append((list(frames), reply))
+                return
+        refused = not frames or size > self.limits.total_bytes + self.limits.header_bytes
+        answer = pack(error_message("protocol", "no message, or too large a one")) if refused else list(frames)
+        reply(answer, self._release)
+
+    def answer(self, backwards: bool = False) -> None:
+        """Reply to what was kept."""
+        with self._lock:
+            kept, self.kept = self.kept, []
+        for frames, reply in reversed(kept) if backwards else kept:
+            reply(frames, self._release)
+
+    def _release(self) -> None:
+        with self._lock:
+            self.released += 1
+
+
+def _resources() -> tuple[int, int]:
+    """Threads and open files of this process; files only where the system tells."""
+    folder = Path("/proc/self/fd")
+    return threading.active_count(), len(list(folder.iterdir())) if folder.exists() else 0
+
+
+class TransportSuite:
+    """For transports that serve workers elsewhere: inherit, set ``name``, override the options, collect with pytest.
+
+    Attributes:
+        name: the transport's entry-point name.
+        address: what ``listen`` binds: a loopback address with a free port.
+        large: bytes of the largest buffer that is sent.
+    """
+
+    name: ClassVar[str]
+    address: ClassVar[str] = "127.0.0.1:0"
+    large: ClassVar[int] = 40 << 20
+
+    def serve_options(self, folder: Path) -> Mapping[str, Any]:
+        """Options of ``listen``; keys and certificates may be made in ``folder``."""
+        return {}
+
+    def connect_options(self, folder: Path) -> Mapping[str, str]:
+        """Options of the selection string of a client that is let in."""
+        return {}
+
+    def listen(self, desk: Any, folder: Path, address: str | None = None) -> Listener:
+        """Serve a desk."""
+        return self._class().listen(desk, address or self.address, self.serve_options(folder))
+
+    def _class(self) -> type[Transport]:
+        found: type[Transport] = registry.load(registry.TRANSPORTS, self.name)
+        return found
+
+    def selection(self, backend: str, address: str, folder: Path, **more: object) -> str:
+        """A selection string for a worker at an address."""
+        options = {**self.connect_options(folder), **more}
+        text = f"{backend}+{self.name}://{address}"
+        return text + ("?" + "&".join(f"{key}={value}" for key, value in options.items()) if options else "")
+
+    def link(self, address: str, folder: Path) -> Link:
+        """A link to the worker at an address."""
+        choice = choose(self.selection("clear", address, folder, allow_insecure=1))
+        (link,) = choice.transport.connect(choice.selection.endpoints, None)
+        return link
+
+    @pytest.fixture
+    def desk(self) -> EchoDesk:
+        """What answers."""
+        return EchoDesk()
+
+    @pytest.fixture
+    def listener(self, desk: EchoDesk, tmp_path: Path) -> Iterator[Listener]:
+        """An open door to ``desk``."""
+        listener = self.listen(desk, tmp_path)
+        yield listener
+        listener.close()
+
+    @pytest.fixture
+    def connected(self, listener: Listener, tmp_path: Path) -> Iterator[Link]:
+        """A link through it."""
+        link = self.link(listener.address, tmp_path)
+        yield link
+        link.close()
+
+    def test_messages_arrive_as_they_were(self, connected: Link) -> None:
+        """Fields and buffers of every type, also without elements."""
+        fields = {"none": None, "flag": True, "n": -7, "x": 0.1, "text": "naïve", "raw": b"\0\xff", "list": [1, [2]]}
+        kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64)
+        buffers = {f"b{i}": torch.arange(-3, 3).to(kind).reshape(2, 3) for i, kind in enumerate(kinds)}
+        buffers |= {"empty": torch.zeros(0, 5), "one": torch.ones(1), "strided": torch.arange(12.0).reshape(3, 4).t()}
+        reply = connected.submit(Message("evaluate", fields, buffers)).result(_SECONDS)
+        assert reply.kind == "evaluate"
+        assert reply.fields == fields
+        assert list(reply.buffers) == list(buffers)
+        for name, sent in buffers.items():
+            assert reply.buffers[name].dtype == sent.dtype
+            assert torch.equal(reply.buffers[name], sent)
+
+    def test_messages_without_anything(self, connected: Link) -> None:
+        """The smallest message there is."""
+        assert connected.submit(Message("hello")).result(_SECONDS) == Message("hello")
+
+    def test_large_messages(self, connected: Link, desk: EchoDesk) -> None:
+        """Large buffers, of sizes that no chunk divides; the reply's memory is given back once it has left."""
+        generator = torch.Generator().manual_seed(0)
+        sizes = (self.large, (1 << 20) + 1, (1 << 19) - 1, 1)
+        sent = {str(n): torch.randint(256, (n,), dtype=torch.uint8, generator=generator) for n in sizes}
+        for _ in range(2):
+            reply = connected.submit(Message("ok", {}, sent)).result(3 * _SECONDS)
+            assert all(torch.equal(reply.buffers[name], sent[name]) for name in sent)
+        assert _until(lambda: desk.released == 2)
+
+    def test_answers_in_any_order(self, connected: Link, desk: EchoDesk) -> None:
+        """Many requests are under way at once, and each gets its own answer."""
+        desk.hold = True
+        futures = [connected.submit(Message("ok", {"n": n}, {"x": torch.full((n,), n)})) for n in range(60)]
+        assert _until(lambda: len(desk.kept) == 60), "a request waits for the answer to another one"
+        assert not any(future.done() for future in futures)
+        desk.answer(backwards=True)
+        for n, future in enumerate(futures):
+            reply = future.result(_SECONDS)
+            assert reply.fields["n"] == n
+            assert torch.equal(reply.buffers["x"], torch.full((n,), n))
+
+    def test_threads_share_a_link(self, connected: Link) -> None:
+        """Eight threads, forty requests each."""
+        wrong: list[object] = []
+
+        def run(thread: int) -> None:
+            for n in range(40):
+                try:
+                    fields = connected.submit(Message("ok", {"n": n, "thread": thread})).result(_SECONDS).fields
+                except Exception as error:
+                    wrong.append(error)
+                    return
+                if fields != {"n": n, "thread": thread}:
+                    wrong.append(fields)
+
+        threads = [threading.Thread(target=run, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(3 * _SECONDS)
+        assert not any(thread.is_alive() for thread in threads)
+        assert not wrong
+
+    def test_errors_are_replies(self, connected: Link) -> None:
+        """A worker that reports an error was reached: its report is a result."""
+        reply = connected.submit(error_message("quota", "no more")).result(_SECONDS)
+        assert reply.kind == "error"
+
+    def test_a_request_can_be_forgotten(self, connected: Link, desk: EchoDesk) -> None:
+        """A cancelled future's late answer disturbs nothing."""
+        desk.hold = True
+        forgotten = connected.submit(Message("ok", {"n": 1}))
+        assert _until(lambda: len(desk.kept) == 1)
+        assert forgotten.cancel(), "the future cannot be cancelled while its answer is awaited"
+        kept = connected.submit(Message("ok", {"n": 2}))
+        assert _until(lambda: len(desk.kept) == 2)
+        desk.answer()
+        assert kept.result(_SECONDS).fields == {"n": 2}
+
+    def test_a_link_that_is_closed(self, connected: Link, desk: EchoDesk) -> None:
+        """Closing fails whoever waits, at once; so does sending afterwards. Closing twice is fine."""
+        desk.hold = True
+        waiting = connected.submit(Message("hello"))
+        assert _until(lambda: len(desk.kept) == 1)
+        connected.close()
+        connected.close()
+        with pytest.raises(TransportError):
+            waiting.result(_SECONDS)
+        with pytest.raises(TransportError):
+            connected.submit(Message("hello")).result(_SECONDS)
+        desk.answer()
+
+    def test_a_worker_that_goes_and_comes_back(self, desk: EchoDesk, tmp_path: Path) -> None:
+        """Requests under way fail once the worker is gone; the same link serves again once it is back."""
+        listener = self.listen(desk, tmp_path)
+        link = self.link(listener.address, tmp_path)
+        try:
+            assert link.submit(Message("hello")).result(_SECONDS).kind == "hello"
+            desk.hold = True
+            waiting = link.submit(Message("hello"))
+            assert _until(lambda: len(desk.kept) == 1)
+            listener.close()
+            listener.close()
+            with pytest.raises(TransportError):
+                waiting.result(_SECONDS)
+            desk.hold = False
+            again = self.listen(desk, tmp_path, listener.address)
+            try:
+                assert _until(lambda: self._answers(link)), "the link did not connect again"
+            finally:
+                again.close()
+        finally:
+            link.close()
+
+    @staticmethod
+    def _answers(link: Link) -> bool:
+        with contextlib.suppress(TransportError):
+            return link.submit(Message("hello")).result(_SECONDS).kind == "hello"
+        return False
+
+    def test_nobody_there(self, listener: Listener, tmp_path: Path) -> None:
+        """Opening a link to nobody waits for nothing; the request fails, or waits until it is given up."""
+        address = listener.address
+        listener.close()
+        start = time.monotonic()
+        link = self.link(address, tmp_path)
+        future = link.submit(Message("hello"))
+        assert time.monotonic() - start < _SECONDS / 4, "connecting or sending waits for the worker"
+        try:
+            with pytest.raises((TransportError, TimeoutError)):
+                future.result(2)
+        finally:
+            link.close()
+        assert future.done()
+
+    def test_clients_are_told_apart(self, connected: Link, listener: Listener, desk: EchoDesk, tmp_path: Path) -> None:
+        """Every request names a peer, and one client's answers never go to another."""
+        other = self.link(listener.address, tmp_path)
+        try:
+            desk.hold = True
+            futures = [link.submit(Message("ok", {"n": n})) for n, link in enumerate((connected, other) * 5)]
+            assert _until(lambda: len(desk.kept) == 10)
+            desk.answer(backwards=True)
+            assert [future.result(_SECONDS).fields["n"] for future in futures] == list(range(10))
+            assert all(desk.peers)
+        finally:
+            other.close()
+
+    def test_strangers_disturb_nobody(self, connected: Link, listener: Listener) -> None:
+        """Peers that talk nonsense, or nothing, or hang up, on a TCP port."""
+        host, _, port = listener.address.rpartition(":")
+        if not port.isdigit():
+            pytest.skip("this transport is not served on a TCP port")
+        noise = bytes(
+            torch.randint(256, (5000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).tolist()
+        )
+        held = []
+        for sent in (
+            b"",
+            b"\0",
+            noise,
+            b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n",
+            b"\xff" * 4096,
+        ):
+            peer = socket.create_connection((host, int(port)), timeout=5)
+            held.append(peer)
+            with contextlib.suppress(OSError):
+                peer.sendall(sent)
+        assert connected.submit(Message("hello")).result(_SECONDS).kind == "hello"
+        for peer in held:
+            peer.close()
+        assert connected.submit(Message("hello")).result(_SECONDS).kind == "hello"
+
+    def test_what_is_larger_than_the_desk_takes(self, connected: Link, desk: EchoDesk) -> None:
+        """Too large a request is cut or refused: the client is told, the memory it takes is bounded, the link lives."""
+        size = 2 * desk.limits.total_bytes + 1
+        future = connected.submit(Message("ok", {}, {"x": torch.zeros(size, dtype=torch.uint8)}))
+        with contextlib.suppress(TransportError):
+            assert future.result(3 * _SECONDS).kind == "error"
+        assert desk.largest < size, "the desk was handed a request of twice its limits"
+        assert _until(lambda: self._answers(connected)), "the link is of no use afterwards"
+
+    def test_nothing_is_left_behind(self, listener: Listener, tmp_path: Path) -> None:
+        """Links that come and go leave neither threads nor open files."""
+
+        def once() -> None:
+            link = self.link(listener.address, tmp_path)
+            assert link.submit(Message("hello")).result(_SECONDS).kind == "hello"
+            link.close()
+
+        for _ in range(3):
+            once()
+        gc.collect()
+        threads, files = _resources()
+        for _ in range(15):
+            once()
+        gc.collect()
+
+        def settled() -> bool:
+            now = _resources()
+            return now[0] <= threads + 3 and now[1] <= files + 6
+
+        assert _until(settled), f"threads and files {(threads, files)} became {_resources()}"
+
+    def test_addresses_and_options_that_are_none(self, desk: EchoDesk, tmp_path: Path) -> None:
+        """Wrong addresses and options are refused where they are given."""
+        with pytest.raises((SelectionError, TransportError)):
+            self.listen(desk, tmp_path, "no such address")
+        with pytest.raises(SelectionError):
+            self._class().listen(desk, self.address, {**self.serve_options(tmp_path), "no_such_option": "1"})
+        with pytest.raises(SelectionError):
+            choose(self.selection("clear", "127.0.0.1:1", tmp_path, allow_insecure=1, no_such_option=1))
+
+    def test_a_model_trains_as_it_does_locally(self, tmp_path: Path) -> None:
+        """In the whole framework: losses and gradients through a worker equal those in this process, bit for bit."""
+
+        def network() -> nn.Sequential:
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 3))
+
+        def losses(to: str) -> list[float]:
+            model = ciphertune.outsource(network(), to)
+            x, target = torch.randn(16, 12), torch.randint(0, 3, (16,))
+            optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5)
+            curve = []
+            try:
+                for _ in range(6):
+                    optimizer.zero_grad()
+                    loss = nn.functional.cross_entropy(model(x), target)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    curve.append(loss.item())
+            finally:
+                ciphertune.session_of(model).close()
+            return curve
+
+        held = WeightStore.of({name: quantize(network().get_parameter(f"{name}.weight"), 8) for name in "02"})
+        service = Service(Worker(held))
+        listener = self.listen(service, tmp_path)
+        try:
+            to = self.selection("clear", listener.address, tmp_path, allow_insecure=1, weight_bits=8)
+            assert losses(to) == losses("clear?weight_bits=8")
+            assert service.load.sessions == 0
+        finally:
+            listener.close()
+            service.close()
