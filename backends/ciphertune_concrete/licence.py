@@ -1,0 +1,25 @@
+"""What a user must know of Zama's licence, said once per process when one of these backends is first used."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+
+class LicenceNotice(UserWarning):
+    """A dependency's licence asks for more than installing it."""
+
+
+@functools.cache
+def notice(package: str) -> None:
+    """Warn that a Zama package needs a patent licence for commercial use.
+
+    Args:
+        package: name of the distribution, as pip knows it.
+    """
+    warnings.warn(
+        f"{package} is under the BSD-3-Clause-Clear licence, which grants no patent rights: "
+        "commercial use needs a patent licence from Zama",
+        LicenceNotice,
+        stacklevel=3,
+    )
