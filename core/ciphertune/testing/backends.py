@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ciphertune
 from ciphertune.backend import Backend, Buffers, ClientHalf, Direction, LinearMap, WorkerHalf
-from ciphertune.errors import ProtocolError, ReplyError
+from ciphertune.errors import InputError, ProtocolError, ReplyError
 from ciphertune.protocol import Message, pack, unpack
 from ciphertune.session import choose
 from ciphertune.weights import LayerWeight, describe, group_map, quantize
@@ -82,12 +82,14 @@ class BackendSuite:
         tolerance: error over output (root mean squares) of a backend that declares no ``noise``.
         shapes: (tokens, in_features, out_features) of the products that are checked.
         repeats: encryptions compared in the test of what a request gives away.
+        deterministic: whether the same products in the same order give the same bits in every session.
     """
 
     selection: ClassVar[str]
     tolerance: ClassVar[float] = 1e-5
     shapes: ClassVar[tuple[tuple[int, int, int], ...]] = ((1, 1, 1), (1, 64, 3), (3, 17, 33), (70, 130, 96))
     repeats: ClassVar[int] = 48
+    deterministic: ClassVar[bool] = False
 
     @pytest.fixture
     def pair(self) -> Iterator[Callable[..., Pair]]:
@@ -188,6 +190,15 @@ class BackendSuite:
         ]
         size = float(answers[0].square().mean().sqrt())
         assert float((answers[0] - answers[1]).square().mean().sqrt()) <= 0.25 * size
+
+    def test_the_same_bits_again(self, pair: Callable[..., Pair]) -> None:
+        """Where the suite declares it, a session's products are those of any other session."""
+        if not self.deterministic:
+            pytest.skip("this backend is not declared deterministic")
+        inputs = [torch.randn(4, 40, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+        first, second = ([both.product("forward", x) for x in inputs] for both in (pair(24, 40), pair(24, 40)))
+        for one, other in zip(first, second, strict=True):
+            assert torch.equal(one, other)
 
     def test_requests_under_way_do_not_mix(self, pair: Callable[..., Pair]) -> None:
         """Several requests are encrypted before the first is decrypted, and answered in any order."""
@@ -311,6 +322,26 @@ class BackendSuite:
             request = both.client.encrypt(torch.ones(9, linear_map.in_features), linear_map).buffers
             reply = both.evaluate(direction, request)
             assert foretold == (sum(t.nbytes for t in request.values()), sum(t.nbytes for t in reply.values()))
+
+    def test_inputs_of_a_layer(self) -> None:
+        """In the whole framework: no tokens, any leading dimensions, other types, and inputs that must not be sent."""
+        torch.manual_seed(0)
+        plain = nn.Linear(12, 7)
+        model = ciphertune.outsource(nn.Sequential(plain), self.selection, "all")
+        try:
+            x = torch.randn(2, 3, 12)
+            expected = plain(x).detach()
+            size = float(expected.square().mean().sqrt())
+            assert model(x).shape == expected.shape
+            assert float((model(x).detach() - expected).square().mean().sqrt()) <= 0.2 * size
+            for kind in (torch.bfloat16, torch.float64):
+                assert model(x.to(kind)).dtype == kind
+            poisoned = [x.clone().index_put_((torch.tensor(1),), torch.tensor(v)) for v in (math.nan, math.inf)]
+            for bad in (x[:0], *poisoned):
+                with pytest.raises(InputError):
+                    model(bad)
+        finally:
+            ciphertune.session_of(model).close()
 
     def test_a_model_trains(self) -> None:
         """In the whole framework: the loss falls, and follows that of the same model at the client."""
