@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import seal
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ciphertune.backend import Buffers, ClientHalf, Encrypted, LinearMap, NoiseModel
@@ -54,7 +55,8 @@ class CKKSClient(ClientHalf[EncryptionState]):
         # SEAL stores a ciphertext as a header, the same for all of ours, and its residues; only these travel.
         stored = self._encrypt(np.zeros(SLOTS, dtype=np.complex128))
         self._header = stored[: -2 * DEGREE * 8]
-        if int(self._residues(stored).max()) >= ring.modulus or int(self._residues(stored).min()) < 0:
+        residues = self._residues(stored)
+        if int(residues.min()) < 0 or int(residues.max()) >= ring.modulus:
             raise SecurityError("this version of SEAL stores ciphertexts in another form than ciphertune-ckks knows")
 
     def open_fields(self) -> Mapping[str, Any]:
@@ -93,10 +95,11 @@ class CKKSClient(ClientHalf[EncryptionState]):
         for name in ("_encryptor", "_decryptor"):
             vars(self).pop(name, None)
 
-    def _encrypt(self, slots: np.ndarray[Any, np.dtype[np.complex128]]) -> bytes:
+    def _encrypt(self, slots: NDArray[np.complex128]) -> bytes:
         """A ciphertext of (SLOTS,) values as SEAL stores it, not compressed."""
         ciphertext = self._encryptor.encrypt_symmetric(self._encoder.encode_complex(slots, 1.0))
-        return ciphertext.to_string(seal.compr_mode_type.none)
+        stored: bytes = ciphertext.to_string(seal.compr_mode_type.none)
+        return stored
 
     @staticmethod
     def _residues(stored: bytes) -> Tensor:
