@@ -10,33 +10,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ciphertune.backend import (
-    Backend,
-    Buffers,
-    ClientHalf,
-    LinearMap,
-    NoiseModel,
-    SecurityStatement,
-    WorkerHalf,
-)
+from ciphertune.backend import Backend, Buffers, ClientHalf, LinearMap, NoiseModel, SecurityStatement, WorkerHalf
 from ciphertune.errors import ProtocolError
-from ciphertune_ckks.residues import DEGREE, TOKENS, Ring
+from ciphertune_ckks.ring import DEGREE, FIELDS, MODULUS, MODULUS_BITS, TOKENS, WIDTH
 
 
 @dataclasses.dataclass(frozen=True)
 class CKKSOptions:
-    """Options of the ckks backend.
-
-    Attributes:
-        modulus_bits: size of the ciphertext modulus. 37 leaves 192 bits of security; 29 leaves 256, saves a fifth of
-            the traffic and has 256 times the error.
-    """
-
-    modulus_bits: Literal[29, 37] = 37
+    """The ckks backend has no options of its own."""
 
 
 class CKKSBackend(Backend):
@@ -46,48 +31,43 @@ class CKKSBackend(Backend):
     Options = CKKSOptions
 
     @property
-    def ring(self) -> Ring:
-        """The ring of the chosen modulus."""
-        return Ring(self.options.modulus_bits)
-
-    @property
     def security(self) -> SecurityStatement:
         """IND-CPA under Ring-LWE."""
         return SecurityStatement(
             True,
-            self.ring.security_bits,
+            192,
             "workers see only ciphertext, tokens in units of 2048, layer names and timing",
-            f"Ring-LWE, n = {DEGREE}, log q = {self.options.modulus_bits}, uniform ternary secret, centred binomial "
-            "error of variance 10.5; Homomorphic Encryption Security Standard (HomomorphicEncryption.org, 2018), "
-            "table 1, classical",
+            f"Ring-LWE, n = {DEGREE}, log q = {MODULUS_BITS}, uniform ternary secret, centred binomial error of "
+            "variance 10.5; Homomorphic Encryption Security Standard (HomomorphicEncryption.org, 2018), table 1, "
+            "classical",
         )
 
     @property
     def noise(self) -> NoiseModel:
         """The encryption's error; evaluation adds none.
 
-        A coefficient of a fresh ciphertext carries the centred binomial error and the rounding of encoding; the real
-        and the imaginary part of a slot are each half of the sum of n of them. No coefficient is larger than the
-        largest slot, whose two parts are at most ``half_range`` each.
+        A coefficient of a fresh ciphertext carries the centred binomial error and the rounding of encoding. The two
+        parts of a slot are sums of all n coefficients, weighted by cosines and sines whose squares add up to n/2. What
+        wraps are coefficients; none is larger than the largest slot, whose parts are at most ``half_range`` each.
         """
-        return NoiseModel(self.ring.modulus / 2 / math.sqrt(2), DEGREE / 2 * (10.5 + 1 / 12), 0.0)
+        return NoiseModel(MODULUS / 2 / math.sqrt(2), DEGREE / 2 * (10.5 + 1 / 12), 0.0)
 
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
         """See ``Backend.traffic``: two polynomials per feature and 2048 tokens."""
-        each = -(-tokens // TOKENS) * 2 * DEGREE * self.ring.width
+        each = -(-tokens // TOKENS) * 2 * DEGREE * WIDTH
         return linear_map.in_features * each, linear_map.out_features * each
 
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half with a fresh key, which no file keeps."""
         from ciphertune_ckks.client import CKKSClient
 
-        return CKKSClient(self.ring, self.noise, device)
+        return CKKSClient(self.noise, device)
 
     @classmethod
     def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> WorkerHalf:
         """See ``Backend.worker``; there is no evaluation key."""
         from ciphertune_ckks.worker import CKKSWorker
 
-        if evaluation_key:
-            raise ProtocolError("the ckks backend has no evaluation key")
-        return CKKSWorker(Ring.read(fields), device)
+        if fields != FIELDS or evaluation_key:
+            raise ProtocolError(f"the ckks backend opens with {FIELDS} and no key: is the client of another version?")
+        return CKKSWorker(device)

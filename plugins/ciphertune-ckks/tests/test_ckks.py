@@ -15,16 +15,15 @@ from torch import Tensor, nn
 import ciphertune
 from ciphertune import registry
 from ciphertune.backend import LinearMap
-from ciphertune.errors import PrecisionError, ProtocolError, ReplyError, SelectionError
+from ciphertune.errors import ProtocolError, ReplyError, SelectionError
 from ciphertune.service import Service
 from ciphertune.weights import WeightStore, quantize
 from ciphertune.worker import Worker
-from ciphertune_ckks import CKKSBackend, CKKSOptions
-from ciphertune_ckks.residues import DEGREE, SLOTS, TOKENS, Ring
+from ciphertune_ckks import CKKSBackend
+from ciphertune_ckks.ring import DEGREE, FIELDS, MODULUS, MODULUS_BITS, SLOTS, TOKENS, WIDTH, pack, unpack
 from ciphertune_ckks.worker import CKKSWorker
 
 CPU = torch.device("cpu")
-RINGS = pytest.mark.parametrize("bits", [29, 37])
 
 
 def codes(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -36,8 +35,8 @@ def forward(weight: Tensor, norm: float | None = None) -> LinearMap:
     return LinearMap("layer (forward)", "forward", weight.shape[1], weight.shape[0], largest)
 
 
-def product(x: Tensor, weight: Tensor, bits: int = 37) -> Tensor:
-    backend = CKKSBackend(CKKSOptions(modulus_bits=bits))
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    backend = CKKSBackend()
     client = backend.client(CPU)
     worker = CKKSBackend.worker(client.open_fields(), {}, CPU)
     encrypted = client.encrypt(x, forward(weight))
@@ -46,29 +45,24 @@ def product(x: Tensor, weight: Tensor, bits: int = 37) -> Tensor:
     )
 
 
-def random_residues(bits: int, features: int, blocks: int = 1, seed: int = 0) -> Tensor:
+def random_residues(features: int, blocks: int = 1, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, Ring(bits).modulus, (features, blocks, 2, DEGREE), generator=generator)
+    return torch.randint(0, MODULUS, (features, blocks, 2, DEGREE), generator=generator)
 
 
-@RINGS
-def test_parameters_are_those_of_the_standard_as_seal_has_it(bits: int) -> None:
-    ring = Ring(bits)
-    (prime,) = seal.CoeffModulus.Create(DEGREE, [bits])
-    assert prime.value() == ring.modulus
+def test_parameters_are_those_of_the_standard_as_seal_has_it() -> None:
+    (prime,) = seal.CoeffModulus.Create(DEGREE, [MODULUS_BITS])
+    assert prime.value() == MODULUS
     assert prime.is_prime()
-    level = getattr(seal.sec_level_type, f"tc{ring.security_bits}")
-    assert bits <= seal.CoeffModulus.MaxBitCount(DEGREE, level)
-    assert CKKSBackend(CKKSOptions(modulus_bits=bits)).security.bits == ring.security_bits
+    assert seal.CoeffModulus.MaxBitCount(DEGREE, seal.sec_level_type.tc192) >= MODULUS_BITS
+    assert CKKSBackend().security.bits == 192
 
 
-@RINGS
-def test_a_worker_gives_what_seals_evaluator_gives(bits: int) -> None:
-    ring = Ring(bits)
+def test_a_worker_gives_what_seals_evaluator_gives() -> None:
     parameters = seal.EncryptionParameters(seal.scheme_type.ckks)
     parameters.set_poly_modulus_degree(DEGREE)
-    parameters.set_coeff_modulus([seal.Modulus(ring.modulus)])
-    context = seal.SEALContext(parameters, True, getattr(seal.sec_level_type, f"tc{ring.security_bits}"))
+    parameters.set_coeff_modulus([seal.Modulus(MODULUS)])
+    context = seal.SEALContext(parameters, True, seal.sec_level_type.tc192)
     encoder, evaluator = seal.CKKSEncoder(context), seal.Evaluator(context)
     encryptor = seal.Encryptor(context, seal.KeyGenerator(context).secret_key())
 
@@ -84,28 +78,27 @@ def test_a_worker_gives_what_seals_evaluator_gives(bits: int) -> None:
     for row in weight.tolist():
         terms = [evaluator.multiply_plain(c, encoder.encode(w)) for c, w in zip(ciphertexts, row, strict=True)]
         expected.append(residues(evaluator.add_many(terms)))
-    request = ring.pack(torch.stack([residues(c) for c in ciphertexts]))
-    reply = CKKSWorker(ring, CPU).evaluate(weight, "forward", request)
-    assert torch.equal(reply["c"], ring.pack(torch.stack(expected))["c"])
+    request = pack(torch.stack([residues(c) for c in ciphertexts]))
+    reply = CKKSWorker(CPU).evaluate(weight, "forward", request)
+    assert torch.equal(reply["c"], pack(torch.stack(expected))["c"])
 
 
-@RINGS
-def test_products_are_exact_whatever_the_residues(bits: int) -> None:
+def test_products_are_exact_whatever_the_residues() -> None:
     """Float64 carries them: many features, the largest residues and codes, both directions."""
-    ring, worker = Ring(bits), CKKSWorker(Ring(bits), CPU)
+    worker = CKKSWorker(CPU)
     weight = codes(3, 1300)
     weight[0], weight[1] = 127, -128
-    residues = random_residues(bits, 1300)
-    residues[..., :7] = ring.modulus - 1
+    residues = random_residues(1300)
+    residues[..., :7] = MODULUS - 1
     where = [*range(7), *range(7, DEGREE, 97)]
     for direction, matrix in (("forward", weight), ("backward", weight.t().contiguous())):
-        reply = worker.evaluate(worker.prepare(matrix), direction, ring.pack(residues))
-        found = ring.unpack(reply, 3, 1, ReplyError, "")[:, 0, :, where].tolist()
+        reply = worker.evaluate(worker.prepare(matrix), direction, pack(residues))
+        found = unpack(reply, 3, ReplyError, "")[:, 0, :, where].tolist()
         columns = residues[:, 0][..., where].permute(1, 2, 0).tolist()
         for row, of_row in zip(weight.tolist(), found, strict=True):
             for of_half, values in zip(of_row, columns, strict=True):
                 for got, column in zip(of_half, values, strict=True):
-                    assert got == sum(w * c for w, c in zip(row, column, strict=True)) % ring.modulus
+                    assert got == sum(w * c for w, c in zip(row, column, strict=True)) % MODULUS
 
 
 @pytest.mark.parametrize("tokens", [SLOTS - 1, SLOTS + 1, TOKENS, 2 * TOKENS + 3])
@@ -115,9 +108,8 @@ def test_tokens_fill_both_parts_of_slots_and_several_ciphertexts(tokens: int) ->
     torch.testing.assert_close(product(x, weight), (x.double() @ weight.double().t()).float(), rtol=1e-5, atol=1e-3)
 
 
-@RINGS
 @pytest.mark.parametrize("coefficient", [0, 1, 511, SLOTS, DEGREE - 1])
-def test_outputs_that_add_up_in_one_coefficient_do_not_wrap(bits: int, coefficient: int) -> None:
+def test_outputs_that_add_up_in_one_coefficient_do_not_wrap(coefficient: int) -> None:
     """The worst case: every token parallel to the weight, with the signs that make one coefficient largest."""
     # Slot j is the polynomial's value at the root of unity of this exponent (powers of 3).
     exponents = [pow(3, j, 2 * DEGREE) for j in range(SLOTS)]
@@ -127,72 +119,46 @@ def test_outputs_that_add_up_in_one_coefficient_do_not_wrap(bits: int, coefficie
     )
     weight = codes(1, 16)
     x = (signs[:, None] * weight.double()).float()
-    y = product(x, weight, bits)
+    y = product(x, weight)
     expected = (x.double() @ weight.double().t()).float()
-    torch.testing.assert_close(y, expected, rtol=1e-2 if bits == 29 else 1e-4, atol=0)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=0)
 
 
-def test_too_coarse_a_modulus_is_refused() -> None:
-    weight = torch.full((2, 4096), 127, dtype=torch.int8)
-    with pytest.raises(PrecisionError):
-        CKKSBackend(CKKSOptions(modulus_bits=29)).refuse_imprecise(forward(weight))
-    CKKSBackend().refuse_imprecise(forward(weight))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"modulus_bits": 31},
-        {"modulus_bits": True},
-        {"modulus_bits": 37.0},
-        {"modulus_bits": "37"},
-        {"modulus_bits": [37]},
-        {"modulus_bits": 37, "secret": b"0"},
-    ],
-)
+@pytest.mark.parametrize("fields", [{}, {"parameters": "other"}, {"parameters": [1]}, {**FIELDS, "secret": b"0"}])
 def test_openings_that_are_none(fields: dict[str, object]) -> None:
-    with pytest.raises(ProtocolError, match="modulus_bits"):
+    with pytest.raises(ProtocolError, match="parameters"):
         CKKSBackend.worker(fields, {}, CPU)
 
 
 def test_a_worker_takes_no_key_and_only_int8_weights() -> None:
     with pytest.raises(ProtocolError, match="key"):
-        CKKSBackend.worker({"modulus_bits": 37}, {"key": torch.zeros(1)}, CPU)
+        CKKSBackend.worker(FIELDS, {"key": torch.zeros(1)}, CPU)
     with pytest.raises(ProtocolError, match="int8"):
-        CKKSWorker(Ring(37), CPU).prepare(torch.zeros(2, 2))
+        CKKSWorker(CPU).prepare(torch.zeros(2, 2))
 
 
 def test_options_that_are_none() -> None:
-    with pytest.raises(SelectionError, match="modulus_bits"):
-        CKKSBackend.from_text({"modulus_bits": "54"})
+    with pytest.raises(SelectionError, match="weight_bits"):
+        CKKSBackend.from_text({"weight_bits": "16"})
 
 
-@RINGS
-def test_residues_beyond_the_modulus_are_refused(bits: int) -> None:
-    ring = Ring(bits)
-    residues = random_residues(bits, 4)
-    residues[3, 0, 1, 5] = ring.modulus
+def test_residues_beyond_the_modulus_are_refused() -> None:
+    residues = random_residues(4)
+    residues[3, 0, 1, 5] = MODULUS
     with pytest.raises(ProtocolError, match="below the modulus"):
-        CKKSWorker(ring, CPU).evaluate(codes(2, 4), "forward", ring.pack(residues))
-    client = CKKSBackend(CKKSOptions(modulus_bits=bits)).client(CPU)
+        CKKSWorker(CPU).evaluate(codes(2, 4), "forward", pack(residues))
+    client = CKKSBackend().client(CPU)
     encrypted = client.encrypt(torch.ones(2, 4), forward(codes(4, 4)))
     with pytest.raises(ReplyError, match="below the modulus"):
-        client.decrypt(ring.pack(residues), encrypted.state, forward(codes(4, 4)))
+        client.decrypt(pack(residues), encrypted.state, forward(codes(4, 4)))
 
 
 @pytest.mark.parametrize(
-    "shape", [(3, 1, 2, DEGREE, 5), (4, 0, 2, DEGREE, 5), (4, 1, 3, DEGREE, 5), (4, 1, 2, 1024, 5)]
+    "shape", [(3, 1, 2, DEGREE, WIDTH), (4, 0, 2, DEGREE, WIDTH), (4, 1, 3, DEGREE, WIDTH), (4, 1, 2, 1024, WIDTH)]
 )
 def test_requests_of_other_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ProtocolError, match="expected one buffer"):
-        CKKSWorker(Ring(37), CPU).evaluate(codes(2, 4), "forward", {"c": torch.zeros(shape, dtype=torch.uint8)})
-
-
-def test_a_second_buffer_is_refused() -> None:
-    request = Ring(37).pack(random_residues(37, 4))
-    with pytest.raises(ProtocolError, match="one buffer"):
-        CKKSWorker(Ring(37), CPU).evaluate(codes(2, 4), "forward", {**request, "d": torch.zeros(1)})
+    with pytest.raises(ProtocolError, match="expected"):
+        CKKSWorker(CPU).evaluate(codes(2, 4), "forward", {"c": torch.zeros(shape, dtype=torch.uint8)})
 
 
 def test_hostile_bytes_are_refused_or_decrypt_to_numbers() -> None:
@@ -201,12 +167,12 @@ def test_hostile_bytes_are_refused_or_decrypt_to_numbers() -> None:
     linear_map = forward(codes(3, 4))
     encrypted = client.encrypt(torch.ones(2, 4), linear_map)
     generator = torch.Generator().manual_seed(7)
-    shape = (3, 1, 2, DEGREE, 5)
+    shape = (3, 1, 2, DEGREE, WIDTH)
     refused = 0
     for index in range(40):
-        c = Ring(37).pack(random_residues(37, 3, seed=index))["c"]
+        c = pack(random_residues(3, seed=index))["c"]
         if index % 2:  # some of it any bytes
-            c[..., index * 7 :, :] = torch.randint(0, 256, (*shape[:3], DEGREE - index * 7, 5), generator=generator)
+            c[..., index * 7 :, :] = torch.randint(0, 256, (*shape[:3], DEGREE - index * 7, WIDTH), generator=generator)
         try:
             assert torch.isfinite(client.decrypt({"c": c}, encrypted.state, linear_map)).all()
         except ReplyError:
@@ -235,7 +201,7 @@ import sys
 sys.modules["seal"] = None
 import torch
 from ciphertune_ckks import CKKSBackend
-worker = CKKSBackend.worker({"modulus_bits": 37}, {}, torch.device("cpu"))
+worker = CKKSBackend.worker({"parameters": "ckks-2048-37"}, {}, torch.device("cpu"))
 request = {"c": torch.zeros(3, 1, 2, 2048, 5, dtype=torch.uint8)}
 assert worker.evaluate(torch.ones(2, 3, dtype=torch.int8), "forward", request)["c"].shape == (2, 1, 2, 2048, 5)
 assert "ciphertune_ckks.client" not in sys.modules

@@ -5,5 +5,7 @@ class TestCKKS(BackendSuite):
     selection = "ckks"
 
 
-class TestCKKS29(BackendSuite):
-    selection = "ckks?modulus_bits=29"
+class TestSimulationOfCKKS(BackendSuite):
+    """The declared error is what the simulation of this backend adds."""
+
+    selection = "simulation?of=ckks"
