@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,3 +248,11 @@ def test_a_model_trains_over_the_wire(address: str) -> None:
     curve = losses(f"ckks+zmq://{address}?insecure=1")
     assert curve[-1] < 0.9 * curve[0]
     assert curve == pytest.approx(losses("clear?weight_bits=8"), rel=1e-3)
+
+
+def test_the_readme_runs() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
