@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ciphertune.backend import Buffers, ClientHalf, Encrypted, LinearMap, NoiseModel
-from ciphertune.errors import ReplyError, SecurityError
+from ciphertune import Buffers, ClientHalf, Encrypted, LinearMap, NoiseModel, ReplyError, SecurityError
 from ciphertune_ckks.ring import DEGREE, FIELDS, MODULUS, SLOTS, TOKENS, pack, unpack
 
 _BODY = 2 * DEGREE * 8

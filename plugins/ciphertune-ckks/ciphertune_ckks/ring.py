@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ciphertune.backend import Buffers
-from ciphertune.errors import ProtocolError
+from ciphertune import Buffers, ProtocolError
 
 DEGREE = 2048
 MODULUS_BITS = 37

@@ -181,7 +181,7 @@ class HttpListener(Listener):
             self._socket = socket.create_server((host, port), family=family, backlog=128)
         except OSError as error:
             raise TransportError(f"cannot listen at {host}:{port}: {error}") from error
-        # Connections inherit it; asyncio sets it only on sockets that say they are TCP's. Small replies wait 40 ms else.
+        # Connections inherit it; asyncio sets it only where a socket says that it is TCP's. Small replies wait else.
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._socket.getsockname()[1]}"
