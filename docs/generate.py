@@ -1,4 +1,4 @@
-"""Writes the pages that are made from code: ``python docs/generate.py``. Tests hold the pages equal to what it would write."""
+"""Writes the pages that are made from code: ``python docs/generate.py``. A test holds them equal to what it writes."""
 
 from __future__ import annotations
 
