@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,13 +169,39 @@ def test_registering_twice_is_refused_and_keeps_the_first(recorder: Any) -> None
     assert recorder.plugins.names() == []
 
 
-@pytest.mark.parametrize(("value", "names"), [("", []), ("nothing", []), ("progress, other", ["progress"])])
-def test_environment_limits_what_loads(monkeypatch: pytest.MonkeyPatch, value: str, names: list[str]) -> None:
-    monkeypatch.setenv("CIPHERTUNE_PLUGINS", value)
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        (None, ["progress"]),
+        ("", []),
+        ("progress", ["progress"]),
+        (" traffic?path=a%2Cb.json ,progress,", ["progress", "traffic"]),
+        ("traffic,traffic?path=t.json", ["traffic", "traffic-2"]),
+    ],
+)
+def test_environment_says_what_is_active(monkeypatch: pytest.MonkeyPatch, value: str | None, names: list[str]) -> None:
+    if value is None:
+        monkeypatch.delenv("CIPHERTUNE_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("CIPHERTUNE_PLUGINS", value)
     manager = PluginManager()
     manager.load_installed()
     assert manager.names() == names
     assert manager.failed == {}
+    if "a%2Cb" in (value or ""):
+        assert manager._manager.get_plugin("traffic").path == Path("a,b.json")
+
+
+def test_mistakes_in_the_environment_are_warned_of_and_the_rest_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIPHERTUNE_PLUGINS", "trafic,history?pth=a.csv,progress?x=1,progress,traffic")
+    manager = PluginManager()
+    with pytest.warns(RuntimeWarning) as found:
+        manager.load_installed()
+    assert len(found) == 3
+    assert manager.names() == ["progress", "traffic"]
+    assert "did you mean 'traffic'" in manager.failed["trafic"]
+    assert "'history': unknown option 'pth'; did you mean 'path'" in manager.failed["history"]
+    assert "takes no options" in manager.failed["progress"]
 
 
 def test_the_process_has_one_manager() -> None:
