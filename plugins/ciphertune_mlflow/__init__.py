@@ -14,6 +14,11 @@ from ciphertune.errors import NothingOutsourcedError, PluginError, SelectionErro
 from ciphertune.tracking import Tracker
 from ciphertune_mlflow.sender import Sender
 
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # which may be JSON
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",  # drawn from Python's generator, which training may depend on
+}
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
@@ -25,7 +30,7 @@ class MLflowOptions:
         uri: of the tracking server; MLflow's own default (``MLFLOW_TRACKING_URI``) if not given. Credentials belong
             into MLflow's environment variables.
         experiment: name of the experiment, made if there is none.
-        run: name of the run; MLflow makes one up if not given.
+        run: name of the run; made from the time if not given.
         wait: seconds that the end of training waits for what the server has not taken yet.
     """
 
@@ -58,8 +63,8 @@ class MLflow(Tracker):
 
     def __init__(self, options: MLflowOptions) -> None:
         super().__init__()
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output may be JSON
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         try:
             from mlflow import MlflowClient
         except ImportError as error:
@@ -82,7 +87,9 @@ class MLflow(Tracker):
         self.close()
         tags = {"ciphertune.resumed_at_step": str(start_step)} if start_step else {}
         params = {"total_steps": str(total_steps), **_params(trainer)}
-        self._sender = Sender(self._client, self.options.experiment, self.options.run, params, tags)
+        # A name that MLflow makes up is drawn from Python's random generator.
+        name = self.options.run or time.strftime("ciphertune %Y-%m-%d %H:%M:%S")
+        self._sender = Sender(self._client, self.options.experiment, name, params, tags)
         self._status = "KILLED"  # should the end never come
 
     def record(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:

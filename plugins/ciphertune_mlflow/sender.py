@@ -23,9 +23,7 @@ class Sender:
         run_id: None until the server has made the run.
     """
 
-    def __init__(
-        self, client: Any, experiment: str, name: str | None, params: dict[str, str], tags: dict[str, str]
-    ) -> None:
+    def __init__(self, client: Any, experiment: str, name: str, params: dict[str, str], tags: dict[str, str]) -> None:
         self.run_id: str | None = None
         self._client = client
         self._experiment, self._name, self._params, self._tags = experiment, name, params, tags

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("ciphertune.testing.backends", "ciphertune.testing.transports")
+pytest.register_assert_rewrite(
+    "ciphertune.testing.backends", "ciphertune.testing.plugins", "ciphertune.testing.transports"
+)
 
 from ciphertune.testing.backends import BackendSuite  # noqa: E402
+from ciphertune.testing.plugins import PluginSuite  # noqa: E402
 from ciphertune.testing.transports import TransportSuite  # noqa: E402
 
-__all__ = ["BackendSuite", "TransportSuite"]
+__all__ = ["BackendSuite", "PluginSuite", "TransportSuite"]
