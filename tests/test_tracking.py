@@ -73,10 +73,14 @@ def test_history_has_a_row_for_every_step_and_evaluation(
     manager.use(f"history?path={path}")
     assert not path.exists(), "naming a plugin writes nothing yet"
     trainer = trainer_of(manager)
+    trainer.evaluate(BATCHES[:2])
+    before = trainer.evaluate(BATCHES[:1])
+    assert not path.exists()
     history = trainer.train(BATCHES, BATCHES[:1])
     trainer.evaluate(BATCHES[:1])
     rows = read(path)
     assert [(row["kind"], int(row["step"])) for row in rows] == [
+        ("evaluation", 0),
         ("step", 1),
         ("step", 2),
         ("evaluation", 2),
@@ -92,7 +96,7 @@ def test_history_has_a_row_for_every_step_and_evaluation(
             assert float(row[key]) == entry[key]
         assert (int(row["requests"]), int(row["bytes_up"]), int(row["retries"])) == (2, 8 * 6 * 4 * 2, 0)
     losses = [float(row["eval_loss"]) for row in rows if row["kind"] == "evaluation"]
-    assert losses[:2] == [entry["eval_loss"] for entry in history.evaluations]
+    assert losses[:3] == [before["eval_loss"], *(entry["eval_loss"] for entry in history.evaluations)]
     assert all(int(row["requests"]) == 1 for row in rows if row["kind"] == "evaluation")
 
 
@@ -112,7 +116,9 @@ def test_history_of_a_resumed_run_is_that_of_an_uninterrupted_one(
     # A killed process may leave half a line, and a sick disk anything.
     path.write_bytes(path.read_bytes() + b"garbage,\xff\n" + b'step,7,{"kind": "step", "st')
     second.use(f"history?path={path}")
-    trainer_of(second, max_steps=10, **checkpoints).train(BATCHES, BATCHES[:1], resume=True)
+    resumed = trainer_of(second, max_steps=10, **checkpoints)
+    resumed.evaluate(BATCHES)  # of a fresh model: not part of the run
+    resumed.train(BATCHES, BATCHES[:1], resume=True)
     keys = ("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "samples", "eval_loss", "bytes_down")
     expected = [[row.get(key) for key in keys] for row in read(whole)]
     assert [[row.get(key) for key in keys] for row in read(path)] == expected

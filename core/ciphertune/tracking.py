@@ -28,6 +28,7 @@ class Tracker:
     def __init__(self) -> None:
         self._trainer: weakref.ref[Any] | None = None  # a trainer holds its model, which must not live on here
         self._running = False
+        self._early: tuple[weakref.ref[Any], int, dict[str, float]] | None = None
         self._counts: collections.Counter[str] = collections.Counter()
         self._counting = threading.Lock()
 
@@ -38,7 +39,8 @@ class Tracker:
         """Something was measured.
 
         Args:
-            kind: ``step`` or ``evaluation``. Evaluations may come after the end of the run.
+            kind: ``step`` or ``evaluation``. Evaluations may come after the end of the run; the last one before its
+                beginning comes right after ``begin``.
             step: optimizer steps done.
             metrics: those of the hook, and ``COUNTS`` since the last call, of all sessions.
         """
@@ -65,6 +67,9 @@ class Tracker:
         self._trainer, self._running = None, False
         self.begin(trainer, total_steps, start_step)
         self._trainer, self._running = weakref.ref(trainer), True
+        early, self._early = self._early, None
+        if early is not None and early[0]() is trainer and early[1] == start_step:
+            self.record("evaluation", start_step, early[2])
         self._take_counts()
 
     @hookimpl
@@ -78,6 +83,8 @@ class Tracker:
         """Record it."""
         if self._follows(trainer):
             self.record("evaluation", step, {**metrics, **self._take_counts()})
+        elif not self._running:
+            self._early = weakref.ref(trainer), step, {**metrics, **self._take_counts()}
 
     @hookimpl
     def ciphertune_training_end(self, trainer: Any, step: int, reason: str) -> None:
