@@ -285,17 +285,24 @@ class Terminal(io.StringIO):
 def test_traffic_on_a_terminal_is_a_table_by_kind_of_layer(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "200")
     plugin = PluginManager().use("traffic")
     for n in (0, 1, 11):
         layers = tuple(f"model.layers.{n}.self_attn.{p}_proj" for p in "qkv")
-        plugin.ciphertune_after_reply(Exchange(layers, "forward", 7, requests=1, bytes_up=3_000_000))
+        plugin.ciphertune_after_reply(Exchange(layers, "forward", 7, 1, 0, 3_000_000, 500_000, 0.25, 2.0, 1.5, 0.25))
+        plugin.ciphertune_after_reply(Exchange((f"model.layers.{n}.mlp.up",), "backward", 7, 2, 1, 10**9))
     plugin.ciphertune_training_end()
     plugin.ciphertune_session_closed()
-    text = terminal.getvalue()
-    assert text.count("model.layers.*.self_attn.{q_proj,k_proj,v_proj}") == 1
-    line = next(line for line in text.splitlines() if "self_attn" in line)
-    assert [cell.strip() for cell in line.strip("│").split("│")][2:7] == ["3", "3", "0", "21", "9"]
+    heading, *lines = terminal.getvalue().splitlines()
+    assert heading.split("  ")[-1] == "eval s"
+    assert [line.split() for line in lines] == [
+        ["model.layers.*.mlp.up"],
+        ["backward", "6", "3", "21", "3000.0", "0.0", "0.00", "0.00", "0.00"],
+        ["model.layers.*.self_attn.{q_proj,k_proj,v_proj}"],
+        ["forward", "3", "0", "21", "9.0", "1.5", "1.50", "6.00", "4.50"],
+        ["all", "9", "3", "42", "3009.0", "1.5", "1.50", "6.00", "4.50"],
+    ]
+    assert max(map(len, (heading, *lines))) <= 80
+    assert len({len(line) for line in (heading, *lines) if "model" not in line}) == 1
     assert capsys.readouterr().out == ""
 
 

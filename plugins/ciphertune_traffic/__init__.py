@@ -91,7 +91,7 @@ class Traffic:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path, json.dumps({"total": total, "units": rows}, indent=2).encode())
         elif sys.stderr is not None and sys.stderr.isatty():
-            _print(self.rows())
+            sys.stderr.write(_table(self.rows()))
 
 
 def _add(sums: dict[str, float], more: Mapping[str, Any]) -> None:
@@ -115,25 +115,31 @@ def _kind(layers: list[str]) -> str:
     return ".".join([*paths[0][:same], tails[0] if len(tails) == 1 else "{" + ",".join(tails) + "}"])
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    kinds: dict[tuple[str, str], dict[str, float]] = {}
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Narrow enough for 80 columns: layers on lines of their own."""
+    kinds: dict[str, dict[str, dict[str, float]]] = {}
     total = dict.fromkeys(("products", *_SUMS), 0.0)
     for row in rows:
-        for sums in (total, kinds.setdefault((_kind(row["layers"]), row["direction"]), dict.fromkeys(total, 0.0))):
+        directions = kinds.setdefault(_kind(row["layers"]), {})
+        for sums in (total, directions.setdefault(row["direction"], dict.fromkeys(total, 0.0))):
             _add(sums, row)
-    table = Table(title="Traffic", title_justify="left", header_style="bold", show_footer=True)
-    table.add_column("layers", "all", overflow="fold")
-    table.add_column("direction")
-    columns = [
-        *((name, name, 1.0) for name in ("products", "requests", "retries", "tokens")),
-        *((f"MB {way}", f"bytes_{way}", 1e6) for way in ("up", "down")),
-        *((f"{phase} s", f"{phase}_seconds", 1.0) for phase in ("encrypt", "wait", "evaluate", "decrypt")),
+    lines = [["traffic", "requests", "retries", "tokens", "MB up", "MB down", "own s", "wait s", "eval s"]]
+    for kind, directions in kinds.items():
+        lines.append([kind])
+        lines += [["  " + direction, *_cells(sums)] for direction, sums in directions.items()]
+    lines.append(["all", *_cells(total)])
+    widths = [max(len(line[n]) for line in lines if len(line) > 1) for n in range(len(lines[0]))]
+    padded = [
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=False))]
+        for line in lines
     ]
-    for heading, name, unit in columns:
-        table.add_column(heading, f"{total[name] / unit:.4g}", justify="right")
-    for (kind, direction), sums in kinds.items():
-        table.add_row(kind, direction, *(f"{sums[name] / unit:.4g}" for _, name, unit in columns))
-    Console(stderr=True).print(table)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded) + "\n"
+
+
+def _cells(sums: Mapping[str, float]) -> list[str]:
+    return [
+        *(f"{sums[name]:.0f}" for name in ("requests", "retries", "tokens")),
+        *(f"{sums[name] / 1e6:.1f}" for name in ("bytes_up", "bytes_down")),
+        f"{sums['encrypt_seconds'] + sums['decrypt_seconds']:.2f}",
+        *(f"{sums[name]:.2f}" for name in ("wait_seconds", "evaluate_seconds")),
+    ]
