@@ -30,7 +30,8 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         "import sys\n"
         "from ciphertune.cli import cli\n"
         "cli.main(['--help'], standalone_mode=False)\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'peft', 'rich', 'matplotlib', 'sklearn', 'ciphertune_mlwe'}\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'peft', 'rich', 'matplotlib', 'sklearn', 'ciphertune_mlwe',\n"
+        "    'mlflow', 'tensorboardX', 'prometheus_client'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
     )
     run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
@@ -138,7 +139,7 @@ def test_plugins_with_options_are_active_where_they_are_named(monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "200")
     rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
     assert (rows["history"]["always"], rows["history"]["active"]) == (False, False)
-    assert rows["prometheus"]["options"] == {"port": 9090, "host": "127.0.0.1"}
+    assert rows["prometheus"]["options"] == {"port": 9101, "host": "127.0.0.1"}
     assert (rows["progress"]["always"], rows["progress"]["options"]) == (True, {})
     text = invoke("plugins").output
     assert re.search(r"history +│ where named +│ path=…", text)

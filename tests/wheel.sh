@@ -12,6 +12,7 @@ wheel=$(ls "$work"/dist/*.whl)
 $pip "$wheel[demo]"
 cd "$work"
 "$work/env/bin/ciphertune" backends
+"$work/env/bin/ciphertune" plugins
 "$work/env/bin/ciphertune" demo --quick --output "$work/out" --json > "$work/result.json"
 "$work/env/bin/python" - "$work/result.json" <<'EOF'
 import json, pathlib, sys

@@ -32,7 +32,7 @@ class PrometheusOptions:
         host: address to listen on. Whoever can reach it sees the figures: they are not protected.
     """
 
-    port: int = 9090
+    port: int = 9101
     host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
