@@ -86,6 +86,13 @@ def test_what_is_always_active_can_be_named_too() -> None:
     assert manager.names() == ["progress"]
 
 
+def test_a_class_is_not_registered_in_place_of_what_it_makes(manager: PluginManager) -> None:
+    with pytest.raises(PluginError, match="Counter is a class: register what it makes"):
+        manager.register(Counter)
+    manager.register(Counter(CounterOptions(1)), "mine")
+    assert manager.names() == ["mine"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -119,8 +119,11 @@ class PluginManager:
         """Add a plugin object.
 
         Raises:
-            PluginError: it implements a hook that does not exist, or is registered already.
+            PluginError: it implements a hook that does not exist or in a form that would never run, is registered
+                already, or is a class to be used with options.
         """
+        if isinstance(plugin, type) and hasattr(plugin, "Options"):
+            raise PluginError(f"{plugin.__name__} is a class: register what it makes, or name it with 'use'")
         known = self._manager.is_registered(plugin)
         try:
             registered = self._manager.register(plugin, name=name)
