@@ -156,15 +156,15 @@ def build_options(cls: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
     Supported annotations: bool, int, float, str, Path, Literal of ints or strings, and each of them ``| None``.
 
     Raises:
-        SelectionError: an unknown option, one that must be given and is not, or a value of the wrong form.
+        SelectionError: an unknown option, one that is missing and has no default, or a value of the wrong form.
     """
     hints = typing.get_type_hints(cls)
     unknown = [name for name in values if name not in hints]
     if unknown:
         raise SelectionError(f"unknown option {unknown[0]!r}; {closest(unknown[0], hints)}")
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name not in values and required(field):
-            raise SelectionError(f"option {field.name!r} must be given: {field.name}=…")
+        if required(field) and field.name not in values:
+            raise SelectionError(f"option {field.name} is missing and has no default")
     return cls(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
 
 

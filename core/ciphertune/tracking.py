@@ -6,7 +6,7 @@ import collections
 import threading
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ciphertune.errors import PluginError
 from ciphertune.plugins import hookimpl
@@ -14,16 +14,18 @@ from ciphertune.plugins import hookimpl
 if TYPE_CHECKING:
     from ciphertune.session import Exchange
 
-COUNTS = ("requests", "retries", "bytes_up", "bytes_down")
-"""What is counted of the traffic, as in ``ciphertune.session.Traffic``."""
-
 
 class Tracker:
     """Follows one training run at a time: subclass, set ``Options``, and override ``begin``, ``record`` and ``end``.
 
     A run that starts while another one is followed is not recorded, and a warning says so. What is overridden is called
     on the thread that trains; errors are reported as those of any hook.
+
+    Attributes:
+        COUNTS: what is counted of the traffic, as in ``ciphertune.Traffic``.
     """
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("requests", "retries", "bytes_up", "bytes_down")
 
     def __init__(self) -> None:
         self._trainer: weakref.ref[Any] | None = None  # a trainer holds its model, which must not live on here
@@ -55,7 +57,7 @@ class Tracker:
     def ciphertune_after_reply(self, exchange: Exchange) -> None:
         """Count."""
         with self._counting:
-            for name in COUNTS:
+            for name in self.COUNTS:
                 self._counts[name] += getattr(exchange, name)
 
     @hookimpl
@@ -99,4 +101,4 @@ class Tracker:
     def _take_counts(self) -> dict[str, int]:
         with self._counting:
             counts, self._counts = self._counts, collections.Counter()
-        return {name: counts[name] for name in COUNTS}
+        return {name: counts[name] for name in self.COUNTS}

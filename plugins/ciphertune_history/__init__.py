@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ciphertune.errors import PluginError, SelectionError
-from ciphertune.tracking import COUNTS, Tracker
+from ciphertune import PluginError, SelectionError, Tracker
 
 COLUMNS = (
     *("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "tokens", "samples"),
-    *("eval_loss", "perplexity", *COUNTS, "time"),
+    *("eval_loss", "perplexity", *Tracker.COUNTS, "time"),
 )
 """Of CSV files, in this order in every version; later ones come after these."""
 

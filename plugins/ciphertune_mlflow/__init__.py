@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from ciphertune.errors import NothingOutsourcedError, PluginError, SelectionError
-from ciphertune.tracking import Tracker
+from ciphertune import NothingOutsourcedError, PluginError, SelectionError, Tracker
 from ciphertune_mlflow.sender import Sender
 
 _ENVIRONMENT = {

@@ -7,7 +7,7 @@ import queue
 import threading
 from typing import Any
 
-from ciphertune.errors import PluginError
+from ciphertune import PluginError
 
 Value = tuple[str, float, int, int]
 """Name, value, time in milliseconds, step."""

@@ -7,12 +7,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ciphertune import hookimpl
-from ciphertune.errors import PluginError, SelectionError
-from ciphertune.tracking import Tracker
+from ciphertune import PluginError, SelectionError, Tracker, hookimpl
 
 if TYPE_CHECKING:
-    from ciphertune.session import Exchange, Session
+    from ciphertune import Exchange, Session
 
 _GAUGES = {
     "loss": "Loss of the last step.",

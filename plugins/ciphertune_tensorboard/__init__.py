@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ciphertune.errors import PluginError
-from ciphertune.tracking import Tracker
+from ciphertune import PluginError, Tracker
 
 _numbers = itertools.count(1)
 

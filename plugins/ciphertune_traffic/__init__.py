@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ciphertune import hookimpl
 
 if TYPE_CHECKING:
-    from ciphertune.session import Exchange
+    from ciphertune import Exchange
 
 _SUMS = (
     *("tokens", "requests", "retries", "bytes_up", "bytes_down"),
