@@ -1,8 +1,8 @@
 """A page of the documentation as a shell script: its commands as they stand, its files written where it says.
 
 ``python follow.py PAGE | bash -eu`` does what a reader does who follows the page literally. Fences that count are
-``sh``, ``sh fails`` for what must fail, and any with ``title="PATH"`` for files. Files are relative to where the commands
-before have gone.
+``sh``, ``sh fails`` for what must fail, and any with ``title="PATH"`` for files. Files are relative to where the
+commands before have gone.
 """
 
 from __future__ import annotations

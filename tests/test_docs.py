@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def test_commands_in_the_documentation_exist() -> None:
     for command in found:
         result = runner.invoke(cli, [*command.split(), "--help"])
         assert result.exit_code == 0, command
+
+
+def test_pages_made_from_code_are_up_to_date() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
+    assert pages
+    for page, make in pages.items():
+        assert (ROOT / "docs" / page).read_text(encoding="utf-8") == make(), "run python docs/generate.py"
 
 
 def test_make_targets_in_the_documentation_exist() -> None:

@@ -79,6 +79,9 @@ if TYPE_CHECKING:
         Session as Session,
         Traffic as Traffic,
     )
+    from ciphertune.tracking import (
+        Tracker as Tracker,
+    )
     from ciphertune.trainer import (
         History as History,
         LoraTrainer as LoraTrainer,
@@ -141,6 +144,7 @@ _PUBLIC = {
     "plugins": ("PluginManager", "hookimpl", "plugin_manager"),
     "protocol": ("DEFAULT_LIMITS", "Frame", "Limits", "Message", "error_message", "pack", "unpack"),
     "session": ("Exchange", "Session", "Traffic"),
+    "tracking": ("Tracker",),
     "trainer": ("History", "LoraTrainer"),
     "transport": ("Desk", "Handler", "Link", "Listener", "Loopback", "Reply", "Transport"),
 }

@@ -197,7 +197,11 @@ class Session:
                 for link in links:
                     stack.callback(link.close)
             raise
-        self.plugins.observe("ciphertune_session_opened", session=self)
+        try:
+            self.plugins.observe("ciphertune_session_opened", session=self)
+        except BaseException:  # Ctrl-C, or warnings that are errors
+            self.close()
+            raise
 
     def __repr__(self) -> str:
         return f"Session({str(self.choice.selection)!r}, {len(self.layers)} layers)"
@@ -234,7 +238,7 @@ class Session:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
         self.choice.backend.refuse_imprecise(linear_map)
         exchange = Exchange(tuple(layer.name for layer in self._members[unit]), direction, len(x))
-        self.plugins.gate("ciphertune_before_request", exchange=exchange)
+        self.plugins.gate("ciphertune_before_request", session=self, exchange=exchange)
         pieces = self._fleet.pieces(unit)
         if direction == "forward":
             y = self._forward(pieces, x, linear_map, exchange)
@@ -242,7 +246,7 @@ class Session:
             y = self._backward(pieces, x, exchange)
         with self._counting:
             self.traffic.add(exchange)
-        self.plugins.observe("ciphertune_after_reply", exchange=exchange)
+        self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ciphertune.testing.backends import BackendSuite as BackendSuite
     from ciphertune.testing.desk import EchoDesk as EchoDesk
     from ciphertune.testing.faults import Faults as Faults
+    from ciphertune.testing.plugins import PluginSuite as PluginSuite
     from ciphertune.testing.served import ServedWorker as ServedWorker
     from ciphertune.testing.transports import TransportSuite as TransportSuite
 
@@ -23,12 +24,15 @@ _HOMES = {
     "BackendSuite": "backends",
     "EchoDesk": "desk",
     "Faults": "faults",
+    "PluginSuite": "plugins",
     "ServedWorker": "served",
     "TransportSuite": "transports",
 }
 __all__ = sorted(_HOMES)
 
-pytest.register_assert_rewrite("ciphertune.testing.backends", "ciphertune.testing.transports")
+pytest.register_assert_rewrite(
+    "ciphertune.testing.backends", "ciphertune.testing.plugins", "ciphertune.testing.transports"
+)
 
 
 def __getattr__(name: str) -> Any:
