@@ -77,12 +77,18 @@ class NoiseModel:
         output_variance: of the error added to every encoded output value.
         digits: base-256 digits in which a weight is evaluated, each a product of its own that may use the whole
             range; more than one for weights of more than 8 bits.
+        correlation: between output errors of neighbouring outputs of a token. It falls linearly along the outputs, to
+            its negative ``period`` outputs on, and those of different periods are independent. Encryption that packs
+            outputs into the coefficients of a rounded polynomial under a secret of bits has this.
+        period: see ``correlation``.
     """
 
     half_range: float
     input_variance: float
     output_variance: float
     digits: int = 1
+    correlation: float = 0.0
+    period: int = 0
 
     @property
     def returned_variance(self) -> float:
@@ -190,6 +196,11 @@ class WorkerHalf(abc.ABC):
             ProtocolError: the request's buffers are not what this backend sends.
         """
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the session's keys take, if more than they took on the wire; counts against a client's quota."""
+        return 0
+
     def close(self) -> None:
         """Forget the session's keys and scratch memory."""
         return
@@ -231,6 +242,10 @@ class Backend(abc.ABC):
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int] | None:
         """Bytes of the buffers of a request and of its reply, for plans; None where it is not known before."""
         return None
+
+    def allowance(self, linear_map: LinearMap, tokens: int) -> float:
+        """Seconds that a worker may take for a product beyond what the option ``timeout`` allows any request."""
+        return 0.0
 
     def refuse_imprecise(self, linear_map: LinearMap) -> None:
         """Raise ``PrecisionError`` for a map whose outputs would be mostly noise under these options."""
