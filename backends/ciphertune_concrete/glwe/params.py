@@ -31,9 +31,9 @@ REQUEST_BITS = 39
 MESSAGE_BITS = REQUEST_BITS
 """Bits of an encoded value, at which products wrap, sign included.
 
-The library's own choice is 27, of which an output keeps 26. But it asks for integers, and rounding inputs to them is by
-far the largest error then. An output needs no integer: with all bits of a request for the input's fraction, what is left
-is the error of the reply. The ciphertexts are the same in either case.
+The library's own choice is 27, of which an output keeps 26. But it takes integers, and rounding inputs to them is by
+far the largest error then. With all bits of a request for an input, what is left is the error of the reply. What
+ciphertexts look like does not depend on it.
 """
 PARAMETERS_JSON = json.dumps({**PARAMETERS, "bits_reserved_for_computation": MESSAGE_BITS})
 """As the client encodes; keys do not depend on how many bits a message has."""
