@@ -46,6 +46,7 @@ def test_it_can_be_simulated_and_planned_without_the_package(monkeypatch: pytest
 def test_the_security_statement_says_what_it_knows() -> None:
     security = choose("concrete-glwe").backend.security
     assert security.encrypted
+    assert security.bits == 133.1
     assert "n = 2048" in security.assumption
     assert "binary secret" in security.assumption
 

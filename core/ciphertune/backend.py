@@ -47,6 +47,21 @@ class SecurityStatement:
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What the phases of a product grow with, for scaling times that were measured with a smaller one.
+
+    Attributes:
+        encrypt, evaluate, decrypt: amounts, each in a unit of its own.
+        by: what they count, in words.
+    """
+
+    encrypt: float
+    evaluate: float
+    decrypt: float
+    by: str
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearMap:
     """What a client knows of one outsourced product ``y = x Mᵀ``, M of shape (out_features, in_features).
 
@@ -242,6 +257,12 @@ class Backend(abc.ABC):
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int] | None:
         """Bytes of the buffers of a request and of its reply, for plans; None where it is not known before."""
         return None
+
+    def work(self, linear_map: LinearMap, tokens: int) -> Work:
+        """What the phases of a product grow with; by default the numbers sent, multiplied and returned."""
+        sent, returned = tokens * linear_map.in_features, tokens * linear_map.out_features
+        by = "tokens × inputs to encrypt, tokens × inputs × outputs to evaluate, tokens × outputs to decrypt"
+        return Work(sent, sent * linear_map.out_features, returned, by)
 
     def allowance(self, linear_map: LinearMap, tokens: int) -> float:
         """Seconds that a worker may take for a product beyond what the option ``timeout`` allows any request."""

@@ -15,11 +15,13 @@ from ciphertune.backend import (
     LinearMap,
     NoiseModel,
     SecurityStatement,
+    Work,
     WorkerHalf,
 )
 from ciphertune.errors import PluginError
 from ciphertune_concrete.glwe.params import (
     DEVIATION,
+    ESTIMATES,
     KEY_WORDS,
     MESSAGE_BITS,
     NAME,
@@ -56,12 +58,13 @@ class GlweBackend(Backend):
     @property
     def security(self) -> SecurityStatement:
         """IND-CPA under GLWE, with the library's parameters."""
+        figures = ", ".join(f"{attack} {bits}" for attack, bits in ESTIMATES.items())
         return SecurityStatement(
             True,
-            None,
+            min(ESTIMATES.values()),
             "workers see only ciphertext, shapes, layer names, timing, and a key by which they know a client again",
             f"GLWE ({NAME}), n = {SIZE}, q = 2^64, binary secret, Gaussian error of standard deviation "
-            f"{DEVIATION:.4g} q",
+            f"{DEVIATION:.4g} q; lattice-estimator, classical bits: {figures}",
         )
 
     @property
@@ -75,6 +78,12 @@ class GlweBackend(Backend):
         """See ``Backend.traffic``."""
         up = input_blocks(linear_map.in_features) * (REQUEST_WORDS + SEED_WORDS)
         return 8 * tokens * up, 8 * tokens * sum(reply_words(linear_map.out_features))
+
+    def work(self, linear_map: LinearMap, tokens: int) -> Work:
+        """See ``Backend.work``: what each input costs an output is little beside what the output itself does."""
+        blocks = tokens * input_blocks(linear_map.in_features), tokens * len(reply_words(linear_map.out_features))
+        by = "tokens × outputs to evaluate, tokens × blocks of 2048 values to encrypt and decrypt"
+        return Work(blocks[0], tokens * linear_map.out_features, blocks[1], by)
 
     def allowance(self, linear_map: LinearMap, tokens: int) -> float:
         """See ``Backend.allowance``."""

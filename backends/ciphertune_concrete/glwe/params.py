@@ -44,6 +44,10 @@ LEVELS, BASE_BITS = 2, 14
 DEVIATION = 2.84526747960191e-15
 """Standard deviation of encryption's error, as a fraction of the modulus."""
 
+ESTIMATES = {"usvp": 136.1, "bdd": 134.9, "dual": 138.0, "dual-hybrid": 133.1}
+"""Classical cost in bits by attack, from lattice-estimator (commit 27a581b, full estimate, default MATZOV and ADPS16
+models): n = 2048, q = 2^64, uniform binary secret, discrete Gaussian error of DEVIATION · q, any number of samples."""
+
 KEY_WORDS = SIZE * LEVELS * 2 * SIZE
 """64-bit values of a compression key: 128 MiB."""
 SECRET_BYTES = 8 * 2 * (SIZE + 2)
