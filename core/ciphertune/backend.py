@@ -230,6 +230,10 @@ class Backend(abc.ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    licence: ClassVar[str] = ""
+    """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
+    measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)
+    """Tokens, inputs and outputs of the largest product that a plan measures to estimate the time of others."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,6 +32,7 @@ from ciphertune_concrete.glwe.params import (
     input_blocks,
     reply_words,
 )
+from ciphertune_concrete.licence import TERMS
 
 _SECONDS_AN_OUTPUT = 0.05
 """What one output of one token may take on a slow machine: several times what two cores of a server took."""
@@ -54,6 +55,8 @@ class GlweBackend(Backend):
 
     name = "concrete-glwe"
     Options = GlweOptions
+    licence: ClassVar[str] = TERMS
+    measured_size: ClassVar[tuple[int, int, int]] = (4, 64, 64)
 
     @property
     def security(self) -> SecurityStatement:
@@ -118,5 +121,5 @@ class GlweBackend(Backend):
             library.PACKAGE: library.version() or "unknown",
             "evaluates on": "CUDA" if cuda else "the processor",
             "key": f"{file}, {8 * KEY_WORDS / 1e6:.0f} MB" if file.exists() else f"none yet in {file.parent}",
-            "licence": "BSD-3-Clause-Clear: commercial use needs a patent licence from Zama",
+            "licence": TERMS,
         }

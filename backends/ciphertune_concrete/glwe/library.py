@@ -30,7 +30,8 @@ def load(*, notice: bool = True) -> Any:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "concrete_ml_extensions"
         why = "is not installed" if missing else f"cannot be imported ({error})"
         raise PluginError(
-            f"the concrete-glwe backend needs the package {PACKAGE}, which {why} on this machine: {INSTALL}"
+            f"the concrete-glwe backend needs the package {PACKAGE}, which {why} on this machine: {INSTALL} "
+            "(it exists for Python 3.10 to 3.12 on Linux with glibc 2.34 or later, x86-64, and on macOS)"
         ) from error
     if notice:
         licence.notice(PACKAGE)
