@@ -320,6 +320,22 @@ def test_requests_survive_the_librarys_form(features: int) -> None:
             wire.request_buffers(wrong, 3, features)
 
 
+def test_a_product_ends_with_its_session(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    product, calls = pair.worker._product, []  # type: ignore[attr-defined]
+
+    def last(*arguments: Any) -> Tensor:
+        calls.append(1)
+        pair.worker.close()
+        found: Tensor = product(*arguments)
+        return found
+
+    monkeypatch.setattr(pair.worker, "_product", last)
+    encrypted = pair.client.encrypt(torch.ones(3, 7), pair.map("forward"))
+    with pytest.raises(ProtocolError, match="closed while"):
+        pair.worker.evaluate(pair.prepared, "forward", encrypted.buffers)
+    assert len(calls) == 1
+
+
 def test_cuda_is_used_where_there_is_one(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that says it has a device: its calls and its longer replies, not the device itself."""
     uploads = []

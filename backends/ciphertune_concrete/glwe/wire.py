@@ -141,9 +141,8 @@ def reply_values(blob: bytes, tokens: int, outputs: int) -> Tensor:
 
 def key_bytes(key: Tensor) -> bytes:
     """The library's bytes of a compression key, from its (KEY_WORDS,) int64."""
-    return b"".join(
-        (np.uint64(KEY_WORDS).tobytes(), _unsigned(key).tobytes(), np.array(_KEY_TAIL, dtype="<u8").tobytes())
-    )
+    values = _unsigned(key).data.cast("B")
+    return b"".join((np.uint64(KEY_WORDS).tobytes(), values, np.array(_KEY_TAIL, dtype="<u8").tobytes()))
 
 
 def key_values(blob: bytes) -> memoryview:

@@ -95,6 +95,8 @@ class GlweWorker(WorkerHalf):
             block = matrix[start : start + SIZE]
             operand = self._operand(prepared, direction, start, block, key)
             for index, row in enumerate(rows):
+                if self._key is None:
+                    raise ProtocolError("the session was closed while its product was evaluated")
                 part = slice(index * step, (index + 1) * step)
                 row.append(self._product(values[part], seeds[part], features, operand, len(block), key))
         return {"values": torch.cat([torch.cat(row, dim=1) for row in rows])}

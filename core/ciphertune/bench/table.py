@@ -105,10 +105,13 @@ def security(row: Mapping[str, Any]) -> str:
 def duration(seconds: float) -> str:
     """Seconds for people.
 
-    >>> duration(0.00012), duration(0.25), duration(1234.5)
-    ('0.12 ms', '250 ms', '1234 s')
+    >>> duration(0.0000123), duration(0.0025), duration(1.5), duration(1234.5)
+    ('12.3 µs', '2.5 ms', '1.5 s', '1234 s')
     """
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.0f} {name}" if seconds >= 1000 else f"{seconds / unit:.3g} {name}"
+    return f"{1e6 * seconds:.3g} µs"
 
 
 def size(nbytes: float) -> str:
