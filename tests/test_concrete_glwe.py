@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import ciphertune
 from ciphertune import registry
 from ciphertune.backend import Backend, LinearMap
+from ciphertune.bench.workers import worker_process
+from ciphertune.cli import cli
 from ciphertune.errors import KeyFileError, PluginError, PrecisionError, ProtocolError, ReplyError, WorkerError
 from ciphertune.protocol import Message
 from ciphertune.session import choose
@@ -66,8 +69,13 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("home") / "keys"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "CIPHERTUNE_KEYS", str(folder))
-        key_pair(folder)
+        # Held, so that no test has to read it again, nor the worker's form of it be made again.
+        client = choose("concrete-glwe").backend.client(CPU)
+        backend = registry.load(registry.BACKENDS, "concrete-glwe")
+        worker = backend.worker(client.open_fields(), client.evaluation_key(), CPU)
         yield folder
+        worker.close()
+        client.close()
 
 
 @pytest.fixture
@@ -82,6 +90,18 @@ class TestGlwe(BackendSuite):
     # Time goes by tokens times outputs.
     shapes = ((1, 1, 1), (2, 5, 3), (6, 70, 4))
     training = (8, 8, 6)
+
+
+class TestSimulatedGlwe(BackendSuite):
+    selection = "simulation?of=concrete-glwe"
+
+
+def test_the_licence_is_in_the_tables() -> None:
+    rows = json.loads(CliRunner().invoke(cli, ["backends", "--json"]).output)
+    licences = {row["name"]: row["licence"] for row in rows}
+    assert "patent licence from Zama" in licences["concrete-glwe"]
+    assert licences["mlwe"] == ""
+    assert "patent licence from Zama" in choose("concrete-glwe").backend.diagnose(CPU)["licence"]
 
 
 def test_the_parameters_are_the_librarys_own() -> None:
@@ -417,6 +437,40 @@ def test_keys_at_a_worker_are_limited() -> None:
     assert replies[1].fields["code"] == "quota"
     assert "134 MB of keys" in replies[1].fields["message"]
     assert worker.session_bytes == 8 * params.KEY_WORDS
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> tuple[nn.Module, Path]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    ciphertune.split(model, tmp_path / "bundle")
+    return model, tmp_path / "bundle" / "worker"
+
+
+def test_a_worker_process_with_little_room_for_keys(bundle: tuple[nn.Module, Path]) -> None:
+    model, folder = bundle
+    full = pytest.raises(WorkerError, match=r"134 MB of keys .* 0 of 105 MB")
+    with worker_process(folder, None, ["--max-key-mb", "100"]) as (address, _), full as caught:
+        ciphertune.outsource(model, f"concrete-glwe+zmq://{address}?insecure=1", layers=["0"])
+    assert caught.value.code == "quota"
+
+
+def test_a_worker_process_without_the_package(
+    bundle: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = bundle
+    absent = "raise ModuleNotFoundError(\"No module named 'concrete_ml_extensions'\", name='concrete_ml_extensions')\n"
+    (tmp_path / "concrete_ml_extensions.py").write_text(absent)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with worker_process(folder, None) as (address, _):
+        with pytest.raises(WorkerError, match=r'is not installed.*pip install "ciphertune\[concrete-glwe\]"') as caught:
+            ciphertune.outsource(model, f"concrete-glwe+zmq://{address}?insecure=1", layers=["0"])
+        assert address in str(caught.value)
+        # It serves other backends all the same.
+        ciphertune.outsource(model, f"mlwe+zmq://{address}?insecure=1", layers=["0"])
+        assert model(torch.ones(1, 6)).shape == (1, 2)
+        ciphertune.session_of(model).close()
+    assert caught.value.code == "plugin"
 
 
 # Its error.
