@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ciphertune.backend import Backend, Direction
+from ciphertune.backend import Backend, Direction, LinearMap
 from ciphertune.bench.kernel import bench_kernel
 from ciphertune.bundle.skeleton import build
 from ciphertune.errors import ConfigError
@@ -289,22 +289,28 @@ def _estimate(
     network: float,
 ) -> Estimate:
     common = max(kinds, key=lambda kind: kind.weights)
-    k, n = min(common.in_features, 2048), min(common.out_features, 4096)
-    t = min(tokens, 2048)
+    most = backend.measured_size
+    t, k, n = min(tokens, most[0]), min(common.in_features, most[1]), min(common.out_features, most[2])
     local = to.partition("?")
     speed = bench_kernel(backend.name + (f"?{local[2]}" if local[2] else ""), t, k, n, repeat=3)
-    products = [(kind, kind.requests / kind.count) for kind in kinds]
-    # Forward K goes up and N comes back; backward the other way round; the matrix is the same.
-    values_up = sum(c.count * (c.in_features + (r - 1) * c.out_features) for c, r in products) * tokens
-    values_down = sum(c.count * (c.out_features + (r - 1) * c.in_features) for c, r in products) * tokens
-    fixed = 1280 if backend.security.encrypted else 0
-    work = sum(kind.requests * kind.in_features * kind.out_features for kind in kinds) * (tokens + fixed)
+    measured = backend.work(LinearMap("", "forward", k, n, 1.0), t)
+    whole = []
+    for kind in kinds:
+        forward = LinearMap("", "forward", kind.in_features, kind.out_features, 1.0)
+        backward = LinearMap("", "backward", kind.out_features, kind.in_features, 1.0)
+        whole.append((kind.count, backend.work(forward, tokens)))
+        whole.append((kind.requests - kind.count, backend.work(backward, tokens)))
+
+    def part(phase: str) -> float:
+        amount: float = sum(number * getattr(work, phase) for number, work in whole)
+        return float(speed[f"{phase}_s"]) * amount / float(getattr(measured, phase))
+
     plain = 2 * t * k * n / speed["plaintext_fp32_s"]
     head = sum(c.weight().numel() for c in linear_layers(skeleton, allow_meta=True) if c.name not in outsourced)
     return Estimate(
-        encrypt=speed["encrypt_s"] * values_up / (t * k),
-        evaluate=speed["evaluate_s"] * work / (k * n * (t + fixed)),
-        decrypt=speed["decrypt_s"] * values_down / (t * n),
+        encrypt=part("encrypt"),
+        evaluate=part("evaluate"),
+        decrypt=part("decrypt"),
         network=network,
         # Attention, norms and adapters take about as long again as a tenth of the plain products.
         rest=(6 * head * tokens + 0.1 * 4 * tokens * sum(kind.weights for kind in kinds)) / plain,

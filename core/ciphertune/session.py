@@ -190,7 +190,7 @@ class Session:
                 {"backend": choice.selection.backend, "public": dict(self._client.open_fields())},
                 self._client.evaluation_key(),
             )
-            self._fleet = Fleet(links, self._members, opening, choice.options.patience)
+            self._fleet = Fleet(links, self._members, opening, choice.options.patience, self._watch_key)
         except BaseException:
             with contextlib.ExitStack() as stack:
                 stack.callback(self._client.close)
@@ -210,6 +210,9 @@ class Session:
     def security(self) -> SecurityStatement:
         """The backend's security statement."""
         return self.choice.backend.security
+
+    def _watch_key(self, worker: str, nbytes: int, done: bool) -> None:
+        self.plugins.observe("ciphertune_sending_key", worker=worker, nbytes=nbytes, done=done)
 
     def members(self, unit: int) -> tuple[LayerInfo, ...]:
         """The layers of one unit."""
@@ -304,7 +307,9 @@ class Session:
         self, piece: Piece, direction: Direction, buffers: Buffers, exchange: Exchange, stack: contextlib.ExitStack
     ) -> Call:
         start = time.perf_counter()
-        call = self._fleet.start(piece, {"direction": direction}, buffers)
+        linear_map = piece.forward if direction == "forward" else piece.backward
+        allowance = self.choice.backend.allowance(linear_map, exchange.tokens)
+        call = self._fleet.start(piece, {"direction": direction}, buffers, allowance)
         stack.callback(call.forget)
         exchange.wait_seconds += time.perf_counter() - start
         exchange.requests += 1
