@@ -116,6 +116,11 @@ class MLWEBackend(Backend):
         mask = (_squared_unit(o.reply_bits) - 1) * self.parameters.dimension / 18
         return NoiseModel(2.0 ** (MODULUS_BITS - 1), received, mask + body, o.weight_bits // 8)
 
+    @property
+    def fixed_tokens(self) -> int:
+        """The mask is a matrix of as many columns as the secret has entries."""
+        return self.parameters.dimension
+
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
         """See ``Backend.traffic``."""
         from ciphertune_mlwe.prg import SEED_BYTES

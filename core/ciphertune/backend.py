@@ -204,6 +204,8 @@ class Backend(abc.ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)
+    """Tokens, inputs and outputs of the largest product that a plan measures to estimate the time of others."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()
@@ -226,6 +228,18 @@ class Backend(abc.ABC):
     @property
     def noise(self) -> NoiseModel | None:
         """The error model of this backend with these options, or None where it has no closed form."""
+        return None
+
+    @property
+    def fixed_tokens(self) -> int:
+        """What evaluating a product takes whatever its tokens, in tokens."""
+        return 0
+
+    def refuse(self, linear_map: LinearMap) -> str | None:
+        """Why this backend cannot evaluate a map at all, with the largest that it can, or None where it can.
+
+        Asked before anything is sent, and by plans, which know sizes but no norms.
+        """
         return None
 
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int] | None:
