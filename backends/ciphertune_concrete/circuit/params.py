@@ -146,14 +146,14 @@ def reference(bits: int) -> Reference:
         zeros = np.zeros(STRIP, np.int64)
         fresh = [client.encrypt(zeros, function_name=ANCHOR) for _ in range(2)]
         back = [server.run(value, evaluation_keys=keys, function_name=ANCHOR) for value in fresh]
-    frames = [
-        Frame.of(pair[0], STRIP * words, _head(*pair, STRIP * words))
+    request, reply = (
+        Frame.of(pair[0], STRIP * words, _head(STRIP * words, *pair))
         for pair, words in (
-            ([v.serialize() for v in fresh], REQUEST_WORDS),
-            ([v.serialize() for v in back], parameters.reply_words),
+            ([value.serialize() for value in fresh], REQUEST_WORDS),
+            ([value.serialize() for value in back], parameters.reply_words),
         )
-    ]
-    return Reference(parameters, specs, *frames, keys)
+    )
+    return Reference(parameters, specs, request, reply, keys)
 
 
 @contextlib.contextmanager
@@ -248,7 +248,7 @@ def _gate(only: Any) -> tuple[Any, ...]:
     )
 
 
-def _head(first: bytes, second: bytes, words: int) -> int:
+def _head(words: int, first: bytes, second: bytes) -> int:
     """Where the words begin: two encryptions of the same differ in all of them, and nowhere else."""
     apart = np.flatnonzero(np.frombuffer(first, np.uint64) != np.frombuffer(second, np.uint64))
     if len(first) != len(second) or apart.size == 0 or apart[-1] - apart[0] + 1 != words:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import platform
+import queue
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,6 @@ from ciphertune_concrete.circuit.params import (
     STRIP,
     Frame,
     Mode,
-    Parameters,
     Words,
     check_circuits,
     compiled,
@@ -54,14 +55,23 @@ class Circuit:
 
     Attributes:
         in_features, out_features: K and N.
-        server: the library's circuit.
         request: frame of a token, K fresh ciphertexts.
+        servers: the library's circuit, once a thread: two calls of one at a time give wrong results.
     """
 
     in_features: int
     out_features: int
-    server: Any = dataclasses.field(repr=False)
     request: Frame = dataclasses.field(repr=False)
+    servers: queue.LifoQueue[Any] = dataclasses.field(repr=False)
+
+    @contextlib.contextmanager
+    def server(self) -> Iterator[Any]:
+        """One that nobody else uses meanwhile."""
+        one = self.servers.get()
+        try:
+            yield one
+        finally:
+            self.servers.put(one)
 
 
 class CircuitWorker(WorkerHalf):
@@ -166,13 +176,14 @@ class CircuitWorker(WorkerHalf):
 
     def _run(self, circuit: Circuit, token: Any) -> Words:
         if self._mode == "simulate":
-            client, server = circuit.server
-            sent = client.simulate_prepare_input(compiler().Value(token), 0)
-            back = client.simulate_process_output(server.simulate([sent])[0], 0)
+            with circuit.server() as (client, server):
+                sent = client.simulate_prepare_input(compiler().Value(token), 0)
+                back = client.simulate_process_output(server.simulate([sent])[0], 0)
             return np.asarray(back.to_py_val()).astype(np.int64).view(np.uint64)
         value = circuit.request.fill(token.view(np.uint64))
-        (back,) = circuit.server.call([value._inner], self._reference.evaluation_keys.server_keyset)
-        return words_of(back, circuit.out_features * self._parameters.reply_words, self._reference.reply)
+        with circuit.server() as server:
+            (back,) = server.call([value._inner], self._reference.evaluation_keys.server_keyset)
+        return words_of(fhe().Value(back), circuit.out_features * self._parameters.reply_words, self._reference.reply)
 
     def _threads(self) -> ThreadPoolExecutor:
         """Evaluation is one thread's work and lets others run."""
@@ -191,7 +202,7 @@ class CircuitWorker(WorkerHalf):
             ANCHOR: (lambda x: x * MAX_NORM, STRIP),
         }
         with compiled(functions, self._parameters.bits, self._mode) as server:
-            frames = {}
+            frames = {name: ["", ""] for name in ("forward", "backward")}
             if self._mode == "execute":
                 # A key that encrypts zeros for the sake of their form, and is forgotten.
                 client = fhe().Client(server.client_specs)
@@ -207,31 +218,31 @@ class CircuitWorker(WorkerHalf):
                 if (made / name).exists():
                     shutil.copyfile(made / name, folder / name)
 
-    def _load(self, place: Path, shape: tuple[int, int]) -> dict[Direction, Circuit]:
+    def _load(self, place: Path, shape: tuple[int, ...]) -> dict[Direction, Circuit]:
         rows, columns = shape
-        library = compiler().Library(str(place))
-        program = library.get_program_info()
         sizes = {"forward": (columns, rows), "backward": (rows, columns)}
-        simulated = self._mode == "simulate"
-        server = compiler().ServerProgram(library, simulated)
-        frames = json.loads((place / _FRAMES).read_text(encoding="ascii"))
-        if frames["mode"] != self._mode:
+        kept = json.loads((place / _FRAMES).read_text(encoding="ascii"))
+        if kept["mode"] != self._mode:
             # The library would crash.
             raise PluginError("a compiled circuit is for another mode than its name says")
+        library = compiler().Library(str(place))
+        program = library.get_program_info()
+        if self._mode == "execute":
+            check_circuits(json.loads(program.serialize()), self._parameters, {**sizes, ANCHOR: (STRIP, STRIP)})
         found: dict[Direction, Circuit] = {}
         directions: tuple[Direction, ...] = ("forward", "backward")
-        if simulated:
-            client = compiler().ClientProgram.create_simulated(program)
-            for name in directions:
-                pair = client.get_client_circuit(name), server.get_server_circuit(name)
-                found[name] = Circuit(*sizes[name], pair, Frame(b"", b"", 0))
-            return found
-        check_circuits(json.loads(program.serialize()), self._parameters, {**sizes, ANCHOR: (STRIP, STRIP)})
         for name in directions:
-            head, tail = map(bytes.fromhex, frames[name])
-            frame = Frame(head, tail, sizes[name][0] * REQUEST_WORDS)
             like = self._reference.request
-            if len(head) != len(like.head) or len(tail) != len(like.tail):
+            head, tail = map(bytes.fromhex, kept[name])
+            if self._mode == "execute" and (len(head), len(tail)) != (len(like.head), len(like.tail)):
                 raise PluginError("a compiled circuit's frame has another size than the anchor's")
-            found[name] = Circuit(*sizes[name], server.get_server_circuit(name), frame)
+            frame = Frame(head, tail, sizes[name][0] * REQUEST_WORDS)
+            found[name] = Circuit(*sizes[name], frame, queue.LifoQueue())
+        for _ in range(torch.get_num_threads()):
+            server = compiler().ServerProgram(library, self._mode == "simulate")
+            for name in directions:
+                one = server.get_server_circuit(name)
+                if self._mode == "simulate":
+                    one = compiler().ClientProgram.create_simulated(program).get_client_circuit(name), one
+                found[name].servers.put(one)
         return found
