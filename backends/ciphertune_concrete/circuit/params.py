@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ciphertune.errors import PluginError
-from ciphertune_concrete.circuit.library import fhe
+from ciphertune_concrete.circuit.library import fhe, prepare_thread
 
 Words = NDArray[np.uint64]
 Mode = Literal["execute", "simulate"]
@@ -168,6 +168,7 @@ def compiled(functions: Mapping[str, tuple[Any, int]], bits: int, mode: Mode) ->
         mode: what to compile for.
     """
     library = fhe()
+    prepare_thread()
     lowest = -(1 << (bits - 1))
 
     def traced(function: Any) -> Any:
