@@ -233,7 +233,9 @@ def make_plan(
             if c.name not in {info.name for info in infos}
         },
         refused=refused,
-        estimate=_estimate(choice.backend, to, shared, skeleton, names, tokens, network) if measure and shared else None,
+        estimate=_estimate(choice.backend, to, shared, skeleton, names, tokens, network)
+        if measure and shared
+        else None,
     )
 
 

@@ -160,7 +160,7 @@ def reference(bits: int) -> Reference:
 def compiled(functions: Mapping[str, tuple[Any, int]], bits: int, mode: Mode) -> Iterator[Any]:
     """The library's server of a module of linear functions; its files are deleted at the end.
 
-    All functions have one key, and inputs and outputs of one width, signed.
+    All functions have one key, inputs are signed, and inputs and outputs of one width.
 
     Args:
         functions: of a vector, by name, with its length.
@@ -220,14 +220,13 @@ def check_circuits(described: Any, parameters: Parameters, sizes: Mapping[str, t
         rest = [described["keyset"][f"lwe{kind}Keys"] for kind in ("Bootstrap", "Keyswitch")]
         found = {}
         for circuit in described["circuits"]:
-            found[circuit["name"]] = [_gate(*circuit[side]) for side in ("inputs", "outputs")]
+            # Whether outputs are signed follows from samples, and matters to clients alone, who go by the anchor.
+            found[circuit["name"]] = [_gate(*circuit["inputs"]), _gate(*circuit["outputs"])[:-1]]
     except (KeyError, TypeError, ValueError) as error:
         raise PluginError(f"concrete-python describes circuits in an unknown form: {type(error).__name__}") from error
     p = parameters
-    wanted = {
-        name: [(k, "seed", p.bits, True, p.dimension, p.variance), (n, "none", p.bits, True, p.dimension, p.variance)]
-        for name, (k, n) in sizes.items()
-    }
+    common = (p.bits, p.dimension, p.variance)
+    wanted = {name: [(k, "seed", *common, True), (n, "none", *common)] for name, (k, n) in sizes.items()}
     if keys != [p.dimension] or any(rest) or found != wanted:
         raise PluginError(
             "concrete-python compiled a circuit of other parameters than its anchor has; this is a defect, please "
@@ -243,9 +242,9 @@ def _gate(only: Any) -> tuple[Any, ...]:
         size,
         info["compression"],
         integer["width"],
-        integer["isSigned"],
         encryption["lweDimension"],
         encryption["variance"],
+        integer["isSigned"],
     )
 
 
