@@ -40,6 +40,7 @@ except importlib.metadata.PackageNotFoundError:
     pytest.skip("concrete-python is not installed (extra concrete-circuit)", allow_module_level=True)
 
 from ciphertune_concrete.circuit import cache, library
+from ciphertune_concrete.circuit.circuits import LinearCircuits
 from ciphertune_concrete.circuit.params import MAX_FEATURES, reference
 from ciphertune_concrete.circuit.worker import CircuitWorker
 
@@ -283,16 +284,22 @@ class TestRefusals:
 
 
 class TestCache:
-    def worker(self, to: str = "concrete-circuit") -> CircuitWorker:
-        backend = choose(to).backend
-        half = type(backend).worker(backend.client(CPU).open_fields(), {}, CPU)
-        assert isinstance(half, CircuitWorker)
-        return half
+    def make(self, codes: Tensor, to: str = "concrete-circuit") -> None:
+        """Have the circuit of one direction."""
+        around(codes, to).prepared.get("forward")
 
     def test_a_circuit_is_compiled_once(self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.worker().prepare(codes_of(3, 4))
-        monkeypatch.setattr(CircuitWorker, "_compile", lambda *a: pytest.fail("it was compiled again"))
-        self.worker().prepare(codes_of(3, 4))
+        self.make(codes_of(3, 4))
+        monkeypatch.setattr(LinearCircuits, "_compile", lambda *a: pytest.fail("it was compiled again"))
+        self.make(codes_of(3, 4))
+        # Backward, a weight is its transpose.
+        around(codes_of(3, 4).t().contiguous()).prepared.get("backward")
+
+    def test_nothing_is_compiled_before_it_is_needed(self, empty_cache: Path) -> None:
+        both = around(codes_of(3, 4))
+        assert not empty_cache.exists()
+        both.product("backward", torch.ones(2, 3))
+        assert len(list(empty_cache.iterdir())) == 1
 
     def test_what_names_a_circuit(self, empty_cache: Path) -> None:
         """Its weight, its shape, the accumulator and the mode."""
@@ -303,41 +310,40 @@ class TestCache:
             ("concrete-circuit?bits=20", codes_of(3, 4)),
             ("concrete-circuit?mode=simulate", codes_of(3, 4)),
         ):
-            self.worker(to).prepare(codes)
-            self.worker(to).prepare(codes.clone())
+            self.make(codes, to)
+            self.make(codes.clone(), to)
         assert len(list(empty_cache.iterdir())) == 5
 
     def test_only_the_owner_reads_it_and_nothing_is_left_over(self, empty_cache: Path, tmp_path: Path) -> None:
-        self.worker().prepare(codes_of(3, 4))
+        self.make(codes_of(3, 4))
         assert empty_cache.stat().st_mode & 0o777 == 0o700
         (entry,) = empty_cache.iterdir()
         assert entry.stat().st_mode & 0o777 == 0o700
         assert {path.suffix for path in entry.iterdir()} <= {".so", ".dylib", ".json"}
 
     def test_a_folder_open_to_others(self, empty_cache: Path) -> None:
-        half = self.worker()
         empty_cache.mkdir(parents=True)
         empty_cache.chmod(0o770)
         with pytest.raises(PluginError, match="open to other users") as caught:
-            half.prepare(codes_of(3, 4))
+            self.make(codes_of(3, 4))
         assert str(empty_cache) not in str(caught.value), "the text goes to clients"
 
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         with pytest.raises(PluginError, match="set XDG_CACHE_HOME"):
-            self.worker().prepare(codes_of(3, 4))
+            self.make(codes_of(3, 4))
 
-    @pytest.mark.parametrize("damage", ["library", "description", "frames", "nothing in it"])
+    @pytest.mark.parametrize("damage", ["library", "description", "facts", "nothing in it"])
     def test_a_damaged_circuit_is_compiled_again(self, empty_cache: Path, damage: str) -> None:
-        self.worker().prepare(codes_of(3, 4))
+        self.make(codes_of(3, 4))
         (entry,) = empty_cache.iterdir()
         if damage == "nothing in it":
             for file in entry.iterdir():
                 file.unlink()
         else:
             name = {"library": "sharedlib.so", "description": "program_info.concrete.params.json"}.get(damage)
-            (entry / (name or "frames.json")).write_bytes(b"{}")
+            (entry / (name or "facts.json")).write_bytes(b"{}")
         both = around(codes_of(3, 4))
         x = torch.ones(1, 4)
         expected = x.double() @ both.matrix("forward").t()

@@ -86,6 +86,10 @@ class Frame:
             raise PluginError(UNKNOWN_FORM)
         return cls(serialized[:head], serialized[end:], words)
 
+    def is_like(self, other: Frame) -> bool:
+        """Whether it takes as many bytes around the words as another one."""
+        return (len(self.head), len(self.tail)) == (len(other.head), len(other.tail))
+
     def fill(self, words: Words) -> Any:
         """The library's value that holds these words."""
         assert words.size == self.words
