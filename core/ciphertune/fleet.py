@@ -8,8 +8,14 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Future,
+    ThreadPoolExecutor,
+    TimeoutError as FutureTimeoutError,
+    wait,
+)
 from typing import Any
 
 from ciphertune.errors import (
@@ -19,10 +25,11 @@ from ciphertune.errors import (
     TransportError,
     TransportTimeoutError,
     UnknownLayerError,
+    VersionError,
     WorkerError,
 )
 from ciphertune.placement import Holdings, Piece, place
-from ciphertune.protocol import Message
+from ciphertune.protocol import HELLO_VERSION, Message, agree, spoken_versions
 from ciphertune.transport import Link
 from ciphertune.weights import LayerInfo, read_manifest
 
@@ -64,6 +71,7 @@ class _Worker:
     def __init__(self, link: Link, longest_backoff: float) -> None:
         self.link = link
         self._longest_backoff = longest_backoff
+        self.version = HELLO_VERSION
         self.session: str | None = None
         self._forgetful = False
         self.holdings = ""
@@ -185,7 +193,8 @@ class Fleet:
             while len(found) < len(self._workers) and time.monotonic() < end:
                 for index in [i for i, since in again.items() if since <= time.monotonic()]:
                     del again[index]
-                    asked[_submit(self._workers[index], Message("hello"))] = index, "hello"
+                    hello = Message("hello", {"versions": spoken_versions()})
+                    asked[_submit(self._workers[index], hello)] = index, "hello"
                 until = min(end, *again.values()) if again else end
                 if not asked:
                     time.sleep(max(0.0, until - time.monotonic()))
@@ -204,6 +213,7 @@ class Fleet:
                         found[index] = _read_holdings(worker, reply)
                         continue
                     worker.holdings = _text(worker, reply, "holdings")
+                    worker.version = _agreed(worker, reply)
                     asked[_submit(worker, Message("manifest"))] = index, "manifest"
         finally:
             for future in asked:
@@ -435,6 +445,7 @@ class Call:
 
 def _submit(worker: _Worker, request: Message) -> Future[Message]:
     """A future of the reply, failed where the link fails to take the request."""
+    request.version = HELLO_VERSION if request.kind == "hello" else worker.version
     try:
         return worker.link.submit(request)
     except Exception as error:
@@ -463,6 +474,15 @@ def _value(future: Future[Message], seconds: float) -> Message:
         # Its text may quote what was sent.
         log.warning("the transport failed", exc_info=error)
         raise TransportError(f"the transport failed: {type(error).__name__}") from error
+
+
+def _agreed(worker: _Worker, reply: Message) -> int:
+    try:
+        return agree(reply.fields.get("versions"))
+    except VersionError as error:
+        raise VersionError(f"{worker.link.name}: {error}") from error
+    except ProtocolError as error:
+        raise ReplyError(f"{worker.link.name}: {error}") from error
 
 
 def _read_holdings(worker: _Worker, reply: Message) -> Holdings:

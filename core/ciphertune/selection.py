@@ -132,12 +132,16 @@ def build_options(cls: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
     Supported annotations: bool, int, float, str, Literal of ints or strings, and each of them ``| None``.
 
     Raises:
-        SelectionError: an unknown option, or a value of the wrong form.
+        SelectionError: an unknown option, one that is missing and has no default, or a value of the wrong form.
     """
     hints = typing.get_type_hints(cls)
     unknown = [name for name in values if name not in hints]
     if unknown:
         raise SelectionError(f"unknown option {unknown[0]!r}; {closest(unknown[0], hints)}")
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in values:
+            raise SelectionError(f"option {field.name} is missing and has no default")
     return cls(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
 
 

@@ -22,7 +22,7 @@ from ciphertune.errors import (
     SelectionError,
     UnknownLayerError,
 )
-from ciphertune.protocol import OLDEST_VERSION, VERSION, Message, error_message
+from ciphertune.protocol import HELLO_VERSION, Message, error_message, spoken_versions
 from ciphertune.weights import WeightStore, holdings_digest
 
 log = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ class Worker:
             reply = operation(request, peer)
         except Exception as error:
             reply = _error_reply(request.kind, error)
+        reply.version = HELLO_VERSION if request.kind == "hello" else request.version
         with self._lock:
             self.stats.requests += 1
             self.stats.errors += reply.kind == "error"
@@ -157,7 +158,7 @@ class Worker:
         return Message(
             "ok",
             {
-                "versions": [OLDEST_VERSION, VERSION],
+                "versions": spoken_versions(),
                 "backends": sorted(registry.installed(registry.BACKENDS)),
                 "device": self.device.type,
                 "layers": len(self.weights),
