@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import ciphertune
 from ciphertune import registry, session_of
-from ciphertune.backend import Direction
+from ciphertune.backend import Direction, LinearMap
 from ciphertune.errors import (
     InputError,
     PluginError,
@@ -537,6 +537,16 @@ def test_it_trains_through_worker_processes_and_survives_the_loss_of_one(tmp_pat
     # Rounding is the same wherever circuits run, and their products are exact.
     assert found == expected
     assert recorded == [4, 4, 4]
+
+
+def test_large_products_may_take_longer() -> None:
+    """More tokens, and larger circuits, which may have to be compiled first."""
+    backend = choose("concrete-circuit").backend
+    small = LinearMap("layer", "forward", 16, 16, 100.0)
+    large = dataclasses.replace(small, in_features=1024, out_features=1024)
+    assert backend.allowance(small, 1) < 0.1
+    assert backend.allowance(large, 1) > 4
+    assert backend.allowance(large, 64) > 300
 
 
 def test_its_noise_can_be_simulated() -> None:
