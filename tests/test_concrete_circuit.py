@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import remote
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import ciphertune
 from ciphertune import registry, session_of
 from ciphertune.backend import Direction, LinearMap
+from ciphertune.cli import cli
 from ciphertune.errors import (
     InputError,
     PluginError,
@@ -365,6 +367,16 @@ class TestCache:
             cache.find_or_make("ab", broken)
         assert list(empty_cache.iterdir()) == []
 
+    def test_a_circuit_that_does_not_compile(self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def none(*arguments: Any) -> Any:
+            raise RuntimeError("NoParametersFound for [[1, 2, 3]]")
+
+        monkeypatch.setattr("ciphertune_concrete.circuit.circuits.compiled", none)
+        with pytest.raises(PluginError, match="4 inputs and 3 outputs") as caught:
+            self.make(codes_of(3, 4))
+        assert "[[1" not in str(caught.value)
+        assert list(empty_cache.iterdir()) == []
+
     def test_two_that_compile_the_same(self, empty_cache: Path) -> None:
         def slower(folder: Path) -> None:
             cache.find_or_make("ab", lambda other: (other / "first").write_text("") and None)
@@ -489,6 +501,9 @@ def test_a_plan_lists_what_it_cannot_take(tmp_path: Path) -> None:
     assert make_plan(str(tmp_path), "mlwe", tokens=4, measure=False).refused == {}
     none = make_plan(str(tmp_path), "concrete-circuit", tokens=4, layers=["*gate_proj", "*up_proj"])
     assert (none.kinds, none.estimate, len(none.refused)) == ((), None, 2)
+    shown = CliRunner().invoke(cli, ["plan", str(tmp_path), "--to", "concrete-circuit", "--no-measure"])
+    assert shown.exit_code == 0
+    assert "refused" in shown.output
 
 
 def network() -> nn.Sequential:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
@@ -57,9 +56,12 @@ def find_or_make(key: str, make: Callable[[Path], None]) -> Path:
     temporary = Path(tempfile.mkdtemp(dir=root, prefix=".making-"))
     try:
         make(temporary)
-        # Whoever was faster made the same.
-        with contextlib.suppress(FileExistsError, OSError) if place.is_dir() else contextlib.nullcontext():
+        try:
             temporary.rename(place)
+        except OSError:
+            # Whoever was faster made the same.
+            if not place.is_dir():
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return place

@@ -118,7 +118,10 @@ class LinearCircuits:
             _PRODUCT: (lambda x: x @ matrix, inputs),
             ANCHOR: (lambda x: x * MAX_NORM, STRIP),
         }
-        with compiled(functions, self._reference.parameters.bits, self._mode) as server:
+        with (
+            _refusals(codes.shape),
+            compiled(functions, self._reference.parameters.bits, self._mode) as server,
+        ):
             frame = Frame(b"", b"", 0)
             if self._mode == "execute":
                 # A key that encrypts zeros for the sake of their form, and is forgotten.
@@ -157,3 +160,16 @@ class LinearCircuits:
             else:
                 runners.put(runner)
         return Circuit(frame, runners)
+
+
+@contextlib.contextmanager
+def _refusals(shape: tuple[int, ...]) -> Iterator[None]:
+    """Say of what size a circuit was that the library would not compile; its own words may quote weights."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        log.error("concrete-python did not compile a circuit", exc_info=error)
+        raise PluginError(
+            f"concrete-python did not compile a circuit of {shape[1]} inputs and {shape[0]} outputs "
+            f"({type(error).__name__}; the worker's log has more)"
+        ) from error

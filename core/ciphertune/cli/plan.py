@@ -79,9 +79,8 @@ def plan(
         facts["layers that stay"] = f"{len(found.stays)}: {name} ({why})" + (" …" if len(found.stays) > 1 else "")
     if found.refused:
         name, why = next(iter(found.refused.items()))
-        facts["REFUSED, so outsourcing stops"] = f"{len(found.refused)}: {name} ({why})" + (
-            " …" if len(found.refused) > 1 else ""
-        )
+        more = " …" if len(found.refused) > 1 else ""
+        facts["refused"] = f"{len(found.refused)}, at which outsourcing stops: {name} ({why}){more}"
     if found.estimate is not None:
         for part, value in dataclasses.asdict(found.estimate).items():
             facts[f"estimate: {part}"] = f"{value:.2f} s"
