@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -426,6 +428,38 @@ def test_setuptools_without_what_the_library_imports(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(library.importlib, "import_module", lacking)
     with pytest.raises(PluginError, match="setuptools<81"):
         library._load.__wrapped__()
+
+
+_SIGNALS = """
+import os, signal, warnings
+
+warnings.simplefilter("ignore")
+got = []
+signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+before = open("/proc/self/status").read().split("SigCgt:")[1].split()[0]
+
+import torch
+from ciphertune.testing.backends import Pair
+
+assert Pair.make("concrete-circuit", 3, 4).product("forward", torch.ones(1, 4)).shape == (1, 3)
+after = open("/proc/self/status").read().split("SigCgt:")[1].split()[0]
+assert before == after, (before, after)
+os.kill(os.getpid(), signal.SIGTERM)
+reader, writer = os.pipe()
+os.close(reader)
+try:
+    os.write(writer, b"x")
+except BrokenPipeError:
+    got.append("pipe")
+assert got == [signal.SIGTERM, "pipe"], got
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_signals_stay_what_they_were() -> None:
+    """The library takes fifteen signals for itself; a worker whose client hangs up would end with it."""
+    ran = subprocess.run([sys.executable, "-c", _SIGNALS], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
 
 
 @pytest.mark.parametrize("option", ["bits=15", "bits=33", "bits=x", "mode=disable", "width=3"])

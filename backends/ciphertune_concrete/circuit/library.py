@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.metadata
+import signal
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from ciphertune.errors import PluginError
@@ -13,6 +17,9 @@ from ciphertune_concrete.licence import notice
 
 PACKAGE = "concrete-python"
 SERIES = "2.11"
+
+_SIGACTION_BYTES = 512
+"""More than a ``struct sigaction`` has anywhere: 152 on Linux, 16 on macOS."""
 
 
 @functools.cache
@@ -33,12 +40,32 @@ def version() -> str:
     return found
 
 
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Take back the handlers that native code installs for the whole process.
+
+    LLVM and HPX, inside the library, install them when it is imported and when it first compiles. They replace those of
+    Python without its knowledge, and theirs for a closed pipe ends the process.
+    """
+    libc = ctypes.CDLL(None)
+    kept = {}
+    for number in range(1, int(signal.SIGRTMIN) if hasattr(signal, "SIGRTMIN") else 32):
+        action = ctypes.create_string_buffer(_SIGACTION_BYTES)
+        if libc.sigaction(number, None, action) == 0:
+            kept[number] = action
+    try:
+        yield
+    finally:
+        for number, action in kept.items():
+            libc.sigaction(number, action, None)
+
+
 @functools.cache
 def _load() -> tuple[Any, Any]:
     version()
     notice(PACKAGE)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), signals_kept():
             # Its package file still asks setuptools for namespaces, which warns wherever it can be imported at all.
             warnings.simplefilter("ignore")
             return importlib.import_module("concrete.fhe"), importlib.import_module("concrete.compiler")

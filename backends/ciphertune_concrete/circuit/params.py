@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ciphertune.errors import PluginError
-from ciphertune_concrete.circuit.library import fhe, prepare_thread
+from ciphertune_concrete.circuit.library import fhe, prepare_thread, signals_kept
 
 Words = NDArray[np.uint64]
 Mode = Literal["execute", "simulate"]
@@ -135,7 +135,7 @@ def reference(bits: int) -> Reference:
     Raises:
         PluginError: concrete-python is not installed, or is not as expected.
     """
-    with COMPILING, compiled({ANCHOR: (lambda x: x * MAX_NORM, STRIP)}, bits, "execute") as server:
+    with signals_kept(), COMPILING, compiled({ANCHOR: (lambda x: x * MAX_NORM, STRIP)}, bits, "execute") as server:
         specs = server.client_specs
         described = json.loads(specs.serialize())
         (key,) = described["keyset"]["lweSecretKeys"]
