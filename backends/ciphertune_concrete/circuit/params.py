@@ -30,9 +30,9 @@ BITS = range(16, 33)
 MAX_NORM = 8192
 """Largest Euclidean norm of a row of weight codes: 4096 of the largest 8-bit code, 127, stay below."""
 MAX_FEATURES = 4096
-"""Of either side. Larger matrices exceed ``MAX_NORM`` or take minutes to compile; see docs/concrete-circuit.md."""
+"""Of either side: the largest that was compiled (docs/concrete-circuit.md); longer rows could exceed ``MAX_NORM``."""
 FAILURE = 2.0**-40
-"""Probability that one output is not exact; it is then off by a few units of the accumulator."""
+"""Probability that one output is not exact; it is then off by a unit or so of the accumulator."""
 SECURITY_BITS = 128
 REQUEST_WORDS = 3
 """64-bit words of one fresh ciphertext: the 128-bit seed of its mask, and its body."""
@@ -42,7 +42,7 @@ ANCHOR = "anchor"
 """Name of the function that fixes the parameters."""
 UNKNOWN_FORM = "concrete-python serializes ciphertexts in a form that this version does not know"
 
-# libLLVM is not made to compile on several threads at once.
+# One at a time: the library does not say that it bears more.
 COMPILING = threading.RLock()
 
 
