@@ -90,7 +90,7 @@ class CircuitWorker(WorkerHalf):
         if 8 * len(x) * words > most:
             raise ProtocolError(f"the reply to {len(x)} tokens would be over the limit of {most} bytes")
         circuit = prepared.get(direction)
-        tokens = x.contiguous().numpy()
+        tokens = x.cpu().contiguous().numpy()
         y = np.empty((len(x), words), np.uint64)
 
         def evaluate(index: int) -> None:
