@@ -258,6 +258,13 @@ class Backend(abc.ABC):
         """The error model of this backend with these options, or None where it has no closed form."""
         return None
 
+    def refuse(self, linear_map: LinearMap) -> str | None:
+        """Why this backend cannot evaluate a map at all, with the largest that it can, or None where it can.
+
+        Asked before anything is sent, and by plans, which know sizes but no norms.
+        """
+        return None
+
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int] | None:
         """Bytes of the buffers of a request and of its reply, for plans; None where it is not known before."""
         return None

@@ -132,7 +132,9 @@ class Plan:
         outsourced, at_client: weights.
         client_bytes: of the weights that stay, as the model stores them.
         stays: layers that stay and why, by name.
-        estimate: None if nothing was measured.
+        refused: layers, or groups of them, that the backend cannot evaluate, and why: outsourcing stops at them. The
+            other figures are of the rest.
+        estimate: None if nothing was measured, or there is nothing to measure.
     """
 
     to: str
@@ -146,6 +148,7 @@ class Plan:
     at_client: int
     client_bytes: int
     stays: dict[str, str]
+    refused: dict[str, str]
     estimate: Estimate | None
 
     @property
@@ -192,10 +195,19 @@ def make_plan(
     first = next((i for i, info in enumerate(infos) if info.name.endswith(tuple(targets))), len(infos))
     # Nothing is asked for the gradient of an input that comes before the first adapter.
     ahead = {i for group in groups if min(group) <= first for i in group}
-    shared = _kinds(groups if choice.options.share_inputs else singles, infos, choice.backend, tokens, ahead)
-    alone = _kinds(singles, infos, choice.backend, tokens, ahead)
+    refused: dict[str, str] = {}
+    taken: list[tuple[int, ...]] = []
+    for group in groups if choice.options.share_inputs else singles:
+        why = _refusal([infos[i] for i in group], choice.backend)
+        if why is None:
+            taken.append(group)
+        else:
+            refused[" + ".join(infos[i].name for i in group)] = why
+    shared = _kinds(taken, infos, choice.backend, tokens, ahead)
+    chosen = [chosen[i] for group in taken for i in group]
+    alone = _kinds([(i,) for group in taken for i in group], infos, choice.backend, tokens, ahead)
     names = {candidate.name for candidate in chosen}
-    outsourced = sum(info.in_features * info.out_features for info in infos)
+    outsourced = sum(kind.weights for kind in shared)
     kept = {id(p): p for p in skeleton.parameters()}
     places = collections.Counter(id(p) for module in skeleton.modules() for p in module._parameters.values())
     for candidate in chosen:
@@ -218,9 +230,12 @@ def make_plan(
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
             for c in linear_layers(skeleton, allow_meta=True)
-            if c.name not in names
+            if c.name not in {info.name for info in infos}
         },
-        estimate=_estimate(choice.backend, to, shared, skeleton, names, tokens, network) if measure else None,
+        refused=refused,
+        estimate=_estimate(choice.backend, to, shared, skeleton, names, tokens, network)
+        if measure and shared
+        else None,
     )
 
 
@@ -256,6 +271,12 @@ def _info(candidate: Candidate, backend: Backend) -> LayerInfo:
     """Sizes alone; norms play no part in what travels."""
     rows, columns = candidate.weight().shape
     return LayerInfo(candidate.name, columns, rows, backend.weight_bits, None, 1.0, 1.0, b"")
+
+
+def _refusal(members: Sequence[LayerInfo], backend: Backend) -> str | None:
+    """Why a backend cannot evaluate a group, in either direction."""
+    answers = (backend.refuse(group_map(members, direction)) for direction in _DIRECTIONS)
+    return next((why for why in answers if why is not None), None)
 
 
 def _kinds(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ciphertune import registry
 from ciphertune.backend import Backend, Buffers, Direction, LinearMap, SecurityStatement
-from ciphertune.errors import InputError, ReplyError, SecurityError, SelectionError
+from ciphertune.errors import InputError, ReplyError, SecurityError, SelectionError, UnsupportedLayerError
 from ciphertune.fleet import Call, Fleet, Patience
 from ciphertune.placement import Piece
 from ciphertune.plugins import PluginManager, plugin_manager
@@ -178,6 +178,9 @@ class Session:
             for members in self._members
         ]
         for maps in self._maps:
+            for linear_map in maps.values():
+                if (why := choice.backend.refuse(linear_map)) is not None:
+                    raise UnsupportedLayerError(f"{linear_map.label}: {choice.selection.backend} refuses it: {why}")
             choice.backend.refuse_imprecise(maps["forward"])
         self._client = choice.backend.client(device)
         self._counting = threading.Lock()
