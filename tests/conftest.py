@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,11 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from ciphertune import hookimpl, registry
+from ciphertune import hookimpl
 from ciphertune.plugins import PluginManager
 from ciphertune.session import Exchange
+
+pytest_plugins = ["ciphertune.testing.fixtures"]
 
 # Run by hand (`make fuzz`, `make soak`), with packages that the tests do not install.
 collect_ignore = ["fuzz_worker.py", "soak.py"]
@@ -61,21 +62,9 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture
-def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
+def register(ciphertune_register: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
     """``register(group, plugin_class)``: install a backend or transport under its name, for this test."""
-    installed = registry.installed
-    added: dict[str, dict[str, registry.Registered]] = {}
-
-    def patched(group: str) -> dict[str, registry.Registered]:
-        return {**installed(group), **added.get(group, {})}
-
-    def add(group: str, plugin: Any) -> None:
-        entry_point: Any = types.SimpleNamespace(load=lambda: plugin)
-        row = registry.Registered(plugin.name, f"test:{plugin.__name__}", "test 1.0", entry_point)
-        added.setdefault(group, {})[plugin.name] = row
-
-    monkeypatch.setattr(registry, "installed", patched)
-    return add
+    return ciphertune_register
 
 
 def _gpt2() -> nn.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,28 +15,81 @@ from ciphertune import errors, hookspecs
 
 PUBLIC = [
     "__version__",
+    "Backend",
+    "Buffers",
+    "CheckpointError",
     "CipherTuneError",
+    "ClientHalf",
+    "ConfigError",
+    "DEFAULT_LIMITS",
+    "Desk",
+    "Direction",
+    "Encrypted",
+    "Exchange",
+    "Frame",
+    "Handler",
+    "History",
+    "InputError",
+    "KeyFileError",
+    "LayerError",
+    "Limits",
+    "LinearMap",
+    "Link",
+    "Listener",
+    "Loopback",
     "LoraTrainer",
+    "Message",
+    "NoAdapterError",
+    "NoiseModel",
+    "NonFiniteLossError",
+    "NothingOutsourcedError",
     "OutsourcedLinear",
+    "OutsourcedWeightError",
+    "PluginError",
+    "PluginManager",
+    "PrecisionError",
+    "ProtocolError",
+    "Reply",
+    "ReplyError",
+    "SecurityError",
+    "SecurityStatement",
+    "SelectionError",
+    "Session",
     "Share",
+    "Tracker",
+    "Traffic",
+    "TrainingError",
+    "Transport",
+    "TransportError",
+    "TransportTimeoutError",
+    "UnknownLayerError",
+    "UnsupportedLayerError",
+    "VersionError",
     "VetoError",
+    "WeightBits",
+    "WorkerError",
+    "WorkerHalf",
+    "error_message",
     "hookimpl",
     "load_client",
     "outsource",
     "outsourced_layers",
+    "pack",
     "plugin_manager",
     "restore",
     "session_of",
     "share",
     "split",
+    "unpack",
     "validate",
 ]
 HOOKS = {
     "ciphertune_select_layers": ["model", "candidates"],
     "ciphertune_session_opened": ["session"],
+    "ciphertune_sending_key": ["worker", "nbytes", "done"],
     "ciphertune_session_closed": ["session"],
-    "ciphertune_before_request": ["exchange"],
-    "ciphertune_after_reply": ["exchange"],
+    "ciphertune_before_request": ["session", "exchange"],
+    "ciphertune_after_reply": ["session", "exchange"],
     "ciphertune_training_start": ["trainer", "total_steps", "start_step"],
     "ciphertune_training_step": ["trainer", "step", "metrics"],
     "ciphertune_evaluation": ["trainer", "step", "metrics"],
@@ -52,6 +107,16 @@ def test_public_names() -> None:
         if inspect.isclass(value) or inspect.isfunction(value):
             assert value.__name__ == name
             assert value.__doc__
+
+
+def test_public_names_are_exported_to_type_checkers_too() -> None:
+    """The lazy table and the imports that a type checker reads are the same list."""
+    tree = ast.parse(Path(ciphertune.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        (alias.asname, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == {(name, f"ciphertune.{module}") for name, module in ciphertune._HOMES.items()}
 
 
 def test_names_that_are_not_public() -> None:

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import lr_scheduler

@@ -1,19 +1,22 @@
 """The command line, on what is cheap to run."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 import ciphertune
 import ciphertune.cli.doctor
 from ciphertune import registry
-from ciphertune.cli import _COMMANDS, cli, main
+from ciphertune.cli import _COMMANDS, LazyGroup, cli, main
 from ciphertune.errors import PluginError
+from ciphertune.plugins import PluginManager
 from ciphertune.registry import Registered
 from ciphertune_clear import ClearBackend
 
@@ -27,7 +30,8 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         "import sys\n"
         "from ciphertune.cli import cli\n"
         "cli.main(['--help'], standalone_mode=False)\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'peft', 'rich', 'matplotlib', 'sklearn', 'ciphertune_mlwe'}\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'peft', 'rich', 'matplotlib', 'sklearn', 'ciphertune_mlwe',\n"
+        "    'mlflow', 'tensorboardX', 'prometheus_client'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
     )
     run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
@@ -129,6 +133,38 @@ def test_a_plugin_that_is_refused_or_left_out_says_so(monkeypatch: pytest.Monkey
     rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
     assert rows["progress"]["active"] is False
     assert rows["progress"]["error"] is None
+
+
+def test_plugins_with_options_are_active_where_they_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
+    assert (rows["history"]["always"], rows["history"]["active"]) == (False, False)
+    assert rows["prometheus"]["options"] == {"port": 9101, "host": "127.0.0.1"}
+    assert (rows["progress"]["always"], rows["progress"]["options"]) == (True, {})
+    text = invoke("plugins").output
+    assert re.search(r"history +│ where named +│ path=…", text)
+    assert re.search(r"traffic +│ where named +│ path=none", text)
+    monkeypatch.setenv("CIPHERTUNE_PLUGINS", f"history?path={tmp_path / 'h.csv'},prometheus?port=x")
+    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
+    assert rows["history"]["active"] is True
+    assert rows["progress"]["active"] is False
+    assert "must be a int" in rows["prometheus"]["error"]
+    assert list(tmp_path.iterdir()) == [], "asking writes nothing"
+
+
+def test_a_plugin_that_fails_to_add_commands_takes_none_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bad:
+        @ciphertune.hookimpl
+        def ciphertune_register_commands(self, cli: Any) -> None:
+            raise AttributeError("no such thing")
+
+    manager = PluginManager()
+    manager.register(Bad(), "bad")
+    monkeypatch.setattr("ciphertune.plugins.plugin_manager", lambda: manager)
+    group = LazyGroup("ciphertune")
+    with pytest.warns(RuntimeWarning, match="'bad' failed in ciphertune_register_commands: AttributeError"):
+        assert "train" in group.list_commands(click.Context(group))
+    assert group.get_command(click.Context(group), "train") is not None
 
 
 def test_doctor_names_the_kernel() -> None:

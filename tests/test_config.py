@@ -1,15 +1,20 @@
 """Training runs from TOML files."""
 
+import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from ciphertune.cli import cli
 from ciphertune.config import DataSection, load_config, parse_config
 from ciphertune.errors import ConfigError, SelectionError, TrainingError
+from ciphertune.plugins import plugin_manager
 from ciphertune.run import read_texts, run_training
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -177,3 +182,43 @@ def test_a_model_that_is_not_there(project: Path) -> None:
     config = load_config(project / "run.toml")
     with pytest.raises(ConfigError, match="cannot load the model"):
         run_training(dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(project / "out2"))))
+
+
+def test_plugins_of_the_file_and_of_the_command_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = project / "run.toml"
+    file.write_text('plugins = ["history?path=out/history.csv"]\n' + file.read_text())
+    elsewhere = project / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    arguments = ["train", str(file), "--json", "--plugin", "traffic?path=t.json", "--plugin", "tensorboard?folder=tb"]
+    before = plugin_manager().names()
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    result = json.loads(done.stdout)
+    assert plugin_manager().names() == before
+    rows = list(csv.DictReader((project / "out" / "history.csv").read_text().splitlines()))
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert [float(row["loss"]) for row in steps] == result["losses"]
+    measured = [row for row in rows if row["kind"] == "evaluation"]
+    assert [float(row["perplexity"]) for row in measured] == [e["perplexity"] for e in result["evaluations"]]
+    assert sum(int(row["bytes_up"]) for row in rows) == result["traffic"]["bytes_up"]
+    total = json.loads((elsewhere / "t.json").read_text())["total"]
+    assert {name: total[name] for name in result["traffic"]} == pytest.approx(result["traffic"])
+    assert list((elsewhere / "tb").iterdir())
+
+    (project / "ck" / "checkpoint-8").rename(project / "gone")
+    done = CliRunner().invoke(cli, ["train", str(file), "--json", "--resume"], catch_exceptions=False)
+    assert json.loads(done.stdout)["losses"] == result["losses"]
+    again = list(csv.DictReader((project / "out" / "history.csv").read_text().splitlines()))
+    assert [(row["kind"], row["step"], row["loss"]) for row in again] == [
+        (row["kind"], row["step"], row["loss"]) for row in rows
+    ]
+
+
+def test_a_misspelt_plugin_is_an_error_before_the_model_is_loaded(project: Path) -> None:
+    shutil.rmtree(project / "model")
+    for plugin, message in (("histroy?path=a.csv", "did you mean 'history'"), ("history?path=a.txt", "must end in")):
+        with pytest.raises(SelectionError, match=message):
+            CliRunner().invoke(
+                cli, ["train", str(project / "run.toml"), "--plugin", plugin], catch_exceptions=False,
+                standalone_mode=False,
+            )  # fmt: skip

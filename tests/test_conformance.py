@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +25,8 @@ from ciphertune.backend import (
     WorkerHalf,
 )
 from ciphertune.protocol import Message
-from ciphertune.testing import BackendSuite, TransportSuite
+from ciphertune.testing import BackendSuite, EchoDesk, TransportSuite
 from ciphertune.testing.backends import Pair
-from ciphertune.testing.transports import EchoDesk
 from ciphertune.transport import Link
 
 ClearBackend = registry.load(registry.BACKENDS, "clear")
@@ -37,10 +35,12 @@ MLWEBackend = registry.load(registry.BACKENDS, "mlwe")
 
 class TestClear(BackendSuite):
     selection = "clear"
+    deterministic = True
 
 
 class TestClear8(BackendSuite):
     selection = "clear?weight_bits=8"
+    deterministic = True
 
 
 class TestMlwe(BackendSuite):
@@ -56,35 +56,17 @@ class TestMlweSmallMessages(BackendSuite):
 
 
 class TestSimulation(BackendSuite):
-    selection = "simulation"
+    selection = "simulation?seed=4"
+    deterministic = True
 
 
 class TestZmq(TransportSuite):
     name = "zmq"
-    address = "127.0.0.1:*"
-
-    def serve_options(self, folder: Path) -> dict[str, Any]:
-        return {"insecure": True}
-
-    def connect_options(self, folder: Path) -> dict[str, str]:
-        return {"insecure": "1"}
+    options = "insecure=1"
 
 
 class TestZmqCurve(TransportSuite):
     name = "zmq"
-    address = "127.0.0.1:*"
-
-    def _keys(self, folder: Path) -> str:
-        keys = folder / "keys"
-        if not keys.exists():
-            registry.load(registry.TRANSPORTS, "zmq").make_keys(keys, ("client",), worker=True)
-        return str(keys)
-
-    def serve_options(self, folder: Path) -> dict[str, Any]:
-        return {"curve": self._keys(folder)}
-
-    def connect_options(self, folder: Path) -> dict[str, str]:
-        return {"curve": self._keys(folder)}
 
 
 class Named(Backend):

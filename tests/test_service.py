@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ciphertune.metrics import serve_metrics
 from ciphertune.protocol import Frame, Limits, Message, pack, unpack

@@ -9,8 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset

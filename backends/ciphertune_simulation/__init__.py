@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -63,6 +64,8 @@ class SimulationClient(ClientHalf[Tensor]):
             "seed": self._seed,
             "input_variance": self._noise.input_variance,
             "output_variance": self._noise.returned_variance,
+            "correlation": self._noise.correlation,
+            "period": self._noise.period,
         }
 
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[Tensor]:
@@ -82,11 +85,18 @@ class SimulationWorker(WorkerHalf):
     """A float32 product with integer codes, plus Gaussian noise of the simulated backend's variance."""
 
     def __init__(self, fields: Mapping[str, Any], device: torch.device) -> None:
-        values = [fields.get(name) for name in ("input_variance", "output_variance")]
-        seed = fields.get("seed")
+        values: list[Any] = [fields.get(name) for name in ("input_variance", "output_variance")]
+        seed, correlation, period = (fields.get(name) for name in ("seed", "correlation", "period"))
         if not isinstance(seed, int) or not all(isinstance(v, float) and 0 <= v < 1e30 for v in values):
             raise ProtocolError("expected the fields seed, input_variance and output_variance")
+        if not isinstance(correlation, float) or not isinstance(period, int) or not 0 <= correlation <= 1:
+            raise ProtocolError("expected the fields correlation and period")
+        if not 0 <= period < 1 << 31 or (correlation > 0 and period == 0):
+            raise ProtocolError("a correlation needs a period, between 1 and 2^31")
         self._input_variance, self._output_variance = values
+        self._shared_deviation = math.sqrt(correlation * self._output_variance)
+        self._own_variance = (1 - correlation) * self._output_variance
+        self._period = period
         self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)
 
@@ -107,12 +117,31 @@ class SimulationWorker(WorkerHalf):
             raise ProtocolError("expected a float64 buffer 'scale' of shape (tokens,)")
         y = torch.nn.functional.linear(x.to(self._device), matrix.to(torch.float32))
         unit = scale.to(self._device).reciprocal().to(torch.float32)
-        noise = torch.randn(y.shape, generator=self._generator, device=self._device)
-        return {"y": y.add_(noise.mul_(deviation).mul_(unit[:, None]))}
+        noise = self._normal(*y.shape).mul_(deviation)
+        if self._shared_deviation:
+            noise.add_(self._along(*y.shape), alpha=self._shared_deviation)
+        return {"y": y.add_(noise.mul_(unit[:, None]))}
 
     def _deviation(self, matrix: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(matrix, dim=1)
-        return torch.sqrt(self._input_variance * norm**2 + self._output_variance)
+        return torch.sqrt(self._input_variance * norm**2 + self._own_variance)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device=self._device)
+
+    def _along(self, tokens: int, outputs: int) -> Tensor:
+        """Normal values whose correlation falls linearly along the outputs, from 1 to -1 a period on.
+
+        As in the scheme: half the sum of a period's roundings, of which those behind an output count with the other
+        sign.
+        """
+        parts = []
+        for start in range(0, outputs, self._period):
+            count = min(self._period, outputs - start)
+            sums = self._normal(tokens, count).mul_(2 / math.sqrt(self._period)).cumsum(1)
+            rest = self._normal(tokens, 1).mul_(2 * math.sqrt((self._period - count) / self._period))
+            parts.append(sums - (sums[:, -1:] + rest) / 2)
+        return torch.cat(parts, dim=1)
 
 
 class SimulationBackend(Backend):

@@ -47,6 +47,21 @@ class SecurityStatement:
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What the phases of a product grow with, for scaling times that were measured with a smaller one.
+
+    Attributes:
+        encrypt, evaluate, decrypt: amounts, each in a unit of its own.
+        by: what they count, in words.
+    """
+
+    encrypt: float
+    evaluate: float
+    decrypt: float
+    by: str
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearMap:
     """What a client knows of one outsourced product ``y = x Mᵀ``, M of shape (out_features, in_features).
 
@@ -77,12 +92,18 @@ class NoiseModel:
         output_variance: of the error added to every encoded output value.
         digits: base-256 digits in which a weight is evaluated, each a product of its own that may use the whole
             range; more than one for weights of more than 8 bits.
+        correlation: between output errors of neighbouring outputs of a token. It falls linearly along the outputs, to
+            its negative ``period`` outputs on, and those of different periods are independent. Encryption that packs
+            outputs into the coefficients of a rounded polynomial under a secret of bits has this.
+        period: see ``correlation``.
     """
 
     half_range: float
     input_variance: float
     output_variance: float
     digits: int = 1
+    correlation: float = 0.0
+    period: int = 0
 
     @property
     def returned_variance(self) -> float:
@@ -190,6 +211,11 @@ class WorkerHalf(abc.ABC):
             ProtocolError: the request's buffers are not what this backend sends.
         """
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the session's keys take, if more than they took on the wire; counts against a client's quota."""
+        return 0
+
     def close(self) -> None:
         """Forget the session's keys and scratch memory."""
         return
@@ -204,6 +230,10 @@ class Backend(abc.ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    licence: ClassVar[str] = ""
+    """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
+    measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)
+    """Tokens, inputs and outputs of the largest product that a plan measures to estimate the time of others."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()
@@ -228,9 +258,26 @@ class Backend(abc.ABC):
         """The error model of this backend with these options, or None where it has no closed form."""
         return None
 
+    def refuse(self, linear_map: LinearMap) -> str | None:
+        """Why this backend cannot evaluate a map at all, with the largest that it can, or None where it can.
+
+        Asked before anything is sent, and by plans, which know sizes but no norms.
+        """
+        return None
+
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int] | None:
         """Bytes of the buffers of a request and of its reply, for plans; None where it is not known before."""
         return None
+
+    def work(self, linear_map: LinearMap, tokens: int) -> Work:
+        """What the phases of a product grow with; by default the numbers sent, multiplied and returned."""
+        sent, returned = tokens * linear_map.in_features, tokens * linear_map.out_features
+        by = "tokens × inputs to encrypt, tokens × inputs × outputs to evaluate, tokens × outputs to decrypt"
+        return Work(sent, sent * linear_map.out_features, returned, by)
+
+    def allowance(self, linear_map: LinearMap, tokens: int) -> float:
+        """Seconds that a worker may take for a product beyond what the option ``timeout`` allows any request."""
+        return 0.0
 
     def refuse_imprecise(self, linear_map: LinearMap) -> None:
         """Raise ``PrecisionError`` for a map whose outputs would be mostly noise under these options."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ciphertune.errors import ConfigError
-from ciphertune.selection import closest
+from ciphertune.plugins import anchored
+from ciphertune.selection import closest, required
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -91,7 +92,13 @@ class TrainingSection:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A whole file. ``to`` and ``layers`` stand before the sections."""
+    """A whole file. ``to``, ``layers`` and ``plugins`` stand before the sections.
+
+    Attributes:
+        to: selection string.
+        layers: names or patterns of the layers to outsource; the default choice if not given.
+        plugins: hook plugins to use, each ``name[?option=value&…]``.
+    """
 
     model: ModelSection
     data: DataSection
@@ -99,6 +106,7 @@ class TrainConfig:
     lora: LoraSection = dataclasses.field(default_factory=LoraSection)
     to: str = "mlwe"
     layers: tuple[str, ...] | None = None
+    plugins: tuple[str, ...] = ()
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -106,6 +114,7 @@ def load_config(path: Path) -> TrainConfig:
 
     Raises:
         ConfigError: it cannot be read, or a section or key is unknown, missing, or of the wrong type.
+        SelectionError, PluginError: about ``plugins``.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -117,6 +126,7 @@ def load_config(path: Path) -> TrainConfig:
     folder = path.parent
     return dataclasses.replace(
         config,
+        plugins=tuple(anchored(text, folder) for text in config.plugins),
         model=dataclasses.replace(config.model, name=_beside(folder, config.model.name)),
         data=dataclasses.replace(config.data, source=_beside(folder, config.data.source)),
         training=dataclasses.replace(
@@ -176,8 +186,7 @@ def _build(cls: type[SectionT], content: Any, where: str) -> SectionT:
             )
     values = {name: _value(value, hints[name], prefix + name) for name, value in content.items()}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if missing and field.name not in values:
+        if required(field) and field.name not in values:
             raise ConfigError(f"{prefix}{field.name} is missing")
     return cls(**values)
 

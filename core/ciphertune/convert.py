@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
+from ciphertune.backend import WeightBits
 from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError
 from ciphertune.group import LayerGroup
 from ciphertune.layers import Candidate, LayerChoice, choose_layers, device_of, linear_layers, sibling_groups
@@ -51,17 +52,35 @@ def outsource(
     chosen = choose_layers(model, layers, manager)
     sizes = [candidate.weight().shape[1] for candidate in chosen]
     groups = sibling_groups(chosen, sizes) if choice.options.share_inputs else [(i,) for i in range(len(chosen))]
+    infos, store = quantize_all(chosen, groups, choice.backend.weight_bits, keep=not choice.transport.remote)
+    device = device_of(chosen)
+    worker = None if choice.transport.remote else Worker(store, device)
+    return attach(model, chosen, infos, groups, choice, worker, device, manager)
+
+
+def quantize_all(
+    chosen: Sequence[Candidate], groups: Sequence[tuple[int, ...]], bits: WeightBits | None, *, keep: bool
+) -> tuple[list[LayerInfo], WeightStore]:
+    """What a client knows of layers, and what a worker holds of them.
+
+    Args:
+        chosen: the layers.
+        groups: those evaluated together, as indices; every layer is in exactly one.
+        bits: of a weight at the worker, None for float32.
+        keep: whether the weights are wanted too; the store is empty otherwise.
+
+    Raises:
+        LayerError: a weight is not finite.
+    """
     store = WeightStore()
     infos: dict[int, LayerInfo] = {}
     for group in groups:
-        weights = [quantize_layer(chosen[i].name, chosen[i].weight(), choice.backend.weight_bits) for i in group]
+        weights = [quantize_layer(chosen[i].name, chosen[i].weight(), bits) for i in group]
         infos |= {i: describe(chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)}
-        if not choice.transport.remote:
+        if keep:
             codes = [weight.codes for weight in weights]
             store.add([infos[i].shard() for i in group], codes[0] if len(codes) == 1 else torch.cat(codes))
-    device = device_of(chosen)
-    worker = None if choice.transport.remote else Worker(store, device)
-    return attach(model, chosen, [infos[i] for i in range(len(chosen))], groups, choice, worker, device, manager)
+    return [infos[i] for i in range(len(chosen))], store
 
 
 def attach(

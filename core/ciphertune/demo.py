@@ -15,6 +15,7 @@ from torch import nn
 
 from ciphertune.convert import outsource, session_of, share
 from ciphertune.errors import ConfigError
+from ciphertune.nearby import serving
 from ciphertune.plot import plot_losses
 from ciphertune.trainer import LoraTrainer
 from ciphertune.trainer.atomic import replace_file
@@ -97,7 +98,8 @@ def run_demo(
 
     Args:
         output: folder for the adapter, the plot and ``result.json``; made if missing.
-        to: selection string.
+        to: selection string; with a remote transport and no endpoint, such as ``mlwe+zmq://``, a worker is started for
+            the time it takes.
         quick: a small network on digits instead of a language model.
         steps: optimizer steps of each run; 10, or 80 for the quick one.
         seed: of adapters and data.
@@ -128,12 +130,16 @@ def run_demo(
         for name, parameter in work.model.named_parameters():
             if name in fresh:
                 parameter.copy_(fresh[name])
-    model = outsource(work.model, to)
-    session = session_of(model)
-    part = share(model)
-    say(f"Fine-tuning with {part.layers} layers outsourced to {to}: {session.security.summary} …")
-    trainer = _trainer(work, model, clear=False)
-    encrypted = _run(work, model, trainer, seed)
+    with serving("mlp" if quick else "smollm2", to) as served:
+        model = outsource(work.model, served)
+        session = session_of(model)
+        part = share(model)
+        say(f"Fine-tuning with {part.layers} layers outsourced to {to}: {session.security.summary} …")
+        try:
+            trainer = _trainer(work, model, clear=False)
+            encrypted = _run(work, model, trainer, seed)
+        finally:
+            session.close()
     adapter, plot, result_file = output / "adapter", output / "loss.png", output / "result.json"
     trainer.save_adapter(adapter)
     names = (f"encrypted ({to})" if session.security.encrypted else to, "in the clear")
@@ -144,7 +150,6 @@ def run_demo(
     )
     traffic = dataclasses.asdict(copy.copy(session.traffic))
     crossed, stayed = _boundary(session.security.encrypted, part.fraction)
-    session.close()
     result = DemoResult(
         model=work.name,
         data=work.data,

@@ -14,6 +14,7 @@ CipherTuneError
 ├── SecurityError             the requested run would give up a protection silently
 │   └── VetoError             a before-request hook refused the request
 ├── ProtocolError             a message that breaks the protocol
+│   ├── VersionError          the other end speaks no version of the protocol that this one does
 │   └── ReplyError            a reply that cannot belong to its request
 ├── TransportError            the link to a worker failed
 │   └── TransportTimeoutError no answer within the deadline
@@ -82,6 +83,10 @@ class VetoError(SecurityError):
 
 class ProtocolError(CipherTuneError):
     """A message that breaks the protocol: malformed, oversized, or of another version."""
+
+
+class VersionError(ProtocolError):
+    """The other end speaks no version of the protocol that this one does."""
 
 
 class ReplyError(ProtocolError):

@@ -1,8 +1,10 @@
 """Hook specifications: every place where a plugin may look in, or have a say.
 
-A plugin is a module or object registered in the ``ciphertune.plugins`` entry-point group whose functions are
-marked with ``ciphertune.hookimpl`` and named as below. A hook that raises is reported by the plugin's name and
-stops nothing, except the gates: ``ciphertune_before_request`` and ``ciphertune_select_layers`` let errors through.
+A plugin is a module, an object or a class registered in the ``ciphertune.plugins`` entry-point group whose functions
+are marked with ``ciphertune.hookimpl`` and named as below; each may take fewer arguments than are listed. A hook that
+raises is reported by the plugin's name and stops nothing, except the gates: ``ciphertune_before_request`` and
+``ciphertune_select_layers`` let errors through. Hooks are called on the thread that does what they tell of; those about
+requests may be called on several threads at once.
 """
 
 from __future__ import annotations
@@ -39,33 +41,72 @@ def ciphertune_session_opened(session: Session) -> None:
 
 
 @hookspec
+def ciphertune_sending_key(worker: str, nbytes: int, done: bool) -> None:
+    """A large evaluation key sets out to a worker; then, ``done``, it is there or has failed to be. On any thread."""
+
+
+@hookspec
 def ciphertune_session_closed(session: Session) -> None:
     """A client session was closed; ``session.traffic`` holds its totals."""
 
 
 @hookspec
-def ciphertune_before_request(exchange: Exchange) -> None:
-    """Gate: a product is about to be sent. Raise ``ciphertune.VetoError`` to refuse it."""
+def ciphertune_before_request(session: Session, exchange: Exchange) -> None:
+    """Gate: a product is about to be sent. Raise ``ciphertune.VetoError`` to refuse it: nothing is sent.
+
+    In training, the step that asked for it fails and no weight is touched; the run can go on from its last checkpoint.
+
+    Args:
+        session: where it would go; ``session.choice.selection`` and ``session.security`` say how.
+        exchange: the layers, direction and number of tokens; nothing is counted yet.
+    """
 
 
 @hookspec
-def ciphertune_after_reply(exchange: Exchange) -> None:
-    """A reply was decrypted; ``exchange`` holds its byte counts and seconds by phase."""
+def ciphertune_after_reply(session: Session, exchange: Exchange) -> None:
+    """A reply was decrypted.
+
+    Args:
+        session: the session that carried it, whose ``traffic`` already includes it.
+        exchange: its byte counts, retries and seconds by phase. Failed products are not announced.
+    """
 
 
 @hookspec
 def ciphertune_training_start(trainer: Any, total_steps: int, start_step: int) -> None:
-    """Training begins, or resumes at ``start_step`` optimizer steps of ``total_steps``."""
+    """Training begins, or resumes at ``start_step`` optimizer steps of ``total_steps``.
+
+    What an interrupted run did after ``start_step`` is done again: forget it.
+
+    Args:
+        trainer: a ``ciphertune.LoraTrainer``; ``ciphertune.session_of(trainer.model)`` is its session where layers are
+            outsourced.
+        total_steps: optimizer steps of the whole run.
+        start_step: those done already; 0 unless it resumes.
+    """
 
 
 @hookspec
 def ciphertune_training_step(trainer: Any, step: int, metrics: Mapping[str, float]) -> None:
-    """An optimizer step is done; ``metrics`` has at least loss, learning_rate, grad_norm and seconds."""
+    """An optimizer step is done.
+
+    Args:
+        trainer: whose step.
+        step: its number, from 1.
+        metrics: as in ``trainer.history.steps``: step, epoch, loss, learning_rate, grad_norm, seconds, and tokens or
+            samples; more in later versions.
+    """
 
 
 @hookspec
 def ciphertune_evaluation(trainer: Any, step: int, metrics: Mapping[str, float]) -> None:
-    """An evaluation is done."""
+    """An evaluation is done, within training or outside of it.
+
+    Args:
+        trainer: whose evaluation.
+        step: optimizer steps done so far.
+        metrics: eval_loss and, for language models, perplexity, which may be infinite; more in later versions.
+    """
 
 
 @hookspec

@@ -18,10 +18,14 @@ import msgpack
 import torch
 from torch import Tensor
 
-from ciphertune.errors import ProtocolError
+from ciphertune.errors import ProtocolError, VersionError
 
 VERSION = 1
+"""The newest version that this package speaks."""
 OLDEST_VERSION = 1
+"""The oldest one that it still speaks."""
+HELLO_VERSION = 1
+"""In which ``hello``, its reply and errors about versions are always written, so that any two ends can read them."""
 
 KINDS = ("hello", "manifest", "open", "evaluate", "close", "stats", "ok", "error")
 ERROR_CODES = (
@@ -90,11 +94,13 @@ class Message:
         kind: one of ``KINDS``.
         fields: plain data: None, bool, int, float, str, bytes, lists and dicts with text keys.
         buffers: tensors by name.
+        version: of the protocol, in which it is written; a reply is written in its request's.
     """
 
     kind: str
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    version: int = HELLO_VERSION
 
     def __repr__(self) -> str:
         shapes = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in self.buffers.items()}
@@ -104,6 +110,33 @@ class Message:
     def nbytes(self) -> int:
         """Bytes of all buffers, without the header."""
         return sum(t.nbytes for t in self.buffers.values())
+
+
+def spoken_versions() -> list[int]:
+    """The oldest and the newest version of this package, as ``hello`` and its reply carry them in ``versions``."""
+    return [OLDEST_VERSION, VERSION]
+
+
+def agree(theirs: Any) -> int:
+    """The newest version that both ends speak.
+
+    Args:
+        theirs: the other end's ``versions``, as it came.
+
+    Raises:
+        VersionError: there is none.
+        ProtocolError: what came is no range of versions.
+    """
+    if not (isinstance(theirs, list) and len(theirs) == 2 and all(type(v) is int for v in theirs)):
+        raise ProtocolError("the other end does not say which protocol versions it speaks")
+    oldest, newest = int(theirs[0]), int(theirs[1])
+    best = min(newest, VERSION)
+    if best < max(oldest, OLDEST_VERSION):
+        raise VersionError(
+            f"the other end speaks protocol versions {oldest} to {newest}, and this one {OLDEST_VERSION} to {VERSION}: "
+            f"upgrade CipherTune {'there' if newest < OLDEST_VERSION else 'here'}"
+        )
+    return best
 
 
 def error_message(code: str, text: str) -> Message:
@@ -123,7 +156,7 @@ def pack(message: Message) -> list[Frame]:
         described.append([name, code, list(tensor.shape)])
         frames.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
     header = msgpack.packb(
-        {"v": VERSION, "kind": message.kind, "fields": message.fields, "buffers": described}, use_bin_type=True
+        {"v": message.version, "kind": message.kind, "fields": message.fields, "buffers": described}, use_bin_type=True
     )
     return [header, *frames]
 
@@ -151,7 +184,7 @@ def unpack(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:
         if name in buffers:
             raise ProtocolError(f"buffer {name!r} came twice")
         buffers[name] = tensor
-    return Message(header["kind"], header["fields"], buffers)
+    return Message(header["kind"], header["fields"], buffers, header["v"])
 
 
 def _read_header(frame: Frame, limits: Limits) -> dict[str, Any]:
@@ -166,9 +199,14 @@ def _read_header(frame: Frame, limits: Limits) -> dict[str, Any]:
     if not isinstance(header, Mapping):
         raise ProtocolError("the header is not a map")
     version = header.get("v")
-    if not isinstance(version, int) or isinstance(version, bool) or not OLDEST_VERSION <= version <= VERSION:
-        raise ProtocolError(f"protocol version {version!r} is not between {OLDEST_VERSION} and {VERSION}")
-    if header.get("kind") not in KINDS:
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise ProtocolError("the header has no protocol version")
+    kind = header.get("kind")
+    # Whoever comes with another version must be able to ask which one to use, and to read that there is none.
+    introduction = version == HELLO_VERSION and kind in ("hello", "ok", "error")
+    if not introduction and not OLDEST_VERSION <= version <= VERSION:
+        raise VersionError(f"protocol version {version} is not between {OLDEST_VERSION} and {VERSION}")
+    if kind not in KINDS:
         raise ProtocolError("the message kind is unknown")
     if not isinstance(header.get("fields"), dict):
         raise ProtocolError("the header has no fields")

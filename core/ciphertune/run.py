@@ -20,6 +20,7 @@ from ciphertune.config import DataSection, TrainConfig
 from ciphertune.convert import outsource, session_of, share
 from ciphertune.errors import ConfigError
 from ciphertune.plot import plot_losses
+from ciphertune.plugins import plugin_manager
 from ciphertune.trainer import LoraTrainer
 from ciphertune.trainer.atomic import replace_file
 from ciphertune.workloads.language import (
@@ -58,9 +59,14 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
 
     Raises:
         ConfigError: the model or data cannot be loaded.
+        SelectionError, PluginError: about ``to`` or ``plugins``.
         CipherTuneError: whatever else ``outsource`` and ``LoraTrainer`` raise.
     """
-    say = say or (lambda line: None)
+    with plugin_manager().using(*config.plugins):
+        return _run(config, resume, say or (lambda line: None))
+
+
+def _run(config: TrainConfig, resume: bool, say: Callable[[str], None]) -> RunResult:
     t = config.training
     if resume and t.checkpoint_dir is None:
         raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")

@@ -83,7 +83,31 @@ class Selection:
         return f"{self.backend}+{self.transport}://{','.join(self.endpoints)}{query}"
 
 
+def parse_use(text: str) -> tuple[str, dict[str, str]]:
+    """Parse how a plugin is named with its options: ``name[?option=value&…]``.
+
+    >>> parse_use("history?path=runs/one.csv")
+    ('history', {'path': 'runs/one.csv'})
+    >>> parse_use("traffic")
+    ('traffic', {})
+
+    Raises:
+        SelectionError: the text does not have this form.
+    """
+    name, query_mark, query = text.strip().partition("?")
+    if not _NAME.match(name):
+        raise SelectionError(
+            f"cannot read the plugin {text!r}: expected name[?option=value&…], as in 'history?path=run.csv'"
+        )
+    return name, _parse_query(query, text) if query_mark else {}
+
+
 def _parse_query(query: str, text: str) -> dict[str, str]:
+    """Parse ``option=value&…``, which stands in ``text``.
+
+    Raises:
+        SelectionError: it has another form, or an option is given twice.
+    """
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
     except ValueError as error:
@@ -129,16 +153,24 @@ def split_options(options: Mapping[str, str], *owners: type) -> list[dict[str, s
 def build_options(cls: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
     """Make an options dataclass from text values; its annotations say how each is read.
 
-    Supported annotations: bool, int, float, str, Literal of ints or strings, and each of them ``| None``.
+    Supported annotations: bool, int, float, str, Path, Literal of ints or strings, and each of them ``| None``.
 
     Raises:
-        SelectionError: an unknown option, or a value of the wrong form.
+        SelectionError: an unknown option, one that is missing and has no default, or a value of the wrong form.
     """
     hints = typing.get_type_hints(cls)
     unknown = [name for name in values if name not in hints]
     if unknown:
         raise SelectionError(f"unknown option {unknown[0]!r}; {closest(unknown[0], hints)}")
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if required(field) and field.name not in values:
+            raise SelectionError(f"option {field.name} is missing and has no default")
     return cls(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
+
+
+def required(field: dataclasses.Field[Any]) -> bool:
+    """Whether an option has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from ciphertune.errors import ProtocolError
+from ciphertune.errors import ProtocolError, VersionError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Limits, Message, error_message, pack, unpack
 from ciphertune.transport import Reply
 from ciphertune.worker import Worker
@@ -134,7 +134,7 @@ class Service:
         try:
             job.request = unpack(frames, self.limits)
         except ProtocolError as error:
-            code = "version" if "version" in str(error) else "protocol"
+            code = "version" if isinstance(error, VersionError) else "protocol"
             self._answer(None, job, error_message(code, str(error)), "malformed")
             return
         if job.request.kind in _INSTANT and not self._draining:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ciphertune import registry
 from ciphertune.backend import Backend, Buffers, Direction, LinearMap, SecurityStatement
-from ciphertune.errors import InputError, ReplyError, SecurityError, SelectionError
+from ciphertune.errors import InputError, ReplyError, SecurityError, SelectionError, UnsupportedLayerError
 from ciphertune.fleet import Call, Fleet, Patience
 from ciphertune.placement import Piece
 from ciphertune.plugins import PluginManager, plugin_manager
@@ -178,6 +178,9 @@ class Session:
             for members in self._members
         ]
         for maps in self._maps:
+            for linear_map in maps.values():
+                if (why := choice.backend.refuse(linear_map)) is not None:
+                    raise UnsupportedLayerError(f"{linear_map.label}: {choice.selection.backend} refuses it: {why}")
             choice.backend.refuse_imprecise(maps["forward"])
         self._client = choice.backend.client(device)
         self._counting = threading.Lock()
@@ -190,14 +193,18 @@ class Session:
                 {"backend": choice.selection.backend, "public": dict(self._client.open_fields())},
                 self._client.evaluation_key(),
             )
-            self._fleet = Fleet(links, self._members, opening, choice.options.patience)
+            self._fleet = Fleet(links, self._members, opening, choice.options.patience, self._watch_key)
         except BaseException:
             with contextlib.ExitStack() as stack:
                 stack.callback(self._client.close)
                 for link in links:
                     stack.callback(link.close)
             raise
-        self.plugins.observe("ciphertune_session_opened", session=self)
+        try:
+            self.plugins.observe("ciphertune_session_opened", session=self)
+        except BaseException:  # Ctrl-C, or warnings that are errors
+            self.close()
+            raise
 
     def __repr__(self) -> str:
         return f"Session({str(self.choice.selection)!r}, {len(self.layers)} layers)"
@@ -206,6 +213,9 @@ class Session:
     def security(self) -> SecurityStatement:
         """The backend's security statement."""
         return self.choice.backend.security
+
+    def _watch_key(self, worker: str, nbytes: int, done: bool) -> None:
+        self.plugins.observe("ciphertune_sending_key", worker=worker, nbytes=nbytes, done=done)
 
     def members(self, unit: int) -> tuple[LayerInfo, ...]:
         """The layers of one unit."""
@@ -234,7 +244,7 @@ class Session:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
         self.choice.backend.refuse_imprecise(linear_map)
         exchange = Exchange(tuple(layer.name for layer in self._members[unit]), direction, len(x))
-        self.plugins.gate("ciphertune_before_request", exchange=exchange)
+        self.plugins.gate("ciphertune_before_request", session=self, exchange=exchange)
         pieces = self._fleet.pieces(unit)
         if direction == "forward":
             y = self._forward(pieces, x, linear_map, exchange)
@@ -242,7 +252,7 @@ class Session:
             y = self._backward(pieces, x, exchange)
         with self._counting:
             self.traffic.add(exchange)
-        self.plugins.observe("ciphertune_after_reply", exchange=exchange)
+        self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
 
     def close(self) -> None:
@@ -300,7 +310,9 @@ class Session:
         self, piece: Piece, direction: Direction, buffers: Buffers, exchange: Exchange, stack: contextlib.ExitStack
     ) -> Call:
         start = time.perf_counter()
-        call = self._fleet.start(piece, {"direction": direction}, buffers)
+        linear_map = piece.forward if direction == "forward" else piece.backward
+        allowance = self.choice.backend.allowance(linear_map, exchange.tokens)
+        call = self._fleet.start(piece, {"direction": direction}, buffers, allowance)
         stack.callback(call.forget)
         exchange.wait_seconds += time.perf_counter() - start
         exchange.requests += 1

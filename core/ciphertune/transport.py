@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from ciphertune.errors import SelectionError
@@ -79,6 +81,21 @@ class Listener(abc.ABC):
         """
 
 
+@dataclasses.dataclass(frozen=True)
+class Loopback:
+    """How a worker is tried out on this machine.
+
+    Attributes:
+        address: for ``listen``: on this machine only, on any free port.
+        serve: options of ``listen``.
+        connect: options of a client's selection string.
+    """
+
+    address: str
+    serve: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    connect: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 class Transport(abc.ABC):
     """A wire. Registered in ``ciphertune.transports``. Knows nothing of encryption or of what layers mean.
 
@@ -125,6 +142,21 @@ class Transport(abc.ABC):
         if cls.ServeOptions is None:
             raise SelectionError(f"the {cls.name} transport cannot serve workers")
         return cls._listen(desk, address, build_options(cls.ServeOptions, options))
+
+    @classmethod
+    def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
+        """How to serve a worker on this machine for a moment: for benchmarks, the demo and the conformance suite.
+
+        Args:
+            folder: keys and certificates may be made there.
+            options: those that the client's selection string has already, which go before ``connect``.
+
+        Raises:
+            SelectionError: this transport cannot serve.
+        """
+        if cls.ServeOptions is None:
+            raise SelectionError(f"the {cls.name} transport cannot serve workers, so it needs the address of one")
+        return Loopback("127.0.0.1:0")
 
     @classmethod
     def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ciphertune.errors import PluginError, SelectionError
-from ciphertune.transport import Desk, Handler, Link, Listener, Transport
+from ciphertune.transport import Desk, Handler, Link, Listener, Loopback, Transport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,16 @@ class ZmqTransport(Transport):
             make_pair(folder / f"{name}.key", folder / "clients" / f"{name}.pub")
             made |= {f"{name}.key": "secret, stays at the client", f"clients/{name}.pub": "public, for the worker"}
         return made
+
+    @classmethod
+    def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
+        """See ``Transport.loopback``: with CURVE keys unless the selection says ``insecure``."""
+        if "insecure" in options or "no_authentication" in options:
+            return Loopback("127.0.0.1:*", serve={"insecure": "1"})
+        keys = folder / "keys"
+        if not keys.exists():
+            cls.make_keys(keys, (options.get("client", "client"),), worker=True)
+        return Loopback("127.0.0.1:*", serve={"curve": str(keys)}, connect={"curve": str(keys)})
 
     @classmethod
     def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:

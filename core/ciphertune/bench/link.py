@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ciphertune.bench.workers import serving
 from ciphertune.errors import ConfigError
+from ciphertune.nearby import serving
 from ciphertune.protocol import Message
 from ciphertune.session import choose
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
-from ciphertune.bench.workers import serving
 from ciphertune.errors import CipherTuneError, ConfigError
+from ciphertune.nearby import serving
 
 
 def bench_train(

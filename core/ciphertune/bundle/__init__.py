@@ -2,5 +2,4 @@
 
 from ciphertune.bundle.client import load_client as load_client
 from ciphertune.bundle.worker import load_worker as load_worker
-from ciphertune.bundle.writer import SplitResult as SplitResult
-from ciphertune.bundle.writer import split as split
+from ciphertune.bundle.writer import SplitResult as SplitResult, split as split

@@ -18,6 +18,7 @@ _COMMANDS = {
     "demo": ("demo", "Fine-tune a real model on real data under encryption, in one command."),
     "doctor": ("doctor", "Versions, threads, kernels and their speed on this machine."),
     "keys": ("keys", "Make the keys with which clients and workers recognise each other."),
+    "new": ("new", "Start a project for a transport, a backend or a hook plugin of your own."),
     "plan": ("plan", "What outsourcing a model would mean: shares, traffic, seconds a step."),
     "plugins": ("listing", "Installed hook plugins."),
     "split": ("split", "Split a model into the parts that a data owner and workers hold."),

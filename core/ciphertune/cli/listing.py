@@ -11,6 +11,8 @@ import click
 from ciphertune import registry
 from ciphertune.cli.output import print_json, print_table
 from ciphertune.errors import CipherTuneError
+from ciphertune.plugins import options_of
+from ciphertune.selection import required
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -47,8 +49,10 @@ def _plugin_rows() -> list[dict[str, Any]]:
 
 def _describe(group: str, plugin: Any) -> dict[str, Any]:
     if group == registry.PLUGINS:
-        return {"hooks": sorted(name for name in dir(plugin) if name.startswith("ciphertune_"))}
-    options = {field.name: field.default for field in dataclasses.fields(plugin.Options)}
+        hooks = sorted(name for name in dir(plugin) if name.startswith("ciphertune_"))
+        chosen = options_of(plugin)
+        return {"hooks": hooks, "always": chosen is None, "options": {} if chosen is None else _defaults(chosen)}
+    options = _defaults(plugin.Options)
     if group == registry.TRANSPORTS:
         return {"remote": plugin.remote, "options": options}
     security = plugin().security
@@ -57,12 +61,19 @@ def _describe(group: str, plugin: Any) -> dict[str, Any]:
         "security_bits": security.bits,
         "security": security.summary,
         "assumption": security.assumption,
+        "licence": plugin.licence,
         "options": options,
     }
 
 
+def _defaults(options: type) -> dict[str, Any]:
+    """Option names and defaults; an ellipsis for what must be given."""
+    return {field.name: "…" if required(field) else field.default for field in dataclasses.fields(options)}
+
+
 def _options(row: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in row.get("options", {}).items() if value is not None) or "none"
+    options = row.get("options", {})
+    return " ".join(f"{name}={'none' if value is None else value}" for name, value in options.items()) or "none"
 
 
 @click.command()
@@ -79,7 +90,8 @@ def backends(as_json: bool) -> None:
             table.append((row["name"], "cannot be loaded", row["error"], "", row["package"]))
             continue
         bits = f"{row['security_bits']:.0f} bits" if row["security_bits"] else "none"
-        table.append((row["name"], bits, row["security"], _options(row), row["package"]))
+        security = row["security"] + (f". Licence: {row['licence']}" if row["licence"] else "")
+        table.append((row["name"], bits, security, _options(row), row["package"]))
     print_table("Backends", ["name", "security", "what it protects", "options", "package"], table)
 
 
@@ -106,13 +118,28 @@ def transports(as_json: bool) -> None:
 @click.command()
 @_json_option
 def plugins(as_json: bool) -> None:
-    """Installed hook plugins and the hooks they use."""
+    """Installed hook plugins, the options of those that are active where named, and the hooks they use."""
     rows = _plugin_rows()
     if as_json:
         print_json(rows)
         return
     table = []
     for row in rows:
-        state = "active" if row["active"] else "cannot be loaded" if row["error"] else "off (CIPHERTUNE_PLUGINS)"
-        table.append((row["name"], state, row["error"] or "\n".join(row["hooks"]), row["package"]))
-    print_table("Plugins", ["name", "state", "hooks", "package"], table)
+        table.append(
+            (
+                row["name"],
+                _state(row),
+                row["error"] or _options(row),
+                "\n".join(hook.removeprefix("ciphertune_") for hook in row.get("hooks", ())),
+                row["package"],
+            )
+        )
+    print_table("Plugins", ["name", "state", "options", "hooks", "package"], table)
+
+
+def _state(row: dict[str, Any]) -> str:
+    if row["active"]:
+        return "active"
+    if row["error"]:
+        return "cannot be loaded"
+    return "off (CIPHERTUNE_PLUGINS)" if row["always"] else "where named"

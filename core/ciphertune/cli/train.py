@@ -13,15 +13,23 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 @click.command()
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--to", default=None, help="Selection string instead of the file's.")
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="NAME[?OPTION=VALUE&…]",
+    help="Use a hook plugin, beside those that the file names; may be repeated.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON at the end and nothing else.")
-def train(config: Path, to: str | None, resume: bool, as_json: bool) -> None:
+def train(config: Path, to: str | None, plugins: tuple[str, ...], resume: bool, as_json: bool) -> None:
     """Fine-tune as the TOML file CONFIG says."""
     from ciphertune.config import load_config
 
     settings = load_config(config)
     if to is not None:
         settings = dataclasses.replace(settings, to=to)
+    settings = dataclasses.replace(settings, plugins=(*settings.plugins, *plugins))
     from ciphertune.run import run_training
 
     result = run_training(settings, resume=resume, say=lambda line: click.echo(line, err=True))

@@ -1,16 +1,45 @@
-"""Conformance suites for plugins: inherit a class, name the plugin, get the tests.
+"""Conformance suites and tools for plugins: inherit a class, name the plugin, get the tests.
 
 They need pytest. A suite that passes says that the framework can rely on the plugin; what a backend claims of its
-security beyond what can be seen in its buffers, it cannot say.
+security beyond what can be seen in its buffers, it cannot say. ``ciphertune.testing.fixtures`` is a pytest plugin.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
-pytest.register_assert_rewrite("ciphertune.testing.backends", "ciphertune.testing.transports")
+if TYPE_CHECKING:
+    from ciphertune.testing.backends import BackendSuite as BackendSuite
+    from ciphertune.testing.desk import EchoDesk as EchoDesk
+    from ciphertune.testing.faults import Faults as Faults
+    from ciphertune.testing.plugins import PluginSuite as PluginSuite
+    from ciphertune.testing.served import ServedWorker as ServedWorker
+    from ciphertune.testing.transports import TransportSuite as TransportSuite
 
-from ciphertune.testing.backends import BackendSuite  # noqa: E402
-from ciphertune.testing.transports import TransportSuite  # noqa: E402
+# The suites load torch, which a pytest run that only has the fixtures at hand need not.
+_HOMES = {
+    "BackendSuite": "backends",
+    "EchoDesk": "desk",
+    "Faults": "faults",
+    "PluginSuite": "plugins",
+    "ServedWorker": "served",
+    "TransportSuite": "transports",
+}
+__all__ = sorted(_HOMES)
 
-__all__ = ["BackendSuite", "TransportSuite"]
+pytest.register_assert_rewrite(
+    "ciphertune.testing.backends", "ciphertune.testing.plugins", "ciphertune.testing.transports"
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ciphertune.testing' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ciphertune.testing.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -7,9 +7,10 @@ import gc
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import parse_qsl, urlencode
 
 import pytest
 import torch
@@ -18,12 +19,11 @@ from torch import nn
 import ciphertune
 from ciphertune import registry
 from ciphertune.errors import SelectionError, TransportError
-from ciphertune.protocol import Frame, Limits, Message, error_message, pack
-from ciphertune.service import Service
+from ciphertune.protocol import Message, error_message
 from ciphertune.session import choose
-from ciphertune.transport import Link, Listener, Reply, Transport
-from ciphertune.weights import WeightStore, quantize
-from ciphertune.worker import Worker
+from ciphertune.testing.desk import EchoDesk
+from ciphertune.testing.served import ServedWorker
+from ciphertune.transport import Link, Listener, Loopback, Transport
 
 _SECONDS = 20.0
 """Longer than anything here takes; a test that waits so long has failed."""
@@ -38,52 +38,6 @@ def _until(condition: Callable[[], bool], seconds: float = _SECONDS) -> bool:
     return True
 
 
-class EchoDesk:
-    """A desk that sends requests back as their own replies, at once or when told to.
-
-    Attributes:
-        hold: keep requests until ``answer``.
-        kept: requests and how to reply to them.
-        peers: who sent, in order of arrival.
-        released: replies whose memory the listener gave back.
-        largest: bytes of the largest request that was handed over, refused ones included.
-    """
-
-    limits = Limits(buffer_bytes=64 << 20, total_bytes=64 << 20)
-
-    def __init__(self) -> None:
-        self.hold = False
-        self.kept: list[tuple[list[Frame], Reply]] = []
-        self.peers: list[str] = []
-        self.released = 0
-        self.largest = 0
-        self._lock = threading.Lock()
-
-    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
-        """See ``Desk.submit``."""
-        size = sum(len(memoryview(frame).cast("B")) for frame in frames)
-        with self._lock:
-            self.largest = max(self.largest, size)
-            self.peers.append(peer)
-            if self.hold:
-                self.kept.append((list(frames), reply))
-                return
-        refused = not frames or size > self.limits.total_bytes + self.limits.header_bytes
-        answer = pack(error_message("protocol", "no message, or too large a one")) if refused else list(frames)
-        reply(answer, self._release)
-
-    def answer(self, backwards: bool = False) -> None:
-        """Reply to what was kept."""
-        with self._lock:
-            kept, self.kept = self.kept, []
-        for frames, reply in reversed(kept) if backwards else kept:
-            reply(frames, self._release)
-
-    def _release(self) -> None:
-        with self._lock:
-            self.released += 1
-
-
 def _resources() -> tuple[int, int]:
     """Threads and open files of this process; files only where the system tells."""
     folder = Path("/proc/self/fd")
@@ -91,29 +45,28 @@ def _resources() -> tuple[int, int]:
 
 
 class TransportSuite:
-    """For transports that serve workers elsewhere: inherit, set ``name``, override the options, collect with pytest.
+    """For transports that serve workers elsewhere: inherit, set ``name``, collect with pytest.
+
+    Where to bind and with which options comes from the transport's ``loopback``.
 
     Attributes:
         name: the transport's entry-point name.
-        address: what ``listen`` binds: a loopback address with a free port.
+        options: of the client's selection string, as they stand in it (``insecure=1&heartbeat=1``).
         large: bytes of the largest buffer that is sent.
     """
 
     name: ClassVar[str]
-    address: ClassVar[str] = "127.0.0.1:0"
+    options: ClassVar[str] = ""
     large: ClassVar[int] = 40 << 20
 
-    def serve_options(self, folder: Path) -> Mapping[str, Any]:
-        """Options of ``listen``; keys and certificates may be made in ``folder``."""
-        return {}
-
-    def connect_options(self, folder: Path) -> Mapping[str, str]:
-        """Options of the selection string of a client that is let in."""
-        return {}
+    def loopback(self, folder: Path) -> Loopback:
+        """How to serve and connect on this machine; keys and certificates may be made in ``folder``."""
+        return self._class().loopback(folder, dict(parse_qsl(self.options)))
 
     def listen(self, desk: Any, folder: Path, address: str | None = None) -> Listener:
         """Serve a desk."""
-        return self._class().listen(desk, address or self.address, self.serve_options(folder))
+        here = self.loopback(folder)
+        return self._class().listen(desk, address or here.address, here.serve)
 
     def _class(self) -> type[Transport]:
         found: type[Transport] = registry.load(registry.TRANSPORTS, self.name)
@@ -121,9 +74,8 @@ class TransportSuite:
 
     def selection(self, backend: str, address: str, folder: Path, **more: object) -> str:
         """A selection string for a worker at an address."""
-        options = {**self.connect_options(folder), **more}
-        text = f"{backend}+{self.name}://{address}"
-        return text + ("?" + "&".join(f"{key}={value}" for key, value in options.items()) if options else "")
+        options = {**dict(parse_qsl(self.options)), **self.loopback(folder).connect, **more}
+        return f"{backend}+{self.name}://{address}" + ("?" + urlencode(options) if options else "")
 
     def link(self, address: str, folder: Path) -> Link:
         """A link to the worker at an address."""
@@ -357,8 +309,9 @@ class TransportSuite:
         """Wrong addresses and options are refused where they are given."""
         with pytest.raises((SelectionError, TransportError)):
             self.listen(desk, tmp_path, "no such address")
+        here = self.loopback(tmp_path)
         with pytest.raises(SelectionError):
-            self._class().listen(desk, self.address, {**self.serve_options(tmp_path), "no_such_option": "1"})
+            self._class().listen(desk, here.address, {**here.serve, "no_such_option": "1"})
         with pytest.raises(SelectionError):
             choose(self.selection("clear", "127.0.0.1:1", tmp_path, allow_insecure=1, no_such_option=1))
 
@@ -385,13 +338,6 @@ class TransportSuite:
                 ciphertune.session_of(model).close()
             return curve
 
-        held = WeightStore.of({name: quantize(network().get_parameter(f"{name}.weight"), 8) for name in "02"})
-        service = Service(Worker(held))
-        listener = self.listen(service, tmp_path)
-        try:
-            to = self.selection("clear", listener.address, tmp_path, allow_insecure=1, weight_bits=8)
-            assert losses(to) == losses("clear?weight_bits=8")
-            assert service.load.sessions == 0
-        finally:
-            listener.close()
-            service.close()
+        with ServedWorker(network(), self.name, tmp_path, options=self.options) as served:
+            assert losses(served.selection("clear", allow_insecure=1, weight_bits=8)) == losses("clear?weight_bits=8")
+            assert served.service.load.sessions == 0

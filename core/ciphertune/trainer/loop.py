@@ -211,9 +211,9 @@ class LoraTrainer:
             self.step, self.history = 0, History()
         self.optimizer.zero_grad()
         self.model.train()
-        self.plugins.observe("ciphertune_training_start", trainer=self, total_steps=total, start_step=self.step)
         reason = "failed"
         try:
+            self.plugins.observe("ciphertune_training_start", trainer=self, total_steps=total, start_step=self.step)
             if start is not None:
                 reader.restore(start)
             self._run(reader, total, eval_data)
@@ -258,7 +258,7 @@ class LoraTrainer:
         if of_model and batches.language_model(self.model) is not None:
             mean = metrics["eval_loss"]
             metrics["perplexity"] = math.exp(mean) if mean < 709 else math.inf
-        self.plugins.observe("ciphertune_evaluation", trainer=self, step=self.step, metrics=metrics)
+        self.plugins.observe("ciphertune_evaluation", trainer=self, step=self.step, metrics=dict(metrics))
         return metrics
 
     def _run(self, reader: Reader, total: int, eval_data: Iterable[Any] | None) -> None:
@@ -267,7 +267,7 @@ class LoraTrainer:
             metrics = self._train_step(reader, first)
             first = False
             self.history.steps.append(metrics)
-            self.plugins.observe("ciphertune_training_step", trainer=self, step=self.step, metrics=metrics)
+            self.plugins.observe("ciphertune_training_step", trainer=self, step=self.step, metrics=dict(metrics))
             done = self.step == total
             if eval_data is not None and self._due(self.eval_every, reader, done):
                 self.history.evaluations.append({"step": self.step, **self.evaluate(eval_data)})

@@ -1,4 +1,4 @@
-"""Workers in processes of their own on this machine, for benchmarks and examples."""
+"""Workers in processes of their own on this machine, for the demo and benchmarks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from torch import nn
 
@@ -22,12 +22,16 @@ _START_SECONDS = 120.0
 
 
 @contextlib.contextmanager
-def worker_process(bundle: Path, curve: Path | None, arguments: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
-    """A worker over a bundle's worker folder, on a free port of this machine's loopback address.
+def worker_process(
+    bundle: Path, transport: str, address: str, options: Mapping[str, str], arguments: Sequence[str] = ()
+) -> Iterator[tuple[str, int]]:
+    """``ciphertune worker`` over a bundle's worker folder.
 
     Args:
         bundle: the folder.
-        curve: folder with keys; plain TCP if None.
+        transport: name of the transport it is served over.
+        address: what it binds.
+        options: of the transport.
         arguments: more of ``ciphertune worker``.
 
     Yields:
@@ -36,8 +40,9 @@ def worker_process(bundle: Path, curve: Path | None, arguments: Sequence[str] = 
     Raises:
         CipherTuneError: it did not start.
     """
-    security = ["--insecure"] if curve is None else ["--curve", str(curve)]
-    command = [sys.executable, "-m", "ciphertune", "worker", str(bundle), "--bind", "tcp://127.0.0.1:*", *security]
+    command = [sys.executable, "-m", "ciphertune", "worker", str(bundle), "--transport", transport, "--bind", address]
+    for name, value in options.items():
+        command += ["--option", f"{name}={value}"]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
@@ -59,7 +64,9 @@ def _base_of(model: str | nn.Module) -> str | nn.Module:
     # Its weights come from a short training, always the same.
     from ciphertune.workloads import load_workload
 
-    return load_workload("mlp", batches=1, tokens=1, held_out=1).model
+    adapted: Any = load_workload("mlp", batches=1, tokens=1, held_out=1).model
+    base: nn.Module = adapted.unload()
+    return base
 
 
 def _ready(process: subprocess.Popen[str], errors: IO[str]) -> str:
@@ -95,17 +102,13 @@ def serving(model: str | nn.Module, to: str) -> Iterator[str]:
     if not transport.remote or selection.endpoints:
         yield to
         return
-    if selection.transport != "zmq":
-        raise CipherTuneError(f"workers can be started for zmq only, so {to!r} needs endpoints")
     from ciphertune.bundle import split
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        split(_base_of(model), Path(folder) / "bundle")
-        options = dict(selection.options)
-        curve = None
-        if "insecure" not in options:
-            curve = Path(folder) / "keys"
-            transport.make_keys(curve, ("client",), worker=True)
-            options["curve"] = str(curve)
-        address, _ = stack.enter_context(worker_process(Path(folder) / "bundle" / "worker", curve))
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        here = transport.loopback(folder, selection.options)
+        split(_base_of(model), folder / "bundle")
+        process = worker_process(folder / "bundle" / "worker", selection.transport, here.address, here.serve)
+        address, _ = stack.enter_context(process)
+        options = {**selection.options, **here.connect}
         yield str(Selection(selection.backend, selection.transport, (address,), options))

@@ -1,0 +1,211 @@
+"""A link that does wrong on command: around any transport's own, for tests of what depends on it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, Literal
+
+from ciphertune import registry
+from ciphertune.errors import ProtocolError, ReplyError, TransportError
+from ciphertune.protocol import Message, pack, unpack
+from ciphertune.transport import Handler, Link, Transport
+
+Fault = Literal["drop", "delay", "duplicate", "corrupt", "reorder"]
+
+
+@dataclasses.dataclass
+class _Order:
+    fault: Fault
+    kind: str
+    left: int
+    seconds: float = 0.0
+    where: Literal["header", "buffers"] = "header"
+
+
+class Faults:
+    """What the links of a faulty transport do wrong, ordered by the test. Orders apply to the next requests, in turn.
+
+    Args:
+        register: adds a transport class to the registry under its name.
+
+    Attributes:
+        done: faults so far, by name.
+        sent: requests that were handed to the wire, by kind.
+    """
+
+    def __init__(self, register: Callable[[str, Any], None]) -> None:
+        self._register = register
+        self._orders: list[_Order] = []
+        self._kept: list[tuple[Future[Message], Message | Exception]] = []
+        self._wanted = 0
+        self._cut = False
+        self._pending: dict[Future[Message], Link] = {}
+        self._lock = threading.RLock()
+        self.done: collections.Counter[str] = collections.Counter()
+        self.sent: collections.Counter[str] = collections.Counter()
+
+    def over(self, transport: str = "local") -> str:
+        """Put a faulty link around an installed transport; the name to use in its place in a selection string."""
+        inner: type[Transport] = registry.load(registry.TRANSPORTS, transport)
+        name = f"faulty-{transport}"
+        self._register(
+            registry.TRANSPORTS, type("Faulty", (inner,), {"name": name, "connect": _connecting(self, inner)})
+        )
+        return name
+
+    def drop(self, count: int = 1, kind: str = "evaluate") -> None:
+        """Requests get lost: they are never sent, and never answered."""
+        self._order(_Order("drop", kind, count))
+
+    def delay(self, seconds: float, count: int = 1, kind: str = "evaluate") -> None:
+        """Replies are late."""
+        self._order(_Order("delay", kind, count, seconds=seconds))
+
+    def duplicate(self, count: int = 1, kind: str = "evaluate") -> None:
+        """Requests are sent twice, as by a wire that repeats what it was not told has arrived."""
+        self._order(_Order("duplicate", kind, count))
+
+    def corrupt(self, count: int = 1, kind: str = "evaluate", where: Literal["header", "buffers"] = "header") -> None:
+        """Replies come damaged: a byte of their header, or the last byte of every buffer, is another."""
+        self._order(_Order("corrupt", kind, count, where=where))
+
+    def reorder(self, count: int = 2, kind: str = "evaluate") -> None:
+        """The replies of the next requests are kept until all are there, or ``release``, and then come in reverse."""
+        with self._lock:
+            self._wanted += count
+        self._order(_Order("reorder", kind, count))
+
+    def cut(self) -> None:
+        """The connection is lost: what is under way fails, and so does everything until ``heal``."""
+        with self._lock:
+            self._cut = True
+            self.done["cut"] += 1
+        self._fail(None, "the connection was lost")
+
+    def heal(self) -> None:
+        """The connection can be had again, and no order is left."""
+        with self._lock:
+            self._cut = False
+            self._orders.clear()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the replies that ``reorder`` keeps, the last one first."""
+        with self._lock:
+            kept, self._kept, self._wanted = self._kept, [], 0
+        for future, outcome in reversed(kept):
+            _settle(future, outcome)
+
+    def _fail(self, link: Link | None, why: str) -> None:
+        """Fail what is under way over a link, or over all."""
+        with self._lock:
+            failed = [(future, its) for future, its in self._pending.items() if link is None or its is link]
+        for future, its in failed:
+            _settle(future, TransportError(f"{its.name}: {why}"))
+
+    def _order(self, order: _Order) -> None:
+        with self._lock:
+            self._orders.append(order)
+
+    def _next(self, kind: str) -> _Order | None:
+        with self._lock:
+            for order in self._orders:
+                if order.kind == kind:
+                    order.left -= 1
+                    if order.left == 0:
+                        self._orders.remove(order)
+                    self.done[order.fault] += 1
+                    return order
+            return None
+
+    def _carry(self, link: Link, request: Message) -> Future[Message]:
+        """Send a request over the real link, or do what was ordered."""
+        future: Future[Message] = Future()
+        with self._lock:
+            if self._cut:
+                future.set_exception(TransportError(f"{link.name}: the connection was lost"))
+                return future
+            self._pending[future] = link
+        future.add_done_callback(lambda _: self._pending.pop(future, None))
+        order = self._next(request.kind)
+        if order is not None and order.fault == "drop":
+            return future
+        self.sent[request.kind] += 1
+        if order is not None and order.fault == "duplicate":
+            self.sent[request.kind] += 1
+            link.submit(request)
+        inner = link.submit(request)
+        future.add_done_callback(lambda _: inner.cancel())
+        inner.add_done_callback(lambda _: self._answered(future, inner, order))
+        return future
+
+    def _answered(self, future: Future[Message], inner: Future[Message], order: _Order | None) -> None:
+        if inner.cancelled():
+            return
+        error = inner.exception()
+        outcome: Message | Exception = inner.result() if error is None else _as_exception(error)
+        if order is None or order.fault == "duplicate":
+            _settle(future, outcome)
+        elif order.fault == "delay":
+            timer = threading.Timer(order.seconds, _settle, (future, outcome))
+            timer.daemon = True
+            timer.start()
+        elif order.fault == "corrupt":
+            _settle(future, _damaged(outcome, order.where))
+        else:
+            with self._lock:
+                self._kept.append((future, outcome))
+                complete = len(self._kept) >= self._wanted
+            if complete:
+                self.release()
+
+
+class _FaultyLink(Link):
+    def __init__(self, link: Link, faults: Faults) -> None:
+        self._link = link
+        self._faults = faults
+        self.name = link.name
+
+    def submit(self, request: Message) -> Future[Message]:
+        return self._faults._carry(self._link, request)
+
+    def close(self) -> None:
+        self._faults._fail(self._link, "the link is closed")
+        self._link.close()
+
+
+def _connecting(faults: Faults, inner: type[Transport]) -> Callable[..., list[Link]]:
+    def connect(self: Transport, endpoints: tuple[str, ...], worker: Handler | None) -> list[Link]:
+        return [_FaultyLink(link, faults) for link in inner.connect(self, endpoints, worker)]
+
+    return connect
+
+
+def _damaged(outcome: Message | Exception, where: Literal["header", "buffers"]) -> Message | Exception:
+    if isinstance(outcome, Exception):
+        return outcome
+    frames = [bytearray(frame) for frame in pack(outcome)]
+    for frame in frames[:1] if where == "header" else frames[1:]:
+        # The header's first byte says what it is; a buffer's last one is the top of a number.
+        frame[0 if where == "header" else -1] ^= 0x55
+    try:
+        return unpack(frames)
+    except ProtocolError as error:
+        return ReplyError(f"a malformed reply: {error}")
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else TransportError(f"{type(error).__name__}")
+
+
+def _settle(future: Future[Message], outcome: Message | Exception) -> None:
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

@@ -1,0 +1,160 @@
+"""A client's connections to one worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import threading
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+
+import httpx
+
+from ciphertune import (
+    DEFAULT_LIMITS,
+    Frame,
+    KeyFileError,
+    Link,
+    Message,
+    ProtocolError,
+    ReplyError,
+    TransportError,
+    error_message,
+    pack,
+    unpack,
+)
+from ciphertune_http import body
+
+_CONNECT_SECONDS = 5.0
+_ROUNDS = 5
+_CONNECTIONS = httpx.Limits(max_connections=128, max_keepalive_connections=16, keepalive_expiry=20)
+
+
+class HttpLink(Link):
+    """Every request is a POST of its own, on a connection of a pool; an event loop in a thread runs them.
+
+    Args:
+        url: scheme, host and port.
+        token: sent with every request.
+        ca: file with certificates to trust instead of the system's.
+        direct: ignore the environment's proxies.
+
+    Raises:
+        KeyFileError: the file of certificates cannot be used.
+    """
+
+    def __init__(self, url: str, token: str, ca: str | None, direct: bool) -> None:
+        self.name = url
+        self._url = url + body.PATH
+        try:
+            verify = ssl.create_default_context(cafile=ca)
+        except (OSError, ssl.SSLError) as error:
+            raise KeyFileError(f"{ca} cannot be used as certificates: {type(error).__name__}") from error
+        self._http = httpx.AsyncClient(
+            verify=verify,
+            headers={"Authorization": f"Bearer {token}", "Content-Type": body.TYPE, "Accept-Encoding": "identity"},
+            timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
+            limits=_CONNECTIONS,
+            trust_env=not direct,
+        )
+        self._pending: set[Future[Message]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ciphertune-http", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Message) -> Future[Message]:
+        """See ``Link.submit``. Buffers are read until the request has left, so they must not be changed."""
+        frames = pack(request)
+        future: Future[Message] = Future()
+        with self._lock:
+            if self._closed:
+                future.set_exception(TransportError(f"{self.name}: the link is closed"))
+                return future
+            self._pending.add(future)
+            self._loop.call_soon_threadsafe(self._begin, frames, future)
+        return future
+
+    def close(self) -> None:
+        """See ``Link.close``."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            pending = list(self._pending)
+        for future in pending:
+            _settle(future, TransportError(f"{self.name}: the link is closed"))
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._http.aclose()
+        # Sockets that were told to close do so in the loop's next rounds.
+        for _ in range(_ROUNDS):
+            await asyncio.sleep(0)
+
+    def _begin(self, frames: list[Frame], future: Future[Message]) -> None:
+        task = self._loop.create_task(self._run(frames, future))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+        def done(_: Future[Message]) -> None:
+            with self._lock:
+                self._pending.discard(future)
+                if not self._closed:
+                    self._loop.call_soon_threadsafe(task.cancel)
+
+        future.add_done_callback(done)
+
+    async def _run(self, frames: list[Frame], future: Future[Message]) -> None:
+        try:
+            result: Message | Exception = await self._exchange(frames)
+        except (ProtocolError, TransportError) as error:
+            result = error
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            result = TransportError(f"{self.name}: {type(error).__name__}: {error}")
+        except Exception as error:
+            result = TransportError(f"{self.name}: unexpected {type(error).__name__}")
+        _settle(future, result)
+
+    async def _exchange(self, frames: Sequence[Frame]) -> Message:
+        async def content() -> AsyncIterator[bytes]:
+            for chunk in body.chunks(frames):
+                yield chunk
+
+        size = {"Content-Length": str(body.length(frames))}
+        async with self._http.stream("POST", self._url, content=content(), headers=size) as response:
+            if response.status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
+                return error_message("protocol", f"{self.name} takes no request of {size['Content-Length']} bytes")
+            if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+                raise TransportError(f"{self.name} refused this client: its token is not among those authorised there")
+            if response.status_code != httpx.codes.OK:
+                raise TransportError(f"{self.name} answered with status {response.status_code}")
+            if response.headers.get("Content-Type") != body.TYPE:
+                raise TransportError(f"{self.name} is no CipherTune worker")
+            received = bytearray()
+            async for chunk in response.aiter_raw():
+                received += chunk
+                if len(received) > body.most_bytes(DEFAULT_LIMITS):
+                    raise ReplyError(f"{self.name} sent more than a reply can be")
+        try:
+            return unpack(body.split(received, DEFAULT_LIMITS))
+        except ProtocolError as error:
+            raise ReplyError(f"{self.name} sent a malformed reply: {error}") from error
+
+
+def _settle(future: Future[Message], result: Message | Exception) -> None:
+    """Whoever settles a future first wins: an answer, a cancellation, or the link's end."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

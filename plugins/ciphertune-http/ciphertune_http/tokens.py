@@ -1,0 +1,86 @@
+"""Bearer tokens: 256 random bits at the client, their hashes at the worker."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from ciphertune import KeyFileError
+
+_LONGEST = 200
+
+
+def make_token(token: Path, tokens: Path, name: str) -> None:
+    """Write a new token, mode 0600, and append its name and hash to the worker's list.
+
+    Raises:
+        KeyFileError: the token's file exists, the name is not one word, or a file cannot be written.
+    """
+    if not name or len(name.split()) != 1 or not name.isprintable():
+        raise KeyFileError(f"{name!r}: a client's name is one word")
+    text = secrets.token_urlsafe(32)
+    try:
+        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text + "\n")
+        with os.fdopen(os.open(tokens, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
+            file.write(f"{name} {_digest(text)}\n")
+    except OSError as error:
+        raise KeyFileError(f"cannot write {error.filename}: {error.strerror}") from error
+
+
+def read_token(path: str) -> str:
+    """A client's token.
+
+    Raises:
+        KeyFileError: the file is missing, open to others, or holds no token.
+    """
+    try:
+        if stat.S_IMODE(Path(path).stat().st_mode) & 0o077:
+            raise KeyFileError(f"{path} can be read by others; chmod 600 it")
+        text = Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"{path} cannot be read as a token: {type(error).__name__}") from error
+    if not 32 <= len(text) <= _LONGEST or not text.isprintable() or " " in text:
+        raise KeyFileError(f"{path} holds no token; make one with python -m ciphertune_http")
+    return text
+
+
+class Authorised:
+    """The clients that a worker lets in.
+
+    Raises:
+        KeyFileError: the list is missing, empty or malformed.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise KeyFileError(f"{path} cannot be read as a list of tokens: {type(error).__name__}") from error
+        self._names: dict[str, str] = {}
+        for number, line in enumerate(lines, 1):
+            words = line.split()
+            if not words or words[0].startswith("#"):
+                continue
+            if len(words) != 2 or len(words[1]) != 64:
+                raise KeyFileError(f"{path}, line {number}: expected a name and the SHA-256 of a token")
+            self._names[words[1]] = words[0]
+        if not self._names:
+            raise KeyFileError(f"{path} lists no client")
+
+    def name(self, header: bytes) -> str | None:
+        """Whose ``Authorization`` header this is, or None.
+
+        The lookup is by hash of 256 random bits, so that its time tells nothing of a token.
+        """
+        kind, _, token = header.partition(b" ")
+        if kind.lower() != b"bearer" or len(token) > _LONGEST:
+            return None
+        return self._names.get(_digest(token.strip().decode("latin-1")))
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode("latin-1")).hexdigest()

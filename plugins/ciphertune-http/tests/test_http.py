@@ -1,0 +1,213 @@
+"""The transport suite over HTTP and HTTPS, tokens, and training under encryption."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from torch import nn
+
+import ciphertune
+from ciphertune import (
+    KeyFileError,
+    Limits,
+    Message,
+    SecurityError,
+    SelectionError,
+    TransportError,
+)
+from ciphertune.testing import EchoDesk, ServedWorker, TransportSuite
+from ciphertune_http import HttpOptions, HttpsTransport, HttpTransport, body, read_address
+from ciphertune_http.tokens import Authorised, make_token, read_token
+
+
+class TestHttp(TransportSuite):
+    name = "http"
+
+
+class TestHttps(TransportSuite):
+    name = "https"
+
+
+HTTPS = TestHttps()
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 3))
+
+
+@pytest.fixture
+def worker(ciphertune_worker: Callable[..., ServedWorker]) -> ServedWorker:
+    return ciphertune_worker(network(), "https", limits=Limits(buffer_bytes=8 << 20, total_bytes=8 << 20))
+
+
+def losses(to: str) -> list[float]:
+    model = ciphertune.outsource(network(), to, layers=["0", "2"])
+    x = torch.randn(64, 24)
+    target = x[:, :3].argmax(1)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5)
+    curve = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    ciphertune.session_of(model).close()
+    return curve
+
+
+def test_training_under_encryption(worker: ServedWorker) -> None:
+    found = losses(worker.selection("mlwe"))
+    assert found[-1] < 0.9 * found[0]
+    assert found == pytest.approx(losses("mlwe"), rel=0.02)
+
+
+def test_tokens_decide(worker: ServedWorker, tmp_path: Path) -> None:
+    make_token(tmp_path / "stranger.token", tmp_path / "others.txt", "stranger")
+    options = HttpOptions(str(tmp_path / "stranger.token"), str(tmp_path / "worker.crt"))
+    (link,) = HttpsTransport(options).connect((worker.address,), None)
+    with pytest.raises(TransportError, match="token"):
+        link.submit(Message("hello")).result(10)
+    link.close()
+
+
+def test_authorities_decide(worker: ServedWorker, tmp_path: Path) -> None:
+    """Without the private authority's certificate the worker is not trusted, and no token is sent."""
+    (link,) = HttpsTransport(HttpOptions(str(tmp_path / "client.token"))).connect((worker.address,), None)
+    with pytest.raises(TransportError, match="certificate verify failed"):
+        link.submit(Message("hello")).result(10)
+    link.close()
+
+
+def test_peers_are_named_by_their_token(tmp_path: Path) -> None:
+    desk = EchoDesk()
+    listener = HTTPS.listen(desk, tmp_path)
+    link = HTTPS.link(listener.address, tmp_path)
+    link.submit(Message("hello")).result(10)
+    link.close()
+    listener.close()
+    assert desk.peers == ["client"]
+
+
+def first_line(address: str, folder: Path, sent: bytes) -> bytes:
+    host, port = read_address(address)
+    context = ssl.create_default_context(cafile=str(folder / "worker.crt"))
+    with (
+        socket.create_connection((host, port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname=host) as peer,
+    ):
+        peer.sendall(sent)
+        return peer.recv(4096).partition(b"\r\n")[0]
+
+
+def test_what_the_server_says_to_others(worker: ServedWorker, tmp_path: Path) -> None:
+    token = read_token(str(tmp_path / "client.token"))
+    known = {"Authorization": f"Bearer {token}"}
+    url = f"https://{worker.address}"
+    with httpx.Client(verify=ssl.create_default_context(cafile=str(tmp_path / "worker.crt")), trust_env=False) as http:
+        assert http.get(url + "/").status_code == 404
+        assert http.get(url + body.PATH).status_code == 405
+        assert http.post(url + body.PATH, content=b"x").status_code == 401
+        assert http.post(url + body.PATH, content=b"x", headers={"Authorization": "Bearer x"}).status_code == 401
+        assert http.post(url + body.PATH, content=iter([b"x"]), headers=known).status_code == 411
+        for size in (str(1 << 50), "9" * 400):
+            # httpx itself would not send less than it announces; the answer must not wait for the body.
+            lines = (
+                f"POST {body.PATH} HTTP/1.1",
+                "Host: x",
+                f"Authorization: Bearer {token}",
+                f"Content-Length: {size}",
+            )
+            head = "\r\n".join((*lines, "", ""))
+            assert first_line(worker.address, tmp_path, head.encode()).split()[1] in (b"413", b"400")
+    for content in (b"", b"\1\0\0", b"\xff\xff\xff\xff", b"\1\0\0\0" + b"\xff" * 8, b"\0\0\0\0"):
+        with httpx.Client(
+            verify=ssl.create_default_context(cafile=str(tmp_path / "worker.crt")), trust_env=False
+        ) as http:
+            reply = http.post(url + body.PATH, content=content, headers=known)
+            assert reply.status_code == 200
+            assert b"error" in reply.content
+
+
+def test_no_token_in_the_clear(tmp_path: Path) -> None:
+    HttpTransport.loopback(tmp_path, {})
+    with pytest.raises(SecurityError, match="https"):
+        HttpTransport(HttpOptions(str(tmp_path / "client.token"))).connect(("example.org:80",), None)
+    with pytest.raises(SelectionError, match="token=FILE"):
+        HttpsTransport().connect(("example.org:443",), None)
+    with pytest.raises(SecurityError):
+        HttpTransport.listen(object(), "0.0.0.0:0", {"tokens": str(tmp_path / "tokens.txt")})
+    with pytest.raises(SelectionError, match="certificate"):
+        HttpsTransport.listen(object(), "127.0.0.1:0", {"tokens": str(tmp_path / "tokens.txt")})
+
+
+def test_token_files(tmp_path: Path) -> None:
+    HttpTransport.loopback(tmp_path, {})
+    path = tmp_path / "client.token"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    secret = path.read_text().strip()
+    listed = (tmp_path / "tokens.txt").read_text()
+    assert secret not in listed
+    assert Authorised(str(tmp_path / "tokens.txt")).name(f"Bearer {secret}".encode()) == "client"
+    with pytest.raises(KeyFileError):
+        make_token(path, tmp_path / "tokens.txt", "ward-7")
+    with pytest.raises(KeyFileError, match="one word"):
+        make_token(tmp_path / "other", tmp_path / "tokens.txt", "two words")
+    path.chmod(0o644)
+    with pytest.raises(KeyFileError, match="chmod"):
+        read_token(str(path))
+    path.chmod(0o600)
+    path.write_text("short")
+    with pytest.raises(KeyFileError, match="no token"):
+        read_token(str(path))
+    for text in ("", "name", "name abc"):
+        (tmp_path / "bad.txt").write_text(text)
+        with pytest.raises(KeyFileError):
+            Authorised(str(tmp_path / "bad.txt"))
+
+
+def test_tokens_from_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ciphertune_http", "ward-7"]
+    for code in (0, 1):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ)
+        assert done.returncode == code, done.stderr
+    assert "client.token" in done.stderr
+    assert read_token(str(tmp_path / "client.token")) not in done.stdout + done.stderr
+
+
+def test_pinned_certificates(tmp_path: Path) -> None:
+    """The key is its owner's alone, and the certificate stands strict verification."""
+    here = HttpsTransport.loopback(tmp_path, {})
+    assert HttpsTransport.loopback(tmp_path, {}) == here
+    assert stat.S_IMODE((tmp_path / "worker.pem").stat().st_mode) == 0o600
+    assert "PRIVATE" not in (tmp_path / "worker.crt").read_text()
+    listener = HttpsTransport.listen(EchoDesk(), here.address, here.serve)
+    context = ssl.create_default_context(cafile=here.connect["ca"])
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    with httpx.Client(verify=context, trust_env=False) as http:
+        assert http.get(f"https://{listener.address}/").status_code == 404
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "host", "host:", ":80", "host:http", "host:99999", "u@host:1", "h:1/path", "a b:1"]
+)
+def test_addresses_that_are_none(text: str) -> None:
+    with pytest.raises(SelectionError):
+        read_address(text)
+
+
+def test_addresses() -> None:
+    assert read_address("example.org:443") == ("example.org", 443)
+    assert read_address("[::1]:80") == ("::1", 80)
