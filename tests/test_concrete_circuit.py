@@ -480,7 +480,7 @@ def test_the_licence_is_mentioned_once() -> None:
     from ciphertune_concrete import licence
 
     licence.notice.cache_clear()
-    with pytest.warns(licence.LicenceNotice, match="concrete-python is under the BSD-3-Clause-Clear"):
+    with pytest.warns(licence.LicenceNotice, match="concrete-python is under the licence BSD-3-Clause-Clear"):
         library.fhe()
     library.fhe()
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from ciphertune.bench.workers import worker_process
 from click.testing import CliRunner
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from ciphertune import registry
 from ciphertune.backend import Backend, LinearMap
 from ciphertune.cli import cli
 from ciphertune.errors import KeyFileError, PluginError, PrecisionError, ProtocolError, ReplyError, WorkerError
+from ciphertune.nearby import worker_process
 from ciphertune.protocol import Message
 from ciphertune.session import choose
 from ciphertune.testing import BackendSuite
@@ -452,10 +452,14 @@ def bundle(tmp_path: Path) -> tuple[nn.Module, Path]:
     return model, tmp_path / "bundle" / "worker"
 
 
+_PLAIN = ("127.0.0.1:*", {"insecure": "1"})
+"""Where a worker listens, and how."""
+
+
 def test_a_worker_process_with_little_room_for_keys(bundle: tuple[nn.Module, Path]) -> None:
     model, folder = bundle
     full = pytest.raises(WorkerError, match=r"134 MB of keys .* 0 of 105 MB")
-    with worker_process(folder, None, ["--max-key-mb", "100"]) as (address, _), full as caught:
+    with worker_process(folder, "zmq", *_PLAIN, ["--max-key-mb", "100"]) as (address, _), full as caught:
         ciphertune.outsource(model, f"concrete-glwe+zmq://{address}?insecure=1", layers=["0"])
     assert caught.value.code == "quota"
 
@@ -467,7 +471,7 @@ def test_a_worker_process_without_the_package(
     absent = "raise ModuleNotFoundError(\"No module named 'concrete_ml_extensions'\", name='concrete_ml_extensions')\n"
     (tmp_path / "concrete_ml_extensions.py").write_text(absent)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with worker_process(folder, None) as (address, _):
+    with worker_process(folder, "zmq", *_PLAIN) as (address, _):
         with pytest.raises(WorkerError, match=r'is not installed.*pip install "ciphertune\[concrete-glwe\]"') as caught:
             ciphertune.outsource(model, f"concrete-glwe+zmq://{address}?insecure=1", layers=["0"])
         assert address in str(caught.value)

@@ -136,3 +136,15 @@ def test_it_declares_the_simulated_backends_noise_and_no_security() -> None:
 def test_wrong_options(options: str, message: str) -> None:
     with pytest.raises(SelectionError, match=message):
         choose(f"simulation?{options}")
+
+
+def test_options_of_any_backend_are_handed_on() -> None:
+    wide, narrow = (choose(f"simulation?of=concrete-circuit&bits={bits}&seed=2").backend for bits in (30, 24))
+    assert wide.options.seed == narrow.options.seed == 2
+    assert wide.noise is not None
+    assert narrow.noise is not None
+    assert wide.noise.half_range > narrow.noise.half_range
+    with pytest.raises(SelectionError, match=r"unknown option 'request_bits'.*bits.*seed"):
+        choose("simulation?of=concrete-circuit&request_bits=24")
+    with pytest.raises(SelectionError, match="unknown option 'bits'"):
+        choose("simulation?of=mlwe&bits=24")

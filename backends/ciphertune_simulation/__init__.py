@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,27 +28,26 @@ from ciphertune.errors import ProtocolError, ReplyError, SelectionError
 
 @dataclasses.dataclass(frozen=True)
 class SimulationOptions:
-    """Options of the simulation backend.
+    """Options of the simulation backend, beside those of the simulated one.
 
     Attributes:
         of: the backend to simulate; it must declare a noise model.
         seed: of the simulated noise; the same seed and the same sequence of products give the same results.
-        request_bits, reply_bits, body_bits, weight_bits, params: handed on to the simulated backend.
     """
 
     of: str = "mlwe"
     seed: int = 0
-    request_bits: int | None = None
-    reply_bits: int | None = None
-    body_bits: int | None = None
-    weight_bits: Literal[8, 16] | None = None
-    params: str | None = None
 
     def __post_init__(self) -> None:
-        if self.of == "simulation":
-            raise SelectionError("a simulation of the simulation is not a thing: name a backend in of=…")
         if not 0 <= self.seed < 1 << 63:
             raise SelectionError(f"option seed={self.seed} must be between 0 and 2^63 - 1")
+
+
+def _simulated(name: str) -> type[Backend]:
+    if name == "simulation":
+        raise SelectionError("a simulation of the simulation is not a thing: name a backend in of=…")
+    found: type[Backend] = registry.load(registry.BACKENDS, name)
+    return found
 
 
 class SimulationClient(ClientHalf[Tensor]):
@@ -152,12 +151,20 @@ class SimulationBackend(Backend):
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
-        handed = ("request_bits", "reply_bits", "body_bits", "weight_bits", "params")
-        given = {name: value for name in handed if (value := getattr(self.options, name)) is not None}
-        backend: type[Backend] = registry.load(registry.BACKENDS, self.options.of)
-        self._simulated = backend.from_text(given)
+        own = {field.name for field in dataclasses.fields(SimulationOptions)}
+        given = {name: value for name, value in vars(self.options).items() if name not in own}
+        simulated = _simulated(self.options.of)
+        self._simulated = simulated(simulated.Options(**given))
         if self._simulated.noise is None:
             raise SelectionError(f"{self.options.of!r} declares no noise model, so it cannot be simulated")
+
+    @classmethod
+    def options_class(cls, options: Mapping[str, str]) -> type:
+        """Its own options and those of the simulated backend. Raises ``SelectionError`` for one that is not there."""
+        simulated = _simulated(options.get("of", SimulationOptions.of)).Options
+        if dataclasses.fields(simulated) == ():
+            return SimulationOptions
+        return dataclasses.make_dataclass("SimulationOptions", [], bases=(SimulationOptions, simulated), frozen=True)
 
     @property
     def security(self) -> SecurityStatement:

@@ -84,7 +84,9 @@ class LinearMap:
 class NoiseModel:
     """What a backend's encryption does to a product, for encoding, for the simulation and for predictions.
 
-    A token is encoded as ``m = scale_t · x``; decoding divides outputs by scale_t again.
+    A token is encoded as ``m = scale_t · x``; decoding divides outputs by scale_t again. This fits any scheme whose
+    errors are added to encoded values and whose outputs wrap beyond some size: for one that packs values into a
+    polynomial, ``half_range`` is the size of a value below which no coefficient can wrap.
 
     Attributes:
         half_range: encoded outputs wrap at ±half_range.
@@ -162,7 +164,12 @@ class Encrypted(Generic[StateT]):
 
 
 class ClientHalf(abc.ABC, Generic[StateT]):
-    """Keys, encryption and decryption. Runs at the data owner; never imports the worker half."""
+    """Keys, encryption and decryption. Runs at the data owner; never imports the worker half.
+
+    Several threads may have products under way at once, and several requests may be encrypted before the first reply
+    comes: what belongs to a request is in its ``state``. Buffers are of the types that the protocol carries: uint8,
+    int8, int16, int32, int64, float32, float64.
+    """
 
     def open_fields(self) -> Mapping[str, Any]:
         """Public parameters that the worker half needs, as plain numbers and text."""
@@ -197,7 +204,7 @@ class WorkerHalf(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, weight: Tensor) -> Any:
-        """Take a weight of shape (N, K): int8 or int16 codes, or float32 where ``weight_bits`` is None.
+        """Take a weight of shape (N, K): int8 codes in ±127, int16 in ±32639, or float32 where ``weight_bits`` is None.
 
         What it returns is handed to ``evaluate``, also of other sessions that were opened with the same fields, so it
         must hold nothing of this session. It should keep a reference to ``weight`` rather than a copy.
@@ -239,9 +246,14 @@ class Backend(abc.ABC):
         self.options: Any = options if options is not None else self.Options()
 
     @classmethod
+    def options_class(cls, options: Mapping[str, str]) -> type:
+        """The dataclass that reads these options: ``Options``, unless one of them brings others along."""
+        return cls.Options
+
+    @classmethod
     def from_text(cls, options: Mapping[str, Any]) -> Backend:
         """Make the backend from option text, as in a selection string. Raises ``SelectionError``."""
-        return cls(build_options(cls.Options, options))
+        return cls(build_options(cls.options_class(options), options))
 
     @property
     @abc.abstractmethod
@@ -286,7 +298,7 @@ class Backend(abc.ABC):
             raise PrecisionError(
                 f"{linear_map.label}: with {linear_map.in_features} inputs and weight norms up to "
                 f"{linear_map.max_norm:.3g}, {self.name} leaves an expected relative error of {error:.2g} "
-                f"(limit {WORST_RELATIVE_ERROR}): keep more bits of requests and replies, use 8-bit weights, or "
+                f"(limit {WORST_RELATIVE_ERROR}): choose options that keep more bits (see 'ciphertune backends'), or "
                 "leave this layer at the client"
             )
 

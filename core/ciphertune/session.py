@@ -75,7 +75,7 @@ def choose(to: str) -> Choice:
     backend_class = registry.load(registry.BACKENDS, selection.backend)
     transport_class = registry.load(registry.TRANSPORTS, selection.transport)
     common, of_backend, of_transport = split_options(
-        selection.options, SessionOptions, backend_class.Options, transport_class.Options
+        selection.options, SessionOptions, backend_class.options_class(selection.options), transport_class.Options
     )
     options = build_options(SessionOptions, common)
     backend = backend_class.from_text(of_backend)
