@@ -81,9 +81,7 @@ class ConcreteMLWorker(WorkerHalf):
             self._executor.compression_key = self._read_key(evaluation_key.get("compression_key"))
 
     def prepare(self, weight: Tensor) -> Prepared:
-        """See ``WorkerHalf.prepare``: float32 weights, quantized when they are first used."""
-        if weight.dtype != torch.float32:
-            raise ProtocolError(f"this backend quantizes float32 weights itself, and these are {weight.dtype}")
+        """See ``WorkerHalf.prepare``: float32 weights or integer codes, quantized when they are first used."""
         return Prepared(weight)
 
     def evaluate(self, prepared: Prepared, direction: Direction, request: Buffers) -> Buffers:
