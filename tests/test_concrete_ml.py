@@ -243,7 +243,7 @@ def test_encrypted_losses_follow_concrete_ml(tmp_path: Path) -> None:
 
 @needs_concrete_ml
 @pytest.mark.skipif(not (ROOT / "examples/circles.py").exists(), reason="examples/circles.py is not here")
-@pytest.mark.parametrize("to", ["concrete-ml?mode=disable", "concrete-ml", "concrete-ml+zmq://"])
+@pytest.mark.parametrize("to", ["concrete-ml?mode=disable", "concrete-ml", "concrete-ml+zmq://?weight_bits=8"])
 def test_the_tutorial_trains(to: str) -> None:
     steps = ["--steps", "20"] if "disable" in to else ["--steps", "2", "--batch", "2"]
     command = [sys.executable, str(ROOT / "examples/circles.py"), "--to", to, "--json", *steps]

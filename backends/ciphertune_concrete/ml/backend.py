@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ciphertune.backend import Backend, Buffers, ClientHalf, LinearMap, SecurityStatement, Work, WorkerHalf
+from ciphertune.backend import Backend, Buffers, ClientHalf, LinearMap, SecurityStatement, WeightBits, Work, WorkerHalf
 from ciphertune.errors import SelectionError
 from ciphertune_concrete.licence import TERMS
 from ciphertune_concrete.ml import library, wire
@@ -25,11 +25,13 @@ class ConcreteMLOptions:
         n_bits: of quantized inputs and weights, 2 to 8.
         use_dynamic_quantization: a range for every token and output channel; 0 for one range of each weight, and one
             of each layer's inputs that its first batch decides and later values are clipped to.
+        weight_bits: of the weights that workers hold and Concrete ML quantizes: 32 for float32, 8 or 16 as in bundles.
     """
 
     mode: Literal["disable", "simulate", "execute"] = "execute"
     n_bits: int = 8
     use_dynamic_quantization: bool = True
+    weight_bits: Literal[8, 16, 32] = 32
 
     def __post_init__(self) -> None:
         if self.n_bits not in library.N_BITS:
@@ -69,9 +71,10 @@ class ConcreteMLBackend(Backend):
         )
 
     @property
-    def weight_bits(self) -> None:
-        """Workers hold float32 weights, which Concrete ML quantizes for each direction."""
-        return
+    def weight_bits(self) -> WeightBits | None:
+        """As the option says; Concrete ML quantizes for each direction what it finds."""
+        bits: Literal[8, 16, 32] = self.options.weight_bits
+        return None if bits == 32 else bits
 
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
         """See ``Backend.traffic``; exact."""

@@ -81,9 +81,7 @@ class ConcreteMLWorker(WorkerHalf):
             self._executor.compression_key = self._read_key(evaluation_key.get("compression_key"))
 
     def prepare(self, weight: Tensor) -> Prepared:
-        """See ``WorkerHalf.prepare``: float32 weights, quantized when they are first used."""
-        if weight.dtype != torch.float32:
-            raise ProtocolError(f"this backend quantizes float32 weights itself, and these are {weight.dtype}")
+        """See ``WorkerHalf.prepare``: float32 weights or integer codes, quantized when they are first used."""
         return Prepared(weight)
 
     def evaluate(self, prepared: Prepared, direction: Direction, request: Buffers) -> Buffers:
@@ -196,6 +194,10 @@ def _as_module(matrix: Tensor, quantization: Quantization) -> Quantized:
     that of the codes, and for a circuit those inputs that give the largest and the smallest sum there can be.
     """
     compiler = require("concrete.ml.torch.compile")
+    # Concrete makes its stack of tags for the thread that imports it, and requests come on others.
+    context = require("concrete.fhe.extensions.tag").tag_context
+    if not hasattr(context, "stack"):
+        context.stack = []
     linear = require("concrete.ml.torch.hybrid_backprop_linear").BackwardModuleLinear(matrix)
     extremes = matrix.clamp_min(0).sum(0).argmax(), matrix.clamp_max(0).sum(0).argmin()
     signs = torch.stack([torch.where(matrix[:, column] > 0, 1.0, -1.0) for column in extremes])
