@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 NATIVE := backends/ciphertune_mlwe/native/kernels.c
 
-.PHONY: install demo demo-quick test lint wheel-test soak fuzz bench clean
+.PHONY: install demo demo-quick test lint docs wheel-test soak fuzz bench clean
 
 install: $(STAMP)
 
@@ -32,7 +32,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+# The site, in build/site. What the pages' code does is for the tests.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+test: lint docs
 	$(BIN)/python -m pytest
 	$(MAKE) wheel-test
 
