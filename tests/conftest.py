@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,23 @@ collect_ignore = ["fuzz_worker.py", "soak.py"]
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("ciphertune", deadline=None)
 settings.load_profile("ciphertune")
+
+
+_status = 0
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    global _status
+    _status = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A process that simulated a circuit of Concrete's ends with status 0 whatever Python says; failures would pass."""
+    if "concrete.fhe" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status)
 
 
 class Recorder:
