@@ -14,7 +14,7 @@ CONCRETE_ML_TESTS := $(addprefix tests/test_,linear.py group.py worker.py protoc
 	mlwe_arithmetic.py mlwe_encryption.py conformance.py::TestClear conformance.py::TestMlwe concrete_ml.py)
 NATIVE := backends/ciphertune_mlwe/native/kernels.c
 
-.PHONY: install demo demo-quick test lint wheel-test concrete-ml soak fuzz bench clean
+.PHONY: install demo demo-quick test lint docs wheel-test concrete-ml soak fuzz bench clean
 
 install: $(STAMP)
 
@@ -38,7 +38,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+# The site, in build/site. What the pages' code does is for the tests.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+test: lint docs
 	$(BIN)/python -m pytest
 	$(MAKE) wheel-test
 	$(MAKE) concrete-ml
