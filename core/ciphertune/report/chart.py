@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 _POINTS = 1500
 _MARKED = 60
+_FAR = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +65,20 @@ def chart(series: Sequence[Series], *, from_zero: bool = False) -> Chart | None:
 
     Args:
         series: curves; those without points are left out.
-        from_zero: let the vertical axis begin at 0.
+        from_zero: let the vertical axis begin at 0, or have powers of ten where curves lie that far apart.
     """
     series = [s for s in series if len(s.x)]
     if not series:
         return None
     x_low, x_high = _range([v for s in series for v in s.x])
-    y_ticks = nice_ticks(*_range([v for s in series for v in s.y] + [0.0] * from_zero))
+    values = [v for s in series for v in s.y]
+    powers = from_zero and len(series) > 1 and min(values) > 0 and max(values) > _FAR * min(values)
+    if powers:
+        series = [dataclasses.replace(s, y=[math.log10(v) for v in s.y]) for s in series]
+        low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+        y_ticks = [float(n) for n in range(low, high + 1)]
+    else:
+        y_ticks = nice_ticks(*_range(values + [0.0] * from_zero))
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def places(s: Series) -> list[tuple[float, float]]:
@@ -82,8 +90,8 @@ def chart(series: Sequence[Series], *, from_zero: bool = False) -> Chart | None:
     x_ticks = [t for t in nice_ticks(x_low, x_high, whole=True) if x_low <= t <= x_high]
     return Chart(
         tuple(_line(s, places(s)) for s in series),
-        tuple(Tick(f"{t:g}", 100 * (t - x_low) / (x_high - x_low)) for t in x_ticks),
-        tuple(Tick(f"{t:.10g}", 100 * (t - y_low) / (y_high - y_low)) for t in y_ticks),
+        tuple(Tick(_label(t), 100 * (t - x_low) / (x_high - x_low)) for t in x_ticks),
+        tuple(Tick(_label(10**t if powers else t), 100 * (t - y_low) / (y_high - y_low)) for t in y_ticks),
     )
 
 
@@ -101,6 +109,18 @@ def nice_ticks(low: float, high: float, *, count: int = 5, whole: bool = False) 
     step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
+
+
+def _label(value: float) -> str:
+    """Short, for there is little room beside a chart.
+
+    >>> _label(0.0002), _label(2500), _label(25000)
+    ('0.0002', '2500', '25k')
+    """
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if letter == 'k' else limit):.10g}{letter}"
+    return f"{value:.10g}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

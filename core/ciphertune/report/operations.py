@@ -50,7 +50,7 @@ class StepOperations:
         """Begin to count."""
         if self._trainer is None:
             self._trainer, self._mode = trainer, _Counting()
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     @hookimpl(tryfirst=True)
     def ciphertune_training_step(self, trainer: Any) -> None:
@@ -85,12 +85,12 @@ class StepOperations:
     def _stop(self) -> None:
         mode, self._mode = self._mode, None
         if mode is not None:
-            mode.__exit__(None, None, None)
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.paused = False
         self.multiply_adds = 0
         self.unknown = False
@@ -117,11 +117,11 @@ def _formula(func: Any) -> Callable[..., Any] | None:
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-    return flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape)
+    return flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-    return flop_counter.sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+    return flop_counter.sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
 
 
 # torch knows no formula for these.

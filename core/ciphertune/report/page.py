@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ciphertune.ledger import add_to, by_kind, total, zero
+from ciphertune.ledger import add_to, by_kind, kind_of, total, zero
 from ciphertune.report.chart import Series, chart
 from ciphertune.report.public import public, toml
 from ciphertune.trainer.atomic import replace_file
@@ -235,7 +235,12 @@ def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
 
 def _kinds(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows for kinds of layers, and below each its directions."""
-    found = []
+    units = list(units)
+    names: dict[str, list[str]] = {}
+    for row in units:
+        name, mine = " + ".join(row["layers"]), names.setdefault(kind_of(row["layers"]), [])
+        mine += [name] if name not in mine else []
+    found: list[dict[str, Any]] = []
     for kind, directions in by_kind(units).items():
         sums = zero()
         for row in directions.values():
@@ -243,11 +248,16 @@ def _kinds(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         parts = [
             {"direction": d, **row, "seconds": _seconds(row)} for d, row in sorted(directions.items(), reverse=True)
         ]
-        found.append({"name": kind, **sums, "seconds": _seconds(sums), "directions": parts})
+        found.append({"name": _name(kind, names[kind]), **sums, "seconds": _seconds(sums), "directions": parts})
     most = max((kind["seconds"]["all"] for kind in found), default=0.0)
     for kind in found:
         kind["share"] = kind["seconds"]["all"] / most if most else 0.0
     return sorted(found, key=lambda kind: -kind["seconds"]["all"])
+
+
+def _name(kind: str, layers: Sequence[str]) -> str:
+    """A kind's name, or its layers where that says more."""
+    return ", ".join(layers) if len(layers) == 1 or (len(layers) <= 8 and not kind.strip("*.{,}")) else kind
 
 
 def _units(units: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
