@@ -34,7 +34,7 @@ from ciphertune.run import read_comparison, run_training
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 SECTIONS = ("loss", "rate", "speed", "time", "layers", "traffic", "share", "security", "reproduce")
-VOID = {"meta", "link", "br", "hr", "img", "input"}
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

@@ -47,6 +47,10 @@ def render(content: Mapping[str, Any]) -> str:
         value = look_up(content, key) if value is None else value
         return Markup('<data value="{}" data-key="{}">{}</data>').format(value, key, form(value))
 
+    def name(text: str) -> Markup:
+        """A dotted name that may be broken after dots."""
+        return Markup(".<wbr>").join(text.split("."))
+
     source = resources.files("ciphertune.report").joinpath("page.html").read_text(encoding="utf-8")
     forms = {"size": size, "duration": duration, "count": count, "percent": percent, "number": number}
     demo = "plaintext" in content
@@ -58,7 +62,9 @@ def render(content: Mapping[str, Any]) -> str:
         view=view,
         demo=demo,
         figure=figure,
+        name=name,
         to=public(content["to"]),
+        network="network" if account["remote"] else "handing over",
         phases=_phases(account),
         kinds=_kinds(account["units"]),
         units=_units(account["units"]),
@@ -249,10 +255,10 @@ def _kinds(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {"direction": d, **row, "seconds": _seconds(row)} for d, row in sorted(directions.items(), reverse=True)
         ]
         found.append({"name": _name(kind, names[kind]), **sums, "seconds": _seconds(sums), "directions": parts})
-    most = max((kind["seconds"]["all"] for kind in found), default=0.0)
-    for kind in found:
-        kind["share"] = kind["seconds"]["all"] / most if most else 0.0
-    return sorted(found, key=lambda kind: -kind["seconds"]["all"])
+    most = max((entry["seconds"]["all"] for entry in found), default=0.0)
+    for entry in found:
+        entry["share"] = entry["seconds"]["all"] / most if most else 0.0
+    return sorted(found, key=lambda entry: -entry["seconds"]["all"])
 
 
 def _name(kind: str, layers: Sequence[str]) -> str:
