@@ -144,6 +144,10 @@ class Worker:
         """Number of open sessions."""
         return len(self._sessions)
 
+    def sessions_of(self, peer: str) -> int:
+        """Number of sessions that one client has open."""
+        return sum(session.peer == peer for session in list(self._sessions.values()))
+
     def expire(self) -> int:
         """Close sessions that were idle for longer than they may be; how many there were."""
         oldest = time.monotonic() - self.limits.idle_seconds
@@ -193,7 +197,7 @@ class Worker:
         return Message("ok", {"session": session_id})
 
     def _refuse_more(self, peer: str) -> None:
-        mine = sum(session.peer == peer for session in list(self._sessions.values()))
+        mine = self.sessions_of(peer)
         if mine >= self.limits.sessions or len(self._sessions) >= self.limits.all_sessions:
             raise QuotaError(
                 f"{mine} sessions of this client and {len(self._sessions)} in all are open, and no more may be; "
