@@ -236,7 +236,8 @@ class Service:
     def _measure(self, now: float) -> dict[str, Any]:
         """What all clients are told of all clients; the caller holds the lock."""
         total, (then, before) = self._sample(now), self._samples[0]
-        seconds = max(now - then, 1e-3)
+        # Right after the start too, or the first request of all could be told from its rate.
+        seconds = max(now - then, _WINDOW_SECONDS)
         busy = (total.evaluate_seconds - before.evaluate_seconds) / seconds / self.evaluators
         clients = list(self._clients.values())
         return {

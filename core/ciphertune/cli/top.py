@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ciphertune.top import WorkerState
 
 _HISTORY = 24
+_NAME = 24
+_LEVELS = (140, 110, 100, 90, 76, 60, 0)
+_PAST = 110
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -172,28 +175,32 @@ def _screen(
 
 
 def _table(states: Sequence[WorkerState], history: dict[str, collections.deque[float]], width: int) -> Table:
+    """The table, with as many columns as fit beside the workers' names."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold reverse", expand=True)
-    columns = [column for least, column in _COLUMNS if width >= least]
-    for title, _ in columns:
+    def cells(column: tuple[str, Any], past: bool) -> list[Text]:
+        title, cell = column
+        if title == "BUSY":
+            return [_busy(state, list(history.get(state.worker, ())) if past else []) for state in states]
+        return [Text(cell(state)) for state in states]
+
+    wanted = min(_NAME, max(len(state.worker) for state in states))
+    for level in _LEVELS:
+        columns = [column for least, column in _COLUMNS if least <= level]
+        rows = [cells(column, level >= _PAST and bool(history)) for column in columns]
+        widths = [max(len(c[0]), *(t.cell_len for t in row)) for c, row in zip(columns, rows, strict=True)]
+        widths[0] = width - sum(widths[1:]) - len(widths)
+        if widths[0] >= wanted:
+            break
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold reverse")
+    for (title, _), room in zip(columns, widths, strict=True):
         left = title in ("WORKER", "BUSY", "DEVICE")
         table.add_column(
-            title,
-            justify="left" if left else "right",
-            no_wrap=True,
-            overflow="ellipsis",
-            ratio=1 if title == "WORKER" else None,
+            title, justify="left" if left else "right", no_wrap=True, overflow="ellipsis", width=max(room, 1)
         )
-    for state in states:
-        cells = []
-        for title, cell in columns:
-            text = cell(state)
-            if title == "BUSY":
-                text = _busy(state, list(history.get(state.worker, ())) if width >= 110 else [])
-            cells.append(text if isinstance(text, Text) else Text(text))
-        table.add_row(*cells, style="dim" if state.state == "silent" else None)
+    for n, state in enumerate(states):
+        table.add_row(*(row[n] for row in rows), style="dim" if state.state == "silent" else None)
     return table
 
 
@@ -206,12 +213,13 @@ def _busy(state: WorkerState, before: Sequence[float]) -> Text:
         return Text("?")
     colour = "green" if state.busy < 0.7 else "yellow" if state.busy < 0.9 else "red"
     full = round(10 * state.busy)
-    text = Text.assemble(("█" * full, colour), ("░" * (10 - full), "dim"), f" {100 * state.busy:3.0f}%")
+    text = Text.assemble(("█" * full, colour), ("░" * (10 - full), "dim"))
+    if state.state == "draining":
+        text = Text("draining".ljust(10), style="yellow")
+    text.append(f" {100 * state.busy:3.0f}%")
     if before:
         drawn = "".join(_BLOCKS[min(8, int(8.999 * b))] for b in before)
         text.append(" " + drawn.rjust(_HISTORY), style=colour)
-    if state.state == "draining":
-        text.append(" draining", style="yellow")
     return text
 
 
@@ -249,7 +257,7 @@ def _time(seconds: float | None) -> str:
     return f"{minutes}m{int(seconds) % 60:02d}s" if minutes else f"{seconds:.0f}s"
 
 
-# From which width on, title, and text of a worker's cell. Of all clients, then MY of this one alone.
+# How wide a window has to be for it, about; title, and text of a cell. Of all clients; MY is of this one alone.
 _COLUMNS: tuple[tuple[int, tuple[str, Any]], ...] = (
     (0, ("WORKER", lambda s: s.worker)),
     (0, ("BUSY", lambda s: "")),
