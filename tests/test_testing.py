@@ -41,7 +41,7 @@ def over(faults: Faults, **options: Any) -> Any:
 
 
 def test_what_is_exported() -> None:
-    names = ["BackendSuite", "EchoDesk", "Faults", "ServedWorker", "TransportSuite"]
+    names = ["BackendSuite", "EchoDesk", "Faults", "PluginSuite", "ServedWorker", "TransportSuite"]
     assert ciphertune.testing.__all__ == names
     assert set(names) <= set(dir(ciphertune.testing))
     assert all(getattr(ciphertune.testing, name).__doc__ for name in names)

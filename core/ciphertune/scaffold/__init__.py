@@ -47,7 +47,7 @@ def new_project(kind: Kind, name: str, target: Path | None = None) -> list[Path]
     }
     try:
         with atomic_directory(folder, 0o755) as draft:
-            return [_write(file, draft, words) for file in sorted(_TEMPLATES.joinpath(kind).rglob(f"*{_SUFFIX}"))]
+            return sorted(_write(file, draft, words) for file in _TEMPLATES.joinpath(kind).rglob(f"*{_SUFFIX}"))
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}") from error
 
