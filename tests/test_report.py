@@ -230,7 +230,11 @@ def test_the_account_adds_up(run: tuple[Page, dict[str, Any]]) -> None:
     sums = total(account["units"])
     assert {name: sums[name] for name in traffic} == pytest.approx(traffic)
     assert sum(account["phases"].values()) == pytest.approx(account["seconds"])
-    assert all(seconds >= 0 for seconds in account["phases"].values())
+    phases = account["phases"]
+    assert (phases["encrypt"], phases["decrypt"]) == (traffic["encrypt_seconds"], traffic["decrypt_seconds"])
+    assert phases["worker"] == min(traffic["evaluate_seconds"], traffic["wait_seconds"])
+    assert phases["worker"] + phases["network"] == pytest.approx(traffic["wait_seconds"])
+    assert all(seconds >= 0 for seconds in phases.values())
     assert account["phases"]["worker"] > 0 < account["phases"]["rest"]
     weights = account["outsourced_weights"], account["client_weights"]
     assert weights[0] / sum(weights) == pytest.approx(content["outsourced_fraction"])
