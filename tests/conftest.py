@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,3 +146,39 @@ def tiny() -> Callable[[str], nn.Module]:
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def project_in() -> Callable[[Path], Path]:
+    """``project_in(folder)``: puts a tiny Llama, a tokenizer of characters, a text and a configuration there."""
+    return _make_project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with them."""
+    return _make_project(tmp_path)
+
+
+def _make_project(folder: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {chr(c): i for i, c in enumerate(range(32, 127))} | {"<unk>": 95, "<eos>": 96}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    fast.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    (folder / "run.toml").write_text(
+        'to = "clear"\n[model]\nname = "model"\n[data]\nsource = "text.txt"\nlength = 16\nbatch_size = 8\n'
+        '[training]\noutput = "out"\nsteps = 8\nlearning_rate = 0.02\nschedule = "cosine"\ncheckpoint_dir = "ck"\n'
+        "checkpoint_every = 4\neval_every = 4\n"
+    )
+    return folder

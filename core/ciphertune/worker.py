@@ -154,6 +154,10 @@ class Worker:
         """Number of open sessions."""
         return len(self._sessions)
 
+    def sessions_of(self, peer: str) -> int:
+        """Number of sessions that one client has open."""
+        return sum(session.peer == peer for session in list(self._sessions.values()))
+
     def expire(self) -> int:
         """Close sessions that were idle for longer than they may be; how many there were."""
         oldest = time.monotonic() - self.limits.idle_seconds
