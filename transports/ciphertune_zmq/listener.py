@@ -33,6 +33,7 @@ _HANDSHAKE_SECONDS = 5
 _RECEIVE_QUEUE = 8
 _SEND_QUEUE = 64
 _ROUTING_FRAMES = 2
+_ENVELOPE_BYTES = 1 << 16
 # Replies to clients that take none.
 _MOST_WAITING = 1 << 14
 # Below this copying is cheaper than telling when ZeroMQ is done with the memory.
@@ -171,18 +172,20 @@ class _ServerLoop(SocketLoop):
         # A few at a time, so that replies are not held up by a client that keeps sending.
         for _ in range(_RECEIVE_QUEUE):
             frames: list[zmq.Frame] = []
-            most = most_parts(self._desk.limits) + _ROUTING_FRAMES
+            limits, nbytes = self._desk.limits, 0
+            most = most_parts(limits) + _ROUTING_FRAMES
             try:
                 more = True
                 while more:
                     frame = self.socket.recv(zmq.NOBLOCK, copy=False)
                     more = frame.more
-                    if len(frames) <= most:
+                    nbytes += len(frame)
+                    # What is not kept is missed below, and the message refused.
+                    if len(frames) <= most and nbytes <= limits.header_bytes + limits.total_bytes + _ENVELOPE_BYTES:
                         frames.append(frame)
             except zmq.Again:
                 return
-            last = frames[-1]
-            self._backlog.delivered(_descriptor(last))
+            self._backlog.delivered(_descriptor(frame))
             if len(frames) < _ROUTING_FRAMES or len(frames[1]) < NUMBER_BYTES:
                 log.info("ignored a message without a request number")
                 continue
@@ -193,7 +196,7 @@ class _ServerLoop(SocketLoop):
                 # What is left of it makes the desk answer with an error, since one is owed.
                 log.info("malformed: %s", error)
                 parts = []
-            self._desk.submit(parts, _peer(last), self._reply_to(route, envelope[:NUMBER_BYTES]))
+            self._desk.submit(parts, _peer(frame), self._reply_to(route, envelope[:NUMBER_BYTES]))
 
     def _reply_to(self, route: bytes, number: bytes) -> Callable[[list[Frame], Callable[[], None]], None]:
         def reply(frames: list[Frame], release: Callable[[], None]) -> None:
