@@ -16,12 +16,12 @@ import json
 from typing import Any
 
 import torch
-from ciphertune.nearby import serving
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from sklearn.datasets import make_circles, make_moons
 from torch import Tensor, nn
 
 import ciphertune
+from ciphertune.nearby import serving
 
 WIDTH = 16
 OUTSOURCED = ["0", "2"]
