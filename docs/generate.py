@@ -90,7 +90,7 @@ def _ratios() -> str:
     busy = (
         ""
         if machine["load_before"] < 0.5 * machine["threads"]
-        else ": **busy with other work, so the ratios are too high**"
+        else " (**busy with other work: look at the trend, not at single points**)"
     )
     return (
         "![Evaluation, and encryption, evaluation and decryption together, over the plaintext product, for "

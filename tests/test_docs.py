@@ -52,6 +52,7 @@ EXCLUDED = {
     ("CONTRIBUTING.md", "make demo-quick"): _MAKE,
     ("CONTRIBUTING.md", "make soak MINUTES=10"): "ten minutes; for people",
     ("CONTRIBUTING.md", "make fuzz RUNS=100000"): "minutes; for people",
+    ("CONTRIBUTING.md", "make concrete-ml"): _MAKE,
     ("README.md", "make install"): _MAKE,
     ("README.md", "make demo"): "minutes; tests/test_demo.py runs it small",
     ("README.md", "make test"): _MAKE,
