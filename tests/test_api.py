@@ -86,6 +86,7 @@ PUBLIC = [
 HOOKS = {
     "ciphertune_select_layers": ["model", "candidates"],
     "ciphertune_session_opened": ["session"],
+    "ciphertune_sending_key": ["worker", "nbytes", "done"],
     "ciphertune_session_closed": ["session"],
     "ciphertune_before_request": ["session", "exchange"],
     "ciphertune_after_reply": ["session", "exchange"],

@@ -48,7 +48,7 @@ def test_every_command_has_help(name: str) -> None:
 
 
 def test_backends_state_their_security() -> None:
-    rows = {row["name"]: row for row in json.loads(invoke("backends", "--json").output)}
+    rows = {row["name"]: row for row in json.loads(invoke("backends", "--json").stdout)}
     assert rows["mlwe"]["encrypted"] is True
     assert rows["mlwe"]["security_bits"] == 133.4
     assert rows["mlwe"]["options"]["reply_bits"] == 24
@@ -60,9 +60,9 @@ def test_backends_state_their_security() -> None:
 
 
 def test_transports_and_plugins() -> None:
-    rows = {row["name"]: row for row in json.loads(invoke("transports", "--json").output)}
+    rows = {row["name"]: row for row in json.loads(invoke("transports", "--json").stdout)}
     assert rows["local"]["remote"] is False
-    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
+    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
     assert "ciphertune_training_step" in rows["progress"]["hooks"]
     assert "local" in invoke("transports").output
     assert "progress" in invoke("plugins").output
@@ -76,7 +76,7 @@ def test_a_plugin_that_fails_is_listed_with_its_cause(monkeypatch: pytest.Monkey
     rows = dict(registry.installed(registry.BACKENDS))
     rows["broken"] = Broken("broken", "nowhere:Backend", "someone 1.0", None)  # type: ignore[arg-type]
     monkeypatch.setattr(registry, "installed", lambda group: rows)
-    found = {row["name"]: row for row in json.loads(invoke("backends", "--json").output)}
+    found = {row["name"]: row for row in json.loads(invoke("backends", "--json").stdout)}
     assert "no module named quantum" in found["broken"]["error"]
     assert found["mlwe"]["error"] is None
     assert "quantum" in invoke("backends").output
@@ -106,10 +106,10 @@ class _Explodes(ClearBackend):
 @pytest.mark.parametrize("plugin", [_NoOptions, _Explodes])
 def test_a_backend_that_raises_anything_disables_no_other(monkeypatch: pytest.MonkeyPatch, plugin: Any) -> None:
     _install(monkeypatch, registry.BACKENDS, "strange", plugin)
-    rows = {row["name"]: row for row in json.loads(invoke("backends", "--json").output)}
+    rows = {row["name"]: row for row in json.loads(invoke("backends", "--json").stdout)}
     assert ("RuntimeError: no such device" if plugin is _Explodes else "AttributeError") in rows["strange"]["error"]
     assert rows["mlwe"]["error"] is None
-    found = json.loads(invoke("doctor", "--json").output)["backends"]
+    found = json.loads(invoke("doctor", "--json").stdout)["backends"]
     assert ("RuntimeError: no such device" if plugin is _Explodes else "AttributeError") in found["strange"]["error"]
     assert found["mlwe"]["kernel"]
 
@@ -124,20 +124,20 @@ class _Misspelt:
 
 def test_a_plugin_that_is_refused_or_left_out_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, registry.PLUGINS, "misspelt", _Misspelt())
-    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
+    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
     assert "ciphertune_trainig_step" in rows["misspelt"]["error"]
     assert rows["misspelt"]["active"] is False
     assert rows["progress"]["error"] is None
     assert rows["progress"]["active"] is True
     monkeypatch.setenv("CIPHERTUNE_PLUGINS", "")
-    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
+    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
     assert rows["progress"]["active"] is False
     assert rows["progress"]["error"] is None
 
 
 def test_plugins_with_options_are_active_where_they_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
+    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
     assert (rows["history"]["always"], rows["history"]["active"]) == (False, False)
     assert rows["prometheus"]["options"] == {"port": 9101, "host": "127.0.0.1"}
     assert (rows["progress"]["always"], rows["progress"]["options"]) == (True, {})
@@ -145,7 +145,7 @@ def test_plugins_with_options_are_active_where_they_are_named(monkeypatch: pytes
     assert re.search(r"history +│ where named +│ path=…", text)
     assert re.search(r"traffic +│ where named +│ path=none", text)
     monkeypatch.setenv("CIPHERTUNE_PLUGINS", f"history?path={tmp_path / 'h.csv'},prometheus?port=x")
-    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").output)}
+    rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
     assert rows["history"]["active"] is True
     assert rows["progress"]["active"] is False
     assert "must be a int" in rows["prometheus"]["error"]
@@ -168,7 +168,7 @@ def test_a_plugin_that_fails_to_add_commands_takes_none_away(monkeypatch: pytest
 
 
 def test_doctor_names_the_kernel() -> None:
-    found = json.loads(invoke("doctor", "--json").output)
+    found = json.loads(invoke("doctor", "--json").stdout)
     assert found["backends"]["mlwe"]["kernel"] in ("int8", "float64")
     assert found["backends"]["mlwe"]["encryption loops"]
     assert found["versions"]["torch"]
@@ -180,7 +180,7 @@ def test_doctor_names_the_kernel() -> None:
 @pytest.mark.parametrize("to", ["clear", "simulation?seed=1", "mlwe", "mlwe?request_bits=24&body_bits=24"])
 def test_bench_kernel_gives_one_complete_object(to: str) -> None:
     sizes = ["--tokens", "200", "--in-features", "96", "--out-features", "80", "--repeat", "2"]
-    result = json.loads(invoke("bench", "kernel", "--to", to, *sizes, "--json").output)
+    result = json.loads(invoke("bench", "kernel", "--to", to, *sizes, "--json").stdout)
     assert (result["tokens"], result["in_features"], result["out_features"]) == (200, 96, 80)
     for name in ("plaintext_fp32_s", "encrypt_s", "evaluate_s", "decrypt_s"):
         assert result[name] > 0
@@ -201,7 +201,7 @@ def test_bench_kernel_gives_one_complete_object(to: str) -> None:
 
 def test_bench_train_compares_the_same_training() -> None:
     arguments = ["--model", "mlp", "--to", "mlwe", "--tokens", "32", "--steps", "3", "--json"]
-    result = json.loads(invoke("bench", "train", *arguments).output)
+    result = json.loads(invoke("bench", "train", *arguments).stdout)
     plain, encrypted = result["loss_plaintext"], result["loss_encrypted"]
     assert len(plain) == len(encrypted) == 3
     assert all(abs(a - b) < 0.05 * a for a, b in zip(plain, encrypted, strict=True))

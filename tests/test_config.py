@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from ciphertune.cli import cli
@@ -109,32 +108,6 @@ def test_texts_from_files_folders_and_json_lines(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 2 of") as caught:
         read_texts(DataSection(str(lines)))
     assert "private words" not in str(caught.value)
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A folder with a tiny Llama, a tokenizer of characters, a text and a configuration."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {chr(c): i for i, c in enumerate(range(32, 127))} | {"<unk>": 95, "<eos>": 96}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    fast.save_pretrained(tmp_path / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
-    (tmp_path / "run.toml").write_text(
-        'to = "clear"\n[model]\nname = "model"\n[data]\nsource = "text.txt"\nlength = 16\nbatch_size = 8\n'
-        '[training]\noutput = "out"\nsteps = 8\nlearning_rate = 0.02\nschedule = "cosine"\ncheckpoint_dir = "ck"\n'
-        "checkpoint_every = 4\neval_every = 4\n"
-    )
-    return tmp_path
 
 
 def test_a_run_trains_saves_and_resumes_exactly(project: Path) -> None:

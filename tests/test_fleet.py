@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import farm as farming
 import pytest
@@ -19,7 +19,7 @@ from farm import SECONDS, Farm, Host, never, thread
 from torch import Tensor, nn
 
 import ciphertune
-from ciphertune import fleet
+from ciphertune import fleet, registry
 from ciphertune.bundle import load_worker
 from ciphertune.errors import (
     ReplyError,
@@ -29,6 +29,7 @@ from ciphertune.errors import (
     UnknownLayerError,
     WorkerError,
 )
+from ciphertune.plugins import PluginManager
 from ciphertune.protocol import Message, error_message
 from ciphertune.session import Session
 from ciphertune.weights import LayerWeight, quantize
@@ -491,6 +492,67 @@ def test_a_hedge_does_not_wait_for_a_session(farm: Farm) -> None:
             gate.open.set()
         done.result(SECONDS)
     assert second.count("open") == opened
+
+
+class Keyed(ClearBackend):
+    """Brings a key of 1 MiB, and products that may take long."""
+
+    name = "keyed"
+
+    class Client(ClearClient):
+        def evaluation_key(self) -> dict[str, Tensor]:
+            return {"key": torch.zeros(1 << 20, dtype=torch.uint8)}
+
+    def client(self, device: torch.device) -> ClearClient:
+        return self.Client()
+
+    def allowance(self, linear_map: Any, tokens: int) -> float:
+        return 0.001 * tokens * linear_map.out_features
+
+
+def later(host: Host, seconds: float) -> Any:
+    def script(request: Message) -> Message:
+        time.sleep(seconds)
+        return host.answer(request)
+
+    return script
+
+
+def test_a_large_key_may_take_longer_than_a_request(
+    farm: Farm, register: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Watcher:
+        seen: ClassVar[list[Any]] = []
+
+        @ciphertune.hookimpl
+        def ciphertune_sending_key(self, worker: str, nbytes: int, done: bool) -> None:
+            self.seen.append((worker, nbytes, done))
+
+    register(registry.BACKENDS, Keyed)
+    plugins = PluginManager()
+    plugins.register(Watcher(), "watcher")
+    model = single()
+    (a,) = farm.plant(model, a=[["0"]])
+    a.on("open", later(a, 0.3))
+    with caplog.at_level(logging.INFO, "ciphertune.fleet"):
+        session = farm.outsource(model, "keyed", plugins, timeout=0.1, connect_timeout=0.05)
+    assert a.count("open") == 1
+    assert Watcher.seen == [("a", 1 << 20, False), ("a", 1 << 20, True)]
+    assert "sending a key of 1.0 MB to a" in caplog.text
+    assert session.traffic.requests == 0
+
+
+def test_a_slow_product_has_the_time_that_the_backend_says(farm: Farm, register: Any) -> None:
+    register(registry.BACKENDS, Keyed)
+    model = single()
+    (a,) = farm.plant(model, a=[["0"]])
+    session = farm.outsource(model, "keyed", timeout=0.1)
+    a.on("evaluate", later(a, 0.4))
+    model(torch.ones(5, 24))  # 5 · 192 ms beyond the timeout
+    assert (a.count("evaluate"), session.traffic.retries) == (1, 0)
+    a.on("evaluate", later(a, 0.6))
+    model(torch.ones(1, 24))
+    assert session.traffic.retries >= 1
 
 
 def test_busy_is_tried_again(farm: Farm) -> None:

@@ -86,7 +86,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ciphertune-wire/ciphertune_wire/__init__.py" in result.output
     assert (tmp_path / "ciphertune-wire" / "pyproject.toml").exists()
     result = runner.invoke(cli, ["new", "plugin", "eye", "--output", "there", "--json"])
-    found = json.loads(result.output)
+    found = json.loads(result.stdout)
     assert found["folder"] == "there"
     assert all((tmp_path / "there" / file).exists() for file in found["files"])
     assert runner.invoke(cli, ["new", "planet", "x"]).exit_code == 2

@@ -56,6 +56,17 @@ def test_bar_shows_steps_loss_and_speed_up_to_the_end(monkeypatch):
     assert ciphertune_progress._bar is None
 
 
+def test_a_key_on_its_way_is_shown_until_it_is_there(monkeypatch):
+    terminal = make_terminal(monkeypatch)
+    ciphertune_progress.ciphertune_sending_key("10.0.0.5:5555", 134_217_728, False)
+    ciphertune_progress.ciphertune_sending_key("10.0.0.6:5555", 134_217_728, False)
+    assert len(ciphertune_progress._keys) == 1, "the terminal has room for one"
+    for worker in ("10.0.0.5:5555", "10.0.0.6:5555"):
+        ciphertune_progress.ciphertune_sending_key(worker, 134_217_728, True)
+    assert "sending a key of 134 MB to 10.0.0.5:5555" in shown(terminal)
+    assert not ciphertune_progress._keys
+
+
 def test_one_trainer_after_another(monkeypatch):
     terminal = make_terminal(monkeypatch)
     trainer_of().train(data(3))

@@ -1,10 +1,15 @@
 """The simulation has the errors of what it simulates."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import ciphertune
+from ciphertune import registry
+from ciphertune.backend import NoiseModel
 from ciphertune.errors import SelectionError
 from ciphertune.session import choose
 
@@ -48,6 +53,31 @@ def test_product_errors_have_the_same_size(options: str) -> None:
     assert 0.93 < (simulated.square().mean() / real.square().mean()).item() < 1.07
     per_token = simulated.square().mean(1) / real.square().mean(1)
     assert 0.3 < per_token.min() < per_token.max() < 3
+
+
+class Packed(registry.load(registry.BACKENDS, "mlwe")):
+    """Says that its errors go along its outputs."""
+
+    name = "packed"
+
+    @property
+    def noise(self) -> NoiseModel:
+        return NoiseModel(1e9, 0.0, 9.0, correlation=0.6, period=64)
+
+
+def test_errors_of_neighbouring_outputs_are_alike(register: Callable[[str, Any], None]) -> None:
+    register(registry.BACKENDS, Packed)
+    backend = choose("simulation?of=packed").backend
+    client = backend.client(torch.device("cpu"))
+    worker = type(backend).worker(client.open_fields(), {}, torch.device("cpu"))
+    request = {"x": torch.zeros(20000, 8), "scale": torch.ones(20000, dtype=torch.float64)}
+    error = worker.evaluate(worker.prepare(torch.ones(100, 8, dtype=torch.int8)), "forward", request)["y"]
+    covariance = torch.cov(error.t()) / 9
+    assert float((covariance.diagonal() - 1).abs().max()) < 0.06
+    for distance in (1, 16, 32, 63):
+        found = covariance[:64, :64].diagonal(distance)
+        assert float((found - 0.6 * (1 - 2 * distance / 64)).abs().max()) < 0.06
+    assert float(covariance[:64, 64:].abs().max()) < 0.06, "the next period knows nothing of this one"
 
 
 @pytest.mark.parametrize("options", ["", "request_bits=24&reply_bits=16"])
@@ -106,3 +136,15 @@ def test_it_declares_the_simulated_backends_noise_and_no_security() -> None:
 def test_wrong_options(options: str, message: str) -> None:
     with pytest.raises(SelectionError, match=message):
         choose(f"simulation?{options}")
+
+
+def test_options_of_any_backend_are_handed_on() -> None:
+    wide, narrow = (choose(f"simulation?of=concrete-circuit&bits={bits}&seed=2").backend for bits in (30, 24))
+    assert wide.options.seed == narrow.options.seed == 2
+    assert wide.noise is not None
+    assert narrow.noise is not None
+    assert wide.noise.half_range > narrow.noise.half_range
+    with pytest.raises(SelectionError, match=r"unknown option 'request_bits'.*bits.*seed"):
+        choose("simulation?of=concrete-circuit&request_bits=24")
+    with pytest.raises(SelectionError, match="unknown option 'bits'"):
+        choose("simulation?of=mlwe&bits=24")

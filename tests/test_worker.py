@@ -308,6 +308,40 @@ def test_sessions_are_limited_and_expire() -> None:
     assert worker.handle(Message("open", fields), "carol").kind == "ok"
 
 
+def test_keys_of_sessions_count_against_a_quota() -> None:
+    worker = Worker(stored(), limits=SessionLimits(nbytes=250, all_nbytes=400))
+    fields = {"backend": "clear", "groups": [["q"]], "public": {}}
+    key = {"key": torch.zeros(100, dtype=torch.uint8)}
+    opened = [worker.handle(Message("open", fields, key), "alice") for _ in range(3)]
+    assert [reply.kind for reply in opened] == ["ok", "ok", "error"]
+    assert opened[2].fields["code"] == "quota"
+    assert "keys" in opened[2].fields["message"]
+    assert worker.session_bytes == 200
+    # Without a key there is room for another, and for another client's keys while there is for all.
+    assert worker.handle(Message("open", fields), "alice").kind == "ok"
+    assert [worker.handle(Message("open", fields, key), "bob").kind for _ in range(2)] == ["ok", "ok"]
+    assert worker.handle(Message("open", fields, key), "carol").fields["code"] == "quota"
+    worker.handle(Message("close", {"session": opened[0].fields["session"]}), "alice")
+    assert worker.handle(Message("open", fields, key), "carol").kind == "ok"
+
+
+def test_what_keys_become_at_the_worker_counts_too(register: Any) -> None:
+    class Half(type(registry.load(registry.BACKENDS, "clear").worker({}, {}, torch.device("cpu")))):  # type: ignore[misc]
+        nbytes = 1000
+
+    class Swelling(registry.load(registry.BACKENDS, "clear")):  # type: ignore[misc]
+        name = "swelling"
+
+        @classmethod
+        def worker(cls, fields: Any, evaluation_key: Any, device: Any) -> Any:
+            return Half()
+
+    register(registry.BACKENDS, Swelling)
+    worker = Worker(stored(), limits=SessionLimits(nbytes=1500))
+    replies = [ask(worker, "open", opening(backend="swelling")) for _ in range(2)]
+    assert [reply.kind for reply in replies] == ["ok", "error"]
+
+
 def test_a_worker_that_holds_something_else_says_so(worker: Worker) -> None:
     reply = ask(worker, "open", {**opening(), "holdings": "0" * 64})
     assert reply.fields["code"] == "holdings"

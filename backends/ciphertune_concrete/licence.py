@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import warnings
 
+TERMS = "BSD-3-Clause-Clear, which grants no patent rights: commercial use needs a patent licence from Zama"
+"""In tables."""
+
 
 class LicenceNotice(UserWarning):
     """A dependency's licence asks for more than installing it."""
@@ -18,8 +21,7 @@ def notice(package: str) -> None:
         package: name of the distribution, as pip knows it.
     """
     warnings.warn(
-        f"{package} is under the BSD-3-Clause-Clear licence, which grants no patent rights: "
-        "commercial use needs a patent licence from Zama",
+        f"{package} is under the licence {TERMS}",
         LicenceNotice,
         stacklevel=3,
     )

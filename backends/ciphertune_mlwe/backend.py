@@ -17,6 +17,7 @@ from ciphertune.backend import (
     NoiseModel,
     SecurityStatement,
     WeightBits,
+    Work,
     WorkerHalf,
 )
 from ciphertune.errors import ProtocolError, SelectionError
@@ -125,6 +126,12 @@ class MLWEBackend(Backend):
         row = o.reply_bits // 8 * self.parameters.dimension + o.kept_body_bits // 8 * sent
         up = SEED_BYTES + linear_map.in_features * (o.request_bits // 8) * sent
         return up, linear_map.out_features * (o.weight_bits // 8) * row
+
+    def work(self, linear_map: LinearMap, tokens: int) -> Work:
+        """See ``Backend.work``; a product's mask is a matrix of as many columns as the secret has entries."""
+        k, n, columns = linear_map.in_features, linear_map.out_features, tokens + self.parameters.dimension
+        by = f"inputs × outputs × (tokens + {self.parameters.dimension}) to evaluate, and less to encrypt and decrypt"
+        return Work(k * tokens, k * n * columns, n * tokens, by)
 
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half with the key file's key, or a fresh one. Raises ``KeyFileError``."""

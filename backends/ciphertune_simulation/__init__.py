@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,27 +28,26 @@ from ciphertune.errors import ProtocolError, ReplyError, SelectionError
 
 @dataclasses.dataclass(frozen=True)
 class SimulationOptions:
-    """Options of the simulation backend.
+    """Options of the simulation backend, beside those of the simulated one.
 
     Attributes:
         of: the backend to simulate; it must declare a noise model.
         seed: of the simulated noise; the same seed and the same sequence of products give the same results.
-        request_bits, reply_bits, body_bits, weight_bits, params: handed on to the simulated backend.
     """
 
     of: str = "mlwe"
     seed: int = 0
-    request_bits: int | None = None
-    reply_bits: int | None = None
-    body_bits: int | None = None
-    weight_bits: Literal[8, 16] | None = None
-    params: str | None = None
 
     def __post_init__(self) -> None:
-        if self.of == "simulation":
-            raise SelectionError("a simulation of the simulation is not a thing: name a backend in of=…")
         if not 0 <= self.seed < 1 << 63:
             raise SelectionError(f"option seed={self.seed} must be between 0 and 2^63 - 1")
+
+
+def _simulated(name: str) -> type[Backend]:
+    if name == "simulation":
+        raise SelectionError("a simulation of the simulation is not a thing: name a backend in of=…")
+    found: type[Backend] = registry.load(registry.BACKENDS, name)
+    return found
 
 
 class SimulationClient(ClientHalf[Tensor]):
@@ -63,6 +63,8 @@ class SimulationClient(ClientHalf[Tensor]):
             "seed": self._seed,
             "input_variance": self._noise.input_variance,
             "output_variance": self._noise.returned_variance,
+            "correlation": self._noise.correlation,
+            "period": self._noise.period,
         }
 
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[Tensor]:
@@ -82,11 +84,18 @@ class SimulationWorker(WorkerHalf):
     """A float32 product with integer codes, plus Gaussian noise of the simulated backend's variance."""
 
     def __init__(self, fields: Mapping[str, Any], device: torch.device) -> None:
-        values = [fields.get(name) for name in ("input_variance", "output_variance")]
-        seed = fields.get("seed")
+        values: list[Any] = [fields.get(name) for name in ("input_variance", "output_variance")]
+        seed, correlation, period = (fields.get(name) for name in ("seed", "correlation", "period"))
         if not isinstance(seed, int) or not all(isinstance(v, float) and 0 <= v < 1e30 for v in values):
             raise ProtocolError("expected the fields seed, input_variance and output_variance")
+        if not isinstance(correlation, float) or not isinstance(period, int) or not 0 <= correlation <= 1:
+            raise ProtocolError("expected the fields correlation and period")
+        if not 0 <= period < 1 << 31 or (correlation > 0 and period == 0):
+            raise ProtocolError("a correlation needs a period, between 1 and 2^31")
         self._input_variance, self._output_variance = values
+        self._shared_deviation = math.sqrt(correlation * self._output_variance)
+        self._own_variance = (1 - correlation) * self._output_variance
+        self._period = period
         self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)
 
@@ -107,12 +116,31 @@ class SimulationWorker(WorkerHalf):
             raise ProtocolError("expected a float64 buffer 'scale' of shape (tokens,)")
         y = torch.nn.functional.linear(x.to(self._device), matrix.to(torch.float32))
         unit = scale.to(self._device).reciprocal().to(torch.float32)
-        noise = torch.randn(y.shape, generator=self._generator, device=self._device)
-        return {"y": y.add_(noise.mul_(deviation).mul_(unit[:, None]))}
+        noise = self._normal(*y.shape).mul_(deviation)
+        if self._shared_deviation:
+            noise.add_(self._along(*y.shape), alpha=self._shared_deviation)
+        return {"y": y.add_(noise.mul_(unit[:, None]))}
 
     def _deviation(self, matrix: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(matrix, dim=1)
-        return torch.sqrt(self._input_variance * norm**2 + self._output_variance)
+        return torch.sqrt(self._input_variance * norm**2 + self._own_variance)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device=self._device)
+
+    def _along(self, tokens: int, outputs: int) -> Tensor:
+        """Normal values whose correlation falls linearly along the outputs, from 1 to -1 a period on.
+
+        As in the scheme: half the sum of a period's roundings, of which those behind an output count with the other
+        sign.
+        """
+        parts = []
+        for start in range(0, outputs, self._period):
+            count = min(self._period, outputs - start)
+            sums = self._normal(tokens, count).mul_(2 / math.sqrt(self._period)).cumsum(1)
+            rest = self._normal(tokens, 1).mul_(2 * math.sqrt((self._period - count) / self._period))
+            parts.append(sums - (sums[:, -1:] + rest) / 2)
+        return torch.cat(parts, dim=1)
 
 
 class SimulationBackend(Backend):
@@ -123,12 +151,20 @@ class SimulationBackend(Backend):
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
-        handed = ("request_bits", "reply_bits", "body_bits", "weight_bits", "params")
-        given = {name: value for name in handed if (value := getattr(self.options, name)) is not None}
-        backend: type[Backend] = registry.load(registry.BACKENDS, self.options.of)
-        self._simulated = backend.from_text(given)
+        own = {field.name for field in dataclasses.fields(SimulationOptions)}
+        given = {name: value for name, value in vars(self.options).items() if name not in own}
+        simulated = _simulated(self.options.of)
+        self._simulated = simulated(simulated.Options(**given))
         if self._simulated.noise is None:
             raise SelectionError(f"{self.options.of!r} declares no noise model, so it cannot be simulated")
+
+    @classmethod
+    def options_class(cls, options: Mapping[str, str]) -> type:
+        """Its own options and those of the simulated backend. Raises ``SelectionError`` for one that is not there."""
+        simulated = _simulated(options.get("of", SimulationOptions.of)).Options
+        if dataclasses.fields(simulated) == ():
+            return SimulationOptions
+        return dataclasses.make_dataclass("SimulationOptions", [], bases=(SimulationOptions, simulated), frozen=True)
 
     @property
     def security(self) -> SecurityStatement:

@@ -47,6 +47,21 @@ class SecurityStatement:
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What the phases of a product grow with, for scaling times that were measured with a smaller one.
+
+    Attributes:
+        encrypt, evaluate, decrypt: amounts, each in a unit of its own.
+        by: what they count, in words.
+    """
+
+    encrypt: float
+    evaluate: float
+    decrypt: float
+    by: str
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearMap:
     """What a client knows of one outsourced product ``y = x Mᵀ``, M of shape (out_features, in_features).
 
@@ -69,7 +84,9 @@ class LinearMap:
 class NoiseModel:
     """What a backend's encryption does to a product, for encoding, for the simulation and for predictions.
 
-    A token is encoded as ``m = scale_t · x``; decoding divides outputs by scale_t again.
+    A token is encoded as ``m = scale_t · x``; decoding divides outputs by scale_t again. This fits any scheme whose
+    errors are added to encoded values and whose outputs wrap beyond some size: for one that packs values into a
+    polynomial, ``half_range`` is the size of a value below which no coefficient can wrap.
 
     Attributes:
         half_range: encoded outputs wrap at ±half_range.
@@ -77,12 +94,18 @@ class NoiseModel:
         output_variance: of the error added to every encoded output value.
         digits: base-256 digits in which a weight is evaluated, each a product of its own that may use the whole
             range; more than one for weights of more than 8 bits.
+        correlation: between output errors of neighbouring outputs of a token. It falls linearly along the outputs, to
+            its negative ``period`` outputs on, and those of different periods are independent. Encryption that packs
+            outputs into the coefficients of a rounded polynomial under a secret of bits has this.
+        period: see ``correlation``.
     """
 
     half_range: float
     input_variance: float
     output_variance: float
     digits: int = 1
+    correlation: float = 0.0
+    period: int = 0
 
     @property
     def returned_variance(self) -> float:
@@ -141,7 +164,12 @@ class Encrypted(Generic[StateT]):
 
 
 class ClientHalf(abc.ABC, Generic[StateT]):
-    """Keys, encryption and decryption. Runs at the data owner; never imports the worker half."""
+    """Keys, encryption and decryption. Runs at the data owner; never imports the worker half.
+
+    Several threads may have products under way at once, and several requests may be encrypted before the first reply
+    comes: what belongs to a request is in its ``state``. Buffers are of the types that the protocol carries: uint8,
+    int8, int16, int32, int64, float32, float64.
+    """
 
     def open_fields(self) -> Mapping[str, Any]:
         """Public parameters that the worker half needs, as plain numbers and text."""
@@ -176,7 +204,7 @@ class WorkerHalf(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, weight: Tensor) -> Any:
-        """Take a weight of shape (N, K): int8 or int16 codes, or float32 where ``weight_bits`` is None.
+        """Take a weight of shape (N, K): int8 codes in ±127, int16 in ±32639, or float32 where ``weight_bits`` is None.
 
         What it returns is handed to ``evaluate``, also of other sessions that were opened with the same fields, so it
         must hold nothing of this session. It should keep a reference to ``weight`` rather than a copy.
@@ -189,6 +217,11 @@ class WorkerHalf(abc.ABC):
         Raises:
             ProtocolError: the request's buffers are not what this backend sends.
         """
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the session's keys take, if more than they took on the wire; counts against a client's quota."""
+        return 0
 
     def close(self) -> None:
         """Forget the session's keys and scratch memory."""
@@ -204,14 +237,23 @@ class Backend(abc.ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    licence: ClassVar[str] = ""
+    """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
+    measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)
+    """Tokens, inputs and outputs of the largest product that a plan measures to estimate the time of others."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()
 
     @classmethod
+    def options_class(cls, options: Mapping[str, str]) -> type:
+        """The dataclass that reads these options: ``Options``, unless one of them brings others along."""
+        return cls.Options
+
+    @classmethod
     def from_text(cls, options: Mapping[str, Any]) -> Backend:
         """Make the backend from option text, as in a selection string. Raises ``SelectionError``."""
-        return cls(build_options(cls.Options, options))
+        return cls(build_options(cls.options_class(options), options))
 
     @property
     @abc.abstractmethod
@@ -228,9 +270,26 @@ class Backend(abc.ABC):
         """The error model of this backend with these options, or None where it has no closed form."""
         return None
 
+    def refuse(self, linear_map: LinearMap) -> str | None:
+        """Why this backend cannot evaluate a map at all, with the largest that it can, or None where it can.
+
+        Asked before anything is sent, and by plans, which know sizes but no norms.
+        """
+        return None
+
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int] | None:
         """Bytes of the buffers of a request and of its reply, for plans; None where it is not known before."""
         return None
+
+    def work(self, linear_map: LinearMap, tokens: int) -> Work:
+        """What the phases of a product grow with; by default the numbers sent, multiplied and returned."""
+        sent, returned = tokens * linear_map.in_features, tokens * linear_map.out_features
+        by = "tokens × inputs to encrypt, tokens × inputs × outputs to evaluate, tokens × outputs to decrypt"
+        return Work(sent, sent * linear_map.out_features, returned, by)
+
+    def allowance(self, linear_map: LinearMap, tokens: int) -> float:
+        """Seconds that a worker may take for a product beyond what the option ``timeout`` allows any request."""
+        return 0.0
 
     def refuse_imprecise(self, linear_map: LinearMap) -> None:
         """Raise ``PrecisionError`` for a map whose outputs would be mostly noise under these options."""
@@ -239,7 +298,7 @@ class Backend(abc.ABC):
             raise PrecisionError(
                 f"{linear_map.label}: with {linear_map.in_features} inputs and weight norms up to "
                 f"{linear_map.max_norm:.3g}, {self.name} leaves an expected relative error of {error:.2g} "
-                f"(limit {WORST_RELATIVE_ERROR}): keep more bits of requests and replies, use 8-bit weights, or "
+                f"(limit {WORST_RELATIVE_ERROR}): choose options that keep more bits (see 'ciphertune backends'), or "
                 "leave this layer at the client"
             )
 

@@ -17,6 +17,7 @@ from ciphertune.convert import outsource, session_of, share
 from ciphertune.errors import ConfigError
 from ciphertune.nearby import serving
 from ciphertune.plot import plot_losses
+from ciphertune.report import Account, Accountant, write_report
 from ciphertune.trainer import LoraTrainer
 from ciphertune.trainer.atomic import replace_file
 from ciphertune.workloads import Workload, load_workload
@@ -30,7 +31,7 @@ class Run:
 
     Attributes:
         losses: training loss of every optimizer step.
-        seconds: of every optimizer step.
+        seconds, learning_rates: of every optimizer step.
         units_per_second: tokens or samples trained on in a second, over all steps.
         held_out: the workload's metric on held-out data after training.
         held_out_loss: loss on held-out data after training.
@@ -38,6 +39,7 @@ class Run:
 
     losses: list[float]
     seconds: list[float]
+    learning_rates: list[float]
     units_per_second: float
     held_out: float
     held_out_loss: float
@@ -49,6 +51,7 @@ class DemoResult:
 
     Attributes:
         model, data, to, metric, unit: what was trained on what, how, and how it is counted.
+        quick: whether it was the small network.
         steps, per_step, seed: optimizer steps, tokens or samples of each, and the seed of both runs.
         held_out_before: the metric before training, in the clear.
         plaintext, encrypted: the two runs.
@@ -58,7 +61,8 @@ class DemoResult:
         security: the backend's statement.
         security_bits: None where nothing is encrypted.
         crossed, stayed: what left the client, and what did not.
-        adapter, plot: files written.
+        account: what the encrypted run cost, and where.
+        adapter, plot, report: files written.
         seconds: of the whole demo.
     """
 
@@ -67,6 +71,7 @@ class DemoResult:
     to: str
     metric: str
     unit: str
+    quick: bool
     steps: int
     per_step: int
     seed: int
@@ -80,8 +85,10 @@ class DemoResult:
     security_bits: float | None
     crossed: list[str]
     stayed: list[str]
+    account: Account
     adapter: str
     plot: str
+    report: str
     seconds: float
 
 
@@ -97,7 +104,7 @@ def run_demo(
     """Fine-tune in the clear and under ``to``, from the same adapters and on the same batches, and compare.
 
     Args:
-        output: folder for the adapter, the plot and ``result.json``; made if missing.
+        output: folder for the adapter, the plot, ``report.html`` and ``result.json``; made if missing.
         to: selection string; with a remote transport and no endpoint, such as ``mlwe+zmq://``, a worker is started for
             the time it takes.
         quick: a small network on digits instead of a language model.
@@ -137,10 +144,12 @@ def run_demo(
         say(f"Fine-tuning with {part.layers} layers outsourced to {to}: {session.security.summary} …")
         try:
             trainer = _trainer(work, model, clear=False)
-            encrypted = _run(work, model, trainer, seed)
+            accountant = Accountant(session, part)
+            with accountant.following():
+                encrypted = _run(work, model, trainer, seed)
         finally:
             session.close()
-    adapter, plot, result_file = output / "adapter", output / "loss.png", output / "result.json"
+    adapter, plot, report = output / "adapter", output / "loss.png", output / "report.html"
     trainer.save_adapter(adapter)
     names = (f"encrypted ({to})" if session.security.encrypted else to, "in the clear")
     plot_losses(
@@ -156,6 +165,7 @@ def run_demo(
         to=to,
         metric=metric_name,
         unit=work.unit,
+        quick=quick,
         steps=steps,
         per_step=per_step,
         seed=seed,
@@ -169,11 +179,15 @@ def run_demo(
         security_bits=session.security.bits,
         crossed=crossed,
         stayed=stayed,
+        account=accountant.account(),
         adapter=str(adapter),
         plot=str(plot),
+        report=str(report),
         seconds=time.perf_counter() - begin,
     )
-    replace_file(result_file, json.dumps(dataclasses.asdict(result), indent=2).encode())
+    content = dataclasses.asdict(result)
+    replace_file(output / "result.json", json.dumps(content, indent=2).encode())
+    write_report(report, content)
     return result
 
 
@@ -190,6 +204,7 @@ def _run(work: Workload, model: nn.Module, trainer: LoraTrainer, seed: int) -> R
     return Run(
         losses=trainer.history.losses,
         seconds=seconds,
+        learning_rates=[entry["learning_rate"] for entry in entries],
         units_per_second=sum(entry[work.unit] for entry in entries) / sum(seconds),
         held_out=work.metric[1](model, work.held_out, metrics),
         held_out_loss=metrics["eval_loss"],

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     CancelledError,
@@ -38,6 +38,12 @@ log = logging.getLogger(__name__)
 _BACKOFF = 0.05
 _LONGEST_BACKOFF = 2.0
 _FAREWELL_SECONDS = 2.0
+_SLOWEST_LINK = 1 << 18
+"""Bytes a second that a link is expected to carry at least: a large key gets the time that it then takes."""
+_LARGE_KEY = 1 << 20
+
+KeyWatch = Callable[[str, int, bool], None]
+"""Told the worker's name, a large key's bytes, and whether it has arrived or failed to, rather than sets out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,15 @@ class Patience:
     deadline: float = 300.0
     hedge: float = 0.0
     connect_timeout: float = 20.0
+
+    def extended(self, seconds: float) -> Patience:
+        """The same for a product that may take so much longer."""
+        return dataclasses.replace(
+            self,
+            timeout=self.timeout + seconds,
+            deadline=self.deadline + seconds,
+            hedge=self.hedge + seconds if self.hedge else 0.0,
+        )
 
 
 class _Retry(Exception):  # noqa: N818 - not an error: the reason to try again
@@ -120,6 +135,7 @@ class Fleet:
         units: the layers of each unit of the client's session.
         open_request: what opens a session, without its groups.
         patience: see ``Patience``.
+        watch: told of large keys on their way.
 
     Raises:
         TransportError: workers that are needed cannot be reached.
@@ -128,13 +144,20 @@ class Fleet:
     """
 
     def __init__(
-        self, links: Sequence[Link], units: Sequence[Sequence[LayerInfo]], open_request: Message, patience: Patience
+        self,
+        links: Sequence[Link],
+        units: Sequence[Sequence[LayerInfo]],
+        open_request: Message,
+        patience: Patience,
+        watch: KeyWatch | None = None,
     ) -> None:
         # However short the deadline, a worker that comes back in time is noticed.
         longest_backoff = min(_LONGEST_BACKOFF, patience.deadline / 8)
         self._workers = [_Worker(link, longest_backoff) for link in links]
         self._patience = patience
         self._open_request = open_request
+        self._upload_seconds = open_request.nbytes / _SLOWEST_LINK
+        self._watch = watch
         self._closed = threading.Event()
         self._choosing = threading.Lock()
         holdings = self._introduce()
@@ -165,9 +188,14 @@ class Fleet:
         """How a unit is cut."""
         return self._pieces[unit]
 
-    def start(self, piece: Piece, fields: Mapping[str, Any], buffers: Mapping[str, Any]) -> Call:
-        """Send a request for a piece; ``Call.result`` waits for its reply."""
-        return Call(self, piece, dict(fields), dict(buffers))
+    def start(
+        self, piece: Piece, fields: Mapping[str, Any], buffers: Mapping[str, Any], allowance: float = 0.0
+    ) -> Call:
+        """Send a request for a piece, which may take ``allowance`` seconds longer than others.
+
+        ``Call.result`` waits for its reply.
+        """
+        return Call(self, piece, dict(fields), dict(buffers), allowance)
 
     def close(self) -> None:
         """Close the session at every worker that still listens, and drop the links. Idempotent."""
@@ -256,7 +284,8 @@ class Fleet:
                 return None
 
     def _open(self, worker: _Worker, index: int, seconds: float) -> str:
-        """The worker's session, opened if there is none."""
+        """The worker's session, opened if there is none; a large key may take longer than ``seconds``."""
+        seconds += self._upload_seconds
         if (session := worker.session) is not None:
             return session
         begun = time.monotonic()
@@ -278,7 +307,8 @@ class Fleet:
                 self._open_request.buffers,
             )
             left = max(0.0, begun + seconds - time.monotonic())
-            session = _text(worker, _ok(_value(_submit(worker, request), left), worker, "open"), "session")
+            with self._key_on_its_way(worker.link.name):
+                session = _text(worker, _ok(_value(_submit(worker, request), left), worker, "open"), "session")
             worker.session = session
         finally:
             worker.opening.release()
@@ -288,17 +318,37 @@ class Fleet:
             raise TransportError("the session was closed")
         return session
 
+    @contextlib.contextmanager
+    def _key_on_its_way(self, name: str) -> Iterator[None]:
+        nbytes = self._open_request.nbytes
+        if nbytes < _LARGE_KEY:
+            yield
+            return
+        watch = self._watch or (lambda *_: None)
+        log.info("sending a key of %.1f MB to %s", nbytes / 1e6, name)
+        begun = time.monotonic()
+        watch(name, nbytes, False)
+        try:
+            yield
+            log.info("%s has the key of %.1f MB after %.1f s", name, nbytes / 1e6, time.monotonic() - begun)
+        finally:
+            watch(name, nbytes, True)
+
 
 class Call:
     """One request for a piece, sent as often as it takes. Evaluation has no effects, so repeating it is safe."""
 
-    def __init__(self, fleet: Fleet, piece: Piece, fields: dict[str, Any], buffers: dict[str, Any]) -> None:
+    def __init__(
+        self, fleet: Fleet, piece: Piece, fields: dict[str, Any], buffers: dict[str, Any], allowance: float
+    ) -> None:
         self._fleet = fleet
+        self._patience = fleet._patience.extended(allowance)
         self._piece = piece
         self._fields = fields
         self._buffers = buffers
         self._begun = time.monotonic()
-        self._deadline = self._begun + fleet._patience.deadline
+        # The worker may have to be given the key again.
+        self._deadline = self._begun + self._patience.deadline + fleet._upload_seconds
         self._attempts: dict[Future[Message], tuple[int, str, float]] = {}
         self._hedge_not_before = 0.0
         self.attempts = 0
@@ -338,7 +388,7 @@ class Call:
             worker = self._fleet._workers[index]
             begun = time.monotonic()
             try:
-                seconds = max(0.0, min(self._fleet._patience.timeout, self._deadline - begun))
+                seconds = max(0.0, min(self._patience.timeout, self._deadline - begun))
                 session = self._fleet._open(worker, index, seconds)
                 unit = self._fleet._place[index][self._piece.names]
                 request = Message("evaluate", {**self._fields, "session": session, "unit": unit}, self._buffers)
@@ -380,7 +430,7 @@ class Call:
 
     def _wait(self) -> Message | None:
         """Wait until something happens; the reply, if that is what happened."""
-        patience = self._fleet._patience
+        patience = self._patience
         oldest = min(started for _, _, started in self._attempts.values())
         newest = max(started for _, _, started in self._attempts.values())
         may_hedge = patience.hedge > 0 and len(self._attempts) < len(self._piece.workers)

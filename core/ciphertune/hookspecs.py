@@ -41,6 +41,11 @@ def ciphertune_session_opened(session: Session) -> None:
 
 
 @hookspec
+def ciphertune_sending_key(worker: str, nbytes: int, done: bool) -> None:
+    """A large evaluation key sets out to a worker; then, ``done``, it is there or has failed to be. On any thread."""
+
+
+@hookspec
 def ciphertune_session_closed(session: Session) -> None:
     """A client session was closed; ``session.traffic`` holds its totals."""
 

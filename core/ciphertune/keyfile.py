@@ -1,4 +1,4 @@
-"""Small files that hold a secret: JSON of mode 0600, written whole or not at all, refused if others can read them."""
+"""Files that hold a secret: of mode 0600, written whole or not at all, refused if others can read them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,8 @@ def read_key_file(path: str | os.PathLike[str], form: str, *, secret: bool = Tru
         text = file.read_text(encoding="ascii") if status.st_size < _LARGEST else ""
     except (OSError, UnicodeDecodeError) as error:
         raise KeyFileError(f"cannot read the key file {file}: {type(error).__name__}") from None
-    mode = stat.S_IMODE(status.st_mode)
-    if secret and os.name == "posix" and mode & 0o077:
-        raise KeyFileError(f"the key file {file} can be read by others (mode {mode:04o}): run chmod 600 {file}")
+    if secret:
+        refuse_shared(file, status)
     try:
         content = json.loads(text)
         found = content["format"]
@@ -45,20 +44,33 @@ def read_key_file(path: str | os.PathLike[str], form: str, *, secret: bool = Tru
     return dict(content)
 
 
+def refuse_shared(file: Path, status: os.stat_result) -> None:
+    """Raise ``KeyFileError`` for a file that others can read."""
+    mode = stat.S_IMODE(status.st_mode)
+    if os.name == "posix" and mode & 0o077:
+        raise KeyFileError(f"the key file {file} can be read by others (mode {mode:04o}): run chmod 600 {file}")
+
+
 def write_key_file(path: str | os.PathLike[str], content: Mapping[str, Any], *, secret: bool = True) -> None:
     """Write a key file with mode 0600, or 0644 for a public one; an existing file is never overwritten.
 
     Raises:
         KeyFileError: the file exists or cannot be written; nothing half-written remains.
     """
+    write_parts(path, [json.dumps(content).encode("ascii")], secret=secret)
+
+
+def write_parts(path: str | os.PathLike[str], parts: Iterable[bytes | memoryview], *, secret: bool = True) -> None:
+    """Write a file of any content as ``write_key_file`` does, for keys too large for JSON."""
     file = Path(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
     except OSError as error:
         raise KeyFileError(f"cannot write a key file in {file.parent}: {type(error).__name__}") from None
     try:
-        with os.fdopen(handle, "w", encoding="ascii") as stream:
-            json.dump(content, stream)
+        with os.fdopen(handle, "wb") as stream:
+            for part in parts:
+                stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
         if not secret:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ciphertune.compat import autocast_dtype
 from ciphertune.errors import InputError, OutsourcedWeightError
 from ciphertune.group import LayerGroup
 from ciphertune.weights import LayerInfo
@@ -171,7 +172,7 @@ class OutsourcedLinear(nn.Linear):
         if not x.is_floating_point():
             raise InputError(f"{self.name}: expected a floating-point input, got {x.dtype}")
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = autocast_dtype(kind) or x.dtype
         with torch.autocast(kind, enabled=False):
             y = self.group.output(self.member, x)
             if self.bias is not None:

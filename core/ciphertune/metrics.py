@@ -51,6 +51,9 @@ def serve_metrics(service: Service, host: str, port: int) -> tuple[int, Callable
             yield size
             yield CounterMetricFamily("ciphertune_sessions_expired", "Sessions closed for idleness.", stats.expired)
             yield GaugeMetricFamily("ciphertune_sessions", "Open sessions.", load.sessions)
+            yield GaugeMetricFamily(
+                "ciphertune_session_key_bytes", "Evaluation keys of open sessions.", service.worker.session_bytes
+            )
             yield GaugeMetricFamily("ciphertune_clients", "Clients known.", load.clients)
             yield GaugeMetricFamily("ciphertune_queue_depth", "Requests that wait.", load.queued)
             yield GaugeMetricFamily("ciphertune_requests_under_way", "Requests not yet answered.", load.under_way)

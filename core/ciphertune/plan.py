@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ciphertune.backend import Backend, Direction
+from ciphertune.backend import Backend, Direction, LinearMap
 from ciphertune.bench.kernel import bench_kernel
 from ciphertune.bundle.skeleton import build
 from ciphertune.errors import ConfigError
@@ -132,7 +132,9 @@ class Plan:
         outsourced, at_client: weights.
         client_bytes: of the weights that stay, as the model stores them.
         stays: layers that stay and why, by name.
-        estimate: None if nothing was measured.
+        refused: layers, or groups of them, that the backend cannot evaluate, and why: outsourcing stops at them. The
+            other figures are of the rest.
+        estimate: None if nothing was measured, or there is nothing to measure.
     """
 
     to: str
@@ -146,6 +148,7 @@ class Plan:
     at_client: int
     client_bytes: int
     stays: dict[str, str]
+    refused: dict[str, str]
     estimate: Estimate | None
 
     @property
@@ -192,10 +195,19 @@ def make_plan(
     first = next((i for i, info in enumerate(infos) if info.name.endswith(tuple(targets))), len(infos))
     # Nothing is asked for the gradient of an input that comes before the first adapter.
     ahead = {i for group in groups if min(group) <= first for i in group}
-    shared = _kinds(groups if choice.options.share_inputs else singles, infos, choice.backend, tokens, ahead)
-    alone = _kinds(singles, infos, choice.backend, tokens, ahead)
+    refused: dict[str, str] = {}
+    taken: list[tuple[int, ...]] = []
+    for group in groups if choice.options.share_inputs else singles:
+        why = _refusal([infos[i] for i in group], choice.backend)
+        if why is None:
+            taken.append(group)
+        else:
+            refused[" + ".join(infos[i].name for i in group)] = why
+    shared = _kinds(taken, infos, choice.backend, tokens, ahead)
+    chosen = [chosen[i] for group in taken for i in group]
+    alone = _kinds([(i,) for group in taken for i in group], infos, choice.backend, tokens, ahead)
     names = {candidate.name for candidate in chosen}
-    outsourced = sum(info.in_features * info.out_features for info in infos)
+    outsourced = sum(kind.weights for kind in shared)
     kept = {id(p): p for p in skeleton.parameters()}
     places = collections.Counter(id(p) for module in skeleton.modules() for p in module._parameters.values())
     for candidate in chosen:
@@ -218,9 +230,12 @@ def make_plan(
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
             for c in linear_layers(skeleton, allow_meta=True)
-            if c.name not in names
+            if c.name not in {info.name for info in infos}
         },
-        estimate=_estimate(choice.backend, to, shared, skeleton, names, tokens, network) if measure else None,
+        refused=refused,
+        estimate=_estimate(choice.backend, to, shared, skeleton, names, tokens, network)
+        if measure and shared
+        else None,
     )
 
 
@@ -258,6 +273,12 @@ def _info(candidate: Candidate, backend: Backend) -> LayerInfo:
     return LayerInfo(candidate.name, columns, rows, backend.weight_bits, None, 1.0, 1.0, b"")
 
 
+def _refusal(members: Sequence[LayerInfo], backend: Backend) -> str | None:
+    """Why a backend cannot evaluate a group, in either direction."""
+    answers = (backend.refuse(group_map(members, direction)) for direction in _DIRECTIONS)
+    return next((why for why in answers if why is not None), None)
+
+
 def _kinds(
     groups: Sequence[tuple[int, ...]], infos: Sequence[LayerInfo], backend: Backend, tokens: int, ahead: set[int]
 ) -> list[Kind]:
@@ -289,22 +310,28 @@ def _estimate(
     network: float,
 ) -> Estimate:
     common = max(kinds, key=lambda kind: kind.weights)
-    k, n = min(common.in_features, 2048), min(common.out_features, 4096)
-    t = min(tokens, 2048)
+    most = backend.measured_size
+    t, k, n = min(tokens, most[0]), min(common.in_features, most[1]), min(common.out_features, most[2])
     local = to.partition("?")
     speed = bench_kernel(backend.name + (f"?{local[2]}" if local[2] else ""), t, k, n, repeat=3)
-    products = [(kind, kind.requests / kind.count) for kind in kinds]
-    # Forward K goes up and N comes back; backward the other way round; the matrix is the same.
-    values_up = sum(c.count * (c.in_features + (r - 1) * c.out_features) for c, r in products) * tokens
-    values_down = sum(c.count * (c.out_features + (r - 1) * c.in_features) for c, r in products) * tokens
-    fixed = 1280 if backend.security.encrypted else 0
-    work = sum(kind.requests * kind.in_features * kind.out_features for kind in kinds) * (tokens + fixed)
+    measured = backend.work(LinearMap("", "forward", k, n, 1.0), t)
+    whole = []
+    for kind in kinds:
+        forward = LinearMap("", "forward", kind.in_features, kind.out_features, 1.0)
+        backward = LinearMap("", "backward", kind.out_features, kind.in_features, 1.0)
+        whole.append((kind.count, backend.work(forward, tokens)))
+        whole.append((kind.requests - kind.count, backend.work(backward, tokens)))
+
+    def part(phase: str) -> float:
+        amount: float = sum(number * getattr(work, phase) for number, work in whole)
+        return float(speed[f"{phase}_s"]) * amount / float(getattr(measured, phase))
+
     plain = 2 * t * k * n / speed["plaintext_fp32_s"]
     head = sum(c.weight().numel() for c in linear_layers(skeleton, allow_meta=True) if c.name not in outsourced)
     return Estimate(
-        encrypt=speed["encrypt_s"] * values_up / (t * k),
-        evaluate=speed["evaluate_s"] * work / (k * n * (t + fixed)),
-        decrypt=speed["decrypt_s"] * values_down / (t * n),
+        encrypt=part("encrypt"),
+        evaluate=part("evaluate"),
+        decrypt=part("decrypt"),
         network=network,
         # Attention, norms and adapters take about as long again as a tenth of the plain products.
         rest=(6 * head * tokens + 0.1 * 4 * tokens * sum(kind.weights for kind in kinds)) / plain,

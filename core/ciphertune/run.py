@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ciphertune.convert import outsource, session_of, share
 from ciphertune.errors import ConfigError
 from ciphertune.plot import plot_losses
 from ciphertune.plugins import plugin_manager
+from ciphertune.report import Account, Accountant, write_report
 from ciphertune.trainer import LoraTrainer
 from ciphertune.trainer.atomic import replace_file
 from ciphertune.workloads.language import (
@@ -35,6 +37,14 @@ from ciphertune.workloads.language import (
 
 
 @dataclasses.dataclass
+class Comparison:
+    """Another run to draw beside this one: its selection string, and its loss at every step."""
+
+    to: str
+    losses: list[float]
+
+
+@dataclasses.dataclass
 class RunResult:
     """What a run did; ``result.json`` in its output folder holds the same with the history."""
 
@@ -46,27 +56,38 @@ class RunResult:
     outsourced_fraction: float
     security: str
     security_bits: float | None
+    account: Account
+    comparison: Comparison | None
     adapter: str
+    report: str
 
 
-def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[str], None] | None = None) -> RunResult:
-    """Load, adapt, outsource, train, save.
+def run_training(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    compare: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> RunResult:
+    """Load, adapt, outsource, train, save, report.
 
     Args:
         config: see ``ciphertune.config``.
         resume: go on from the last checkpoint in ``training.checkpoint_dir``.
+        compare: ``result.json`` of another run, to draw its losses beside this one's.
         say: called with a line at every stage.
 
     Raises:
-        ConfigError: the model or data cannot be loaded.
+        ConfigError: the model or data, or the run to compare with, cannot be loaded.
         SelectionError, PluginError: about ``to`` or ``plugins``.
         CipherTuneError: whatever else ``outsource`` and ``LoraTrainer`` raise.
     """
+    comparison = None if compare is None else read_comparison(compare)
     with plugin_manager().using(*config.plugins):
-        return _run(config, resume, say or (lambda line: None))
+        return _run(config, resume, comparison, say or (lambda line: None))
 
 
-def _run(config: TrainConfig, resume: bool, say: Callable[[str], None]) -> RunResult:
+def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: Callable[[str], None]) -> RunResult:
     t = config.training
     if resume and t.checkpoint_dir is None:
         raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")
@@ -118,7 +139,9 @@ def _run(config: TrainConfig, resume: bool, say: Callable[[str], None]) -> RunRe
         sequences, batch_size=config.data.batch_size, shuffle=True, generator=generator, collate_fn=_collate
     )
     torch.manual_seed(t.seed)
-    history = trainer.train(loader, batches_of(held, config.data.batch_size) if len(held) else None, resume=resume)
+    accountant = Accountant(session, part)
+    with accountant.following():
+        history = trainer.train(loader, batches_of(held, config.data.batch_size) if len(held) else None, resume=resume)
     output = Path(t.output)
     output.mkdir(parents=True, exist_ok=True)
     trainer.save_adapter(output / "adapter")
@@ -131,13 +154,36 @@ def _run(config: TrainConfig, resume: bool, say: Callable[[str], None]) -> RunRe
         outsourced_fraction=part.fraction,
         security=session.security.summary,
         security_bits=session.security.bits,
+        account=accountant.account(),
+        comparison=comparison,
         adapter=str(output / "adapter"),
+        report=str(output / "report.html"),
     )
     session.close()
     content = {**dataclasses.asdict(result), "history": history.steps, "config": dataclasses.asdict(config)}
     replace_file(output / "result.json", json.dumps(content, indent=2).encode())
+    write_report(output / "report.html", content)
     plot_losses(output / "loss.png", {config.to: history.losses}, title=f"{config.model.name} through {config.to}")
     return result
+
+
+def read_comparison(path: Path) -> Comparison:
+    """The losses of another run.
+
+    Raises:
+        ConfigError: it is not a ``result.json`` that ``ciphertune train`` wrote.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        losses = [float(loss) for loss in content["losses"]]
+        to = str(content["to"])
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a result.json of 'ciphertune train'") from error
+    if not losses or not all(map(math.isfinite, losses)):
+        raise ConfigError(f"{path} has no losses, or some that are not finite")
+    return Comparison(to, losses)
 
 
 def read_texts(data: DataSection) -> list[str]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from ciphertune import __version__
 from ciphertune.errors import ProtocolError, VersionError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Limits, Message, error_message, pack, unpack
 from ciphertune.transport import Reply
@@ -19,6 +22,8 @@ log = logging.getLogger(__name__)
 _EXPIRY_SECONDS = 1.0
 _INSTANT = ("hello", "stats")
 """Answered where they arrive: handing them to a thread would take longer."""
+_SHOWN_SECONDS = 1.0
+_WINDOW_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,17 @@ class _Job:
 
 
 @dataclasses.dataclass
+class Usage:
+    """Answered products, errors among the answers, their bytes and those of requests, and seconds of evaluation."""
+
+    products: int = 0
+    errors: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    evaluate_seconds: float = 0.0
+
+
+@dataclasses.dataclass
 class _Client:
     """One client's queue, what it has under way, and its share of the evaluator's time so far."""
 
@@ -52,6 +68,7 @@ class _Client:
     nbytes: int = 0
     virtual_time: float = 0.0
     last_seen: float = 0.0
+    own: Usage = dataclasses.field(default_factory=Usage)
 
 
 @dataclasses.dataclass
@@ -109,6 +126,7 @@ class Service:
         self.limits = limits
         self.stats = ServiceStats()
         self.started = time.time()
+        self.evaluators = evaluators
         self._clients: dict[str, _Client] = {}
         self._quick: collections.deque[tuple[_Client, _Job]] = collections.deque()
         self._lock = threading.Lock()
@@ -119,6 +137,10 @@ class Service:
         self._clock = 0.0
         self._draining = False
         self._stopped = False
+        self._done = Usage()
+        self._evaluating: dict[int, float] = {}  # by thread, since when
+        self._samples: collections.deque[tuple[float, Usage]] = collections.deque([(time.monotonic(), Usage())])
+        self._shown: tuple[float, dict[str, Any]] = (-math.inf, {})
         self._threads = [
             threading.Thread(target=self._evaluate_loop, name=f"ciphertune-evaluate-{i}", daemon=True)
             for i in range(evaluators)
@@ -137,10 +159,12 @@ class Service:
             code = "version" if isinstance(error, VersionError) else "protocol"
             self._answer(None, job, error_message(code, str(error)), "malformed")
             return
-        if job.request.kind in _INSTANT and not self._draining:
+        kind = job.request.kind
+        if kind == "stats" or (kind in _INSTANT and not self._draining):
             with self._lock:
                 self.stats.bytes_in += nbytes
-            self._answer(None, job, self.worker.handle(job.request, peer), job.request.kind)
+            message = self._tell(job.request, peer) if kind == "stats" else self.worker.handle(job.request, peer)
+            self._answer(None, job, message, kind)
             return
         refusal = ""
         with self._lock:
@@ -178,6 +202,66 @@ class Service:
             nbytes = sum(client.nbytes for client in clients)
             return Load(queued, self._under_way, nbytes, len(clients), self.worker.sessions)
 
+    def figures(self, peer: str) -> dict[str, Any]:
+        """What the client ``peer`` may know of this worker: its own use exactly, and that of all roughly.
+
+        A client must not learn of another one more than load. So what is of all clients is taken once a second at most,
+        however often it is asked for; ``busy`` and the rates are means of the last ten seconds or so, in steps of 1 %
+        and of 1 MB/s, too coarse to tell single requests; and products are not counted for others, or their number
+        and the rates together would tell how large they are.
+        """
+        worker = self.worker
+        sessions = worker.sessions_of(peer)
+        with self._lock:
+            now = time.monotonic()
+            if now >= self._shown[0] + _SHOWN_SECONDS:
+                self._shown = now, self._measure(now)
+            client = self._clients.get(peer)
+            own = dataclasses.asdict(client.own) if client is not None else dataclasses.asdict(Usage())
+            under_way = client.requests if client is not None else 0
+            return {
+                "version": __version__,
+                "device": str(worker.device),
+                "layers": len(worker.weights),
+                "weight_bytes": worker.weights.nbytes,
+                "evaluators": self.evaluators,
+                "draining": self._draining,
+                **self._shown[1],
+                "own": {"sessions": sessions, "under_way": under_way, **own},
+            }
+
+    def _tell(self, request: Message, peer: str) -> Message:
+        return Message("ok", self.figures(peer), version=request.version)
+
+    def _measure(self, now: float) -> dict[str, Any]:
+        """What all clients are told of all clients; the caller holds the lock."""
+        total, (then, before) = self._sample(now), self._samples[0]
+        # Right after the start too, or the first request of all could be told from its rate.
+        seconds = max(now - then, _WINDOW_SECONDS)
+        busy = (total.evaluate_seconds - before.evaluate_seconds) / seconds / self.evaluators
+        clients = list(self._clients.values())
+        return {
+            "uptime_seconds": int(time.time() - self.started),
+            "sessions": self.worker.sessions,
+            "clients": len(clients),
+            "queued": sum(len(client.jobs) for client in clients) + len(self._quick),
+            "under_way": self._under_way,
+            "busy": min(1.0, round(busy, 2)),
+            "bytes_in_per_second": _rough((total.bytes_in - before.bytes_in) / seconds),
+            "bytes_out_per_second": _rough((total.bytes_out - before.bytes_out) / seconds),
+        }
+
+    def _sample(self, now: float) -> Usage:
+        """All that was done so far, and kept for a while; the caller holds the lock."""
+        running = sum(now - since for since in self._evaluating.values())
+        usage = dataclasses.replace(self._done, evaluate_seconds=self._done.evaluate_seconds + running)
+        if now - self._samples[-1][0] >= _SHOWN_SECONDS:
+            self._samples.append((now, usage))
+            # The first is the last that is old enough.
+            while len(self._samples) > 1 and self._samples[1][0] <= now - _WINDOW_SECONDS:
+                self._samples.popleft()
+        return usage
+
     def drain(self, timeout: float) -> bool:
         """Refuse new requests, as busy, and wait until those under way are answered and gone.
 
@@ -207,10 +291,14 @@ class Service:
                 job = client.jobs.popleft()
                 self._clock = client.virtual_time
                 self.stats.queue_seconds += time.monotonic() - job.arrived
-            start = time.monotonic()
+                start = time.monotonic()
+                self._evaluating[threading.get_ident()] = start
             message = self.worker.handle(job.request, client.peer)
             seconds = time.monotonic() - start
             with self._lock:
+                del self._evaluating[threading.get_ident()]
+                client.own.evaluate_seconds += seconds
+                self._done.evaluate_seconds += seconds
                 client.virtual_time += seconds
                 self.stats.evaluate_seconds += seconds
             self._answer(client, job, message, "evaluate")
@@ -250,6 +338,11 @@ class Service:
             self.stats.pack_seconds += time.monotonic() - start
             if client is not None:
                 client.nbytes += nbytes - job.nbytes
+                for usage in (client.own, self._done):
+                    usage.products += kind == "evaluate"
+                    usage.errors += message.kind == "error"
+                    usage.bytes_in += job.nbytes
+                    usage.bytes_out += nbytes
         # The request's memory goes with it; the reply's once it has left.
         job.request = Message("hello")
         job.reply(frames, self._releaser(client, nbytes))
@@ -274,7 +367,17 @@ class Service:
         oldest = time.monotonic() - self.worker.limits.idle_seconds
         with self._lock:
             self.stats.expired += expired
+            self._sample(time.monotonic())
             for peer in [c.peer for c in self._clients.values() if not c.requests and c.last_seen < oldest]:
                 del self._clients[peer]
         if expired:
             log.info("closed %d idle sessions", expired)
+
+
+def _rough(rate: float) -> int:
+    """Bytes a second in whole megabytes, to two digits.
+
+    >>> _rough(1234567890.0), _rough(1_700_000.0), _rough(400_000.0)
+    (1200000000, 2000000, 0)
+    """
+    return int(float(f"{round(rate / 1e6):.2g}") * 1e6)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ciphertune import registry
 from ciphertune.backend import Backend, Buffers, Direction, LinearMap, SecurityStatement
-from ciphertune.errors import InputError, ReplyError, SecurityError, SelectionError
+from ciphertune.errors import InputError, ReplyError, SecurityError, SelectionError, UnsupportedLayerError
 from ciphertune.fleet import Call, Fleet, Patience
 from ciphertune.placement import Piece
 from ciphertune.plugins import PluginManager, plugin_manager
@@ -75,7 +75,7 @@ def choose(to: str) -> Choice:
     backend_class = registry.load(registry.BACKENDS, selection.backend)
     transport_class = registry.load(registry.TRANSPORTS, selection.transport)
     common, of_backend, of_transport = split_options(
-        selection.options, SessionOptions, backend_class.Options, transport_class.Options
+        selection.options, SessionOptions, backend_class.options_class(selection.options), transport_class.Options
     )
     options = build_options(SessionOptions, common)
     backend = backend_class.from_text(of_backend)
@@ -178,6 +178,9 @@ class Session:
             for members in self._members
         ]
         for maps in self._maps:
+            for linear_map in maps.values():
+                if (why := choice.backend.refuse(linear_map)) is not None:
+                    raise UnsupportedLayerError(f"{linear_map.label}: {choice.selection.backend} refuses it: {why}")
             choice.backend.refuse_imprecise(maps["forward"])
         self._client = choice.backend.client(device)
         self._counting = threading.Lock()
@@ -190,7 +193,7 @@ class Session:
                 {"backend": choice.selection.backend, "public": dict(self._client.open_fields())},
                 self._client.evaluation_key(),
             )
-            self._fleet = Fleet(links, self._members, opening, choice.options.patience)
+            self._fleet = Fleet(links, self._members, opening, choice.options.patience, self._watch_key)
         except BaseException:
             with contextlib.ExitStack() as stack:
                 stack.callback(self._client.close)
@@ -210,6 +213,9 @@ class Session:
     def security(self) -> SecurityStatement:
         """The backend's security statement."""
         return self.choice.backend.security
+
+    def _watch_key(self, worker: str, nbytes: int, done: bool) -> None:
+        self.plugins.observe("ciphertune_sending_key", worker=worker, nbytes=nbytes, done=done)
 
     def members(self, unit: int) -> tuple[LayerInfo, ...]:
         """The layers of one unit."""
@@ -304,7 +310,9 @@ class Session:
         self, piece: Piece, direction: Direction, buffers: Buffers, exchange: Exchange, stack: contextlib.ExitStack
     ) -> Call:
         start = time.perf_counter()
-        call = self._fleet.start(piece, {"direction": direction}, buffers)
+        linear_map = piece.forward if direction == "forward" else piece.backward
+        allowance = self.choice.backend.allowance(linear_map, exchange.tokens)
+        call = self._fleet.start(piece, {"direction": direction}, buffers, allowance)
         stack.callback(call.forget)
         exchange.wait_seconds += time.perf_counter() - start
         exchange.requests += 1

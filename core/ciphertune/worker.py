@@ -48,11 +48,15 @@ class SessionLimits:
         sessions: of one client at a time.
         all_sessions: of all clients together.
         idle_seconds: after which a session that nothing was asked of is closed.
+        nbytes: bytes of evaluation keys that the sessions of one client may hold.
+        all_nbytes: of all clients together.
     """
 
     sessions: int = 4
     all_sessions: int = 256
     idle_seconds: float = 600.0
+    nbytes: int = 1 << 30
+    all_nbytes: int = 8 << 30
 
 
 @dataclasses.dataclass
@@ -69,6 +73,7 @@ class _WorkerSession:
     half: WorkerHalf
     units: list[_Unit]
     used: float
+    nbytes: int
     busy: int = 0
 
 
@@ -140,9 +145,18 @@ class Worker:
         return reply
 
     @property
+    def session_bytes(self) -> int:
+        """Bytes of keys that open sessions hold."""
+        return sum(session.nbytes for session in list(self._sessions.values()))
+
+    @property
     def sessions(self) -> int:
         """Number of open sessions."""
         return len(self._sessions)
+
+    def sessions_of(self, peer: str) -> int:
+        """Number of sessions that one client has open."""
+        return sum(session.peer == peer for session in list(self._sessions.values()))
 
     def expire(self) -> int:
         """Close sessions that were idle for longer than they may be; how many there were."""
@@ -181,23 +195,32 @@ class Worker:
         if len(groups) > 2 * len(self.weights) or sum(map(len, groups)) > 3 * len(self.weights):
             raise ProtocolError(f"{len(groups)} groups are more than {len(self.weights)} layers can form")
         # Before the backend allocates anything for it.
-        self._refuse_more(peer)
+        self._refuse_more(peer, request.nbytes)
         backend: type[Backend] = registry.load(registry.BACKENDS, name)
         half = backend.worker(public, request.buffers, self.device)
         form = msgpack.packb(public)
         units = [self._unit(half, name, form, tuple(group)) for group in groups]
         session_id = secrets.token_hex(16)
+        nbytes = max(request.nbytes, half.nbytes)
         with self._lock:
-            self._refuse_more(peer)
-            self._sessions[session_id] = _WorkerSession(peer, half, units, time.monotonic())
+            self._refuse_more(peer, nbytes)
+            self._sessions[session_id] = _WorkerSession(peer, half, units, time.monotonic(), nbytes)
         return Message("ok", {"session": session_id})
 
-    def _refuse_more(self, peer: str) -> None:
-        mine = sum(session.peer == peer for session in list(self._sessions.values()))
-        if mine >= self.limits.sessions or len(self._sessions) >= self.limits.all_sessions:
+    def _refuse_more(self, peer: str, nbytes: int) -> None:
+        limits, sessions = self.limits, list(self._sessions.values())
+        mine = [session for session in sessions if session.peer == peer]
+        later = f"idle sessions are closed after {limits.idle_seconds:g} s"
+        if len(mine) >= limits.sessions or len(sessions) >= limits.all_sessions:
             raise QuotaError(
-                f"{mine} sessions of this client and {len(self._sessions)} in all are open, and no more may be; "
-                f"idle ones are closed after {self.limits.idle_seconds:g} s"
+                f"{len(mine)} sessions of this client and {len(sessions)} in all are open, and no more may be; {later}"
+            )
+        held, all_held = (sum(session.nbytes for session in some) for some in (mine, sessions))
+        if held + nbytes > limits.nbytes or all_held + nbytes > limits.all_nbytes:
+            raise QuotaError(
+                f"a session with {nbytes / 1e6:.0f} MB of keys is more than this worker has room for: sessions of this "
+                f"client hold {held / 1e6:.0f} of {limits.nbytes / 1e6:.0f} MB, those of all "
+                f"{all_held / 1e6:.0f} of {limits.all_nbytes / 1e6:.0f} MB; {later}"
             )
 
     def _unit(self, half: WorkerHalf, backend: str, form: bytes, layers: tuple[str, ...]) -> _Unit:

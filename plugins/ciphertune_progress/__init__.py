@@ -1,4 +1,4 @@
-"""A progress bar for training, on standard error where that is a terminal."""
+"""A progress bar for training, and a line for large keys on their way, on standard error where that is a terminal."""
 
 from __future__ import annotations
 
@@ -52,6 +52,33 @@ class _Bar:
 
 # The terminal has room for one bar: the run that started last has it.
 _bar: _Bar | None = None
+
+
+# One line for each worker that a key is on its way to.
+_keys: dict[str, Progress] = {}
+
+
+@hookimpl
+def ciphertune_sending_key(worker: str, nbytes: int, done: bool) -> None:
+    """Show that a key is on its way, and for how long."""
+    shown = _keys.pop(worker, None)
+    if shown is not None:
+        shown.stop()
+    if done or _keys or _bar is not None or sys.stderr is None or not sys.stderr.isatty():
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    line = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    line.add_task(f"sending a key of {nbytes / 1e6:.0f} MB to {worker}", total=None)
+    _keys[worker] = line
+    line.start()
 
 
 @hookimpl

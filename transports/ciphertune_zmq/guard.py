@@ -91,7 +91,13 @@ class Backlog:
 @contextlib.contextmanager
 def _borrowed(descriptor: int) -> Iterator[socket.socket]:
     """A socket object for a descriptor of someone else's. Raises ``OSError`` where it is none."""
-    handle = socket.socket(fileno=os.dup(descriptor))
+    copy = os.dup(descriptor)
+    try:
+        handle = socket.socket(fileno=copy)
+    except OSError:
+        # Closed meanwhile, its number may be that of something that is no socket.
+        os.close(copy)
+        raise
     try:
         yield handle
     finally:

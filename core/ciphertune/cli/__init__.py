@@ -22,6 +22,7 @@ _COMMANDS = {
     "plan": ("plan", "What outsourcing a model would mean: shares, traffic, seconds a step."),
     "plugins": ("listing", "Installed hook plugins."),
     "split": ("split", "Split a model into the parts that a data owner and workers hold."),
+    "top": ("top", "Watch workers: load, sessions, queue, throughput."),
     "train": ("train", "Fine-tune as a TOML file says."),
     "transports": ("listing", "Installed transports."),
     "worker": ("worker", "Serve the layers of a bundle to clients on other machines."),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ciphertune.cli.output import megabytes, print_facts, print_json
+from ciphertune.cli.output import megabytes, print_facts, print_json, print_table
 
 _to = click.option("--to", default="mlwe", show_default=True, help="Selection string.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -107,6 +107,40 @@ def link(to: str, count: int, as_json: bool) -> None:
         return
     facts = {"median": f"{1e3 * result['median_s']:.3f} ms", "99th percentile": f"{1e3 * result['p99_s']:.3f} ms"}
     print_facts(f"Empty request over {to}, {count} times", facts)
+
+
+@bench.command()
+@click.option("--to", multiple=True, help="Selection string; may be repeated.  [default: every installed backend]")
+@click.option("--tokens", default=64, show_default=True, help="T of the large product.")
+@click.option("--in-features", default=768, show_default=True, help="K of the large product.")
+@click.option("--out-features", default=768, show_default=True, help="N of the large product.")
+@click.option("--repeat", default=3, show_default=True, help="Rounds; medians are shown.")
+@click.option("--seconds", default=60.0, show_default=True, help="Expected to take longer: scaled, not measured.")
+@_seed
+@_json
+def compare(
+    to: tuple[str, ...],
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    repeat: int,
+    seconds: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Every installed backend on the same product: time, traffic, keys, error and security side by side."""
+    from ciphertune.bench.compare import Product, bench_compare
+    from ciphertune.bench.table import tables
+
+    result = bench_compare(to or None, Product(tokens, in_features, out_features), repeat, seconds, seed)
+    if as_json:
+        print_json(result)
+        return
+    for title, columns, rows, notes in tables(result):
+        print_table(title, columns, rows)
+        for note in notes:
+            click.echo(note)
+        click.echo()
 
 
 def _comparison(result: dict[str, Any]) -> dict[str, str]:

@@ -59,4 +59,7 @@ def _show(r: DemoResult) -> None:
     click.echo(f"Security: {r.security}{bits}.")
     click.echo("Left the client:      " + ";\n                      ".join(r.crossed))
     click.echo("Stayed at the client: " + ";\n                      ".join(r.stayed))
-    click.echo(f"\nAdapter (loads with stock peft): {r.adapter}\nLoss plot: {r.plot}\nTook {r.seconds:.0f} s.")
+    click.echo(
+        f"\nAdapter (loads with stock peft): {r.adapter}\nReport: {r.report}\nLoss plot: {r.plot}\n"
+        f"Took {r.seconds:.0f} s."
+    )

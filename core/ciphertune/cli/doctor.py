@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ciphertune import __version__, registry
+from ciphertune import environment, registry
 from ciphertune.cli.output import print_facts, print_json
 from ciphertune.errors import CipherTuneError
-
-_PACKAGES = (
-    "torch",
-    "numpy",
-    "cryptography",
-    "msgpack",
-    "pluggy",
-    "rich",
-    "safetensors",
-    "transformers",
-    "peft",
-    "accelerate",
-    "gguf",
-    "matplotlib",
-    "scikit-learn",
-)
 
 
 def _float_speed() -> float:
@@ -45,37 +25,13 @@ def _float_speed() -> float:
     return 1024**3 / best / 1e9
 
 
-def _memory() -> dict[str, float | str]:
-    """Memory of the machine in GB, as far as the system says."""
-    facts: dict[str, float | str] = {"memory (GB)": "unknown", "memory available (GB)": "unknown"}
-    try:
-        facts["memory (GB)"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        facts["memory available (GB)"] = round(kibibytes * 1024 / 1e9, 1)
-    except (AttributeError, OSError, StopIteration, ValueError):
-        pass
-    return facts
-
-
 def diagnose() -> dict[str, Any]:
     """Versions, machine and kernels, as plain data."""
     import torch
 
-    versions: dict[str, str | None] = {"python": platform.python_version(), "ciphertune": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    machine = {
-        "platform": platform.platform(),
-        "processor capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        **_memory(),
-        "CUDA": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "not available",
-        "float32 product (GMAC/s)": round(_float_speed(), 1),
-    }
+    about, (_, available) = environment.machine(), environment.memory()
+    about["memory available (GB)"] = "unknown" if available is None else available
+    about["float32 product (GMAC/s)"] = round(_float_speed(), 1)
     backends: dict[str, dict[str, Any]] = {}
     for name, row in registry.installed(registry.BACKENDS).items():
         try:
@@ -85,7 +41,7 @@ def diagnose() -> dict[str, Any]:
         except Exception as error:
             # A stranger's backend may raise anything; the others are examined all the same.
             backends[name] = {"error": f"{type(error).__name__}: {error}"}
-    return {"versions": versions, "machine": machine, "backends": backends}
+    return {"versions": environment.versions(), "machine": about, "backends": backends}
 
 
 @click.command()

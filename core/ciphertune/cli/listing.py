@@ -61,6 +61,7 @@ def _describe(group: str, plugin: Any) -> dict[str, Any]:
         "security_bits": security.bits,
         "security": security.summary,
         "assumption": security.assumption,
+        "licence": plugin.licence,
         "options": options,
     }
 
@@ -89,7 +90,8 @@ def backends(as_json: bool) -> None:
             table.append((row["name"], "cannot be loaded", row["error"], "", row["package"]))
             continue
         bits = f"{row['security_bits']:.0f} bits" if row["security_bits"] else "none"
-        table.append((row["name"], bits, row["security"], _options(row), row["package"]))
+        security = row["security"] + (f". Licence: {row['licence']}" if row["licence"] else "")
+        table.append((row["name"], bits, security, _options(row), row["package"]))
     print_table("Backends", ["name", "security", "what it protects", "options", "package"], table)
 
 

@@ -77,6 +77,10 @@ def plan(
     if found.stays:
         name, why = next(iter(found.stays.items()))
         facts["layers that stay"] = f"{len(found.stays)}: {name} ({why})" + (" …" if len(found.stays) > 1 else "")
+    if found.refused:
+        name, why = next(iter(found.refused.items()))
+        more = " …" if len(found.refused) > 1 else ""
+        facts["refused"] = f"{len(found.refused)}, at which outsourcing stops: {name} ({why}){more}"
     if found.estimate is not None:
         for part, value in dataclasses.asdict(found.estimate).items():
             facts[f"estimate: {part}"] = f"{value:.2f} s"

@@ -21,8 +21,17 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
     help="Use a hook plugin, beside those that the file names; may be repeated.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
+@click.option(
+    "--compare",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    metavar="RESULT.json",
+    help="Draw the losses of another run beside this one's in the report.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON at the end and nothing else.")
-def train(config: Path, to: str | None, plugins: tuple[str, ...], resume: bool, as_json: bool) -> None:
+def train(
+    config: Path, to: str | None, plugins: tuple[str, ...], resume: bool, compare: Path | None, as_json: bool
+) -> None:
     """Fine-tune as the TOML file CONFIG says."""
     from ciphertune.config import load_config
 
@@ -32,7 +41,7 @@ def train(config: Path, to: str | None, plugins: tuple[str, ...], resume: bool, 
     settings = dataclasses.replace(settings, plugins=(*settings.plugins, *plugins))
     from ciphertune.run import run_training
 
-    result = run_training(settings, resume=resume, say=lambda line: click.echo(line, err=True))
+    result = run_training(settings, resume=resume, compare=compare, say=lambda line: click.echo(line, err=True))
     if as_json:
         print_json(dataclasses.asdict(result))
         return
@@ -50,4 +59,5 @@ def train(config: Path, to: str | None, plugins: tuple[str, ...], resume: bool, 
     bits = f", {result.security_bits:.0f} bits" if result.security_bits else ""
     facts["security"] = result.security + bits
     facts["adapter"] = result.adapter
+    facts["report"] = result.report
     print_facts(f"Fine-tuned through {result.to}", facts)

@@ -53,6 +53,13 @@ class _JsonFormatter(logging.Formatter):
 @click.option("--max-message-mb", type=click.IntRange(1), default=1024, show_default=True, help="Size of one message.")
 @click.option("--max-sessions", type=click.IntRange(1), default=4, show_default=True, help="Of one client.")
 @click.option(
+    "--max-key-mb",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Evaluation keys of one client's sessions; of all clients' eight times that.",
+)
+@click.option(
     "--idle", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds a session may idle."
 )
 @click.option("--metrics-port", type=click.IntRange(0, 65535), default=None, help="Prometheus metrics; 0: any port.")
@@ -79,6 +86,7 @@ def worker(
     max_client_mb: int,
     max_message_mb: int,
     max_sessions: int,
+    max_key_mb: int,
     idle: float,
     metrics_port: int | None,
     metrics_host: str,
@@ -121,8 +129,9 @@ def worker(
     store = load_worker(bundle, device=device, layers=layers or None, verify=verify)
     _say("weights loaded", layers=len(store), megabytes=round(store.nbytes / 1e6, 1), verified=verify)
     size = max_message_mb << 20
+    keys = max_key_mb << 20
     service = Service(
-        Worker(store, place, SessionLimits(sessions=max_sessions, idle_seconds=idle)),
+        Worker(store, place, SessionLimits(max_sessions, idle_seconds=idle, nbytes=keys, all_nbytes=8 * keys)),
         Quota(max_requests, max_client_mb << 20),
         Limits(buffer_bytes=size, total_bytes=size),
         evaluators,

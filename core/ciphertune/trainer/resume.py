@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ciphertune.compat import scheduler_state
 from ciphertune.errors import CheckpointError
 from ciphertune.trainer import codec
 from ciphertune.trainer.checkpoint import Checkpoint, unusable
@@ -25,7 +26,7 @@ def optimization_state(optimizer: Optimizer, scheduler: LRScheduler | None) -> d
     """The state dicts of optimizer and scheduler."""
     return {
         "optimizer": optimizer.state_dict(),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "scheduler": None if scheduler is None else scheduler_state(scheduler),
     }
 
 

@@ -80,7 +80,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
             raise ConfigError(f"transformers cannot load the model {name!r}: {error}") from error
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):  # transformers 4 opens a file named None
             tokenizer = None
     return model, tokenizer
 
@@ -91,7 +91,7 @@ def load_tokenizer(folder: str) -> Any:
     with _quiet(transformers, offline=True):
         try:
             return transformers.AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
 
 

@@ -1,0 +1,100 @@
+"""What the plots in docs/performance.md are made of, measured.
+
+``python benchmarks/sweep.py kernels`` measures products over tokens and features, some minutes on a quiet machine, and
+``python benchmarks/sweep.py losses`` the loss curves of both demos, which do not depend on how busy the machine is.
+Each writes its file beside this one, or where ``--json`` says. ``python docs/generate.py`` then makes plots and tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ciphertune.bench.kernel import bench_kernel
+from ciphertune.demo import run_demo
+
+HERE = Path(__file__).parent
+OPTIONS = ("mlwe", "mlwe?request_bits=24&reply_bits=16")
+
+
+def kernels(tokens: list[int], features: list[int], repeat: int) -> dict[str, Any]:
+    """Square products, every number of tokens with every number of features; options at the smallest of the latter."""
+    load = os.getloadavg()[0]
+    grid = []
+    for k in features:
+        for t in tokens:
+            for to in OPTIONS if k == features[0] else OPTIONS[:1]:
+                found = bench_kernel(to, t, k, k, repeat)
+                grid.append(found)
+                print(f"{to} T={t} K={k}: {found['evaluate_ratio']:.2f}, {found['total_ratio']:.2f}", flush=True)
+    return {"machine": machine(load), "grid": grid}
+
+
+def losses(quick: int, model: int) -> dict[str, Any]:
+    """Both demos: losses of every step in the clear and encrypted, and what was held out."""
+    runs = []
+    for is_quick, steps in ((True, quick), (False, model)):
+        if not steps:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            result = run_demo(Path(folder), quick=is_quick, steps=steps, say=lambda line: print(line, flush=True))
+        runs.append(
+            {
+                **{
+                    name: getattr(result, name)
+                    for name in ("model", "data", "to", "metric", "unit", "per_step", "seed")
+                },
+                "held_out_before": result.held_out_before,
+                "plaintext": {"losses": result.plaintext.losses, "held_out": result.plaintext.held_out},
+                "encrypted": {"losses": result.encrypted.losses, "held_out": result.encrypted.held_out},
+            }
+        )
+    return {"runs": runs}
+
+
+def machine(load: float) -> dict[str, Any]:
+    """Of what machine the figures are, and how busy it was when they began: the 1-minute load."""
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load_before": round(load, 1),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kernels", "losses"))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--features", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--steps", type=int, nargs=2, default=[80, 20], help="of the network and the language model")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "kernels":
+        found = kernels(arguments.tokens, arguments.features, arguments.repeat)
+    else:
+        found = losses(*arguments.steps)
+    path = arguments.json or HERE / f"{'sweep' if arguments.what == 'kernels' else 'losses'}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

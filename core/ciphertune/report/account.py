@@ -1,0 +1,119 @@
+"""What a run cost, and where: what its report tells beside its losses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ciphertune import environment
+from ciphertune.ledger import Ledger
+from ciphertune.plugins import hookimpl
+from ciphertune.report.operations import StepOperations
+
+if TYPE_CHECKING:
+    from ciphertune.convert import Share
+    from ciphertune.session import Exchange, Session
+
+
+@dataclasses.dataclass
+class Account:
+    """What a run cost in this process, the last one if it was resumed.
+
+    Attributes:
+        started: date and time, UTC.
+        seconds: of training and evaluations.
+        phases: those seconds by phase: ``encrypt``, ``decrypt``, ``worker``, ``network`` and ``rest``. They add up.
+            Where several workers evaluate at the same time, ``worker`` is at most the time that was waited for them.
+        units: a row for every unit and direction, as ``ciphertune.ledger.Ledger`` has them.
+        first_step: of this process; above 1 where the run was resumed.
+        outsourced_weights, client_weights: numbers of them, adapters at the client included.
+        outsourced_operations, client_operations: multiply-adds of the first step; both 0 where they are not known.
+        remote: whether products were computed in other processes.
+        encrypted, assumption: of the backend's security statement.
+        versions, machine: as ``ciphertune.environment`` finds them.
+    """
+
+    started: str
+    seconds: float
+    phases: dict[str, float]
+    units: list[dict[str, Any]]
+    first_step: int
+    outsourced_weights: int
+    client_weights: int
+    outsourced_operations: int
+    client_operations: int
+    remote: bool
+    encrypted: bool
+    assumption: str
+    versions: dict[str, str | None]
+    machine: dict[str, str | int | float]
+
+
+class Accountant:
+    """Follows what one session carries, from ``following`` on."""
+
+    def __init__(self, session: Session, share: Share) -> None:
+        self._session = session
+        self._share = share
+        self._ledger = Ledger()
+        self._operations = StepOperations(session)
+        self._seconds = 0.0
+        self._started = datetime.datetime.now(datetime.timezone.utc)
+        self._first_step = 1
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Measure what happens within."""
+        plugins = self._session.plugins
+        with contextlib.ExitStack() as stack:
+            for plugin, name in ((self, "report"), (self._operations, "report-operations")):
+                plugins.register(plugin, name)
+                stack.callback(plugins.unregister, plugin)
+            begin = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._seconds += time.perf_counter() - begin
+
+    @hookimpl
+    def ciphertune_training_start(self, start_step: int) -> None:
+        """Note where this process begins."""
+        self._first_step = start_step + 1
+
+    @hookimpl
+    def ciphertune_after_reply(self, session: Session, exchange: Exchange) -> None:
+        """Count it."""
+        if session is self._session:
+            self._ledger.add(exchange)
+
+    def account(self) -> Account:
+        """What was measured."""
+        traffic, security = self._session.traffic, self._session.security
+        worker = min(traffic.evaluate_seconds, traffic.wait_seconds)
+        phases = {
+            "encrypt": traffic.encrypt_seconds,
+            "decrypt": traffic.decrypt_seconds,
+            "worker": worker,
+            "network": traffic.wait_seconds - worker,
+        }
+        phases["rest"] = max(0.0, self._seconds - sum(phases.values()))
+        return Account(
+            started=self._started.isoformat(timespec="seconds"),
+            seconds=self._seconds,
+            phases=phases,
+            units=self._ledger.rows(),
+            first_step=self._first_step,
+            outsourced_weights=self._share.outsourced,
+            client_weights=self._share.at_client,
+            outsourced_operations=self._operations.at_workers,
+            client_operations=self._operations.at_client,
+            remote=self._session.choice.transport.remote,
+            encrypted=security.encrypted,
+            assumption=security.assumption,
+            versions=environment.versions(),
+            machine=environment.machine(),
+        )

@@ -1,0 +1,278 @@
+"""The page: what ``result.json`` says, for people."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ciphertune.ledger import add_to, by_kind, kind_of, total, zero
+from ciphertune.report.chart import Series, chart
+from ciphertune.report.public import public, toml
+from ciphertune.trainer.atomic import replace_file
+
+_PHASES = ("encrypt", "decrypt", "network", "worker", "rest")
+_ROWS = 400
+"""Of one table; of more, every second, third … is shown."""
+
+
+def write_report(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the page, whole or not at all; ``content`` as for ``render``."""
+    replace_file(path, render(content).encode())
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """The page of a run.
+
+    Args:
+        content: what ``result.json`` of ``ciphertune train`` or ``ciphertune demo`` holds. Every text in it is shown
+            as text, whatever it is; options that could be secrets are left out.
+
+    Returns:
+        HTML that loads nothing: no script, no font, no picture. Figures that ``result.json`` has stand in ``data``
+        elements, with the exact value and, in ``data-key``, where it is there.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+    def figure(key: str, form: Any, value: Any = None) -> Markup:
+        """A figure of ``result.json``: a dotted key, and how it is written for people."""
+        value = look_up(content, key) if value is None else value
+        return Markup('<data value="{}" data-key="{}">{}</data>').format(value, key, form(value))
+
+    def name(text: str) -> Markup:
+        """A dotted name that may be broken after dots."""
+        return Markup(".<wbr>").join(text.split("."))
+
+    source = resources.files("ciphertune.report").joinpath("page.html").read_text(encoding="utf-8")
+    forms = {"size": size, "duration": duration, "count": count, "percent": percent, "number": number}
+    demo = "plaintext" in content
+    view = _demo(content) if demo else _train(content)
+    account = content["account"]
+    return environment.from_string(source).render(
+        r=content,
+        account=account,
+        view=view,
+        demo=demo,
+        figure=figure,
+        name=name,
+        to=public(content["to"]),
+        network="network" if account["remote"] else "handing over",
+        phases=_phases(account),
+        kinds=_kinds(account["units"]),
+        units=_units(account["units"]),
+        sums=total(account["units"]),
+        public=public,
+        **forms,
+    )
+
+
+def look_up(content: Any, key: str) -> Any:
+    """What stands at a dotted key; parts are names, or places in a list, from 0 or, below 0, from its end.
+
+    >>> look_up({"losses": [3.0, 2.5]}, "losses.-1")
+    2.5
+    """
+    for part in key.split("."):
+        content = content[int(part)] if isinstance(content, Sequence) else content[part]
+    return content
+
+
+def size(value: float) -> str:
+    """Bytes for people, in steps of 1000."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= 0.9995 * limit:
+            return f"{value / limit:.3g} {unit}" if value < 999.5 * limit else f"{value / limit:,.0f} {unit}"
+    return f"{value:.0f} B"
+
+
+def duration(value: float) -> str:
+    """Seconds for people."""
+    if value >= 5400:
+        return f"{value / 3600:.1f} h"
+    if value >= 600:
+        return f"{value / 60:.0f} min"
+    if value >= 9.95:
+        return f"{value:.0f} s"
+    return f"{value:.2f} s" if value >= 0.0995 else f"{1000 * value:.1f} ms"
+
+
+def count(value: float) -> str:
+    """A number of things.
+
+    >>> count(12345), count(3.2e9)
+    ('12,345', '3.20 billion')
+    """
+    for limit, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= limit:
+            return f"{value / limit:,.3g} {name}" if value >= 100 * limit else f"{value / limit:.2f} {name}"
+    return f"{value:,.0f}"
+
+
+def percent(fraction: float) -> str:
+    """A share."""
+    return f"{100 * fraction:.1f}%"
+
+
+def number(value: float) -> str:
+    """Any figure, to four digits."""
+    return "infinite" if math.isinf(value) else f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
+
+
+def _train(content: Mapping[str, Any]) -> dict[str, Any]:
+    history, config = content["history"], content["config"]
+    steps = [entry["step"] for entry in history]
+    unit = "samples" if history and "samples" in history[0] else "tokens"
+    curves = [Series(f"training, {public(content['to'])}", "own", steps, content["losses"])]
+    other = content.get("comparison")
+    if other:
+        losses = other["losses"]
+        curves.insert(0, Series(f"training, {public(other['to'])}", "other", range(1, len(losses) + 1), losses))
+    held = [e for e in content["evaluations"] if math.isfinite(e["eval_loss"])]
+    if held:
+        places = [e["step"] for e in held], [e["eval_loss"] for e in held]
+        curves.append(Series("held out", "held", *places, marks=True))
+    mine = [e for e in history if e["step"] >= content["account"]["first_step"]]
+    rates = [entry[unit] / entry["seconds"] for entry in history]
+    return {
+        "title": f"Fine-tuning {Path(config['model']['name']).name}",
+        "subtitle": f"{len(history)} optimizer steps on {Path(config['data']['source']).name}",
+        "unit": unit,
+        "loss": chart(curves),
+        "rate": chart([Series("learning rate", "own", steps, [e["learning_rate"] for e in history])], from_zero=True),
+        "speed": chart([Series(f"{unit} per second", "own", steps, rates)], from_zero=True),
+        "per_second": sum(e[unit] for e in mine) / sum(e["seconds"] for e in mine) if mine else None,
+        "columns": ["step", "loss", *(["compared"] if other else []), "learning rate", "gradient norm", f"{unit}/s"],
+        "rows": _thin(
+            [
+                [
+                    entry["step"],
+                    entry["loss"],
+                    *([other["losses"][i] if i < len(other["losses"]) else None] if other else []),
+                    entry["learning_rate"],
+                    entry["grad_norm"],
+                    rates[i],
+                ]
+                for i, entry in enumerate(history)
+            ]
+        ),
+        "file": toml({**config, "to": public(config["to"]), "plugins": [public(text) for text in config["plugins"]]}),
+        "seed": config["training"]["seed"],
+    }
+
+
+def _demo(content: Mapping[str, Any]) -> dict[str, Any]:
+    plain, own = content["plaintext"], content["encrypted"]
+    steps = range(1, content["steps"] + 1)
+    unit = content["unit"]
+    speeds = [[content["per_step"] / s for s in run["seconds"]] for run in (plain, own)]
+    name = public(content["to"])
+    command = ["ciphertune", "demo", "--to", name, "--steps", str(content["steps"]), "--seed", str(content["seed"])]
+    if content["quick"]:
+        command.insert(2, "--quick")
+    return {
+        "title": content["model"],
+        "subtitle": f"{content['steps']} optimizer steps of {content['per_step']} {unit}, twice, on {content['data']}",
+        "unit": unit,
+        "loss": chart(
+            [Series("in the clear", "other", steps, plain["losses"]), Series(name, "own", steps, own["losses"])]
+        ),
+        "rate": chart([Series("learning rate", "own", steps, own["learning_rates"])], from_zero=True),
+        "speed": chart(
+            [Series("in the clear", "other", steps, speeds[0]), Series(name, "own", steps, speeds[1])], from_zero=True
+        ),
+        "per_second": own["units_per_second"],
+        "columns": ["step", "loss in the clear", "loss", "learning rate", f"{unit}/s in the clear", f"{unit}/s"],
+        "rows": _thin(
+            [
+                list(row)
+                for row in zip(
+                    steps, plain["losses"], own["losses"], own["learning_rates"], speeds[0], speeds[1], strict=True
+                )
+            ]
+        ),
+        "command": shlex.join(command),
+        "seed": content["seed"],
+    }
+
+
+def _phases(account: Mapping[str, Any]) -> list[dict[str, Any]]:
+    network = "network and queues" if account["remote"] else "handing over"
+    names = {
+        "encrypt": ("client: encrypt", "encoding, encrypting"),
+        "decrypt": ("client: decrypt", "decrypting, decoding"),
+        "network": (network, "from sending a request to its reply, less what the worker says it computed"),
+        "worker": ("worker: evaluate", "the products themselves, as the worker says"),
+        "rest": (
+            "client: the rest",
+            "embeddings, norms, attention, output head, adapters, loss, optimizer, reading data",
+        ),
+    }
+    seconds = account["seconds"]
+    return [
+        {
+            "key": key,
+            "name": names[key][0],
+            "what": names[key][1],
+            "share": account["phases"][key] / seconds if seconds else 0.0,
+        }
+        for key in _PHASES
+    ]
+
+
+def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's time by phase."""
+    worker = min(row["evaluate_seconds"], row["wait_seconds"])
+    crypto = row["encrypt_seconds"] + row["decrypt_seconds"]
+    return {
+        "crypto": crypto,
+        "network": row["wait_seconds"] - worker,
+        "worker": worker,
+        "all": crypto + row["wait_seconds"],
+    }
+
+
+def _kinds(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for kinds of layers, and below each its directions."""
+    units = list(units)
+    names: dict[str, list[str]] = {}
+    for row in units:
+        name, mine = " + ".join(row["layers"]), names.setdefault(kind_of(row["layers"]), [])
+        mine += [name] if name not in mine else []
+    found: list[dict[str, Any]] = []
+    for kind, directions in by_kind(units).items():
+        sums = zero()
+        for row in directions.values():
+            add_to(sums, row)
+        parts = [
+            {"direction": d, **row, "seconds": _seconds(row)} for d, row in sorted(directions.items(), reverse=True)
+        ]
+        found.append({"name": _name(kind, names[kind]), **sums, "seconds": _seconds(sums), "directions": parts})
+    most = max((entry["seconds"]["all"] for entry in found), default=0.0)
+    for entry in found:
+        entry["share"] = entry["seconds"]["all"] / most if most else 0.0
+    return sorted(found, key=lambda entry: -entry["seconds"]["all"])
+
+
+def _name(kind: str, layers: Sequence[str]) -> str:
+    """A kind's name, or its layers where that says more."""
+    return ", ".join(layers) if len(layers) == 1 or (len(layers) <= 8 and not kind.strip("*.{,}")) else kind
+
+
+def _units(units: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [{"place": i, **row, "seconds": _seconds(row)} for i, row in enumerate(units)]
+    shown = sorted(rows, key=lambda row: -row["seconds"]["all"])[:_ROWS]
+    return {"rows": shown, "all": len(rows)}
+
+
+def _thin(rows: Sequence[Any]) -> list[Any]:
+    every = math.ceil(len(rows) / _ROWS) or 1
+    kept = list(rows[::every])
+    return kept if not rows or kept[-1] is rows[-1] else [*kept, rows[-1]]

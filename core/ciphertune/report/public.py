@@ -1,0 +1,68 @@
+"""A run's settings as they may be shown: without what could be a secret, and as TOML."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+HIDDEN = "(not shown)"
+_SECRET = re.compile(r"key|token|secret|pass|auth|cred|curve|cert|cookie|signature", re.I)
+_HARMLESS = re.compile(r"(?:0|1|true|false|yes|no|on|off|none)?\Z", re.I)
+
+
+def public(text: str) -> str:
+    """A selection string, or how a plugin is named, without values that could be secret.
+
+    Left out are values of options whose names tell of keys, tokens or passwords, be they the secret or the file that
+    holds it, and whatever stands before an @ in an address.
+
+    >>> public("mlwe+zmq://10.0.0.5:5555?curve=keys&reply_bits=24")
+    'mlwe+zmq://10.0.0.5:5555?curve=(not shown)&reply_bits=24'
+    >>> public("mlwe+http://me:word@10.0.0.5:5555?no_authentication=1")
+    'mlwe+http://(not shown)@10.0.0.5:5555?no_authentication=1'
+    """
+    head, mark, query = text.partition("?")
+    options = []
+    for option in query.split("&") if mark else []:
+        name, equals, value = option.partition("=")
+        if _SECRET.search(name) and not _HARMLESS.match(value):
+            value = HIDDEN
+        options.append(name + equals + _without_login(value))
+    return _without_login(head) + mark + "&".join(options)
+
+
+def _without_login(text: str) -> str:
+    return re.sub(rf"[^/,]*(?:@|{quote('@')})", HIDDEN + "@", text, flags=re.I)
+
+
+def toml(content: Mapping[str, Any]) -> str:
+    """A training configuration (``dataclasses.asdict`` of a ``TrainConfig``) as the file that says the same.
+
+    Keys that are None are left out, which is how the file says so; a norm without a limit is one of infinity there.
+    """
+    lines = [f"{name} = {_value(value)}" for name, value in content.items() if _plain(value)]
+    for section, values in content.items():
+        if isinstance(values, Mapping):
+            lines += ["", f"[{section}]"]
+            if "max_grad_norm" in values and values["max_grad_norm"] is None:
+                values = {**values, "max_grad_norm": float("inf")}
+            lines += [f"{name} = {_value(value)}" for name, value in values.items() if _plain(value)]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> bool:
+    return value is not None and not isinstance(value, Mapping)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        # JSON's strings are TOML's, but for one character that TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return repr(value)
