@@ -24,7 +24,23 @@ def two_moons(found: dict[str, Any]) -> None:
     assert 0 < found["largest_loss_difference"] < 0.1
 
 
-CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {"1-two-moons": two_moons}
+def two_roles(found: dict[str, Any]) -> None:
+    assert found["upright_original"] > 0.9
+    assert found["mirrored_before"] == pytest.approx(found["mirrored_original"], abs=0.05) < 0.6
+    assert found["mirrored_after"] == pytest.approx(found["mirrored_after_clear"], abs=0.06)
+    assert min(found["mirrored_after"], found["mirrored_tuned"]) > found["mirrored_before"] + 0.2
+    assert 0 < found["largest_loss_difference"] < 0.2
+    assert found["first_killed"]
+    assert found["second_ran_to_the_end"]
+    assert found["second_status"] == 0
+    assert found["equal_bytes"] < 0.01
+    assert found["parameters_here"] == 128 + 128 + 10
+
+
+CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "1-two-moons": two_moons,
+    "3-two-roles": two_roles,
+}
 
 
 def test_every_tutorial_is_checked() -> None:
