@@ -24,6 +24,17 @@ def two_moons(found: dict[str, Any]) -> None:
     assert 0 < found["largest_loss_difference"] < 0.1
 
 
+def private_text(found: dict[str, Any]) -> None:
+    assert found["held_out_before"] == pytest.approx(found["held_out_original"], abs=0.02)
+    assert found["held_out_adapters_off"] == pytest.approx(found["held_out_before"], abs=0.02)
+    assert found["held_out_after"] < found["held_out_before"] - 1
+    assert found["held_out_after"] == pytest.approx(found["held_out_after_clear"], abs=0.25)
+    assert found["losses"][-1] < found["losses"][0] - 1
+    assert 0 < found["largest_loss_difference"] < 0.5
+    assert found["written_after"].startswith("Bed 7:")
+    assert found["written_after"] != found["written_before"]
+
+
 def two_roles(found: dict[str, Any]) -> None:
     assert found["upright_original"] > 0.9
     assert found["mirrored_before"] < 0.6
@@ -40,6 +51,7 @@ def two_roles(found: dict[str, Any]) -> None:
 
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "1-two-moons": two_moons,
+    "2-private-text": private_text,
     "3-two-roles": two_roles,
 }
 
