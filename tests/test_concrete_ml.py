@@ -248,7 +248,7 @@ def test_the_tutorial_trains(to: str) -> None:
     steps = ["--steps", "20"] if "disable" in to else ["--steps", "2", "--batch", "2"]
     command = [sys.executable, str(ROOT / "examples/circles.py"), "--to", to, "--json", *steps]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    # Of two points that are all but certain the loss is 0.01, and 8-bit weights, rounded twice over the wire, move it by 6%.
+    # The loss of two points that are all but certain is 0.01, and rounding weights twice, for the wire, moves it by 6%.
     assert result["losses"] == pytest.approx(result["losses_in_the_clear"], rel=0.05, abs=2e-3)
     assert result["traffic"]["requests"] == int(steps[1]) * 3
 
