@@ -112,12 +112,17 @@ def _compare(found: Mapping[str, Any], figure: Any) -> None:
             about = "~" if item["scaled"] else ""
             if about:
                 bar.set(alpha=0.45, hatch="//")
-            axes.annotate(f" {about}{value:.2g}", (value, bar.get_y() + bar.get_height() / 2), va="center", fontsize=11)
+            axes.annotate(
+                f" {about}{value:.0f}" if value >= 10 else f" {about}{value:.2g}",
+                (value, bar.get_y() + bar.get_height() / 2),
+                va="center",
+                fontsize=11,
+            )
         axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.set_xlabel(unit)
     panels[0].invert_yaxis()
-    panels[0].set_title(f"One product of {found['large']}; pale: scaled from a smaller one")
+    panels[0].set_title(f"One product of {found['large']}; pale: scaled")
 
 
 # Name of the plot → the measurements it is made of, how, and its size in inches.
