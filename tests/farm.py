@@ -158,15 +158,20 @@ class FarmTransport(Transport):
         assert worker is None, "weights were handed to a remote transport"
         return [HostLink(self.hosts[endpoint]) for endpoint in endpoints]
 
+    def newcomers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> list[Link]:
+        known = {link.name for link in links}
+        return [HostLink(host) for name, host in self.hosts.items() if name not in known]
+
 
 class Farm:
     """Hosts that hold parts of a model, and models outsourced to them."""
 
-    def __init__(self, register: Callable[[str, Any], None]) -> None:
+    def __init__(self, register: Callable[[str, Any], None], elastic: bool = False) -> None:
         self.hosts: dict[str, Host] = {}
         self.sessions: list[Session] = []
         self._pool = ThreadPoolExecutor(32, "farm")
-        register(registry.TRANSPORTS, type("Farmed", (FarmTransport,), {"hosts": self.hosts}))
+        self.transport = type("Farmed", (FarmTransport,), {"hosts": self.hosts, "elastic": elastic})
+        register(registry.TRANSPORTS, self.transport)
 
     def plant(self, model: nn.Module, backend: str = "clear", **plan: Blocks) -> list[Host]:
         """A host for each entry of the plan, by name, with these blocks of the model."""

@@ -42,6 +42,11 @@ _SLOWEST_LINK = 1 << 18
 """Bytes a second that a link is expected to carry at least: a large key gets the time that it then takes."""
 _LARGE_KEY = 1 << 20
 
+_NEWCOMERS_SECONDS = 2.0
+"""How often a transport is asked for workers that have come."""
+
+Newcomers = Callable[[Sequence[Link]], Sequence[Link]]
+"""Given the open links, opens those to workers that have come since."""
 KeyWatch = Callable[[str, int, bool], None]
 """Told the worker's name, a large key's bytes, and whether it has arrived or failed to, rather than sets out."""
 
@@ -88,6 +93,7 @@ class _Worker:
         self._longest_backoff = longest_backoff
         self.version = HELLO_VERSION
         self.session: str | None = None
+        self.units = 0
         self._forgetful = False
         self.holdings = ""
         self.in_flight = 0
@@ -136,6 +142,7 @@ class Fleet:
         open_request: what opens a session, without its groups.
         patience: see ``Patience``.
         watch: told of large keys on their way.
+        newcomers: asked for workers that have come, on a thread of its own; None where none ever do.
 
     Raises:
         TransportError: workers that are needed cannot be reached.
@@ -150,39 +157,39 @@ class Fleet:
         open_request: Message,
         patience: Patience,
         watch: KeyWatch | None = None,
+        newcomers: Newcomers | None = None,
     ) -> None:
         # However short the deadline, a worker that comes back in time is noticed.
-        longest_backoff = min(_LONGEST_BACKOFF, patience.deadline / 8)
-        self._workers = [_Worker(link, longest_backoff) for link in links]
+        self._longest_backoff = min(_LONGEST_BACKOFF, patience.deadline / 8)
+        self._workers = [_Worker(link, self._longest_backoff) for link in links]
+        self._units = units
         self._patience = patience
         self._open_request = open_request
         self._upload_seconds = open_request.nbytes / _SLOWEST_LINK
         self._watch = watch
         self._closed = threading.Event()
         self._choosing = threading.Lock()
-        holdings = self._introduce()
-        names = {index: self._workers[index].link.name for index in holdings}
+        self._holdings = self._introduce(self._workers)
+        # Per worker the groups its session opens, in the order of first use; a piece is known by its place there.
+        self._groups: list[list[tuple[str, ...]]] = []
+        self._place: list[dict[tuple[str, ...], int]] = []
         try:
-            self._pieces = place(units, holdings, names)
+            self._cut()
         except UnknownLayerError as error:
-            absent = [w for i, w in enumerate(self._workers) if i not in holdings]
+            absent = [w for i, w in enumerate(self._workers) if i not in self._holdings]
             if not absent:
                 raise
             gone = "; ".join(f"{w.link.name} ({w.last_problem})" for w in absent)
             raise TransportError(f"no answer within {patience.connect_timeout:g} s from {gone}; {error}") from error
-        # Per worker the groups its session opens, in the order of first use; a piece is known by its place there.
-        self._groups: list[list[tuple[str, ...]]] = [[] for _ in self._workers]
-        for pieces in self._pieces:
-            for piece in pieces:
-                for index in piece.workers:
-                    if piece.names not in self._groups[index]:
-                        self._groups[index].append(piece.names)
-        self._place = [{names: i for i, names in enumerate(groups)} for groups in self._groups]
         try:
             self._open_all()
         except BaseException:
             self._part()
             raise
+        if newcomers is not None:
+            threading.Thread(
+                target=self._watch_for, args=(newcomers,), name="ciphertune-newcomers", daemon=True
+            ).start()
 
     def pieces(self, unit: int) -> tuple[Piece, ...]:
         """How a unit is cut."""
@@ -211,18 +218,64 @@ class Fleet:
         farewells = [farewell for worker in self._workers if (farewell := _farewell(worker, worker.session))]
         wait(farewells, timeout=_FAREWELL_SECONDS)
 
-    def _introduce(self) -> dict[int, Holdings]:
-        """Ask every worker what it holds; those that do not answer in time are left out."""
+    def _cut(self) -> None:
+        """Cut the units into pieces that workers hold. What pieces are known stay known, for requests under way."""
+        names = {index: self._workers[index].link.name for index in self._holdings}
+        pieces = place(self._units, self._holdings, names)
+        for _ in range(len(self._groups), len(self._workers)):
+            self._groups.append([])
+            self._place.append({})
+        for piece in (piece for parts in pieces for piece in parts):
+            for index in piece.workers:
+                if piece.names not in self._place[index]:
+                    self._place[index][piece.names] = len(self._groups[index])
+                    self._groups[index].append(piece.names)
+        self._pieces = pieces
+
+    def _watch_for(self, newcomers: Newcomers) -> None:
+        while not self._closed.wait(_NEWCOMERS_SECONDS):
+            try:
+                found = newcomers([worker.link for worker in self._workers])
+                if found:
+                    self._join(found)
+            except Exception as error:
+                # The session goes on with the workers that it has.
+                log.warning("newcomers could not be taken in: %s", error if _ours(error) else type(error).__name__)
+
+    def _join(self, links: Sequence[Link]) -> None:
+        """Take in workers that have come: they share in the products from now on."""
+        came = [_Worker(link, self._longest_backoff) for link in links]
+        with contextlib.ExitStack() as stack:
+            for link in links:
+                stack.callback(link.close)
+            found = self._introduce(came)
+            stack.pop_all()
+        for position, worker in enumerate(came):
+            if position not in found:
+                worker.link.close()  # it is a newcomer again when next asked for
+                continue
+            index = len(self._workers)
+            self._workers.append(worker)
+            self._holdings[index] = found[position]
+            self._cut()
+            if self._groups[index] and (problem := self._open_at_start(index)) is not None:
+                log.warning("no session at %s yet: %s", worker.link.name, problem)
+            log.info("%s has joined", worker.link.name)
+            if self._closed.is_set():
+                worker.link.close()
+
+    def _introduce(self, workers: Sequence[_Worker]) -> dict[int, Holdings]:
+        """Ask workers what they hold, by their place among these; those that do not answer in time are left out."""
         end = time.monotonic() + self._patience.connect_timeout
         found: dict[int, Holdings] = {}
         asked: dict[Future[Message], tuple[int, str]] = {}
-        again = dict.fromkeys(range(len(self._workers)), 0.0)
+        again = dict.fromkeys(range(len(workers)), 0.0)
         try:
-            while len(found) < len(self._workers) and time.monotonic() < end:
+            while len(found) < len(workers) and time.monotonic() < end and not self._closed.is_set():
                 for index in [i for i, since in again.items() if since <= time.monotonic()]:
                     del again[index]
                     hello = Message("hello", {"versions": spoken_versions()})
-                    asked[_submit(self._workers[index], hello)] = index, "hello"
+                    asked[_submit(workers[index], hello)] = index, "hello"
                 until = min(end, *again.values()) if again else end
                 if not asked:
                     time.sleep(max(0.0, until - time.monotonic()))
@@ -230,7 +283,7 @@ class Fleet:
                 done, _ = wait(asked, max(0.0, until - time.monotonic()), FIRST_COMPLETED)
                 for future in done:
                     index, kind = asked.pop(future)
-                    worker = self._workers[index]
+                    worker = workers[index]
                     try:
                         reply = _ok(_value(future, 0), worker, kind)
                     except (_Retry, TransportError) as error:
@@ -246,7 +299,7 @@ class Fleet:
         finally:
             for future in asked:
                 future.cancel()
-        for index, worker in enumerate(self._workers):
+        for index, worker in enumerate(workers):
             if index not in found:
                 log.warning("no answer from %s, going on without it: %s", worker.link.name, worker.last_problem)
         return found
@@ -274,34 +327,36 @@ class Fleet:
         end = time.monotonic() + self._patience.connect_timeout
         while True:
             try:
-                self._open(worker, index, self._patience.timeout)
+                self._open(worker, index, self._patience.timeout, 0)
             except (_Retry, TransportError) as error:
                 worker.last_problem = str(error)
-                if time.monotonic() > end:
+                if time.monotonic() > end or self._closed.is_set():
                     return error
                 time.sleep(_BACKOFF)
             else:
                 return None
 
-    def _open(self, worker: _Worker, index: int, seconds: float) -> str:
-        """The worker's session, opened if there is none; a large key may take longer than ``seconds``."""
+    def _open(self, worker: _Worker, index: int, seconds: float, unit: int) -> str:
+        """The worker's session, opened if none knows this unit; a large key may take longer than ``seconds``."""
         seconds += self._upload_seconds
-        if (session := worker.session) is not None:
+        if (session := worker.session) is not None and unit < worker.units:
             return session
         begun = time.monotonic()
         if not worker.opening.acquire(timeout=seconds):
             raise _Retry(f"no session within {seconds:.3g} s")
         try:
-            if (session := worker.session) is not None:
-                return session
+            outdated = worker.session
+            if outdated is not None and unit < worker.units:
+                return outdated
             # Another thread found just now that none can be had: not one more wait for each of them.
             if worker.not_before > begun:
                 raise _Retry(worker.last_problem)
+            groups = [list(names) for names in self._groups[index]]
             request = Message(
                 "open",
                 {
                     **self._open_request.fields,
-                    "groups": [list(names) for names in self._groups[index]],
+                    "groups": groups,
                     "holdings": worker.holdings,
                 },
                 self._open_request.buffers,
@@ -309,7 +364,9 @@ class Fleet:
             left = max(0.0, begun + seconds - time.monotonic())
             with self._key_on_its_way(worker.link.name):
                 session = _text(worker, _ok(_value(_submit(worker, request), left), worker, "open"), "session")
-            worker.session = session
+            worker.units, worker.session = len(groups), session
+            # What still runs in it is refused as unknown there, and sent again.
+            _farewell(worker, outdated)
         finally:
             worker.opening.release()
         if self._closed.is_set():
@@ -389,8 +446,8 @@ class Call:
             begun = time.monotonic()
             try:
                 seconds = max(0.0, min(self._patience.timeout, self._deadline - begun))
-                session = self._fleet._open(worker, index, seconds)
                 unit = self._fleet._place[index][self._piece.names]
+                session = self._fleet._open(worker, index, seconds, unit)
                 request = Message("evaluate", {**self._fields, "session": session, "unit": unit}, self._buffers)
                 self._attempts[_submit(worker, request)] = (index, session, time.monotonic())
             except BaseException as error:
@@ -502,6 +559,10 @@ def _submit(worker: _Worker, request: Message) -> Future[Message]:
         future: Future[Message] = Future()
         future.set_exception(error)
         return future
+
+
+def _ours(error: Exception) -> bool:
+    return isinstance(error, CipherTuneError)
 
 
 def _farewell(worker: _Worker, session: str | None) -> Future[Message] | None:

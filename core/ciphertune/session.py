@@ -16,7 +16,7 @@ from torch import Tensor
 from ciphertune import registry
 from ciphertune.backend import Backend, Buffers, Direction, LinearMap, SecurityStatement
 from ciphertune.errors import InputError, ReplyError, SecurityError, SelectionError, UnsupportedLayerError
-from ciphertune.fleet import Call, Fleet, Patience
+from ciphertune.fleet import Call, Fleet, Newcomers, Patience
 from ciphertune.placement import Piece
 from ciphertune.plugins import PluginManager, plugin_manager
 from ciphertune.protocol import Message
@@ -193,7 +193,9 @@ class Session:
                 {"backend": choice.selection.backend, "public": dict(self._client.open_fields())},
                 self._client.evaluation_key(),
             )
-            self._fleet = Fleet(links, self._members, opening, choice.options.patience, self._watch_key)
+            self._fleet = Fleet(
+                links, self._members, opening, choice.options.patience, self._watch_key, self._newcomers()
+            )
         except BaseException:
             with contextlib.ExitStack() as stack:
                 stack.callback(self._client.close)
@@ -213,6 +215,12 @@ class Session:
     def security(self) -> SecurityStatement:
         """The backend's security statement."""
         return self.choice.backend.security
+
+    def _newcomers(self) -> Newcomers | None:
+        transport, endpoints = self.choice.transport, self.choice.selection.endpoints
+        if not transport.elastic:
+            return None
+        return lambda links: transport.newcomers(endpoints, links)
 
     def _watch_key(self, worker: str, nbytes: int, done: bool) -> None:
         self.plugins.observe("ciphertune_sending_key", worker=worker, nbytes=nbytes, done=done)

@@ -108,6 +108,8 @@ class Transport(abc.ABC):
     """Options of ``listen``, a frozen dataclass; None where workers cannot be served over this transport."""
     remote: ClassVar[bool] = True
     """Whether requests leave this process; a backend that does not encrypt then needs ``allow_insecure=1``."""
+    elastic: ClassVar[bool] = False
+    """Whether workers may come while a session is open; ``newcomers`` is then asked now and again."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()
@@ -124,6 +126,18 @@ class Transport(abc.ABC):
             SelectionError: the endpoints are not what this transport takes.
             KeyFileError, SecurityError: the link cannot be made as safe as asked for.
         """
+
+    def newcomers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> Sequence[Link]:
+        """Links to the workers that have come since, opened as ``connect`` does. May wait for an answer.
+
+        Args:
+            endpoints: as for ``connect``.
+            links: those that are open; a worker with the name of one of them is no newcomer.
+
+        Raises:
+            TransportError: it cannot be said now; the question is asked again later.
+        """
+        return ()
 
     @classmethod
     def listen(cls, desk: Desk, address: str, options: Mapping[str, Any]) -> Listener:
