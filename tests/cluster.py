@@ -1,0 +1,33 @@
+"""A Ray cluster of several nodes on this machine, small ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+MEMORY = 2 << 30
+"""Bytes that each node claims to have for actors."""
+
+
+@contextlib.contextmanager
+def cluster(nodes: int = 1, cpus: int = 4) -> Iterator[Any]:
+    """A cluster, which ``RAY_ADDRESS`` names meanwhile; this process is no part of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray.cluster_utils import Cluster
+    size = {"num_cpus": cpus, "memory": MEMORY, "object_store_memory": 256 << 20}
+    made = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = made.address
+    try:
+        for _ in range(nodes - 1):
+            made.add_node(**size)
+        yield made
+    finally:
+        os.environ.pop("RAY_ADDRESS")
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
+        made.shutdown()

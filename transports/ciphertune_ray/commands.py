@@ -1,0 +1,203 @@
+"""``ciphertune ray``: deployments on a cluster. Ray is imported when a command runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from ciphertune.errors import PluginError, SelectionError, TransportError
+from ciphertune.plugins import hookimpl
+
+
+@hookimpl
+def ciphertune_register_commands(cli: click.Group) -> None:
+    """Add the group."""
+    cli.add_command(ray)
+
+
+_ADDRESS = click.option(
+    "--address", default="auto", show_default=True, help="The cluster: auto, HOST:PORT, or gcs://HOST:PORT."
+)
+_NAME = click.option("--name", default="ciphertune", show_default=True, help="Of the deployment.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group()
+def ray() -> None:
+    """Workers on a Ray cluster."""
+
+
+@ray.command()
+@click.argument("bundle")
+@_ADDRESS
+@_NAME
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="In all, those there included.")
+@click.option("--shards", type=click.IntRange(1), default=None, help="Parts of the model.  [default: as few as fit]")
+@click.option("--cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="Of a worker.")
+@click.option("--gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="Of a worker.")
+@click.option("--memory-gb", type=click.FloatRange(0.001), default=None, help="Of a worker.  [default: its need]")
+@click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads of a product.  [default: --cpus]")
+@click.option("--max-restarts", type=click.IntRange(-1), default=-1, show_default=True, help="Of a worker; -1: any.")
+@click.option(
+    "--max-task-retries",
+    type=click.IntRange(-1),
+    default=0,
+    show_default=True,
+    help="By Ray. Clients repeat requests themselves, at a replica where there is one.",
+)
+@click.option("--max-requests", type=click.IntRange(1), default=64, show_default=True, help="Under way, per client.")
+@click.option("--max-client-mb", type=click.IntRange(1), default=2048, show_default=True, help="Memory of one client.")
+@click.option(
+    "--idle", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds a session may idle."
+)
+@click.option("--timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds to wait for room.")
+@_JSON
+def up(
+    bundle: str,
+    address: str,
+    name: str,
+    workers: int,
+    shards: int | None,
+    cpus: float,
+    gpus: float,
+    memory_gb: float | None,
+    threads: int | None,
+    max_restarts: int,
+    max_task_retries: int,
+    max_requests: int,
+    max_client_mb: int,
+    idle: float,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Have WORKERS workers serve BUNDLE: start a deployment, or make one larger or smaller.
+
+    BUNDLE is what 'ciphertune split' wrote, on a path that all machines of the cluster share, or a URL that fsspec
+    reads, such as s3://bucket/bundle.
+    """
+    _join(address, name)
+    from ciphertune_ray import deployment
+
+    wanted = deployment.Wanted(
+        bundle,
+        shards=shards or 0,
+        memory=int((memory_gb or 0) * 1e9),
+        cpus=cpus,
+        gpus=gpus,
+        threads=threads or 0,
+        restarts=max_restarts,
+        retries=max_task_retries,
+        max_requests=max_requests,
+        max_client_mb=max_client_mb,
+        idle_seconds=idle,
+    )
+    spec = deployment.plan(wanted)
+    known = deployment.spec_of(name)
+    if known is not None and known.parts != spec.parts:
+        raise SelectionError(
+            f"the deployment {name!r} serves {known.bundle} in {len(known.parts)} shards: take another --name, or end "
+            f"it with 'ciphertune ray down --name {name}' first"
+        )
+    if workers < len(spec.parts):
+        raise SelectionError(f"the model is in {len(spec.parts)} shards, which {workers} workers cannot hold")
+    deployment.shrink(name, workers)
+    deployment.grow(name, spec, workers, shared=True, seconds=timeout)
+    _show(address, [name], as_json)
+
+
+@ray.command()
+@_ADDRESS
+@click.option("--name", default=None, help="Of one deployment.  [default: all]")
+@_JSON
+def status(address: str, name: str | None, as_json: bool) -> None:
+    """What is deployed, and where."""
+    _join(address, name)
+    from ciphertune_ray import deployment
+
+    _show(address, deployment.deployments() if name is None else [name], as_json)
+
+
+@ray.command()
+@_ADDRESS
+@_NAME
+@_JSON
+def down(address: str, name: str, as_json: bool) -> None:
+    """End a deployment. Its clients' requests fail."""
+    _join(address, name)
+    from ciphertune_ray import deployment
+
+    gone = deployment.shrink(name, 0)
+    if not gone:
+        raise TransportError(f"the cluster has no deployment named {name!r}")
+    if as_json:
+        from ciphertune.cli.output import print_json
+
+        print_json({"name": name, "stopped": len(gone)})
+    else:
+        click.echo(f"stopped {len(gone)} workers of {name}")
+
+
+def _join(address: str, name: str | None) -> None:
+    from ciphertune_ray.address import parse
+
+    where = parse(address)
+    if where.name is not None or where.cluster == "local":
+        raise SelectionError(f"--address is a cluster that runs already, as in auto or HOST:10001, not {address!r}")
+    if name is not None:
+        parse(f"{address}/{name}")
+    try:
+        from ciphertune_ray.relay import join, told
+    except ImportError as error:
+        raise PluginError('the ray commands need Ray: pip install "ciphertune[ray]"') from error
+    try:
+        join(where.ray)
+    except ImportError as error:
+        raise PluginError(f'the ray commands need Ray: pip install "ciphertune[ray]" ({error})') from error
+    except Exception as error:
+        raise TransportError(f"the cluster {address} cannot be joined: {told(error)}") from error
+
+
+def _show(address: str, names: list[str], as_json: bool) -> None:
+    from ciphertune.cli.output import megabytes, print_json, print_table
+    from ciphertune_ray import deployment
+
+    found: dict[str, list[dict[str, Any]]] = {name: deployment.describe(name) for name in names}
+    if as_json:
+        print_json({name: [_plain(worker) for worker in workers] for name, workers in found.items()})
+        return
+    for name, workers in found.items():
+        rows = [
+            (
+                worker["index"],
+                worker["state"],
+                worker.get("host", ""),
+                worker.get("node", "")[:8],
+                worker.get("device", worker.get("started", "")),
+                worker.get("shard", ""),
+                worker.get("layers", ""),
+                megabytes(worker["weight_bytes"]) if "weight_bytes" in worker else "",
+                worker.get("sessions", ""),
+            )
+            for worker in workers
+        ]
+        columns = ["worker", "state", "host", "node", "device", "shard", "layers", "weights", "sessions"]
+        print_table(f"{name}: --to mlwe+ray://{address}/{name}", columns, rows)
+    if not found:
+        click.echo("nothing is deployed")
+
+
+def _plain(worker: dict[str, Any]) -> dict[str, Any]:
+    """Without the layers' names, which are many."""
+    plain = dict(worker)
+    if "spec" in plain:
+        spec = dataclasses.asdict(_read(plain["spec"]))
+        plain["spec"] = {**spec, "parts": [{"folder": part, "layers": len(of)} for part, of in spec["parts"]]}
+    return plain
+
+
+def _read(plain: dict[str, Any]) -> Any:
+    from ciphertune_ray.deployment import read_spec
+
+    return read_spec(plain)
