@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-from ciphertune.errors import ProtocolError, ReplyError, TransportError
+from ciphertune.errors import CipherTuneError, ConfigError, ProtocolError, TransportError
 from ciphertune.protocol import Frame
 from ciphertune_ray.pipe import Pipe, pair
 
@@ -78,7 +78,10 @@ class Bridge:
         timer.start()
 
     def ask(self, head: dict[str, Any], frames: Sequence[Frame] = ()) -> Future[Answer]:
-        """Send something that is answered. The future fails with ``TransportError`` if it cannot be."""
+        """Send something that is answered. The future fails with ``TransportError`` if it cannot be.
+
+        What is asked of a bundle may also fail with ``ConfigError``.
+        """
         future: Future[Answer] = Future()
         number = next(self._numbers)
         self._pending[number] = future
@@ -120,7 +123,8 @@ class Bridge:
         future = self._pending.get(head.get("id", 0))
         if future is not None:
             if "error" in head:
-                _settle(future, TransportError(str(head["error"])[:2000]))
+                kind = ConfigError if head.get("kind") == "ConfigError" else TransportError
+                _settle(future, kind(str(head["error"])[:2000]))
             else:
                 _settle(future, (head, frames))
         elif (push := self.hosted.get(str(head.get("actor")))) is not None:
@@ -247,7 +251,7 @@ def _end_all() -> None:
 def _settle(future: Future[Any], outcome: Any) -> None:
     # Whoever waited may give up at this very moment.
     with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, (TransportError, ReplyError)):
+        if isinstance(outcome, CipherTuneError):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -77,34 +79,32 @@ def up(
     BUNDLE is what 'ciphertune split' wrote, on a path that all machines of the cluster share, or a URL that fsspec
     reads, such as s3://bucket/bundle.
     """
-    _join(address, name)
-    from ciphertune_ray import deployment
-
-    wanted = deployment.Wanted(
-        bundle,
-        shards=shards or 0,
-        memory=int((memory_gb or 0) * 1e9),
-        cpus=cpus,
-        gpus=gpus,
-        threads=threads or 0,
-        restarts=max_restarts,
-        retries=max_task_retries,
-        max_requests=max_requests,
-        max_client_mb=max_client_mb,
-        idle_seconds=idle,
-    )
-    spec = deployment.plan(wanted)
-    known = deployment.spec_of(name)
-    if known is not None and known.parts != spec.parts:
-        raise SelectionError(
-            f"the deployment {name!r} serves {known.bundle} in {len(known.parts)} shards: take another --name, or end "
-            f"it with 'ciphertune ray down --name {name}' first"
-        )
-    if workers < len(spec.parts):
-        raise SelectionError(f"the model is in {len(spec.parts)} shards, which {workers} workers cannot hold")
-    deployment.shrink(name, workers)
-    deployment.grow(name, spec, workers, shared=True, seconds=timeout)
-    _show(address, [name], as_json)
+    wanted = {
+        "shards": shards or 0,
+        "memory": int((memory_gb or 0) * 1e9),
+        "cpus": cpus,
+        "gpus": gpus,
+        "threads": threads or 0,
+        "restarts": max_restarts,
+        "retries": max_task_retries,
+        "max_requests": max_requests,
+        "max_client_mb": max_client_mb,
+        "idle_seconds": idle,
+    }
+    with _joined(address, name) as deployment:
+        spec = deployment.plan(deployment.Wanted(bundle, **wanted))
+        known = deployment.spec_of(name)
+        if known is not None and known.parts != spec.parts:
+            raise SelectionError(
+                f"the deployment {name!r} serves {known.bundle} in {len(known.parts)} shards: take another --name, or "
+                f"end it with 'ciphertune ray down --name {name}' first"
+            )
+        if workers < len(spec.parts):
+            raise SelectionError(f"the model is in {len(spec.parts)} shards, which {workers} workers cannot hold")
+        deployment.shrink(name, workers)
+        deployment.grow(name, spec, workers, shared=True, seconds=timeout)
+        found = {name: deployment.describe(name)}
+    _show(address, found, as_json)
 
 
 @ray.command()
@@ -113,10 +113,10 @@ def up(
 @_JSON
 def status(address: str, name: str | None, as_json: bool) -> None:
     """What is deployed, and where."""
-    _join(address, name)
-    from ciphertune_ray import deployment
-
-    _show(address, deployment.deployments() if name is None else [name], as_json)
+    with _joined(address, name) as deployment:
+        names = deployment.deployments() if name is None else [name]
+        found = {each: deployment.describe(each) for each in names}
+    _show(address, found, as_json)
 
 
 @ray.command()
@@ -125,10 +125,8 @@ def status(address: str, name: str | None, as_json: bool) -> None:
 @_JSON
 def down(address: str, name: str, as_json: bool) -> None:
     """End a deployment. Its clients' requests fail."""
-    _join(address, name)
-    from ciphertune_ray import deployment
-
-    gone = deployment.shrink(name, 0)
+    with _joined(address, name) as deployment:
+        gone = deployment.shrink(name, 0)
     if not gone:
         raise TransportError(f"the cluster has no deployment named {name!r}")
     if as_json:
@@ -139,7 +137,9 @@ def down(address: str, name: str, as_json: bool) -> None:
         click.echo(f"stopped {len(gone)} workers of {name}")
 
 
-def _join(address: str, name: str | None) -> None:
+@contextlib.contextmanager
+def _joined(address: str, name: str | None) -> Iterator[Any]:
+    """Part of the cluster meanwhile; the module with what can be done there."""
     from ciphertune_ray.address import parse
 
     where = parse(address)
@@ -147,23 +147,28 @@ def _join(address: str, name: str | None) -> None:
         raise SelectionError(f"--address is a cluster that runs already, as in auto or HOST:10001, not {address!r}")
     if name is not None:
         parse(f"{address}/{name}")
-    try:
-        from ciphertune_ray.relay import join, told
-    except ImportError as error:
-        raise PluginError('the ray commands need Ray: pip install "ciphertune[ray]"') from error
-    try:
-        join(where.ray)
-    except ImportError as error:
-        raise PluginError(f'the ray commands need Ray: pip install "ciphertune[ray]" ({error})') from error
-    except Exception as error:
-        raise TransportError(f"the cluster {address} cannot be joined: {told(error)}") from error
+    # Ray prints what the cluster has to say, where a reader of JSON expects none of it.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            import ray
+
+            from ciphertune_ray import deployment
+            from ciphertune_ray.relay import join, told
+        except ImportError as error:
+            raise PluginError('the ray commands need Ray: pip install "ciphertune[ray]"') from error
+        try:
+            try:
+                join(where.ray)
+            except Exception as error:
+                raise TransportError(f"the cluster {address} cannot be joined: {told(error)}") from error
+            yield deployment
+        finally:
+            ray.shutdown()
 
 
-def _show(address: str, names: list[str], as_json: bool) -> None:
+def _show(address: str, found: dict[str, list[dict[str, Any]]], as_json: bool) -> None:
     from ciphertune.cli.output import megabytes, print_json, print_table
-    from ciphertune_ray import deployment
 
-    found: dict[str, list[dict[str, Any]]] = {name: deployment.describe(name) for name in names}
     if as_json:
         print_json({name: [_plain(worker) for worker in workers] for name, workers in found.items()})
         return
@@ -190,14 +195,7 @@ def _show(address: str, names: list[str], as_json: bool) -> None:
 
 def _plain(worker: dict[str, Any]) -> dict[str, Any]:
     """Without the layers' names, which are many."""
-    plain = dict(worker)
-    if "spec" in plain:
-        spec = dataclasses.asdict(_read(plain["spec"]))
-        plain["spec"] = {**spec, "parts": [{"folder": part, "layers": len(of)} for part, of in spec["parts"]]}
-    return plain
-
-
-def _read(plain: dict[str, Any]) -> Any:
-    from ciphertune_ray.deployment import read_spec
-
-    return read_spec(plain)
+    if "spec" not in worker:
+        return worker
+    parts = [{"folder": folder, "layers": len(layers)} for folder, layers in worker["spec"]["parts"]]
+    return {**worker, "spec": {**worker["spec"], "parts": parts}}

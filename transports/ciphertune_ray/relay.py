@@ -22,6 +22,7 @@ from ciphertune_ray.pipe import Pipe
 
 _TAKES = 4
 """Requests asked for at a time on behalf of a worker that runs elsewhere."""
+_REACH_SECONDS = 10.0
 _GOODBYE_SECONDS = 5.0
 
 
@@ -208,6 +209,7 @@ def join(cluster: str | None) -> None:
     """Become part of a cluster, or start one of this machine alone.
 
     Raises:
+        OSError: nobody listens there, which Ray would take long to say.
         Exception: whatever Ray raises.
     """
     import logging
@@ -216,6 +218,10 @@ def join(cluster: str | None) -> None:
 
     from ciphertune_ray.deployment import NAMESPACE
 
+    address = os.environ.get("RAY_ADDRESS") if cluster == "auto" else cluster
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
     where = {"address": cluster} if cluster is not None else {"address": "local", "include_dashboard": False}
     ray.init(**where, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
 
