@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,14 +13,21 @@ MEMORY = 2 << 30
 """Bytes that each node claims to have for actors."""
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
 @contextlib.contextmanager
-def cluster(nodes: int = 1, cpus: int = 4) -> Iterator[Any]:
+def cluster(nodes: int = 1, cpus: int = 4, client_port: int | None = None) -> Iterator[Any]:
     """A cluster, which ``RAY_ADDRESS`` names meanwhile; this process is no part of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray.cluster_utils import Cluster
     size = {"num_cpus": cpus, "memory": MEMORY, "object_store_memory": 256 << 20}
-    made = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
+    head = {**size, "include_dashboard": False, "ray_client_server_port": client_port}
+    made = Cluster(initialize_head=True, head_node_args=head)
     before = os.environ.get("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = made.address
     try:

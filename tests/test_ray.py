@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import ciphertune
-from ciphertune import fleet
+from ciphertune import fleet, registry
 from ciphertune.errors import ConfigError, SelectionError, TransportError
 
 ray: Any = pytest.importorskip("ray", reason="the ray transport needs Ray")
@@ -27,12 +27,13 @@ deployment: Any = pytest.importorskip("ciphertune_ray.deployment")
 relay: Any = pytest.importorskip("ciphertune_ray.relay")
 
 SECONDS = 60.0
+CLIENT_PORT = clusters.free_port()
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes; this process starts and ends deployments there, as the commands do."""
-    with clusters.cluster(nodes=2) as made, warnings.catch_warnings():
+    with clusters.cluster(nodes=2, client_port=CLIENT_PORT) as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         relay.join("auto")
         yield made
@@ -192,6 +193,24 @@ def test_a_client_asks_for_more_workers(deployed: Any, training: Any, expected: 
     assert run.workers() == ["auto/more/0", "auto/more/1"]
     assert run.step() == expected[0]
     assert deployment.members("more") == [0, 1]
+
+
+def test_from_outside(
+    deployed: Any, training: Any, expected: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a head's Ray Client server; and without any Ray, from a worker that listens by itself."""
+    zmq: Any = registry.load(registry.TRANSPORTS, "zmq")
+    zmq.make_keys(tmp_path / "keys", ["client"], worker=True)
+    port = clusters.free_port()
+    options = {"curve": str(tmp_path / "keys")}
+    (worker,) = deployed("outside", listen="zmq", port=port, listen_options=options)
+    assert worker["address"].endswith(f":{port}")
+    run = training(f"127.0.0.1:{CLIENT_PORT}/outside")
+    assert [run.step(), run.step()] == expected[:2]
+    to = f"clear+zmq://127.0.0.1:{port}?allow_insecure=1&weight_bits=8&curve={tmp_path / 'keys'}"
+    direct = Training(to)
+    assert [direct.step(), direct.step()] == expected[:2]
+    direct.session.close()
 
 
 CLIENT = """

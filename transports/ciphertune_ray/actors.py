@@ -38,6 +38,7 @@ class WorkerActor:
     def __init__(self, spec: dict[str, Any], index: int) -> None:
         import torch
 
+        from ciphertune import registry
         from ciphertune.bundle import load_worker
         from ciphertune.service import Quota, Service
         from ciphertune.worker import SessionLimits, Worker
@@ -52,6 +53,12 @@ class WorkerActor:
             Worker(store, device, SessionLimits(idle_seconds=spec["idle_seconds"])),
             Quota(spec["max_requests"], spec["max_client_mb"] << 20),
         )
+
+        self._listener = None
+        if spec["listen"]:
+            transport = registry.load(registry.TRANSPORTS, spec["listen"])
+            address = f"0.0.0.0:{spec['port'] + index}"
+            self._listener = transport.listen(self._service, address, spec["listen_options"])
 
     async def answer(self, peer: str, *frames: Any) -> list[Any]:
         """Answer a request of the client known as ``peer``."""
@@ -82,8 +89,16 @@ class WorkerActor:
             "layers": len(worker.weights),
             "weight_bytes": worker.weights.nbytes,
             "sessions": worker.sessions,
+            "address": self._address(),
             "spec": self._spec,
         }
+
+    def _address(self) -> str:
+        """Where clients that are no part of the cluster find it."""
+        import ray
+
+        port = self._spec["port"] + self._index
+        return f"{ray.util.get_node_ip_address()}:{port}" if self._listener is not None else ""
 
 
 def _settle(future: asyncio.Future[Any], value: Any) -> None:

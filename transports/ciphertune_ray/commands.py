@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
+from ciphertune import registry
 from ciphertune.errors import PluginError, SelectionError, TransportError
 from ciphertune.plugins import hookimpl
 
@@ -54,6 +55,16 @@ def ray() -> None:
 @click.option(
     "--idle", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds a session may idle."
 )
+@click.option(
+    "--listen",
+    default="",
+    metavar="TRANSPORT",
+    help="Serve workers over this transport too, as zmq, to clients that are no part of the cluster.",
+)
+@click.option(
+    "--port", type=click.IntRange(1, 65000), default=5555, show_default=True, help="Of worker 0; then upwards."
+)
+@click.option("-o", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Of that transport, as curve=KEYS.")
 @click.option("--timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds to wait for room.")
 @_JSON
 def up(
@@ -71,6 +82,9 @@ def up(
     max_requests: int,
     max_client_mb: int,
     idle: float,
+    listen: str,
+    port: int,
+    extra: tuple[str, ...],
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -90,7 +104,12 @@ def up(
         "max_requests": max_requests,
         "max_client_mb": max_client_mb,
         "idle_seconds": idle,
+        "listen": listen,
+        "port": port,
+        "listen_options": _pairs(extra),
     }
+    if listen:
+        registry.load(registry.TRANSPORTS, listen)
     with _joined(address, name) as deployment:
         spec = deployment.plan(deployment.Wanted(bundle, **wanted))
         known = deployment.spec_of(name)
@@ -135,6 +154,13 @@ def down(address: str, name: str, as_json: bool) -> None:
         print_json({"name": name, "stopped": len(gone)})
     else:
         click.echo(f"stopped {len(gone)} workers of {name}")
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [text for text, (_, separator, _) in zip(texts, pairs, strict=True) if not separator]:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=VALUE", param_hint="--option")
+    return {name: value for name, _, value in pairs}
 
 
 @contextlib.contextmanager
@@ -184,10 +210,11 @@ def _show(address: str, found: dict[str, list[dict[str, Any]]], as_json: bool) -
                 worker.get("layers", ""),
                 megabytes(worker["weight_bytes"]) if "weight_bytes" in worker else "",
                 worker.get("sessions", ""),
+                worker.get("address", ""),
             )
             for worker in workers
         ]
-        columns = ["worker", "state", "host", "node", "device", "shard", "layers", "weights", "sessions"]
+        columns = ["worker", "state", "host", "node", "device", "shard", "layers", "weights", "sessions", "listens on"]
         print_table(f"{name}: --to mlwe+ray://{address}/{name}", columns, rows)
     if not found:
         click.echo("nothing is deployed")

@@ -51,6 +51,10 @@ class Spec:
         threads: CPU threads of a product; 0 for as many as ``cpus``.
         restarts, retries: Ray's ``max_restarts`` and ``max_task_retries``.
         max_requests, max_client_mb, idle_seconds: as options of ``ciphertune worker``.
+        listen: a transport over which each worker is served as well, to clients that are no part of the cluster; empty
+            for none.
+        port: worker i listens on ``port + i`` of its node.
+        listen_options: of that transport.
     """
 
     bundle: str
@@ -64,6 +68,9 @@ class Spec:
     max_requests: int
     max_client_mb: int
     idle_seconds: float
+    listen: str
+    port: int
+    listen_options: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +81,8 @@ class Wanted:
         bundle: a bundle, or a worker's folder of one.
         shards: parts of the model; 0 for as few as fit the nodes' memory.
         memory: bytes that a worker may take; 0 for what a node has.
-        cpus, gpus, threads, restarts, retries, max_requests, max_client_mb, idle_seconds: as in ``Spec``.
+        cpus, gpus, threads, restarts, retries, max_requests, max_client_mb, idle_seconds, listen, port, listen_options:
+            as in ``Spec``.
     """
 
     bundle: str
@@ -88,6 +96,9 @@ class Wanted:
     max_requests: int = 64
     max_client_mb: int = 2048
     idle_seconds: float = 600.0
+    listen: str = ""
+    port: int = 5555
+    listen_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def members(name: str) -> list[int]:
