@@ -103,5 +103,43 @@ def test_the_image_is_built_from_what_the_package_needs() -> None:
     assert {"pyproject.toml", "hatch_build.py", "README.md", "LICENSE"} <= copied
     assert re.search(r"^USER (?!root)", lines, re.M)
     assert 'ENTRYPOINT ["ciphertune"]' in lines
-    extras = re.findall(r"\.\[(.+?)\]", lines)[0].split(",")
+    assert re.findall(r"\.\[(.+?)\]", lines) == ["${EXTRAS}"]
+    extras = {part for text in re.findall(r"EXTRAS=(\S+)", lines) for part in text.split(",")}
+    assert extras == {"hf", "ray", "worker"}
     assert all(re.search(rf"^{extra} = \[", built, re.M) for extra in extras)
+
+
+RAY, JOB, POLICY = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+
+
+def test_the_ray_deployment_is_started_with_options_that_exist() -> None:
+    pod = JOB["spec"]["template"]["spec"]
+    first, second, *rest = pod["containers"][0]["args"]
+    group: Any = cli.get_command(click.Context(cli), first)
+    with group.get_command(click.Context(group), second).make_context(second, rest) as context:
+        found = context.params
+    workers = RAY["spec"]["workerGroupSpecs"][0]
+    head = RAY["spec"]["headGroupSpec"]["template"]
+    assert (first, second, found["bundle"]) == ("ray", "up", "/bundle")
+    assert found["workers"] == workers["replicas"]
+    assert str(int(found["cpus"])) == workers["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]
+    assert (found["listen"], found["extra"]) == ("zmq", ("curve=/keys",))
+    assert found["address"] == f"gcs://{RAY['metadata']['name']}-head-svc:6379"
+    # Ray's ports are for the cluster's own pods, workers' own for others too.
+    labels = POLICY["spec"]["podSelector"]["matchLabels"]
+    templates = (head, workers["template"], JOB["spec"]["template"])
+    assert all(labels.items() <= template["metadata"]["labels"].items() for template in templates)
+    inside, anyone = POLICY["spec"]["ingress"]
+    assert inside["from"] == [{"podSelector": {"matchLabels": labels}}]
+    (ports,) = anyone["ports"]
+    assert ports["port"] == found["port"]
+    assert ports["endPort"] >= found["port"] + workers["maxReplicas"] - 1
+
+
+def test_pods_of_the_ray_cluster_mount_what_they_name() -> None:
+    for group in (RAY["spec"]["headGroupSpec"], RAY["spec"]["workerGroupSpecs"][0]):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in (*pod["containers"], *pod["initContainers"]):
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+        assert "client.key" not in str(pod)

@@ -47,7 +47,15 @@ _CIRCLES = "minutes; tests/test_concrete_glwe.py trains under it"
 _CONCRETE_ML = "an environment of its own, of gigabytes: make concrete-ml"
 # Commands that are not run: (page, command) → why. For a command that is on the page again, its whole line; for other
 # languages, the first line of the block.
+_CLUSTER = "needs a cluster of several machines; tests/test_ray.py makes one"
 EXCLUDED = {
+    ("cluster.md", 'pip install "ciphertune[ray]"'): _INSTALL,
+    ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8"): _CLUSTER,
+    ("cluster.md", "ciphertune ray up bundle --workers 8 --cpus 8"): _CLUSTER,
+    ("cluster.md", "ciphertune train train.toml --to mlwe+ray://auto"): _CLUSTER,
+    ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8 --listen zmq -o curve=keys"): _CLUSTER,
+    ("cluster.md", "ciphertune ray status"): _CLUSTER,
+    ("cluster.md", 'ciphertune train train.toml --to "mlwe+zmq://10.0.0.5:5555,10.0.0.6:5556?curve=keys"'): _CLUSTER,
     ("CONTRIBUTING.md", "make test"): _MAKE,
     ("CONTRIBUTING.md", "make demo-quick"): _MAKE,
     ("CONTRIBUTING.md", "make soak MINUTES=10"): "ten minutes; for people",
@@ -111,7 +119,7 @@ steps = 2
 GIVEN = {("README.md", "train.toml"): _OWNER, ("remote.md", "train.toml"): _OWNER}
 
 # Pages on backends whose packages not every platform has.
-NEEDS = {"concrete-circuit.md": "concrete"}
+NEEDS = {"cluster.md": "ray", "concrete-circuit.md": "concrete"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

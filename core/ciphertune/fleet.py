@@ -220,7 +220,7 @@ class Fleet:
 
     def _cut(self) -> None:
         """Cut the units into pieces that workers hold. What pieces are known stay known, for requests under way."""
-        names = {index: self._workers[index].link.name for index in self._holdings}
+        names = {index: self._workers[index].link.name for index in sorted(self._holdings)}
         pieces = place(self._units, self._holdings, names)
         for _ in range(len(self._groups), len(self._workers)):
             self._groups.append([])

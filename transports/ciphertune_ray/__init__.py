@@ -169,12 +169,13 @@ class RayTransport(Transport):
 
     def _own(self, address: Address) -> list[Link]:
         """Links to workers that are started for this client, and go with it."""
+        from ciphertune_ray.address import absolute
         from ciphertune_ray.bridge import Bridge
         from ciphertune_ray.link import RayLink
 
         options = self.options
         name = f"own-{secrets.token_hex(8)}"
-        wanted = {"bundle": options.bundle, "cpus": options.cpus, "gpus": options.gpus}
+        wanted = {"bundle": absolute(options.bundle), "cpus": options.cpus, "gpus": options.gpus}
         wanted |= {"shards": options.shards or 0, "threads": options.threads or 0}
         wanted |= {"memory": int((options.memory_gb or 0) * 1e9)}
         head = {"op": "deploy", "name": name, "shared": False, "workers": options.workers or 1, "wanted": wanted}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 from ciphertune.errors import SelectionError
 
@@ -77,3 +78,8 @@ def parse(text: str) -> Address:
     if len(rest) > 2 or (len(rest) == 2 and not (rest[1].isdecimal() and len(rest[1]) < 7)):
         raise SelectionError(f"cannot read the address {text!r}: after the deployment's name comes a worker's number")
     return Address(prefix + cluster, name, int(rest[1]) if len(rest) == 2 else None)
+
+
+def absolute(bundle: str) -> str:
+    """A bundle's address that other processes understand: a path from the root, or a URL as it is."""
+    return bundle if "://" in bundle else str(Path(bundle).absolute())

@@ -93,6 +93,8 @@ def up(
     BUNDLE is what 'ciphertune split' wrote, on a path that all machines of the cluster share, or a URL that fsspec
     reads, such as s3://bucket/bundle.
     """
+    from ciphertune_ray.address import absolute
+
     wanted = {
         "shards": shards or 0,
         "memory": int((memory_gb or 0) * 1e9),
@@ -111,7 +113,7 @@ def up(
     if listen:
         registry.load(registry.TRANSPORTS, listen)
     with _joined(address, name) as deployment:
-        spec = deployment.plan(deployment.Wanted(bundle, **wanted))
+        spec = deployment.plan(deployment.Wanted(absolute(bundle), **wanted))
         known = deployment.spec_of(name)
         if known is not None and known.parts != spec.parts:
             raise SelectionError(
