@@ -1,6 +1,6 @@
 """What interleaving two micro-batches saves, over links with and without latency.
 
-    python benchmarks/overlap.py                     all of it, on a quiet machine; writes overlap.json beside this file
+    python benchmarks/overlap.py                     all of it, an hour or more on a quiet machine; writes overlap.json
     python benchmarks/overlap.py --models mlp --repeat 3 --json here.json
 
 A step's batch is computed in three ways, in turn in one process: whole, as two micro-batches one after the other, and
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--pinned", choices=("yes", "no", "both"), default="both")
     parser.add_argument("--tokens", type=int, nargs="+", help="of every model, in place of what is set for each")
-    parser.add_argument("--repeat", type=int, default=5, help="rounds; medians are given")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds; medians are given")
     parser.add_argument("--json", type=Path, default=HERE / "overlap.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
