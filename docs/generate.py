@@ -136,6 +136,33 @@ def _compare() -> str:
     )
 
 
+def _overlap() -> str:
+    measured = _measured("overlap")
+    rows = []
+    for row in measured["rows"]:
+        workers = f"{row['workers']}" if row["workers"] else "in this process"
+        whole, apart, together = (row["step_s"][way] for way in ("whole", "one after the other", "interleaved"))
+        rows.append(
+            (
+                f"{row['model']}, {row['tokens']:,}",
+                workers + ", pinned" * row["pinned"],
+                f"{1e3 * row['latency_s']:g} ms",
+                *(f"{value:.3g} s" for value in (whole, apart, together)),
+                f"{together / apart:.2f}",
+                f"{together / whole:.2f}",
+            )
+        )
+    header = (
+        *("model, tokens", "workers", "latency each way", "whole", "one after the other", "interleaved"),
+        *("interleaved / one after the other", "/ whole"),
+    )
+    m = measured["machine"]
+    return (
+        _table(header, rows) + f"\nMeasured on {m['processor']} ({m['capability']}), torch {m['torch']}, medians of "
+        f"{measured['repeat']}; load of the machine before it began {m['load_before']}.\n"
+    )
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {
         "figures": _figures,
@@ -144,6 +171,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "losses": _losses,
         "step": _step,
         "compare": _compare,
+        "overlap": _overlap,
     },
     "../README.md": {"summary": _summary},
 }

@@ -71,6 +71,7 @@ PUBLIC = [
     "WorkerHalf",
     "error_message",
     "hookimpl",
+    "interleave",
     "load_client",
     "outsource",
     "outsourced_layers",

@@ -166,6 +166,18 @@ def test_resume_is_bit_for_bit(tmp_path, loader, stop):
     assert_same(weights(resumed.model), weights(reference.model))
 
 
+def test_resume_of_an_interleaved_run_is_bit_for_bit(tmp_path):
+    """With dropout, and a shuffling loader that draws from the same generator."""
+    kwargs = {"checkpoint_every": 1, "interleave": 3}
+    reference = run(build(), shuffled(), tmp_path / "reference", **kwargs)
+    run(build(), shuffled(), tmp_path / "run", stop=4, **kwargs)
+    with pytest.raises(CheckpointError, match="interleave was 3 and is None"):
+        run(build(), shuffled(), tmp_path / "run", resume=True, checkpoint_every=1)
+    resumed = run(build(), shuffled(), tmp_path / "run", resume=True, seed=99, **kwargs)
+    assert metrics(resumed.history) == metrics(reference.history)
+    assert_same(weights(resumed.model), weights(reference.model))
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_resume_with_any_scheduler_and_optimizer(tmp_path, scheduler):
     kwargs = {

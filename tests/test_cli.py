@@ -211,6 +211,14 @@ def test_bench_train_compares_the_same_training() -> None:
     # Three layers forward, and backward for all but the first, whose input needs no gradient.
     assert result["requests"] == 5
     assert result["bytes_up"] > 0 < result["bytes_down"]
+    assert (result["micro_batches"], result["interleave"]) == (1, 1)
+
+
+def test_bench_train_interleaves_micro_batches() -> None:
+    arguments = ["--model", "mlp", "--to", "clear", "--tokens", "32", "--steps", "2", "--micro-batches", "4"]
+    result = json.loads(invoke("bench", "train", *arguments, "--interleave", "2", "--json").stdout)
+    assert (result["micro_batches"], result["interleave"], result["requests"]) == (4, 2, 4 * 5)
+    assert result["loss_encrypted"] == pytest.approx(result["loss_plaintext"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +229,11 @@ def test_bench_train_compares_the_same_training() -> None:
         (["bench", "kernel", "--tokens", "0"], "tokens must be 1 or more"),
         (["bench", "train", "--steps", "1"], "steps must be 2 or more"),
         (["bench", "train", "--repeat", "0"], "repeat must be 1 or more"),
+        (["bench", "train", "--interleave", "2"], "interleave must be from 1 to the number of micro-batches, 1, not 2"),
+        (
+            ["bench", "train", "--model", "mlp", "--to", "clear", "--tokens", "9", "--micro-batches", "2"],
+            "cannot be cut into 2 micro-batches",
+        ),
         (["train", "nowhere.toml"], "cannot read nowhere.toml"),
         (["demo", "--steps", "0", "--output", "{tmp}"], "steps must be 1 or more"),
         (["demo", "--quick", "--to", "mlwe+pigeon://x", "--output", "{tmp}"], "unknown transport 'pigeon'"),

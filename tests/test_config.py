@@ -55,6 +55,10 @@ def test_defaults_and_conversion() -> None:
         (changed("training", steps=0), "training.steps must be 1 or more"),
         (changed("training", epochs=0), "training.epochs must be 1 or more"),
         (changed("training", accumulation=0), "training.accumulation must be 1 or more"),
+        (
+            changed("training", accumulation=2, interleave=3),
+            "training.interleave must be from 1 to training.accumulation",
+        ),
         (changed("training", max_grad_norm=0.0), "training.max_grad_norm must be above 0"),
         (changed("training", eval_every=0), "training.eval_every must be 1 or more"),
         (changed("training", checkpoint_dir="c", checkpoint_every=0), "training.checkpoint_every must be 1 or more"),

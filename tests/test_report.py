@@ -343,7 +343,8 @@ def test_the_page_names_the_configuration_that_ran(trained: Path) -> None:
     assert "seed = 0" in text
 
 
-def test_operations_of_a_step_are_exact() -> None:
+@pytest.mark.parametrize("interleave", [1, 2])
+def test_operations_of_a_step_are_exact(interleave: int) -> None:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -356,10 +357,14 @@ def test_operations_of_a_step_are_exact() -> None:
     batches = [(torch.randn(16, 32), torch.randint(10, (16,))) for _ in range(3)]
     accountant = Accountant(session, ciphertune.share(model))
     with accountant.following():
-        ciphertune.LoraTrainer(model, loss_fn=nn.CrossEntropyLoss(), accumulation=2).train(batches[:2])
+        trainer = ciphertune.LoraTrainer(model, loss_fn=nn.CrossEntropyLoss(), accumulation=2, interleave=interleave)
+        trainer.train(batches[:2])
     session.close()
     assert session.plugins.names() == before
     account = accountant.account()
+    phases = account.phases
+    assert sum(phases.values()) == pytest.approx(account.seconds)
+    assert (sum(row["turn_seconds"] for row in account.units) > 0) == (interleave > 1)
     # Two micro-batches of 16. Workers: forward of both layers, backward of the second (the first's input needs none).
     assert account.outsourced_operations == 2 * 16 * (32 * 64 + 64 * 64 + 64 * 64)
     # Client: adapters and their gradients, without that of the first layer's input, and the head twice.

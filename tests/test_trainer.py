@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import random
+import threading
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -608,3 +610,117 @@ def test_language_model_loss_is_weighted_by_shifted_targets():
     assert math.isfinite(trainer.evaluate(data)["eval_loss"])
     with pytest.raises(NonFiniteLossError, match="every label of it is -100"):
         trainer.train(data)
+
+
+class Uneven(Net):
+    """Micro-batches go through another number of products each, and some leave a parameter out."""
+
+    def forward(self, x):
+        for _ in range(int(x[0, 0] * 10) % 3):
+            x = x + self.up(x)[..., :6]
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("base", [Net, Uneven])
+@pytest.mark.parametrize("interleave", [2, 3, 4])
+def test_interleaving_changes_no_bit(base, interleave):
+    """Seven micro-batches in two steps an epoch: the last step takes what is left."""
+    data = tuples(7)
+    histories, adapters, gradients = [], [], []
+
+    def keep(optimizer, args, kwargs):
+        gradients[-1].append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    for width in (1, interleave):
+        model = ciphertune.outsource(adapted(base=base) if base is Net else adapted_uneven(), "clear")
+        trainer = trainer_of(model, accumulation=4, interleave=width, epochs=2)
+        gradients.append([])
+        trainer.optimizer.register_step_pre_hook(keep)
+        histories.append(trainer.train(data).losses)
+        adapters.append(trainable(model))
+    assert histories[0] == histories[1]
+    assert len(gradients[0]) == 4
+    assert all(torch.equal(a, b) for one, two in zip(*gradients, strict=True) for a, b in zip(one, two, strict=True))
+    assert_same(*adapters)
+
+
+def adapted_uneven():
+    torch.manual_seed(0)
+    model = get_peft_model(Uneven(), LoraConfig(r=2, target_modules=["up", "down"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_interleaving_changes_no_bit_under_gradient_checkpointing(reentrant):
+    class Checkpointed(Net):
+        def forward(self, x):
+            for _ in range(3):  # the same parameter in several segments of one backward pass
+                x = torch.utils.checkpoint.checkpoint(self.segment, x.requires_grad_(), use_reentrant=reentrant)
+            return super().forward(x)
+
+        def segment(self, x):
+            return x + torch.sin(self.up(x)[..., :6])
+
+    results = []
+    for width in (1, 3):
+        torch.manual_seed(0)
+        model = get_peft_model(Checkpointed(), LoraConfig(r=2, target_modules=["up", "down"]))
+        ciphertune.outsource(model, "clear")
+        trainer_of(model, accumulation=3, interleave=width).train(tuples(6))
+        results.append(trainable(model))
+    assert_same(*results)
+
+
+def test_interleaved_dropout_repeats_from_the_seed():
+    results = []
+    for seed in (1, 1, 2):
+        model = outsourced(dropout=0.5)
+        torch.manual_seed(seed)
+        history = trainer_of(model, accumulation=4, interleave=2, epochs=2).train(tuples(8))
+        results.append((history.losses, trainable(model)))
+    assert results[0][0] == results[1][0] != results[2][0]
+    assert_same(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("fails", ["loss", "batch", "veto"])
+def test_an_interleaved_step_that_fails_touches_no_weight(fails):
+    class Gate:
+        left = 5
+
+        @hookimpl
+        def ciphertune_before_request(self):
+            self.left -= 1
+            if self.left < 0 and fails == "veto":
+                raise ciphertune.VetoError("no more")
+
+    plugins = PluginManager()
+    plugins.register(Gate())
+    data = tuples(4)
+    if fails == "loss":
+        data[2] = (data[2][0], torch.full((3, 2), math.nan))
+    elif fails == "batch":
+        data[3] = (torch.full((3, 6), math.nan), data[3][1])
+    model = ciphertune.outsource(adapted(), "clear", plugins=plugins)
+    before = trainable(model)
+    trainer = trainer_of(model, accumulation=4, interleave=3)
+    kinds = {"loss": NonFiniteLossError, "batch": ciphertune.InputError, "veto": ciphertune.VetoError}
+    with pytest.raises(kinds[fails], match="micro-batch 3 of 4" if fails == "loss" else None):
+        trainer.train(data)
+    assert_same(trainable(model), before)
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not [t for t in threading.enumerate() if t.name.startswith("ciphertune-turn")]
+
+
+def test_interleaving_is_refused_where_it_cannot_be():
+    for wrong in (0, 3, 1.0):
+        with pytest.raises(TrainingError, match="interleave must be"):
+            trainer_of(outsourced(), accumulation=2, interleave=wrong)
+    model = outsourced()
+    name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    parameter.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(TrainingError, match=f"{name} has a post-accumulate gradient hook"):
+        trainer_of(model, accumulation=2, interleave=2).train(tuples(2))
+    trainer_of(model, accumulation=2).train(tuples(2))

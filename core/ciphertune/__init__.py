@@ -95,6 +95,9 @@ if TYPE_CHECKING:
         Reply as Reply,
         Transport as Transport,
     )
+    from ciphertune.turns import (
+        interleave as interleave,
+    )
 
 __version__ = "0.1.0"
 
@@ -147,6 +150,7 @@ _PUBLIC = {
     "tracking": ("Tracker",),
     "trainer": ("History", "LoraTrainer"),
     "transport": ("Desk", "Handler", "Link", "Listener", "Loopback", "Reply", "Transport"),
+    "turns": ("interleave",),
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *sorted(_HOMES)]

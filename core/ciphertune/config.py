@@ -83,6 +83,7 @@ class TrainingSection:
     weight_decay: float = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     accumulation: int = 1
+    interleave: int = 1
     max_grad_norm: float | None = 1.0
     seed: int = 0
     eval_every: int | None = None
@@ -157,6 +158,7 @@ def parse_config(content: Mapping[str, Any]) -> TrainConfig:
         ("training.learning_rate", 0 < t.learning_rate < math.inf, "a finite number above 0"),
         ("training.weight_decay", 0 <= t.weight_decay < math.inf, "a finite number from 0"),
         ("training.accumulation", t.accumulation >= 1, "1 or more"),
+        ("training.interleave", 1 <= t.interleave <= t.accumulation, "from 1 to training.accumulation"),
         ("training.max_grad_norm", t.max_grad_norm is None or t.max_grad_norm > 0, "above 0"),
         ("training.eval_every", t.eval_every is None or t.eval_every >= 1, "1 or more"),
         ("training.checkpoint_every", t.checkpoint_every is None or t.checkpoint_every >= 1, "1 or more"),

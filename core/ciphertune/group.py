@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from typing import Any, NoReturn
 
@@ -49,7 +50,8 @@ class LayerGroup:
         self.unit = unit
         self.singles = singles
         self.shared = len(singles) > 1
-        self._pending: _Pending | None = None
+        # Of each thread, because each has a forward pass of its own under way.
+        self._pending = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
         return self
@@ -67,12 +69,12 @@ class LayerGroup:
             member: position of the layer in the group.
             x: the layer's input, (…, K), any floating dtype.
         """
-        pending, self._pending = self._pending, None
+        pending: _Pending | None = self._pending.__dict__.pop("last", None)
         if pending is not None and member in pending.outputs:
             if pending.belongs_to(x):
                 output = pending.outputs.pop(member)
                 if pending.outputs:
-                    self._pending = pending
+                    self._pending.last = pending
                 return output
             self.shared = False
         # Tensors of inference mode keep no version, so a change in place would go unnoticed.
@@ -80,7 +82,7 @@ class LayerGroup:
             return self._evaluate(self.singles[member], x)[0]
         outputs = dict(enumerate(self._evaluate(self.unit, x)))
         output = outputs.pop(member)
-        self._pending = _Pending(weakref.ref(x), x._version, _differentiable(x), outputs)
+        self._pending.last = _Pending(weakref.ref(x), x._version, _differentiable(x), outputs)
         return output
 
     def _evaluate(self, unit: int, x: Tensor) -> tuple[Tensor, ...]:

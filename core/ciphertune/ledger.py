@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SUMS = (
     *("tokens", "requests", "retries", "bytes_up", "bytes_down"),
-    *("encrypt_seconds", "wait_seconds", "evaluate_seconds", "decrypt_seconds"),
+    *("encrypt_seconds", "wait_seconds", "evaluate_seconds", "decrypt_seconds", "turn_seconds"),
 )
 """What is added up, named as in ``Exchange``."""
 

@@ -128,6 +128,7 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: 
         epochs=t.epochs,
         max_steps=t.steps,
         accumulation=t.accumulation,
+        interleave=t.interleave,
         max_grad_norm=t.max_grad_norm,
         eval_every=t.eval_every,
         checkpoint_dir=t.checkpoint_dir,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ciphertune import registry
+from ciphertune import registry, turns
 from ciphertune.backend import Backend, Buffers, Direction, LinearMap, SecurityStatement
 from ciphertune.errors import InputError, ReplyError, SecurityError, SelectionError, UnsupportedLayerError
 from ciphertune.fleet import Call, Fleet, Newcomers, Patience
@@ -100,7 +100,9 @@ class Exchange:
         retries: messages sent again, because a worker failed or was late.
         bytes_up, bytes_down: buffer bytes sent and received, without those of retries.
         encrypt_seconds, wait_seconds, evaluate_seconds, decrypt_seconds: time by phase; waiting covers the
-            transport and the worker, and evaluation is the part of it that the worker reports.
+            transport and the worker, and evaluation is what the worker reports of it.
+        turn_seconds: time in which other tasks computed while this product was under way (``ciphertune.interleave``);
+            no part of ``wait_seconds``, which is time in which nothing was computed here.
     """
 
     layers: tuple[str, ...]
@@ -114,6 +116,7 @@ class Exchange:
     wait_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     decrypt_seconds: float = 0.0
+    turn_seconds: float = 0.0
 
 
 @dataclasses.dataclass
@@ -128,6 +131,7 @@ class Traffic:
     wait_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     decrypt_seconds: float = 0.0
+    turn_seconds: float = 0.0
 
     def add(self, exchange: Exchange) -> None:
         """Count one exchange."""
@@ -330,11 +334,12 @@ class Session:
     def _finish(self, call: Call, state: Any, linear_map: LinearMap, tokens: int, exchange: Exchange) -> Tensor:
         clock = time.perf_counter
         start = clock()
-        reply = call.result()
+        reply, elsewhere = turns.waiting(call.result)
         answered = clock()
         exchange.retries += call.attempts - 1
         exchange.bytes_down += reply.nbytes
-        exchange.wait_seconds += answered - start
+        exchange.turn_seconds += elsewhere
+        exchange.wait_seconds += answered - start - elsewhere
         exchange.evaluate_seconds += _seconds(reply)
         y = self._client.decrypt(reply.buffers, state, linear_map)
         if y.shape != (tokens, linear_map.out_features):

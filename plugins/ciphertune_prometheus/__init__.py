@@ -131,7 +131,7 @@ class Prometheus(Tracker):
         self._bytes.labels(direction, "down").inc(exchange.bytes_down)
         for phase in ("encrypt", "wait", "evaluate", "decrypt"):
             self._seconds.labels(direction, phase).inc(getattr(exchange, f"{phase}_seconds"))
-        whole = exchange.encrypt_seconds + exchange.wait_seconds + exchange.decrypt_seconds
+        whole = exchange.encrypt_seconds + exchange.wait_seconds + exchange.decrypt_seconds + exchange.turn_seconds
         self._products.labels(direction).observe(whole)
 
     def _rest(self) -> None:

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ciphertune.convert import outsource, session_of
+from ciphertune.errors import ConfigError
+from ciphertune.turns import Turns
 from ciphertune.workloads import load_workload
 
 
-def steps(model_name: str, to: str | None, tokens: int, count: int, seed: int) -> dict[str, Any]:
+def steps(
+    model_name: str,
+    to: str | None,
+    tokens: int,
+    count: int,
+    seed: int,
+    micro_batches: int = 1,
+    interleave: int = 1,
+) -> dict[str, Any]:
     """Train for ``count`` optimizer steps, in the clear where ``to`` is None.
+
+    Args:
+        model_name: a built-in workload.
+        to: selection string, or None.
+        tokens: tokens or samples a step.
+        count: steps.
+        seed: of adapters and data.
+        micro_batches: parts of equally many sequences or samples that a step's batch is computed in.
+        interleave: how many of them are under way at once.
+
+    Raises:
+        ConfigError: a batch cannot be cut into so many equal parts.
 
     Returns:
         ``seconds`` and ``losses`` by step, ``peak_rss_mb`` of this process, and where products were outsourced the
@@ -31,21 +55,40 @@ def steps(model_name: str, to: str | None, tokens: int, count: int, seed: int) -
     optimizer = torch.optim.AdamW(parameters, lr=work.learning_rate)
     session = None if to is None else session_of(model)
     seconds, losses, traffic = [], [], []
+
+    def part_of_step(part: Any) -> float:
+        loss = model(**part).loss if work.loss_fn is None else work.loss_fn(model(part[0]), part[1])
+        (loss / micro_batches).backward()
+        return float(loss.detach()) / micro_batches
+
+    turns = Turns(interleave)
     for batch in work.train:
+        parts = _cut(batch, micro_batches)
         before = None if session is None else copy.copy(session.traffic)
         start = time.perf_counter()
-        loss = model(**batch).loss if work.loss_fn is None else work.loss_fn(model(batch[0]), batch[1])
-        loss.backward()
+        loss = sum(turns.run([functools.partial(part_of_step, part) for part in parts]))
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-        losses.append(float(loss.detach()))
+        losses.append(loss)
         if session is not None and before is not None:
             traffic.append(dataclasses.asdict(session.traffic.since(before)))
+    turns.close()
     result: dict[str, Any] = {"seconds": seconds, "losses": losses, "peak_rss_mb": _peak_mb(), "traffic": traffic}
     if session is not None:
         session.close()
     return result
+
+
+def _cut(batch: Any, count: int) -> list[Any]:
+    """A batch in equal parts, along its first dimension."""
+    names = list(batch) if isinstance(batch, Mapping) else None
+    tensors = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+    rows = len(tensors[0])
+    if rows % count:
+        raise ConfigError(f"a step of {rows} sequences or samples cannot be cut into {count} micro-batches of one size")
+    parts = zip(*(tensor.split(rows // count) for tensor in tensors), strict=True)
+    return [part if names is None else dict(zip(names, part, strict=True)) for part in parts]
 
 
 def _peak_mb() -> float:

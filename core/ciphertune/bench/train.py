@@ -13,7 +13,15 @@ from ciphertune.nearby import serving
 
 
 def bench_train(
-    model: str, to: str, tokens: int, steps: int = 4, repeat: int = 1, seed: int = 0, against: str | None = None
+    model: str,
+    to: str,
+    tokens: int,
+    steps: int = 4,
+    repeat: int = 1,
+    seed: int = 0,
+    against: str | None = None,
+    micro_batches: int = 1,
+    interleave: int = 1,
 ) -> dict[str, Any]:
     """Time, memory and loss of training steps, each mode in child processes of its own, in turn.
 
@@ -30,24 +38,32 @@ def bench_train(
         repeat: processes of each mode.
         seed: of adapters and data, the same for all modes.
         against: another selection string to compare with in the same run.
+        micro_batches: parts that a step's batch is computed in where it is encrypted; in the clear it stays whole.
+        interleave: how many of them are under way at once.
 
     Raises:
-        ConfigError: fewer than two steps, or no token or process.
+        ConfigError: fewer than two steps, no token or process, or more to interleave than there are micro-batches.
         CipherTuneError: a child process failed, which is also how a missing package shows.
     """
     if steps < 2:
         raise ConfigError(f"steps must be 2 or more, not {steps}: the first one warms up")
-    for name, value in (("tokens", tokens), ("repeat", repeat)):
+    counts = {"tokens": tokens, "repeat": repeat, "micro_batches": micro_batches, "interleave": interleave}
+    for name, value in counts.items():
         if value < 1:
             raise ConfigError(f"{name} must be 1 or more, not {value}")
+    if interleave > micro_batches:
+        raise ConfigError(
+            f"interleave must be from 1 to the number of micro-batches, {micro_batches}, not {interleave}"
+        )
     request = {"model_name": model, "tokens": tokens, "count": steps, "seed": seed}
+    parts = {"micro_batches": micro_batches, "interleave": interleave}
     plain, encrypted, other = [], [], []
     with serving(model, to) as served, serving(model, against or "mlwe") as other_served:
         for _ in range(repeat):
             plain.append(_child({**request, "to": None}))
-            encrypted.append(_child({**request, "to": served}))
+            encrypted.append(_child({**request, **parts, "to": served}))
             if against is not None:
-                other.append(_child({**request, "to": other_served}))
+                other.append(_child({**request, **parts, "to": other_served}))
     plain_step, encrypted_step = _step(plain), _step(encrypted)
     plain_peak, encrypted_peak = (max(run["peak_rss_mb"] for run in runs) for runs in (plain, encrypted))
     traffic = encrypted[-1]["traffic"][-1]
@@ -60,6 +76,7 @@ def bench_train(
         "to": to,
         "tokens": tokens,
         "steps": steps,
+        **parts,
         "plaintext_step_s": plain_step,
         "encrypted_step_s": encrypted_step,
         "ratio": encrypted_step / plain_step,

@@ -63,21 +63,33 @@ def kernel(to: str, tokens: int, in_features: int, out_features: int, repeat: in
 @click.option("--steps", default=4, show_default=True, help="Optimizer steps; the first warms up.")
 @click.option("--repeat", default=1, show_default=True, help="Processes of each mode, in turn.")
 @click.option("--against", default=None, help="Another selection string to compare with in the same run.")
+@click.option("--micro-batches", default=1, show_default=True, help="Parts to compute an encrypted step's batch in.")
+@click.option("--interleave", default=1, show_default=True, help="How many of them are under way at once.")
 @_seed
 @_json
 def train(
-    model: str, to: str, tokens: int, steps: int, repeat: int, against: str | None, seed: int, as_json: bool
+    model: str,
+    to: str,
+    tokens: int,
+    steps: int,
+    repeat: int,
+    against: str | None,
+    micro_batches: int,
+    interleave: int,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """A whole training step: seconds, peak memory, traffic and loss, encrypted and in the clear."""
     from ciphertune.bench.train import bench_train
 
-    result = bench_train(model, to, tokens, steps, repeat, seed, against)
+    result = bench_train(model, to, tokens, steps, repeat, seed, against, micro_batches, interleave)
     if as_json:
         print_json(result)
         return
     print_facts(
         f"{model}, {tokens} a step, with {to}",
         {
+            "micro-batches": f"{micro_batches}, {interleave} at once",
             "plaintext step": f"{result['plaintext_step_s']:.3f} s",
             "encrypted step": f"{result['encrypted_step_s']:.3f} s ({result['ratio']:.2f}×)",
             **_comparison(result),

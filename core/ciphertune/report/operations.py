@@ -70,14 +70,14 @@ class StepOperations:
     def ciphertune_before_request(self) -> None:
         """What encryption computes is not the model's."""
         if self._mode is not None:
-            self._mode.paused = True
+            self._mode.paused.here = True
 
     @hookimpl(tryfirst=True)
     def ciphertune_after_reply(self, session: Session, exchange: Exchange) -> None:
         """Count the product in place of it."""
         if self._mode is None:
             return
-        self._mode.paused = False
+        self._mode.paused.here = False
         if session is self._session:
             with self._counting:
                 self._outsourced += exchange.tokens * sum(self._weights[name] for name in exchange.layers)
@@ -91,14 +91,14 @@ class StepOperations:
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.paused = False
+        self.paused = threading.local()  # on which threads a product is under way
         self.multiply_adds = 0
         self.unknown = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = None if self.paused else _formula(func)
+        formula = None if getattr(self.paused, "here", False) else _formula(func)
         if formula is not None:
             try:
                 # A multiplication and an addition each are an operation there.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from ciphertune.errors import (
     TrainingError,
 )
 from ciphertune.plugins import PluginManager, plugin_manager
-from ciphertune.trainer import adapter, batches, resume, rng
+from ciphertune.trainer import accumulate, adapter, batches, resume, rng
 from ciphertune.trainer.atomic import remove_drafts
 from ciphertune.trainer.checkpoint import Checkpoint, list_checkpoints, prune, read_checkpoint, write_checkpoint
 from ciphertune.trainer.history import History
 from ciphertune.trainer.inference import InferenceModel, evaluating
 from ciphertune.trainer.reader import Reader
+from ciphertune.turns import Turns
 
 OptimizerChoice = Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None
 SchedulerChoice = LRScheduler | Callable[[Optimizer, int], LRScheduler] | None
@@ -52,6 +54,9 @@ class LoraTrainer:
         max_steps: optimizer steps to train for, however many epochs that takes; decides instead of ``epochs``.
         accumulation: micro-batches per optimizer step, each with the same weight. The last step of an epoch averages
             over the micro-batches that are left.
+        interleave: how many of them are under way at once, from 1 to ``accumulation``: while one waits for a worker,
+            another is computed. Losses and gradients are the same but for dropout, where each micro-batch draws
+            from a stream of its own. Memory grows with it, as with larger batches.
         max_grad_norm: gradients are scaled down to this Euclidean norm; None to leave them.
         eval_every: optimizer steps between evaluations; by default at each epoch's end, where there is ``eval_data``.
         checkpoint_dir: where to write checkpoints; None for none.
@@ -87,6 +92,7 @@ class LoraTrainer:
         epochs: int = 1,
         max_steps: int | None = None,
         accumulation: int = 1,
+        interleave: int = 1,
         max_grad_norm: float | None = 1.0,
         eval_every: int | None = None,
         checkpoint_dir: str | Path | None = None,
@@ -101,14 +107,20 @@ class LoraTrainer:
             "epochs": epochs,
             "max_steps": max_steps,
             "accumulation": accumulation,
+            "interleave": interleave,
             "eval_every": eval_every,
             "checkpoint_every": checkpoint_every,
             "keep_checkpoints": keep_checkpoints,
         }
         for name, value in counts.items():
-            optional = name not in ("epochs", "accumulation")
+            optional = name not in ("epochs", "accumulation", "interleave")
             if not (value is None and optional) and (type(value) is not int or value < 1):
                 raise TrainingError(f"{name} must be a whole number from 1{' or None' * optional}, not {value!r}")
+        if interleave > accumulation:
+            raise TrainingError(
+                f"interleave must be from 1 to accumulation, which is {accumulation}, not {interleave}: a step has "
+                "no more micro-batches"
+            )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise TrainingError(f"max_grad_norm must be above 0, or None for no clipping; got {max_grad_norm!r}")
         if checkpoint_every is not None and checkpoint_dir is None:
@@ -118,6 +130,7 @@ class LoraTrainer:
         self.epochs = epochs
         self.max_steps = max_steps
         self.accumulation = accumulation
+        self.interleave = interleave
         self.max_grad_norm = max_grad_norm
         self.eval_every = eval_every
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -135,7 +148,10 @@ class LoraTrainer:
             )
         if device is not None:
             model.to(device)
+        self._turns: Turns | None = None  # while training
         self._settings: dict[str, Any] = {"accumulation": accumulation, "max_grad_norm": max_grad_norm}
+        if interleave > 1:  # which dropout draws differently
+            self._settings["interleave"] = interleave
         if optimizer is None:
             self._settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
             optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
@@ -216,7 +232,8 @@ class LoraTrainer:
             self.plugins.observe("ciphertune_training_start", trainer=self, total_steps=total, start_step=self.step)
             if start is not None:
                 reader.restore(start)
-            self._run(reader, total, eval_data)
+            with self._interleaving():
+                self._run(reader, total, eval_data)
             reason = "finished"
         except (KeyboardInterrupt, SystemExit):
             reason = "interrupted"
@@ -260,6 +277,19 @@ class LoraTrainer:
             metrics["perplexity"] = math.exp(mean) if mean < 709 else math.inf
         self.plugins.observe("ciphertune_evaluation", trainer=self, step=self.step, metrics=dict(metrics))
         return metrics
+
+    @contextlib.contextmanager
+    def _interleaving(self) -> Iterator[None]:
+        """Threads for micro-batches, where more than one is to be under way."""
+        if self.interleave == 1:
+            yield
+            return
+        accumulate.refuse_hooks(self._trainable())
+        with Turns(self.interleave) as self._turns:
+            try:
+                yield
+            finally:
+                self._turns = None
 
     def _run(self, reader: Reader, total: int, eval_data: Iterable[Any] | None) -> None:
         first = True
@@ -312,26 +342,31 @@ class LoraTrainer:
 
     def _accumulate(self, group: list[Any], where: str) -> float:
         """Gradients of the mean loss of the micro-batches; returns that mean."""
-        device = self._device()
+        numbers = range(1, len(group) + 1)
+        tasks = [
+            functools.partial(self._micro_batch, batch, len(group), f"{where}: the loss of micro-batch {number}")
+            for number, batch in zip(numbers, group, strict=True)
+        ]
         total = 0.0
-        for index, batch in enumerate(group):
-            outcome = batches.run(self.model, batch, self.loss_fn, device)
-            loss = float(outcome.loss.detach())
-            if not math.isfinite(loss):
-                why = "every label of it is -100" if outcome.weight == 0 else "lower the learning rate or look at it"
-                raise NonFiniteLossError(
-                    f"{where}: the loss of micro-batch {index + 1} of {len(group)} is {loss}; no weight was touched. "
-                    f"About that batch: {why}"
-                )
-            if not outcome.loss.requires_grad:
-                raise TrainingError(
-                    f"{where}: the loss does not depend on any trainable parameter. Are the adapters switched off, "
-                    "or is the loss computed under no_grad or from detached outputs? With gradient checkpointing, "
-                    "call model.enable_input_require_grads() first"
-                )
-            (outcome.loss / len(group)).backward()  # type: ignore[no-untyped-call]
+        for loss in accumulate.run(tasks, self._trainable().values(), self._turns):
             total += loss
         return total / len(group)
+
+    def _micro_batch(self, batch: Any, count: int, what: str) -> float:
+        """Add its share of the gradients; returns its loss."""
+        outcome = batches.run(self.model, batch, self.loss_fn, self._device())
+        loss = float(outcome.loss.detach())
+        if not math.isfinite(loss):
+            why = "every label of it is -100" if outcome.weight == 0 else "lower the learning rate or look at it"
+            raise NonFiniteLossError(f"{what} of {count} is {loss}; no weight was touched. About that batch: {why}")
+        if not outcome.loss.requires_grad:
+            raise TrainingError(
+                f"{what} of {count} does not depend on any trainable parameter. Are the adapters switched off, "
+                "or is the loss computed under no_grad or from detached outputs? With gradient checkpointing, "
+                "call model.enable_input_require_grads() first"
+            )
+        (outcome.loss / count).backward()  # type: ignore[no-untyped-call]
+        return loss
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         found = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
