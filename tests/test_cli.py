@@ -31,12 +31,12 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         "from ciphertune.cli import cli\n"
         "cli.main(['--help'], standalone_mode=False)\n"
         "heavy = {'torch', 'numpy', 'transformers', 'peft', 'rich', 'matplotlib', 'sklearn', 'ciphertune_mlwe',\n"
-        "    'mlflow', 'tensorboardX', 'prometheus_client'}\n"
+        "    'mlflow', 'tensorboardX', 'prometheus_client', 'ray'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
     )
     run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert "HEAVY []" in run.stdout
-    for name in _COMMANDS:
+    for name in (*_COMMANDS, "ray"):
         assert f"\n  {name} " in run.stdout
 
 

@@ -173,7 +173,7 @@ def test_registering_twice_is_refused_and_keeps_the_first(recorder: Any) -> None
 @pytest.mark.parametrize(
     ("value", "names"),
     [
-        (None, ["progress"]),
+        (None, ["progress", "ray"]),
         ("", []),
         ("progress", ["progress"]),
         (" traffic?path=a%2Cb.json ,progress,", ["progress", "traffic"]),
