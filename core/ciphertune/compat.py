@@ -1,11 +1,33 @@
-"""What older releases of torch call by other names. Everything here can go once torch 2.4 is the oldest supported."""
+"""What older releases of torch call by other names, and what keeps its compiler out."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: _Function) -> _Function:
+    """A function that ``torch.compile`` calls and never looks into.
+
+    What a session does (keys, randomness, requests, counts) is no computation on tensors that could be recorded once
+    and repeated. The compiler is imported at the first call, not with ciphertune: it takes a second, and every
+    optimizer of torch imports it anyway.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

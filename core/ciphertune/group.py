@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.autograd import OutsourcedProduct
+from ciphertune.compat import uncompiled
 from ciphertune.errors import OutsourcedWeightError
 from ciphertune.session import Session
 
@@ -62,6 +63,7 @@ class LayerGroup:
             "save_pretrained, or a state_dict"
         )
 
+    @uncompiled
     def output(self, member: int, x: Tensor) -> Tensor:
         """``x Wᵀ`` of one member, float32.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -16,8 +17,6 @@ from ciphertune.weights import LayerInfo
 _METADATA = frozenset(
     {
         "__get__",
-        "dim",
-        "size",
         "numel",
         "element_size",
         "is_floating_point",
@@ -40,7 +39,6 @@ _METADATA = frozenset(
         "is_pinned",
         "__repr__",
         "__hash__",
-        "__len__",
         "__deepcopy__",
         "get_device",
         "type",
@@ -52,7 +50,6 @@ _METADATA_PROPERTIES = frozenset(
     {
         "device",
         "dtype",
-        "shape",
         "requires_grad",
         "is_meta",
         "is_cuda",
@@ -62,7 +59,6 @@ _METADATA_PROPERTIES = frozenset(
         "grad",
         "grad_fn",
         "is_leaf",
-        "ndim",
         "nbytes",
         "itemsize",
         "names",
@@ -78,20 +74,35 @@ _METADATA_PROPERTIES = frozenset(
 )
 
 
-class AbsentWeight(Tensor):
-    """A weight that is at the workers: an empty tensor with a device and a dtype, and an error for anything else.
+def _size(full: torch.Size, dim: int | None = None) -> torch.Size | int:
+    return full if dim is None else full[dim]
 
-    Libraries look at ``layer.weight`` for its device and dtype; whoever wants its values (merging an adapter, DoRA,
-    a model that computes with the weight itself) is told which layer it is instead of getting a shape error.
+
+_SHAPE: dict[str, Callable[..., Any]] = {
+    "shape": lambda full, *_: full,
+    "size": _size,
+    "dim": len,
+    "ndim": lambda full, *_: len(full),
+    "__len__": lambda full: full[0],
+}
+
+
+class AbsentWeight(Tensor):
+    """A weight that is at the workers: a shape, a device and a dtype, no elements, and an error for anything else.
+
+    Libraries look at ``layer.weight`` for its device, dtype and shape; whoever wants its values (merging an adapter,
+    DoRA, a model or a loss that computes with the weight itself) is told which layer it is. The shape is the one that
+    the values would have: a loop over the rows of an empty tensor would do nothing, and say nothing.
     """
 
     layer: str
+    full: torch.Size
 
     @staticmethod
-    def make(layer: str, like: Tensor) -> AbsentWeight:
-        """An absent weight with the device and dtype of ``like``."""
+    def make(layer: str, full: torch.Size, like: Tensor) -> AbsentWeight:
+        """An absent weight of shape ``full`` with the device and dtype of ``like``."""
         absent = torch.empty(0, dtype=like.dtype, device=like.device).as_subclass(AbsentWeight)
-        absent.layer = layer
+        absent.layer, absent.full = layer, full
         return absent
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AbsentWeight:
@@ -102,6 +113,9 @@ class AbsentWeight(Tensor):
         """Let questions about metadata through, refuse the rest."""
         name = getattr(func, "__name__", "")
         owner = getattr(getattr(func, "__self__", None), "__name__", "")
+        asked = owner if name == "__get__" else name
+        if asked in _SHAPE and isinstance(args[0], AbsentWeight):
+            return _SHAPE[asked](args[0].full, *args[1:], **(kwargs or {}))
         allowed = owner in _METADATA_PROPERTIES if name == "__get__" else name in _METADATA
         if not allowed:
             _refuse(next((a.layer for a in args if isinstance(a, AbsentWeight)), "a layer"), owner or name)
@@ -109,7 +123,7 @@ class AbsentWeight(Tensor):
             result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and args and isinstance(args[0], AbsentWeight):
             result = result.as_subclass(AbsentWeight)
-            result.layer = args[0].layer
+            result.layer, result.full = args[0].layer, args[0].full
         return result
 
 
@@ -157,7 +171,8 @@ class OutsourcedLinear(nn.Linear):
         self.out_features = info.out_features
         self.group = group
         self.member = member
-        self.register_buffer("weight", AbsentWeight.make(info.name, like), persistent=False)
+        full = torch.Size((info.out_features, info.in_features))
+        self.register_buffer("weight", AbsentWeight.make(info.name, full, like), persistent=False)
         self.register_parameter("bias", bias)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 - the name nn.Linear uses

@@ -52,10 +52,12 @@ def run(notebook: Any, folder: Path, **parameters: Any) -> dict[str, Any]:
     if parameters:
         cell = _tagged(notebook, "parameters")
         cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-    # Two threads suit a small machine, and keep sums, and so outputs, alike on large ones.
-    inherited = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "PYTHONWARNINGS")}
+    # Two threads suit a small machine, and keep sums, and so outputs, alike on large ones. They sleep while they wait:
+    # beside other work, threads that spin take several times as long.
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "PYTHONWARNINGS")
+    inherited = {name: os.environ.get(name) for name in names}
     os.environ |= {"OMP_NUM_THREADS": inherited["OMP_NUM_THREADS"] or "2", "HF_HUB_OFFLINE": "1"}
-    os.environ["PYTHONWARNINGS"] = "ignore"
+    os.environ |= {"OMP_WAIT_POLICY": inherited["OMP_WAIT_POLICY"] or "PASSIVE", "PYTHONWARNINGS": "ignore"}
     try:
         client = nbclient.NotebookClient(
             notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
