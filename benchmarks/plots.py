@@ -125,12 +125,33 @@ def _compare(found: Mapping[str, Any], figure: Any) -> None:
     panels[0].set_title(f"One product of {found['large']}; pale: scaled")
 
 
+def _workers(found: Mapping[str, Any], figure: Any) -> None:
+    """Seconds a step over workers, a line for every bandwidth, a panel for every model."""
+    rows = found.get("table", {"rows": []})["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    counts = sorted({row["workers"] for row in rows})
+    for axes, model in zip(
+        figure.subplots(max(1, len(models)), 1, sharex=True, squeeze=False)[:, 0], models, strict=False
+    ):
+        for colour, bandwidth in zip(COLOURS, dict.fromkeys(row["bandwidth"] for row in rows), strict=False):
+            line = [(r["workers"], r["seconds"]) for r in rows if (r["model"], r["bandwidth"]) == (model, bandwidth)]
+            axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=4, label=bandwidth)
+        axes.set_yscale("log")
+        axes.set_title(f"{model}: seconds a step, predicted")
+    last = figure.axes[-1]
+    last.set_xscale("log", base=2)
+    last.set_xticks(counts, [str(count) for count in counts])
+    last.set_xlabel("workers")
+    figure.axes[0].legend()
+
+
 # Name of the plot → the measurements it is made of, how, and its size in inches.
 PLOTS: dict[str, tuple[str, Callable[[Mapping[str, Any], Any], None], tuple[float, float]]] = {
     "ratios": ("sweep.json", _ratios, (6, 6.4)),
     "bytes": ("sweep.json", _bytes, (6, 3.8)),
     "losses": ("losses.json", _losses, (6, 6.4)),
     "compare": ("compare.json", _compare, (6, 5.6)),
+    "workers": ("predict.json", _workers, (6, 6.4)),
 }
 
 

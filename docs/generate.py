@@ -163,6 +163,74 @@ def _overlap() -> str:
     )
 
 
+_BOTTLENECKS = {
+    "crypto": "encryption",
+    "rest": "client",
+    "evaluate": "workers",
+    "uplink": "upload",
+    "downlink": "download",
+    "latency": "latency",
+}
+
+
+def _predicted() -> str:
+    """Steps of large models, by workers and bandwidth."""
+    found = _measured("predict").get("table")
+    if found is None:
+        return "Not measured yet.\n"
+    parts = [
+        f"![Seconds a step over workers, falling until the client and its network are what is waited for]"
+        f"(images/performance/workers.svg)\n\n{_where(found['machine'])}\n"
+    ]
+    rows = found["rows"]
+    bandwidths = list(dict.fromkeys(row["bandwidth"] for row in rows))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        lines = []
+        for workers in dict.fromkeys(row["workers"] for row in rows):
+            by = {r["bandwidth"]: r for r in rows if (r["model"], r["workers"]) == (model, workers)}
+            lines.append((str(workers), *(_cell(by[bandwidth]) for bandwidth in bandwidths)))
+        parts.append(f"\n**`{model}`**\n\n{_table(('workers', *bandwidths), lines)}")
+    return "".join(parts)
+
+
+def _cell(row: Any) -> str:
+    how = "" if row["workers"] == 1 else f", {row['placement']}"
+    twice = f", {row['interleave']} interleaved" if row["interleave"] > 1 else ""
+    return f"{row['seconds']:,.0f} s{how}{twice}; {_BOTTLENECKS[row['bottleneck']]}; {row['worker_bytes'] / 1e9:.2g} GB"
+
+
+def _validated() -> str:
+    """Predictions against runs."""
+    found = _measured("predict").get("validate")
+    if found is None:
+        return "Not measured yet.\n"
+    rows = []
+    for row in found["rows"]:
+        several = f", {row['micro_batches']} micro-batches" if row["micro_batches"] > 1 else ""
+        several += f", {row['interleave']} at once" if row["interleave"] > 1 else ""
+        rows.append(
+            (
+                f"{row['tokens']:,} tokens{several}",
+                f"{row['workers']}" + (f", {row['placement']}" if row["workers"] > 1 else ""),
+                row["latency"],
+                f"{row['measured_s']:.2f} s",
+                " to ".join(f"{s:.2f}" for s in sorted(row["predicted_before_and_after_s"])) + " s",
+                f"{100 * row['error']:+.0f}%",
+            )
+        )
+    header = ("a step", "workers", "latency one way", "measured", "predicted", "error")
+    pinned = "client and workers on a core each" if found["pinned"] else "client and workers on the same cores"
+    return f"SmolLM2-135M over zmq, {pinned}. {_where(found['machine'])}\n\n{_table(header, rows)}"
+
+
+def _where(machine: Any) -> str:
+    busy = " **Busy with other work: measure again before you rely on it.**" if machine["load_before"] > 0.5 else ""
+    return (
+        f"{machine['processor']} ({machine['capability']}), {machine['threads']} threads, torch {machine['torch']}; "
+        f"load before it began {machine['load_before']}.{busy}"
+    )
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {
         "figures": _figures,
@@ -173,6 +241,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "compare": _compare,
         "overlap": _overlap,
     },
+    "planning.md": {"predicted": _predicted, "validated": _validated},
     "../README.md": {"summary": _summary},
 }
 

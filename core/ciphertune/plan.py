@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-from torch import nn
-
-from ciphertune.backend import Backend, Direction, LinearMap
-from ciphertune.bench.kernel import bench_kernel
-from ciphertune.bundle.skeleton import build
+from ciphertune.backend import Backend
+from ciphertune.bench.speed import local_selection, measure_speeds
 from ciphertune.errors import ConfigError
-from ciphertune.layers import Candidate, choose_layers, linear_layers, sibling_groups
-from ciphertune.plugins import plugin_manager
-from ciphertune.session import choose
-from ciphertune.weights import LayerInfo, group_map
+from ciphertune.forecast import Estimate, forecast
+from ciphertune.layers import linear_layers
+from ciphertune.layout import DIRECTIONS, Unit, kept_parameters, lay_out
+from ciphertune.pipeline import Network, Processors
+from ciphertune.placement import Spread
+from ciphertune.speeds import Speeds, check_backend
 
-_DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 _RATE = re.compile(r"([0-9.]+)\s*([kMGT]?)(bit|B)/s\Z")
 _TIME = re.compile(r"([0-9.]+)\s*(us|µs|ms|s)\Z")
 _PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -92,53 +87,30 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Seconds of one training step by part; estimates, from speeds measured on this machine.
-
-    Attributes:
-        encrypt, decrypt: at the client.
-        evaluate: at the worker, taken to be like this machine.
-        network: bytes over the bandwidth, and twice the latency a request.
-        rest: what the client computes itself: attention, output head, adapters.
-    """
-
-    encrypt: float
-    evaluate: float
-    decrypt: float
-    network: float
-    rest: float
-
-    @property
-    def total(self) -> float:
-        """One after the other."""
-        return self.encrypt + self.evaluate + self.decrypt + self.network + self.rest
-
-    @property
-    def limit(self) -> str:
-        """The part that takes longest."""
-        parts = dataclasses.asdict(self)
-        return max(parts, key=parts.__getitem__)
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """See ``make_plan``.
 
     Attributes:
-        to, tokens: of the plan.
+        to, tokens, micro_batches, interleave, workers, placement: of the plan.
         kinds: what is outsourced.
         requests, bytes_up, bytes_down: of a step.
         bytes_without_sharing: up and down, if siblings did not share their input.
         outsourced, at_client: weights.
         client_bytes: of the weights that stay, as the model stores them.
+        worker_bytes: of the weights that the fullest worker holds.
         stays: layers that stay and why, by name.
         refused: layers, or groups of them, that the backend cannot evaluate, and why: outsourcing stops at them. The
             other figures are of the rest.
-        estimate: None if nothing was measured, or there is nothing to measure.
+        estimate: None without speeds, or where nothing is outsourced.
+        speeds: of this machine, where they were measured.
     """
 
     to: str
     tokens: int
+    micro_batches: int
+    interleave: int
+    workers: int
+    placement: Spread
     kinds: tuple[Kind, ...]
     requests: int
     bytes_up: int
@@ -147,9 +119,11 @@ class Plan:
     outsourced: int
     at_client: int
     client_bytes: int
+    worker_bytes: int
     stays: dict[str, str]
     refused: dict[str, str]
     estimate: Estimate | None
+    speeds: Speeds | None
 
     @property
     def fraction(self) -> float:
@@ -166,173 +140,101 @@ def make_plan(
     targets: Sequence[str] = ("q_proj", "v_proj"),
     bandwidth: float = 125e6,
     latency: float = 1e-3,
+    workers: int = 1,
+    placement: Spread = "layers",
+    micro_batches: int = 1,
+    interleave: int = 1,
+    length: int = 256,
+    processors: Processors = "own",
     measure: bool = True,
+    client: Speeds | None = None,
+    worker: Speeds | None = None,
 ) -> Plan:
     """What a training step of an outsourced model would take. No weight is loaded.
 
     Args:
-        model: a folder with a ``config.json`` (a client's part of a bundle has one), a hub name, or ``smollm2``.
-        to: selection string; its endpoints are not asked.
+        model: a folder with a ``config.json`` (a client's part of a bundle has one), a hub name, or one of
+            ``ciphertune.shapes.BUILT_IN``.
+        to: selection string; its endpoints are not asked. If it names a transport that leaves this process, what that
+            costs is measured, too.
         tokens: of a step.
         layers: which layers; see ``ciphertune.layers.choose_layers``.
         targets: ends of names of the layers with adapters: no gradient is asked for before the first of them.
-        bandwidth: bytes a second between client and workers, each way.
+        bandwidth: bytes a second of the client's network card, each way, and of each worker's.
         latency: seconds one way.
-        measure: take about a second to measure this machine, and estimate the step's time.
+        workers: how many.
+        placement: how the model is split over them; see ``ciphertune.placement.Spread``.
+        micro_batches: that a step's tokens are divided into.
+        interleave: micro-batches under way at once.
+        length: tokens of a sequence, for the client's attention.
+        processors: who shares one; see ``ciphertune.pipeline.Processors``.
+        measure: take some seconds to measure this machine where ``client`` or ``worker`` is not given.
+        client: speeds of the machine that will be the client; this machine's if None.
+        worker: the same for workers.
 
     Raises:
         ConfigError: the model's configuration cannot be read, or an argument is wrong.
         SelectionError, LayerError: about ``to`` and ``layers``.
     """
-    if tokens < 1 or bandwidth <= 0 or latency < 0:
-        raise ConfigError("tokens and bandwidth must be above 0, and latency not below")
-    choice = choose(to)
-    skeleton = _skeleton(model)
-    chosen = choose_layers(skeleton, layers, plugin_manager(), allow_meta=True)
-    infos = [_info(candidate, choice.backend) for candidate in chosen]
-    groups = sibling_groups(chosen, [info.in_features for info in infos])
-    singles = [(i,) for i in range(len(infos))]
-    first = next((i for i, info in enumerate(infos) if info.name.endswith(tuple(targets))), len(infos))
-    # Nothing is asked for the gradient of an input that comes before the first adapter.
-    ahead = {i for group in groups if min(group) <= first for i in group}
-    refused: dict[str, str] = {}
-    taken: list[tuple[int, ...]] = []
-    for group in groups if choice.options.share_inputs else singles:
-        why = _refusal([infos[i] for i in group], choice.backend)
-        if why is None:
-            taken.append(group)
-        else:
-            refused[" + ".join(infos[i].name for i in group)] = why
-    shared = _kinds(taken, infos, choice.backend, tokens, ahead)
-    chosen = [chosen[i] for group in taken for i in group]
-    alone = _kinds([(i,) for group in taken for i in group], infos, choice.backend, tokens, ahead)
-    names = {candidate.name for candidate in chosen}
-    outsourced = sum(kind.weights for kind in shared)
-    kept = {id(p): p for p in skeleton.parameters()}
-    places = collections.Counter(id(p) for module in skeleton.modules() for p in module._parameters.values())
-    for candidate in chosen:
-        if places[id(candidate.module.weight)] == 1:
-            kept.pop(id(candidate.module.weight))
-    up, down = sum(kind.bytes_up for kind in shared), sum(kind.bytes_down for kind in shared)
-    requests = sum(kind.requests for kind in shared)
-    network = (up + down) / bandwidth + 2 * latency * requests
+    if tokens < 1 or bandwidth <= 0 or latency < 0 or workers < 1 or length < 1:
+        raise ConfigError("tokens, length, bandwidth and workers must be above 0, and latency not below")
+    if not 1 <= micro_batches <= tokens:
+        raise ConfigError(f"{tokens} tokens cannot be divided into {micro_batches} micro-batches")
+    if not 1 <= interleave <= micro_batches:
+        raise ConfigError(f"interleave={interleave} must be between 1 and the number of micro-batches, {micro_batches}")
+    layout = lay_out(model, to, layers, targets, workers, placement)
+    backend = layout.choice.backend
+    sizes = [tokens // micro_batches + (i < tokens % micro_batches) for i in range(micro_batches)]
+    local = local_selection(layout.choice)
+    given = [(f"the {name}'s speeds", one) for name, one in (("client", client), ("worker", worker)) if one is not None]
+    check_backend(given, local)
+    shared = _kinds(layout.units, backend, sizes)
+    alone = _kinds(layout.singles, backend, sizes)
+    speeds = None
+    if measure and shared and (client is None or worker is None):
+        speeds = measure_speeds(model, layout, layers, targets, max(sizes), length, own=client is None)
+    client, worker = client or speeds, worker or speeds
+    estimate = None
+    if shared and client is not None and worker is not None:
+        network = Network(bandwidth, latency, processors=processors)
+        estimate = forecast(layout.units, backend, sizes, interleave, workers, network, client, worker)
+    kept = kept_parameters(layout)
     return Plan(
-        to=str(choice.selection),
+        to=str(layout.choice.selection),
         tokens=tokens,
+        micro_batches=micro_batches,
+        interleave=interleave,
+        workers=workers,
+        placement=placement,
         kinds=tuple(shared),
-        requests=requests,
-        bytes_up=up,
-        bytes_down=down,
+        requests=sum(kind.requests for kind in shared),
+        bytes_up=sum(kind.bytes_up for kind in shared),
+        bytes_down=sum(kind.bytes_down for kind in shared),
         bytes_without_sharing=sum(kind.bytes_up + kind.bytes_down for kind in alone),
-        outsourced=outsourced,
-        at_client=sum(p.numel() for p in kept.values()),
-        client_bytes=sum(p.nbytes for p in kept.values()),
+        outsourced=sum(kind.weights for kind in shared),
+        at_client=sum(p.numel() for p in kept),
+        client_bytes=sum(p.nbytes for p in kept),
+        worker_bytes=layout.worker_bytes,
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
-            for c in linear_layers(skeleton, allow_meta=True)
-            if c.name not in {info.name for info in infos}
+            for c in linear_layers(layout.model, allow_meta=True)
+            if c.name not in layout.named
         },
-        refused=refused,
-        estimate=_estimate(choice.backend, to, shared, skeleton, names, tokens, network)
-        if measure and shared
-        else None,
+        refused=layout.refused,
+        estimate=estimate,
+        speeds=speeds,
     )
 
 
-def _skeleton(model: str) -> nn.Module:
-    if model == "smollm2":
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-        )
-        with torch.device("meta"):
-            built: nn.Module = LlamaForCausalLM(config)
-        built.tie_weights()  # type: ignore[operator]
-        return built
-    folder = Path(model)
-    if not folder.is_dir():
-        try:
-            from huggingface_hub import hf_hub_download
-
-            folder = Path(hf_hub_download(model, "config.json")).parent
-        except Exception as error:
-            raise ConfigError(f"{model!r} is neither a folder nor a model that the hub gives: {error}") from error
-    return build(folder)
-
-
-def _info(candidate: Candidate, backend: Backend) -> LayerInfo:
-    """Sizes alone; norms play no part in what travels."""
-    rows, columns = candidate.weight().shape
-    return LayerInfo(candidate.name, columns, rows, backend.weight_bits, None, 1.0, 1.0, b"")
-
-
-def _refusal(members: Sequence[LayerInfo], backend: Backend) -> str | None:
-    """Why a backend cannot evaluate a group, in either direction."""
-    answers = (backend.refuse(group_map(members, direction)) for direction in _DIRECTIONS)
-    return next((why for why in answers if why is not None), None)
-
-
-def _kinds(
-    groups: Sequence[tuple[int, ...]], infos: Sequence[LayerInfo], backend: Backend, tokens: int, ahead: set[int]
-) -> list[Kind]:
+def _kinds(units: Sequence[Unit], backend: Backend, sizes: Sequence[int]) -> list[Kind]:
     kinds: dict[tuple[str, int, int], Kind] = {}
-    for group in groups:
-        members = [infos[i] for i in group]
-        maps = {direction: group_map(members, direction) for direction in _DIRECTIONS}
-        name = "+".join(info.name.rpartition(".")[2] for info in members)
-        key = (name, maps["forward"].in_features, maps["forward"].out_features)
+    for unit in units:
+        key = (unit.layers, unit.forward.in_features, unit.forward.out_features)
         kind = kinds.setdefault(key, Kind(*key))
         kind.count += 1
-        for direction in _DIRECTIONS[:1] if group[0] in ahead else _DIRECTIONS:
-            traffic = backend.traffic(maps[direction], tokens)
-            if traffic is None:
-                raise ConfigError(f"{backend.name!r} does not say what it sends, so it cannot be planned")
-            kind.requests += 1
-            kind.bytes_up += traffic[0]
-            kind.bytes_down += traffic[1]
+        for direction in DIRECTIONS[: 1 + unit.backward]:
+            for up, down in (pair for tokens in sizes for pair in unit.traffic(direction, backend, tokens)):
+                kind.requests += 1
+                kind.bytes_up += up
+                kind.bytes_down += down
     return list(kinds.values())
-
-
-def _estimate(
-    backend: Backend,
-    to: str,
-    kinds: Sequence[Kind],
-    skeleton: nn.Module,
-    outsourced: set[str],
-    tokens: int,
-    network: float,
-) -> Estimate:
-    common = max(kinds, key=lambda kind: kind.weights)
-    most = backend.measured_size
-    t, k, n = min(tokens, most[0]), min(common.in_features, most[1]), min(common.out_features, most[2])
-    local = to.partition("?")
-    speed = bench_kernel(backend.name + (f"?{local[2]}" if local[2] else ""), t, k, n, repeat=3)
-    measured = backend.work(LinearMap("", "forward", k, n, 1.0), t)
-    whole = []
-    for kind in kinds:
-        forward = LinearMap("", "forward", kind.in_features, kind.out_features, 1.0)
-        backward = LinearMap("", "backward", kind.out_features, kind.in_features, 1.0)
-        whole.append((kind.count, backend.work(forward, tokens)))
-        whole.append((kind.requests - kind.count, backend.work(backward, tokens)))
-
-    def part(phase: str) -> float:
-        amount: float = sum(number * getattr(work, phase) for number, work in whole)
-        return float(speed[f"{phase}_s"]) * amount / float(getattr(measured, phase))
-
-    plain = 2 * t * k * n / speed["plaintext_fp32_s"]
-    head = sum(c.weight().numel() for c in linear_layers(skeleton, allow_meta=True) if c.name not in outsourced)
-    return Estimate(
-        encrypt=part("encrypt"),
-        evaluate=part("evaluate"),
-        decrypt=part("decrypt"),
-        network=network,
-        # Attention, norms and adapters take about as long again as a tenth of the plain products.
-        rest=(6 * head * tokens + 0.1 * 4 * tokens * sum(kind.weights for kind in kinds)) / plain,
-    )

@@ -31,7 +31,6 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
         ConfigError: transformers is missing, or cannot make this model.
     """
     transformers = need("transformers", _EXTRA)
-    accelerate = need("accelerate", _EXTRA)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -43,6 +42,12 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
     model_class = getattr(transformers, str(chosen), None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ConfigError(f"the configuration in {folder} names no model class that transformers has: {chosen!r}")
+    return assemble(config, model_class)
+
+
+def assemble(config: Any, model_class: type[nn.Module]) -> nn.Module:
+    """The model of a configuration, as ``build`` makes it. Raises ``ConfigError`` where accelerate is missing."""
+    accelerate = need("accelerate", _EXTRA)
     dtype = getattr(config, "dtype", None)
     with _default_dtype(dtype), accelerate.init_empty_weights(include_buffers=False):
         model: Any = model_class(config)

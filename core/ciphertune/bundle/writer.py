@@ -29,9 +29,10 @@ from ciphertune.bundle.skeleton import tied_names
 from ciphertune.bundle.source import Source, dtype_of, open_source
 from ciphertune.errors import ConfigError
 from ciphertune.layers import Candidate, LayerChoice, choose_layers, sibling_groups
+from ciphertune.placement import Spread, rows_of_worker
 from ciphertune.plugins import plugin_manager
 from ciphertune.trainer.atomic import draft_directory, sync_tree
-from ciphertune.weights import DIGEST_ROWS, LayerInfo, LayerWeight, describe, quantize_layer
+from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
 
 Progress = Callable[[int, int], None]
 """Called with weights written so far, and all of them."""
@@ -143,7 +144,7 @@ class _Writer:
         folder: Path,
         weight_bits: WeightBits,
         shards: int,
-        by: str,
+        by: Spread,
         progress: Progress | None,
     ) -> None:
         self._source = source
@@ -210,7 +211,7 @@ class _Writer:
 
         parts = []
         for info, weight in zip(members, weights, strict=True):
-            start, stop = self._rows(info.out_features, worker, place)
+            start, stop = rows_of_worker(self._by, info.out_features, worker, self._shards, place)
             if start < stop:
                 parts.append((info.shard(start, stop), weight.codes[start:stop], _scale(weight)[start:stop]))
         if not parts:
@@ -220,12 +221,6 @@ class _Writer:
         save_file({"codes": codes, "scale": _stacked([part for _, _, part in parts])}, folder / name)
         self._bytes[worker] += codes.nbytes
         self._blocks[worker].append({"file": name, "shards": [dataclasses.asdict(shard) for shard, _, _ in parts]})
-
-    def _rows(self, rows: int, worker: int, place: float) -> tuple[int, int]:
-        """Which rows of a layer a worker gets."""
-        if self._by == "rows":
-            return _cut(rows, worker, self._shards), _cut(rows, worker + 1, self._shards)
-        return (0, rows) if int(place * self._shards) == worker else (0, 0)
 
     def _write_client(self, folder: Path, infos: Sequence[LayerInfo]) -> tuple[int, int]:
         from safetensors.torch import save_file
@@ -315,11 +310,6 @@ def _give_back_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-def _cut(rows: int, part: int, parts: int) -> int:
-    """Where a part of a layer's rows begins, at a multiple of ``DIGEST_ROWS``."""
-    return rows if part == parts else round(rows * part / parts / DIGEST_ROWS) * DIGEST_ROWS
 
 
 def _put(partial: Path, target: Path) -> None:

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ciphertune.cli.output import megabytes, print_facts, print_json, print_table
+
+if TYPE_CHECKING:
+    from ciphertune.forecast import Estimate
+
+_file: Any = click.Path(dir_okay=False, path_type=Path)
+_SHADES = " ▁▂▃▄▅▆▇█"
+_PARTS = {
+    "crypto": "encrypting and decrypting",
+    "rest": "the client's own computing",
+    "evaluate": "evaluation at the workers",
+    "uplink": "upload",
+    "downlink": "download",
+    "latency": "latency",
+}
 
 
 @click.command()
@@ -17,7 +33,22 @@ from ciphertune.cli.output import megabytes, print_facts, print_json, print_tabl
 @click.option("--target", "targets", multiple=True, default=("q_proj", "v_proj"), help="Layers with adapters.")
 @click.option("--bandwidth", default="1Gbit/s", show_default=True, help="Between client and workers, each way.")
 @click.option("--latency", default="1ms", show_default=True, help="One way.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="How many.")
+@click.option(
+    "--placement",
+    type=click.Choice(["layers", "rows", "replicas"]),
+    default="layers",
+    show_default=True,
+    help="How the model is split over workers, as by ciphertune split.",
+)
+@click.option("--micro-batches", type=click.IntRange(1), default=1, show_default=True, help="A step is divided into.")
+@click.option("--interleave", type=click.IntRange(1), default=1, show_default=True, help="Of them at once.")
+@click.option("--length", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a sequence.")
+@click.option("--one-machine", is_flag=True, help="Client and workers share one processor.")
 @click.option("--measure/--no-measure", default=True, help="Estimate seconds from a short measurement here.")
+@click.option("--save-speeds", type=_file, help="Write what was measured here, for a plan made elsewhere.")
+@click.option("--client-speeds", type=_file, help="The client's, measured there with --save-speeds.")
+@click.option("--worker-speeds", type=_file, help="A worker's, measured there with --save-speeds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     model: str,
@@ -27,11 +58,25 @@ def plan(
     targets: tuple[str, ...],
     bandwidth: str,
     latency: str,
+    workers: int,
+    placement: Any,
+    micro_batches: int,
+    interleave: int,
+    length: int,
+    one_machine: bool,
     measure: bool,
+    save_speeds: Path | None,
+    client_speeds: Path | None,
+    worker_speeds: Path | None,
     as_json: bool,
 ) -> None:
-    """What outsourcing MODEL would mean: a folder, a hub name, or smollm2. No weight is loaded."""
+    """What outsourcing MODEL would mean: a folder, a hub name, smollm2, llama-3-8b or llama-3-70b.
+
+    No weight is loaded. Seconds are estimated from speeds measured here, or on the machines that will do the work.
+    """
+    from ciphertune.errors import ConfigError
     from ciphertune.plan import bytes_per_second, make_plan, seconds
+    from ciphertune.speeds import read_speeds, write_speeds
 
     found = make_plan(
         model,
@@ -41,13 +86,26 @@ def plan(
         targets=targets,
         bandwidth=bytes_per_second(bandwidth),
         latency=seconds(latency),
+        workers=workers,
+        placement=placement,
+        micro_batches=micro_batches,
+        interleave=interleave,
+        length=length,
+        processors="one" if one_machine else "own",
         measure=measure,
+        client=None if client_speeds is None else read_speeds(client_speeds),
+        worker=None if worker_speeds is None else read_speeds(worker_speeds),
     )
+    if save_speeds is not None:
+        if found.speeds is None:
+            raise ConfigError("nothing was measured here that --save-speeds could write: leave out --no-measure")
+        write_speeds(found.speeds, save_speeds)
     if as_json:
-        estimate = (
-            None if found.estimate is None else {**dataclasses.asdict(found.estimate), "total": found.estimate.total}
-        )
-        print_json({**dataclasses.asdict(found), "fraction": found.fraction, "estimate": estimate})
+        rest: dict[str, Any] = {"fraction": found.fraction}
+        if found.estimate is not None:
+            estimate = dataclasses.asdict(found.estimate)
+            rest["estimate"] = {**estimate, "limit": found.estimate.limit, "bottleneck": found.estimate.bottleneck}
+        print_json({**dataclasses.asdict(found), **rest})
         return
     print_table(
         f"{model} through {found.to}, {tokens} tokens a step",
@@ -81,8 +139,36 @@ def plan(
         name, why = next(iter(found.refused.items()))
         more = " …" if len(found.refused) > 1 else ""
         facts["refused"] = f"{len(found.refused)}, at which outsourcing stops: {name} ({why}){more}"
-    if found.estimate is not None:
-        for part, value in dataclasses.asdict(found.estimate).items():
-            facts[f"estimate: {part}"] = f"{value:.2f} s"
-        facts["estimate: a step"] = f"{found.estimate.total:.1f} s, most of it {found.estimate.limit}"
+    if workers > 1:
+        facts["a worker holds"] = f"{megabytes(found.worker_bytes)} of weights at most ({workers} workers, {placement})"
     print_facts("", facts)
+    if found.estimate is not None:
+        _show(found.estimate)
+
+
+def _show(estimate: Estimate) -> None:
+    """Where a step's time goes."""
+    total = estimate.total
+    ordered = sorted(estimate.path.items(), key=lambda item: -item[1])
+    rows = [(_PARTS[part], f"{value:.2f} s", f"{100 * value / total:.0f}%") for part, value in ordered]
+    print_table(
+        f"A step, estimated: {total:.2f} s", ["waiting for", "of it", ""], [*rows, ("all of it", f"{total:.2f} s", "")]
+    )
+    busy = "   ".join(f"{name} {100 * share:.0f}%" for name, share in estimate.busy.items())
+    click.echo(f"At work: {busy}")
+    click.echo(f"Most of it is {_PARTS[estimate.bottleneck]}.")
+    click.echo(f"{estimate.chart_seconds:.3g} s of it, at work in each part:")
+    for name, row in estimate.chart.items():
+        click.echo(f"{name:>9} |{''.join(_SHADES[round(8 * min(1.0, value))] for value in row)}|")
+    for missing in _missing(estimate):
+        click.echo(missing)
+
+
+def _missing(estimate: Estimate) -> list[str]:
+    """What the estimate leaves out."""
+    notes = []
+    if not estimate.link_measured:
+        notes.append("What a transport costs is not in it: name one, as in --to mlwe+zmq://, to have it measured.")
+    if not estimate.own_measured:
+        notes.append("The client's own computing is a guess: only causal language models of transformers are run.")
+    return notes

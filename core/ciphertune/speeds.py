@@ -1,0 +1,216 @@
+"""How fast a machine is at what a training step is made of: measured here or elsewhere, kept as JSON, and scaled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ciphertune.backend import Backend, Direction, LinearMap
+from ciphertune.errors import ConfigError
+
+FORMAT = "ciphertune-speeds-1"
+
+Phase = Literal["encrypt", "evaluate", "decrypt"]
+_PHASES: tuple[Phase, ...] = ("encrypt", "evaluate", "decrypt")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductSpeed:
+    """Seconds of one product's phases.
+
+    Attributes:
+        direction: of the product.
+        tokens, in_features, out_features: T, K and N of ``y = x Mᵀ``.
+        encrypt, evaluate, decrypt: seconds.
+    """
+
+    direction: Direction
+    tokens: int
+    in_features: int
+    out_features: int
+    encrypt: float
+    evaluate: float
+    decrypt: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Seconds that grow with the number of tokens."""
+
+    fixed: float
+    per_token: float
+
+    def at(self, tokens: int) -> float:
+        """Seconds for so many tokens."""
+        return self.fixed + self.per_token * tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnSpeed:
+    """What the client computes itself in a step.
+
+    Attributes:
+        measured: whether the model's own blocks were run; a guess otherwise.
+        before: by group of layers and direction, as ``part_name`` calls them: what comes before each of its products.
+        begin: what comes before the first product of all.
+        head: what comes before the first backward product: output head and loss, forward and backward.
+        end: what comes after the last product.
+        optimizer: seconds of the optimizer, whatever the tokens.
+    """
+
+    measured: bool
+    before: dict[str, Line]
+    begin: Line
+    head: Line
+    end: Line
+    optimizer: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkSpeed:
+    """What a transport adds to the network: bytes a second on one connection, and seconds a request."""
+
+    rate: float
+    overhead: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Speeds:
+    """What one machine was measured at.
+
+    Attributes:
+        to: selection string of the backend, without transport and endpoints.
+        machine: its processor, threads and torch, for people.
+        products: of several sizes.
+        copy: seconds to copy one float32 value.
+        own: None where only a worker's part was measured.
+        link: None where no transport was measured.
+    """
+
+    to: str
+    machine: dict[str, str]
+    products: tuple[ProductSpeed, ...]
+    copy: float
+    own: OwnSpeed | None
+    link: LinkSpeed | None
+
+    def seconds(self, backend: Backend, phase: Phase, linear_map: LinearMap, tokens: int) -> float:
+        """Seconds of a phase of any product: rates of the measured ones, the nearest in size counting most.
+
+        Rates are seconds over what ``Backend.work`` says of a product.
+        """
+        alike = [p for p in self.products if p.direction == linear_map.direction] or list(self.products)
+        size = _size(tokens, linear_map.in_features, linear_map.out_features)
+        weights, rates = [], []
+        for product in alike:
+            theirs = _size(product.tokens, product.in_features, product.out_features)
+            distance = sum((a - b) ** 2 for a, b in zip(size, theirs, strict=True))
+            there = LinearMap("", product.direction, product.in_features, product.out_features, 1.0)
+            rate = getattr(product, phase) / float(getattr(backend.work(there, product.tokens), phase))
+            weights.append(1.0 / (0.01 + distance) ** 2)
+            rates.append(math.log(max(rate, 1e-300)))
+        mean = sum(w * rate for w, rate in zip(weights, rates, strict=True)) / sum(weights)
+        return math.exp(mean) * float(getattr(backend.work(linear_map, tokens), phase))
+
+
+def _size(tokens: int, in_features: int, out_features: int) -> tuple[float, float, float]:
+    return math.log(tokens), math.log(in_features), math.log(out_features)
+
+
+def part_name(layers: str, direction: Direction) -> str:
+    """What ``OwnSpeed.before`` calls a group of layers in one direction.
+
+    >>> part_name("q_proj+k_proj+v_proj", "backward")
+    'q_proj+k_proj+v_proj backward'
+    """
+    return f"{layers} {direction}"
+
+
+def write_speeds(speeds: Speeds, path: Path) -> None:
+    """Keep speeds as JSON. Raises ``ConfigError`` where the file cannot be written."""
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(speeds)}, indent=1)
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write speeds to {path}: {error}") from error
+
+
+def read_speeds(path: Path) -> Speeds:
+    """Speeds from a file that ``write_speeds`` wrote. Raises ``ConfigError`` for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read speeds from {path}: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path} is no file of speeds (format {FORMAT}): write one with ciphertune plan --save-speeds"
+        )
+    try:
+        return _speeds(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged: {error!r}; measure again with ciphertune plan --save-speeds") from error
+
+
+def _speeds(found: Mapping[str, Any]) -> Speeds:
+    products = tuple(_product(row) for row in found["products"])
+    if not products:
+        raise ValueError("no product was measured")
+    own, link = found["own"], found["link"]
+    return Speeds(
+        to=str(found["to"]),
+        machine={str(name): str(value) for name, value in found["machine"].items()},
+        products=products,
+        copy=_number(found, "copy"),
+        own=None if own is None else _own(own),
+        link=None if link is None else LinkSpeed(_number(link, "rate", least=1.0), _number(link, "overhead")),
+    )
+
+
+def _own(row: Mapping[str, Any]) -> OwnSpeed:
+    return OwnSpeed(
+        measured=bool(row["measured"]),
+        before={str(name): _line(line) for name, line in row["before"].items()},
+        begin=_line(row["begin"]),
+        head=_line(row["head"]),
+        end=_line(row["end"]),
+        optimizer=_number(row, "optimizer"),
+    )
+
+
+def _product(row: Mapping[str, Any]) -> ProductSpeed:
+    direction = row["direction"]
+    if direction not in ("forward", "backward"):
+        raise ValueError(f"a product of direction {direction!r}")
+    sizes = [_number(row, name, least=1.0) for name in ("tokens", "in_features", "out_features")]
+    if any(size != int(size) for size in sizes):
+        raise ValueError("a product's size is no whole number")
+    return ProductSpeed(direction, *(int(size) for size in sizes), *(_number(row, p) for p in _PHASES))
+
+
+def _line(row: Mapping[str, Any]) -> Line:
+    return Line(_number(row, "fixed"), _number(row, "per_token"))
+
+
+def _number(row: Mapping[str, Any], name: str, least: float = 0.0) -> float:
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}, not a number of {least:g} or more")
+    return float(value)
+
+
+def check_backend(speeds: Sequence[tuple[str, Speeds]], to: str) -> None:
+    """Refuse speeds of another backend or of other options. Raises ``ConfigError``.
+
+    Args:
+        speeds: what each is called, and the speeds.
+        to: the backend and its options that are planned with.
+    """
+    for name, one in speeds:
+        if one.to != to:
+            raise ConfigError(
+                f"{name} was measured with {one.to}, and this plan is for {to}: measure again with --to {to}"
+            )
