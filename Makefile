@@ -44,8 +44,9 @@ lint: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
+# The other environment is fetched while the tests run, since that is mostly waiting.
 test: lint docs
-	$(BIN)/python -m pytest
+	$(MAKE) $(CONCRETE_ML_STAMP) & fetching=$$!; $(BIN)/python -m pytest && wait $$fetching
 	$(MAKE) wheel-test
 	$(MAKE) concrete-ml
 

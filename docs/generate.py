@@ -163,6 +163,21 @@ def _overlap() -> str:
     )
 
 
+def _cluster() -> str:
+    found = _measured("cluster")
+    m = found["machine"]
+    rows = [
+        ("zmq", f"{found['against_step_s']:.1f} s", "1"),
+        ("ray", f"{found['encrypted_step_s']:.1f} s", f"{found['against_ratio']:.2f}, to reach ≤ 1.3"),
+        ("in the clear", f"{found['plaintext_step_s']:.1f} s", ""),
+    ]
+    return (
+        _table(("one worker over", f"SmolLM2 step of {found['tokens']:,} tokens", "over zmq"), rows)
+        + f"\nMeasured on {m['processor']} ({m['capability']}), torch {m['torch']}, medians of "
+        f"{found['steps'] - 1} steps; load of the machine before it began {m['load_before']}.\n"
+    )
+
+
 _BOTTLENECKS = {
     "crypto": "encryption",
     "rest": "client",
@@ -240,6 +255,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "step": _step,
         "compare": _compare,
         "overlap": _overlap,
+        "cluster": _cluster,
     },
     "planning.md": {"predicted": _predicted, "validated": _validated},
     "../README.md": {"summary": _summary},
