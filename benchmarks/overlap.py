@@ -127,9 +127,9 @@ def in_child(request: dict[str, Any], pinned: bool) -> dict[str, Any]:
 def measure(models: list[str], latencies: list[float], counts: list[int], pins: list[bool]) -> Any:
     for model, pinned in itertools.product(models, pins):
         sizes = TOKENS[model]
-        for tokens in sizes:
+        for tokens in sizes if 0 in counts else ():
             yield {"model": model, "tokens": tokens, "workers": 0, "latency_s": 0.0, "pinned": pinned}, "mlwe"
-        for count in counts:
+        for count in filter(None, counts):
             with workers(model, count, pinned) as (addresses, options):
                 for latency, tokens in itertools.product(latencies, sizes):
                     with contextlib.ExitStack() as stack:
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=tuple(TOKENS), default=list(TOKENS))
     parser.add_argument("--latencies", type=float, nargs="+", default=[0.0, 0.005], help="seconds each way")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="0: embedded in the client")
     parser.add_argument("--pinned", choices=("yes", "no", "both"), default="both")
     parser.add_argument("--tokens", type=int, nargs="+", help="of every model, in place of what is set for each")
     parser.add_argument("--repeat", type=int, default=3, help="rounds; medians are given")

@@ -157,9 +157,11 @@ def _overlap() -> str:
         *("interleaved / one after the other", "/ whole"),
     )
     m = measured["machine"]
+    fewer = {row["model"]: row["repeat"] for row in measured["rows"] if "repeat" in row}
+    exceptions = "".join(f", of {repeat} for {model}" for model, repeat in fewer.items())
     return (
         _table(header, rows) + f"\nMeasured on {m['processor']} ({m['capability']}), torch {m['torch']}, medians of "
-        f"{measured['repeat']}; load of the machine before it began {m['load_before']}.\n"
+        f"{measured['repeat']} rounds{exceptions}; load of the machine before it began {m['load_before']}.\n"
     )
 
 
