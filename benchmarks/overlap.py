@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -116,6 +117,29 @@ def workers(model: str, count: int, pinned: bool) -> Iterator[tuple[list[str], d
         yield [address for address, _ in started], dict(here.connect)
 
 
+@contextlib.contextmanager
+def cluster(model: str, count: int, pinned: bool) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """The same on a Ray cluster, behind its head's Ray Client server, so that there is one link to delay."""
+    from ray.cluster_utils import Cluster
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    head = {"num_cpus": count, "include_dashboard": False, "ray_client_server_port": port}
+    with tempfile.TemporaryDirectory() as folder:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if pinned else threads)
+        split(_base_of(model), f"{folder}/bundle", shards=count, by="rows")
+        torch.set_num_threads(threads)
+        with on_cores({1} if pinned else None):
+            made = Cluster(initialize_head=True, head_node_args=head)
+            up = ["ray", "up", f"{folder}/bundle", "--workers", str(count), "--address", f"gcs://{made.address}"]
+            subprocess.run([sys.executable, "-m", "ciphertune", *up], stdout=subprocess.DEVNULL, check=True)
+        try:
+            yield [f"127.0.0.1:{port}"], {}
+        finally:
+            made.shutdown()
+
+
 def in_child(request: dict[str, Any], pinned: bool) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__)), "--child", json.dumps(request)]
     with on_cores({0} if pinned else None):
@@ -124,13 +148,14 @@ def in_child(request: dict[str, Any], pinned: bool) -> dict[str, Any]:
     return result
 
 
-def measure(models: list[str], latencies: list[float], counts: list[int], pins: list[bool]) -> Any:
+def measure(models: list[str], latencies: list[float], counts: list[int], pins: list[bool], over: str) -> Any:
+    serve = cluster if over == "ray" else workers
     for model, pinned in itertools.product(models, pins):
         sizes = TOKENS[model]
         for tokens in sizes if 0 in counts else ():
             yield {"model": model, "tokens": tokens, "workers": 0, "latency_s": 0.0, "pinned": pinned}, "mlwe"
         for count in filter(None, counts):
-            with workers(model, count, pinned) as (addresses, options):
+            with serve(model, count, pinned) as (addresses, options):
                 for latency, tokens in itertools.product(latencies, sizes):
                     with contextlib.ExitStack() as stack:
                         ends = tuple(stack.enter_context(shaped(address, latency)) for address in addresses)
@@ -138,10 +163,11 @@ def measure(models: list[str], latencies: list[float], counts: list[int], pins: 
                             "model": model,
                             "tokens": tokens,
                             "workers": count,
+                            "over": over,
                             "latency_s": latency,
                             "pinned": pinned,
                         }
-                        yield row, str(Selection("mlwe", "zmq", ends, options))
+                        yield row, str(Selection("mlwe", over, ends, options))
 
 
 def main() -> None:
@@ -149,6 +175,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(TOKENS), default=list(TOKENS))
     parser.add_argument("--latencies", type=float, nargs="+", default=[0.0, 0.005], help="seconds each way")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="0: embedded in the client")
+    parser.add_argument("--over", choices=("zmq", "ray"), default="zmq")
     parser.add_argument("--pinned", choices=("yes", "no", "both"), default="both")
     parser.add_argument("--tokens", type=int, nargs="+", help="of every model, in place of what is set for each")
     parser.add_argument("--repeat", type=int, default=3, help="rounds; medians are given")
@@ -169,7 +196,7 @@ def main() -> None:
             arguments.models.remove("smollm2")
     pins = {"yes": [True], "no": [False], "both": [True, False]}[arguments.pinned]
     rows = []
-    for row, to in measure(arguments.models, arguments.latencies, arguments.workers, pins):
+    for row, to in measure(arguments.models, arguments.latencies, arguments.workers, pins, arguments.over):
         request = {"model_name": row["model"], "to": to, "tokens": row["tokens"], "repeat": arguments.repeat}
         rows.append({**row, **in_child(request, row["pinned"])})
         found = rows[-1]

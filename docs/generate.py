@@ -140,7 +140,7 @@ def _overlap() -> str:
     measured = _measured("overlap")
     rows = []
     for row in measured["rows"]:
-        workers = f"{row['workers']}" if row["workers"] else "in this process"
+        workers = f"{row['workers']} over {row.get('over', 'zmq')}" if row["workers"] else "in this process"
         whole, apart, together = (row["step_s"][way] for way in ("whole", "one after the other", "interleaved"))
         rows.append(
             (

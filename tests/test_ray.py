@@ -138,11 +138,14 @@ def test_workers_are_spread_over_nodes_and_train_as_in_this_process(
 
 
 def test_actors_and_relays_that_are_killed_are_started_again(
-    deployed: Any, training: Any, expected: list[float]
+    deployed: Any, training: Any, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOSPITAL_TOKEN", "secret-of-this-process")
     (worker,) = deployed("killed")
-    run = training("auto/killed")
+    run = training("auto/killed", max_inflight_mb=64)
     bridge = run.session._fleet._workers[0].link._bridge
+    if sys.platform == "linux":
+        assert b"HOSPITAL" not in Path(f"/proc/{bridge._running._process.pid}/environ").read_bytes()
     losses = [run.step(), run.step(lambda: bridge._running._process.kill())]
     losses += [run.step(lambda: os.kill(worker["pid"], signal.SIGKILL)), run.step()]
     assert losses == expected[:4]

@@ -27,6 +27,8 @@ _LINGER_SECONDS = 10.0
 _JOIN_SECONDS = 60.0
 _RETRY_SECONDS = 1.0
 _END_SECONDS = 8.0
+_INHERITED = {"PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SYSTEMROOT"}
+_FAMILIES = ("RAY_", "PYTHON", "LC_", "OMP_", "GRPC_", "SSL_CERT_")
 
 Answer = tuple[dict[str, Any], list[Frame]]
 Push = Callable[[dict[str, Any], list[Frame]], None]
@@ -169,6 +171,7 @@ class _Running:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
+            env=_environment(),
             start_new_session=True,
         )
         there.close()
@@ -246,6 +249,11 @@ def _end_all() -> None:
     for (process, _, _), bridge in _shared.items():
         if process == os.getpid():
             bridge.close()
+
+
+def _environment() -> dict[str, str]:
+    """What a relay needs of this process's environment, which may hold tokens and passwords that it does not."""
+    return {name: value for name, value in os.environ.items() if name in _INHERITED or name.startswith(_FAMILIES)}
 
 
 def _settle(future: Future[Any], outcome: Any) -> None:
