@@ -241,7 +241,7 @@ def _validated() -> str:
 
 
 def _where(machine: Any) -> str:
-    busy = " **Busy with other work: measure again before you rely on it.**" if machine["load_before"] > 0.5 else ""
+    busy = " **Busy with other work: measure again before you rely on it.**" if machine["load_before"] >= 1 else ""
     return (
         f"{machine['processor']} ({machine['capability']}), {machine['threads']} threads, torch {machine['torch']}; "
         f"load before it began {machine['load_before']}.{busy}"

@@ -15,6 +15,7 @@ import ciphertune
 import ciphertune.cli.doctor
 from ciphertune import registry
 from ciphertune.cli import _COMMANDS, LazyGroup, cli, main
+from ciphertune.cli.output import print_table
 from ciphertune.errors import PluginError
 from ciphertune.plugins import PluginManager
 from ciphertune.registry import Registered
@@ -294,3 +295,10 @@ def test_plugins_can_add_commands() -> None:
             [sys.executable, "-c", probe.replace("ARGS", repr(arguments))], capture_output=True, text=True, check=True
         )
         assert expected in run.stdout
+
+
+def test_brackets_in_tables_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("to [::1]:5555", ["what"], [('pip install "ciphertune[concrete-ml]"',)])
+    shown = capsys.readouterr().out
+    assert "[::1]:5555" in shown
+    assert "ciphertune[concrete-ml]" in shown

@@ -18,13 +18,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     """A table; numbers are aligned to the right."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", header_style="bold", show_header=any(columns))
+    # As Text, or what stands in brackets would be taken for markup.
+    table = Table(title=Text(title), title_justify="left", header_style="bold", show_header=any(columns))
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], (int, float)) for row in rows) and bool(rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
     Console().print(table)
 
 
