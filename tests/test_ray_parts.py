@@ -18,10 +18,12 @@ from torch import nn
 
 import ciphertune
 from ciphertune.bundle import load_worker
-from ciphertune.errors import ConfigError, ProtocolError
+from ciphertune.errors import ConfigError, ProtocolError, SelectionError
+from ciphertune.testing import EchoDesk
 from ciphertune.weights import WeightStore
 from ciphertune_ray.bundles import blocks_of, fetched, parts_of
 from ciphertune_ray.pipe import Pipe, pair
+from ciphertune_ray.transport import RayTransport
 
 fsspec: Any = pytest.importorskip("fsspec", reason="the ray transport needs fsspec")
 
@@ -129,6 +131,15 @@ def test_shards_hold_each_block_once_and_none_is_empty(count: int) -> None:
     assert [block for run in cut for block in run] == blocks
     assert len(cut) == count
     assert all(cut)
+
+
+def test_a_ray_of_one_process_serves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(SelectionError, match="RAY_ADDRESS"):
+        RayTransport.loopback(tmp_path, {})
+    with pytest.raises(SelectionError, match="lets no client in"):
+        RayTransport.listen(EchoDesk(), "local/name/0", {})
 
 
 def test_messages_of_a_pipe() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 from collections.abc import Callable
@@ -35,7 +34,6 @@ class RayListener(Listener):
 
     def __init__(self, desk: Desk, where: Address, most: int) -> None:
         self.address = str(where)
-        self._where = where
         self._desk, self._actor = desk, where.actor
         self._closing = threading.Event()
         self._bridge = shared_bridge(where.ray, most)
@@ -61,14 +59,11 @@ class RayListener(Listener):
         limits = self._desk.limits
         most = limits.total_bytes + limits.header_bytes
         try:
-            answer, _ = self._bridge.ask({"op": "host", "actor": self._actor, "most": most}).result(_JOIN_SECONDS)
+            self._bridge.ask({"op": "host", "actor": self._actor, "most": most}).result(_JOIN_SECONDS)
         except FutureTimeoutError:
             raise TransportError(f"{self.address}: the cluster did not answer in {_JOIN_SECONDS:g} s") from None
         except TransportError as error:
             raise TransportError(f"{self.address} cannot be served: {error}") from error
-        if self._where.cluster == "local":
-            # Clients find a cluster that was started for this worker at its head's address.
-            self.address = str(dataclasses.replace(self._where, cluster=f"gcs://{answer['gcs']}"))
         self._bridge.hosted[self._actor] = self._pushed
 
     def _pushed(self, head: dict[str, Any], frames: list[Frame]) -> None:

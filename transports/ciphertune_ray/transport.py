@@ -137,9 +137,16 @@ class RayTransport(Transport):
 
     @classmethod
     def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
-        """See ``Transport.loopback``: in the cluster that ``RAY_ADDRESS`` names, or else one that is started for it."""
-        cluster = "auto" if os.environ.get("RAY_ADDRESS") else "local"
-        return Loopback(f"{cluster}/loopback-{secrets.token_hex(4)}/0")
+        """See ``Transport.loopback``: in the cluster that ``RAY_ADDRESS`` names.
+
+        One that is started for the moment lets no other process in: Ray gives it a token that only its starter has.
+        """
+        if not os.environ.get("RAY_ADDRESS"):
+            raise SelectionError(
+                "name a cluster in RAY_ADDRESS (after 'ray start --head': RAY_ADDRESS=127.0.0.1:6379), or have workers "
+                "of a bundle started: mlwe+ray://local?bundle=…"
+            )
+        return Loopback(f"auto/loopback-{secrets.token_hex(4)}/0")
 
     @classmethod
     def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:
@@ -148,6 +155,10 @@ class RayTransport(Transport):
         from ciphertune_ray.listener import RayListener
 
         where = parse(address)
+        if where.cluster == "local":
+            raise SelectionError(
+                "a Ray that is started for one process lets no client in: serve in a cluster that runs"
+            )
         complete = dataclasses.replace(where, name=where.name or DEFAULT_NAME, index=where.index or 0)
         return RayListener(desk, complete, options.max_inflight_mb << 20)
 
