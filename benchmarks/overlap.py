@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 from shaped import shaped
+from sweep import machine
 
 from ciphertune import registry, split
 from ciphertune.bench.child import _cut
-from ciphertune.bench.compare import machine
 from ciphertune.convert import outsource, session_of
 from ciphertune.errors import ConfigError
 from ciphertune.nearby import _base_of, worker_process
@@ -207,7 +207,7 @@ def main() -> None:
             + f"; {found['interleaved_to_one_after_the_other']:.2f}, {found['interleaved_to_whole']:.2f}",
             flush=True,
         )
-    result = {"machine": {**machine(), "load_before": round(load, 1)}, "repeat": arguments.repeat, "rows": rows}
+    result = {"machine": machine(load), "repeat": arguments.repeat, "rows": rows}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ciphertune.bench.compare import machine as described
 from ciphertune.bench.kernel import bench_kernel
 from ciphertune.demo import run_demo
 
@@ -61,22 +59,7 @@ def losses(quick: int, model: int) -> dict[str, Any]:
 
 def machine(load: float) -> dict[str, Any]:
     """Of what machine the figures are, and how busy it was when they began: the 1-minute load."""
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load_before": round(load, 1),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
+    return {**described(), "load_before": round(load, 1)}
 
 
 def main() -> None:

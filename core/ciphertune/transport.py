@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -38,6 +39,16 @@ class Desk(Protocol):
         A request that the listener could not put together is handed over without frames: its sender is owed an error.
         """
         ...
+
+
+def settle(future: Future[Any], outcome: Any) -> None:
+    """Give a future its result, or the exception that it fails with; one that was given up is left alone."""
+    # Whoever waited may give up at this very moment.
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
 
 class Link(abc.ABC):

@@ -34,6 +34,15 @@ class Address:
         return "/".join(part for part in parts if part is not None)
 
     @property
+    def named(self) -> Address:
+        """The same, with the name that stands for none."""
+        return dataclasses.replace(self, name=self.name or DEFAULT_NAME)
+
+    def worker(self, index: int) -> Address:
+        """One worker of the deployment."""
+        return dataclasses.replace(self, index=index)
+
+    @property
     def actor(self) -> str:
         """The name of the worker's actor."""
         return actor_name(self.name or DEFAULT_NAME, self.index or 0)

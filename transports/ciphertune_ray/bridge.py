@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from typing import Any
 
-from ciphertune.errors import CipherTuneError, ConfigError, ProtocolError, TransportError
+from ciphertune.errors import ConfigError, ProtocolError, TransportError
 from ciphertune.protocol import Frame
+from ciphertune.transport import settle
 from ciphertune_ray.pipe import Pipe, pair
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Bridge:
         self._pending[number] = future
         future.add_done_callback(lambda _: self._pending.pop(number, None))
         if (why := self._send({**head, "id": number}, frames)) is not None:
-            _settle(future, TransportError(why))
+            settle(future, TransportError(why))
         return future
 
     def tell(self, head: dict[str, Any], frames: Sequence[Frame], sent: Callable[[], None]) -> None:
@@ -126,9 +127,9 @@ class Bridge:
         if future is not None:
             if "error" in head:
                 kind = ConfigError if head.get("kind") == "ConfigError" else TransportError
-                _settle(future, kind(str(head["error"])[:2000]))
+                settle(future, kind(str(head["error"])[:2000]))
             else:
-                _settle(future, (head, frames))
+                settle(future, (head, frames))
         elif (push := self.hosted.get(str(head.get("actor")))) is not None:
             push(head, frames)
 
@@ -151,7 +152,7 @@ class Bridge:
 
     def _fail_all(self, why: str) -> None:
         for future in list(self._pending.values()):
-            _settle(future, TransportError(why))
+            settle(future, TransportError(why))
 
 
 class _Running:
@@ -254,12 +255,3 @@ def _end_all() -> None:
 def _environment() -> dict[str, str]:
     """What a relay needs of this process's environment, which may hold tokens and passwords that it does not."""
     return {name: value for name, value in os.environ.items() if name in _INHERITED or name.startswith(_FAMILIES)}
-
-
-def _settle(future: Future[Any], outcome: Any) -> None:
-    # Whoever waited may give up at this very moment.
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, CipherTuneError):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ciphertune.bundle.files import WORKER_FORMAT, WORKER_MANIFEST, inside, read_manifest_file
-from ciphertune.errors import ConfigError, ProtocolError
-from ciphertune.weights import Shard
+from ciphertune.bundle.files import WORKER_MANIFEST
+from ciphertune.bundle.worker import read_blocks
+from ciphertune.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def blocks_of(url: str) -> list[Block]:
     folder = _Store(url).local(WORKER_MANIFEST)
     return [
         ([s.name for s in shards], sum(s.rows * s.in_features * (s.weight_bits or 32) // 8 for s in shards))
-        for _, shards in _manifest(folder)
+        for _, shards in read_blocks(folder)
     ]
 
 
@@ -77,7 +77,7 @@ def fetched(url: str, layers: Sequence[str], load: Callable[[Path], _Loaded]) ->
     """
     store = _Store(url)
     folder = store.local(WORKER_MANIFEST)
-    files = [file for file, shards in _manifest(folder) if not layers or {s.name for s in shards} & set(layers)]
+    files = [file for file, shards in read_blocks(folder) if not layers or {s.name for s in shards} & set(layers)]
     names = [str(file.relative_to(folder)) for file in files]
     for name in names:
         store.local(name)
@@ -91,15 +91,6 @@ def fetched(url: str, layers: Sequence[str], load: Callable[[Path], _Loaded]) ->
             (folder / name).unlink(missing_ok=True)
             store.local(name)
         return load(folder)
-
-
-def _manifest(folder: Path) -> list[tuple[Path, list[Shard]]]:
-    blocks = read_manifest_file(folder / WORKER_MANIFEST, WORKER_FORMAT).get("blocks")
-    try:
-        assert isinstance(blocks, list)
-        return [(inside(folder, block["file"]), [Shard.read(row) for row in block["shards"]]) for block in blocks]
-    except (AssertionError, ProtocolError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / WORKER_MANIFEST} is damaged: {error}") from error
 
 
 class _Store:

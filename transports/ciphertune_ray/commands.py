@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from ciphertune import registry
+from ciphertune.cli.pairs import name_values
 from ciphertune.errors import PluginError, SelectionError, TransportError
 from ciphertune.plugins import hookimpl
 
@@ -108,7 +109,7 @@ def up(
         "idle_seconds": idle,
         "listen": listen,
         "port": port,
-        "listen_options": _pairs(extra),
+        "listen_options": name_values(extra),
     }
     if listen:
         registry.load(registry.TRANSPORTS, listen)
@@ -156,13 +157,6 @@ def down(address: str, name: str, as_json: bool) -> None:
         print_json({"name": name, "stopped": len(gone)})
     else:
         click.echo(f"stopped {len(gone)} workers of {name}")
-
-
-def _pairs(texts: Sequence[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    if wrong := [text for text, (_, separator, _) in zip(texts, pairs, strict=True) if not separator]:
-        raise click.BadParameter(f"{wrong[0]!r} is not NAME=VALUE", param_hint="--option")
-    return {name: value for name, _, value in pairs}
 
 
 @contextlib.contextmanager

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 
 from ciphertune.errors import ProtocolError, ReplyError, TransportError
 from ciphertune.protocol import Message, pack, unpack
-from ciphertune.transport import Link
+from ciphertune.transport import Link, settle
 from ciphertune_ray.bridge import Answer, Bridge
 
 
@@ -47,7 +46,7 @@ class RayLink(Link):
             return
         self._closed = True
         for future in list(self._pending):
-            _settle(future, TransportError(f"{self.name}: the link is closed"))
+            settle(future, TransportError(f"{self.name}: the link is closed"))
         self._bridge.release()
 
     def _answered(self, future: Future[Message], answer: Future[Answer]) -> None:
@@ -55,18 +54,9 @@ class RayLink(Link):
             return
         error = answer.exception()
         if error is not None:
-            _settle(future, TransportError(f"{self.name}: {error}"))
+            settle(future, TransportError(f"{self.name}: {error}"))
             return
         try:
-            _settle(future, unpack(answer.result()[1]))
+            settle(future, unpack(answer.result()[1]))
         except ProtocolError as problem:
-            _settle(future, ReplyError(f"{self.name} sent a malformed reply: {problem}"))
-
-
-def _settle(future: Future[Message], outcome: Message | Exception) -> None:
-    # Whoever waited may give up at this very moment.
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+            settle(future, ReplyError(f"{self.name} sent a malformed reply: {problem}"))

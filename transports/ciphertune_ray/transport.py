@@ -121,19 +121,14 @@ class RayTransport(Transport):
 
     def newcomers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> list[Link]:
         """See ``Transport.newcomers``."""
-        from ciphertune_ray.address import DEFAULT_NAME, parse
+        from ciphertune_ray.address import parse
 
         if self.options.bundle is not None:
             return []
         known = {link.name for link in links}
-        new: list[Link] = []
-        for address in map(parse, endpoints):
-            if address.index is None:
-                name = address.name or DEFAULT_NAME
-                found = self._ask(address, {"op": "members", "name": name}, _ANSWER_SECONDS)
-                where = [dataclasses.replace(address, name=name, index=index) for index in found]
-                new += [self._link(each) for each in where if str(each) not in known]
-        return new
+        addresses = [address.named for address in map(parse, endpoints) if address.index is None]
+        crews = [address.worker(index) for address in addresses for index in self._present(address)]
+        return [self._link(each) for each in crews if str(each) not in known]
 
     @classmethod
     def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
@@ -151,7 +146,7 @@ class RayTransport(Transport):
     @classmethod
     def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:
         _need_ray()
-        from ciphertune_ray.address import DEFAULT_NAME, parse
+        from ciphertune_ray.address import parse
         from ciphertune_ray.listener import RayListener
 
         where = parse(address)
@@ -159,15 +154,12 @@ class RayTransport(Transport):
             raise SelectionError(
                 "a Ray that is started for one process lets no client in: serve in a cluster that runs"
             )
-        complete = dataclasses.replace(where, name=where.name or DEFAULT_NAME, index=where.index or 0)
-        return RayListener(desk, complete, options.max_inflight_mb << 20)
+        return RayListener(desk, where.named.worker(where.index or 0), options.max_inflight_mb << 20)
 
     def _shared(self, address: Address) -> list[Link]:
         """Links to the workers of a deployment, which grows where it is too small."""
-        from ciphertune_ray.address import DEFAULT_NAME
-
-        name = address.name or DEFAULT_NAME
-        found = self._ask(address, {"op": "members", "name": name}, _ANSWER_SECONDS)
+        address = address.named
+        name, found = address.name, self._present(address)
         if found and self.options.workers is not None and len(found) < self.options.workers:
             more = {"op": "deploy", "name": name, "shared": True, "workers": self.options.workers}
             found = self._ask(address, {**more, "seconds": self.options.start_timeout}, self._deploy_seconds)
@@ -176,7 +168,7 @@ class RayTransport(Transport):
                 f"the cluster {address.cluster} has no deployment named {name!r}: start one with "
                 f"'ciphertune ray up BUNDLE --name {name}', or say bundle=… to have workers for this client alone"
             )
-        return [self._link(dataclasses.replace(address, name=name, index=index)) for index in found]
+        return [self._link(address.worker(index)) for index in found]
 
     def _own(self, address: Address) -> list[Link]:
         """Links to workers that are started for this client, and go with it."""
@@ -194,7 +186,7 @@ class RayTransport(Transport):
         bridge = Bridge(address.ray, most).hold()
         try:
             found = _members(bridge, {**head, "seconds": options.start_timeout}, self._deploy_seconds)
-            crew = [dataclasses.replace(address, name=name, index=index) for index in found]
+            crew = [dataclasses.replace(address, name=name).worker(index) for index in found]
             return [RayLink(str(each), each.actor, secrets.token_hex(16), bridge.hold()) for each in crew]
         finally:
             bridge.release()
@@ -203,6 +195,10 @@ class RayTransport(Transport):
         from ciphertune_ray.link import RayLink
 
         return RayLink(str(address), address.actor, secrets.token_hex(16), self._bridge(address))
+
+    def _present(self, address: Address) -> list[int]:
+        """The numbers of a deployment's workers."""
+        return self._ask(address, {"op": "members", "name": address.name}, _ANSWER_SECONDS)
 
     def _ask(self, address: Address, head: dict[str, Any], seconds: float) -> list[int]:
         bridge = self._bridge(address)

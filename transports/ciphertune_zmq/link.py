@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import struct
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 
 import zmq
 
 from ciphertune.errors import ProtocolError, ReplyError, TransportError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, pack, unpack
-from ciphertune.transport import Link
+from ciphertune.transport import Link, settle
 from ciphertune_zmq.address import Address
 from ciphertune_zmq.framing import NUMBER_BYTES, unwrap, wrap
 from ciphertune_zmq.guard import Backlog
@@ -133,7 +132,7 @@ class _ClientLoop(SocketLoop):
             try:
                 self.socket.send_multipart(wrap(number, frames, self._cut), zmq.NOBLOCK, copy=False)
             except zmq.ZMQError as error:
-                _settle(future, TransportError(f"{self._address}: the request could not be sent: {error}"))
+                settle(future, TransportError(f"{self._address}: the request could not be sent: {error}"))
 
     def _receive(self) -> None:
         while True:
@@ -147,9 +146,9 @@ class _ClientLoop(SocketLoop):
             if future is None:
                 continue
             try:
-                _settle(future, unpack(unwrap(envelope, [frame.buffer for frame in frames[1:]])))
+                settle(future, unpack(unwrap(envelope, [frame.buffer for frame in frames[1:]])))
             except ProtocolError as error:
-                _settle(future, ReplyError(f"{self._address} sent a malformed reply: {error}"))
+                settle(future, ReplyError(f"{self._address} sent a malformed reply: {error}"))
 
     def _lost(self, why: str) -> None:
         self._connected = False
@@ -158,13 +157,4 @@ class _ClientLoop(SocketLoop):
     def _fail_all(self, why: str) -> None:
         self._outgoing.clear()
         for future in list(self._pending.values()):
-            _settle(future, TransportError(f"{self._address}: {why}"))
-
-
-def _settle(future: Future[Message], outcome: Message | Exception) -> None:
-    # Whoever waited may give up at this very moment.
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+            settle(future, TransportError(f"{self._address}: {why}"))

@@ -45,17 +45,25 @@ def load_worker(
         ConfigError: the folder is no worker's folder, or damaged.
         UnknownLayerError: a pattern matches nothing.
     """
-    place = Path(folder)
-    blocks = read_manifest_file(place / WORKER_MANIFEST, WORKER_FORMAT).get("blocks")
-    if not isinstance(blocks, list):
-        raise ConfigError(f"{place / WORKER_MANIFEST} is damaged: it lists no blocks")
-    read = [_read_block(place, block) for block in blocks]
+    read = read_blocks(Path(folder))
     wanted = None if layers is None else _matching([s.name for _, shards in read for s in shards], list(layers))
     store = WeightStore()
     for file, shards in read:
         if wanted is None or any(shard.name in wanted for shard in shards):
             _load_block(store, file, shards, wanted, torch.device(device), verify)
     return store
+
+
+def read_blocks(folder: Path) -> list[tuple[Path, list[Shard]]]:
+    """What a worker's folder holds: each block's file, and the shards in it from the top. No weight is read.
+
+    Raises:
+        ConfigError: the folder is no worker's folder, or its manifest is damaged.
+    """
+    blocks = read_manifest_file(folder / WORKER_MANIFEST, WORKER_FORMAT).get("blocks")
+    if not isinstance(blocks, list):
+        raise ConfigError(f"{folder / WORKER_MANIFEST} is damaged: it lists no blocks")
+    return [_read_block(folder, block) for block in blocks]
 
 
 def _read_block(folder: Path, block: Any) -> tuple[Path, list[Shard]]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from ciphertune.cli.pairs import name_values
+
 log = logging.getLogger("ciphertune.worker")
 
 
@@ -100,12 +102,7 @@ def worker(
     under way and ends it with status 0; a second one, or SIGINT, ends it at once.
     """
     _log_to_stderr(log_format, log_level)
-    options: dict[str, Any] = {}
-    for text in extra:
-        name, separator, value = text.partition("=")
-        if not separator:
-            raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--option")
-        options[name] = value
+    options: dict[str, Any] = {**name_values(extra)}
     flags = {"curve": curve, "insecure": insecure or None, "no_authentication": no_authentication or None}
     options |= {name: value for name, value in flags.items() if value is not None}
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from typing import Any, Literal
 
 from ciphertune import registry
 from ciphertune.errors import ProtocolError, ReplyError, TransportError
 from ciphertune.protocol import Message, pack, unpack
-from ciphertune.transport import Handler, Link, Transport
+from ciphertune.transport import Handler, Link, Transport, settle
 
 Fault = Literal["drop", "delay", "duplicate", "corrupt", "reorder"]
 
@@ -99,14 +98,14 @@ class Faults:
         with self._lock:
             kept, self._kept, self._wanted = self._kept, [], 0
         for future, outcome in reversed(kept):
-            _settle(future, outcome)
+            settle(future, outcome)
 
     def _fail(self, link: Link | None, why: str) -> None:
         """Fail what is under way over a link, or over all."""
         with self._lock:
             failed = [(future, its) for future, its in self._pending.items() if link is None or its is link]
         for future, its in failed:
-            _settle(future, TransportError(f"{its.name}: {why}"))
+            settle(future, TransportError(f"{its.name}: {why}"))
 
     def _order(self, order: _Order) -> None:
         with self._lock:
@@ -150,13 +149,13 @@ class Faults:
         error = inner.exception()
         outcome: Message | Exception = inner.result() if error is None else _as_exception(error)
         if order is None or order.fault == "duplicate":
-            _settle(future, outcome)
+            settle(future, outcome)
         elif order.fault == "delay":
-            timer = threading.Timer(order.seconds, _settle, (future, outcome))
+            timer = threading.Timer(order.seconds, settle, (future, outcome))
             timer.daemon = True
             timer.start()
         elif order.fault == "corrupt":
-            _settle(future, _damaged(outcome, order.where))
+            settle(future, _damaged(outcome, order.where))
         else:
             with self._lock:
                 self._kept.append((future, outcome))
@@ -201,11 +200,3 @@ def _damaged(outcome: Message | Exception, where: Literal["header", "buffers"]) 
 
 def _as_exception(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else TransportError(f"{type(error).__name__}")
-
-
-def _settle(future: Future[Message], outcome: Message | Exception) -> None:
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
