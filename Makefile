@@ -12,8 +12,10 @@ STAMP := .venv/.installed
 CONCRETE_ML_BIN := .venv-concrete-ml/bin
 CONCRETE_ML_STAMP := .venv-concrete-ml/.installed
 # What an old torch, an old numpy and transformers 4 could break, and the backend itself.
-CONCRETE_ML_TESTS := $(addprefix tests/test_,linear.py group.py worker.py protocol.py trainer.py peft.py \
-	mlwe_arithmetic.py mlwe_encryption.py conformance.py::TestClear conformance.py::TestMlwe concrete_ml.py)
+CONCRETE_ML_TESTS := $(addprefix tests/,front/test_linear.py front/test_protocol.py outsourcing/test_group.py \
+	outsourcing/test_peft.py worker/test_worker.py training/test_trainer.py backends/test_mlwe_arithmetic.py \
+	backends/test_mlwe_encryption.py testing/test_conformance.py::TestClear testing/test_conformance.py::TestMlwe \
+	backends/test_concrete_ml.py)
 NATIVE := backends/ciphertune_mlwe/native/kernels.c
 
 .PHONY: install demo demo-quick test lint docs wheel-test concrete-ml soak fuzz bench clean
@@ -52,7 +54,7 @@ test: lint docs
 
 # The wheel in an empty environment of its own runs the demo.
 wheel-test: $(STAMP)
-	PYTHON=$(BIN)/python TORCH="$(TORCH)" sh tests/wheel.sh
+	PYTHON=$(BIN)/python TORCH="$(TORCH)" sh tests/wheel/wheel.sh
 
 # The oldest torch that is supported, and the backend on Concrete ML.
 concrete-ml: $(CONCRETE_ML_STAMP)
@@ -69,11 +71,11 @@ MINUTES ?= 10
 RUNS ?= 100000
 
 soak: $(STAMP)
-	$(BIN)/python tests/soak.py --minutes $(MINUTES) --clients 32
+	PYTHONPATH=tests/helpers $(BIN)/python tests/long/soak.py --minutes $(MINUTES) --clients 32
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pip install --quiet atheris
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_worker.py -runs=$(RUNS) -max_len=2000 -len_control=0
+	PYTHONPATH=tests/helpers OMP_NUM_THREADS=1 $(BIN)/python tests/long/fuzz_worker.py -runs=$(RUNS) -max_len=2000 -len_control=0
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/figures.py

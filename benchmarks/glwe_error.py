@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ciphertune.session import choose
+from ciphertune.client.choice import choose
 from ciphertune.weights import describe, group_map, quantize
 from ciphertune_concrete.glwe.params import PARAMETERS
 

@@ -32,13 +32,14 @@ import torch
 from shaped import shaped
 from sweep import machine
 
-from ciphertune import registry, split
+from ciphertune import split
 from ciphertune.bench.child import _cut
-from ciphertune.convert import outsource, session_of
 from ciphertune.errors import ConfigError
-from ciphertune.nearby import _base_of, worker_process
+from ciphertune.interleaving.interleaver import Interleaver
+from ciphertune.outsourcing.convert import outsource, session_of
+from ciphertune.plugins import registry
 from ciphertune.selection import Selection
-from ciphertune.turns import Turns
+from ciphertune.worker.process import _base_of, worker_process
 from ciphertune.workloads import load_workload
 
 HERE = Path(__file__).parent
@@ -61,7 +62,7 @@ def client(model_name: str, to: str, tokens: int, repeat: int) -> dict[str, Any]
 
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     phases: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    with Turns(1) as one, Turns(2) as two:
+    with Interleaver(1) as one, Interleaver(2) as two:
         for number in range(repeat + 1):
             for way, (count, at_once) in WAYS.items():
                 before = copy.copy(session.traffic)

@@ -31,14 +31,14 @@ from sweep import machine
 
 import ciphertune
 from ciphertune.bench.train import _child
-from ciphertune.forecast import forecast
-from ciphertune.layout import Layout, lay_out
-from ciphertune.nearby import worker_process
-from ciphertune.pipeline import Network
-from ciphertune.placement import Spread
-from ciphertune.plan import Plan, bytes_per_second, make_plan, seconds
-from ciphertune.shapes import skeleton
-from ciphertune.speeds import Speeds, read_speeds
+from ciphertune.bundle.spread import Spread
+from ciphertune.models.known import skeleton
+from ciphertune.planning.estimate import forecast
+from ciphertune.planning.plan import Plan, bytes_per_second, make_plan, seconds
+from ciphertune.planning.products import Layout, lay_out
+from ciphertune.planning.simulation import Network
+from ciphertune.planning.speeds import Speeds, read_speeds
+from ciphertune.worker.process import worker_process
 from ciphertune_zmq import ZmqTransport
 
 HERE = Path(__file__).parent
@@ -264,7 +264,7 @@ def predicted(
     sizes = [TABLE_TOKENS // interleave] * interleave
     network = Network(bytes_per_second(bandwidth), seconds(TABLE_LATENCY))
     backend = layout.choice.backend
-    found = forecast(layout.units, backend, sizes, interleave, workers, network, speeds, speeds)
+    found = forecast(layout.groups, backend, sizes, interleave, workers, network, speeds, speeds)
     return {
         "workers": workers,
         "bandwidth": bandwidth,

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ciphertune.plan import bytes_per_second, seconds
+from ciphertune.planning.plan import bytes_per_second, seconds
 
 CHUNK = 1 << 18
 MOST_CHUNKS = 1 << 12

@@ -16,7 +16,7 @@ from typing import Any
 
 from ciphertune.bench.compare import machine as described
 from ciphertune.bench.kernel import bench_kernel
-from ciphertune.demo import run_demo
+from ciphertune.runs.demo import run_demo
 
 HERE = Path(__file__).parent
 OPTIONS = ("mlwe", "mlwe?request_bits=24&reply_bits=16")

@@ -21,7 +21,7 @@ from sklearn.datasets import make_circles, make_moons
 from torch import Tensor, nn
 
 import ciphertune
-from ciphertune.nearby import serving
+from ciphertune.workloads.local_worker import serving
 
 WIDTH = 16
 OUTSOURCED = ["0", "2"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from ciphertune.config import load_config
-from ciphertune.run import read_texts, split_rows
-from ciphertune.workloads.language import load_named_model
+from ciphertune.models.load import load_named_model
+from ciphertune.runs.config import load_config
+from ciphertune.runs.train import read_texts, split_rows
 
 
 def main(name: str, path: Path) -> None:

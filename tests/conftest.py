@@ -13,9 +13,9 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from ciphertune import hookimpl
-from ciphertune.plugins import PluginManager
-from ciphertune.session import Exchange
+from ciphertune.hookspecs import hookimpl
+from ciphertune.plugins.manager import PluginManager
+from ciphertune.traffic import Exchange
 
 pytest_plugins = ["ciphertune.testing.fixtures"]
 

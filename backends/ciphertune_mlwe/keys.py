@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.errors import KeyFileError
-from ciphertune.keyfile import read_key_file, write_key_file
+from ciphertune.key_files import read_key_file, write_key_file
 from ciphertune_mlwe.params import PARAMETER_SETS, ParameterSet
 from ciphertune_mlwe.prg import SEED_BYTES, ternary
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ciphertune import registry
 from ciphertune.backend import (
     Backend,
     Buffers,
@@ -24,6 +23,7 @@ from ciphertune.backend import (
     WorkerHalf,
 )
 from ciphertune.errors import ProtocolError, ReplyError, SelectionError
+from ciphertune.plugins import registry
 
 
 @dataclasses.dataclass(frozen=True)

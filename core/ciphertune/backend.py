@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from ciphertune._support.options import build_options
 from ciphertune.errors import PrecisionError
-from ciphertune.selection import build_options
 
 Buffers = dict[str, Tensor]
 """Named buffers of one request or reply: tensors of fixed-size numbers, any device."""

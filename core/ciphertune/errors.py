@@ -19,6 +19,9 @@ CipherTuneError
 ├── TransportError            the link to a worker failed
 │   └── TransportTimeoutError no answer within the deadline
 ├── WorkerError               the worker answered with an error of its own
+├── UnknownSessionError       (worker) the session that a request names is not open
+├── HoldingsError             (worker) it does not hold what the client expects
+├── QuotaError                (worker) a client asks for more than it may have
 ├── ConfigError               a configuration file or a command's argument is wrong
 └── TrainingError             training cannot start or go on
     ├── NoAdapterError        no trainable parameter
@@ -131,3 +134,15 @@ class NonFiniteLossError(TrainingError):
 
 class CheckpointError(TrainingError):
     """A checkpoint cannot be written, read, or matched to this run."""
+
+
+class UnknownSessionError(CipherTuneError):
+    """A request names a session that is not open at this worker for this client."""
+
+
+class HoldingsError(CipherTuneError):
+    """A worker does not hold what the client expects of it."""
+
+
+class QuotaError(CipherTuneError):
+    """A client asks for more than it may have."""

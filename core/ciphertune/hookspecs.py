@@ -1,8 +1,8 @@
 """Hook specifications: every place where a plugin may look in, or have a say.
 
 A plugin is a module, an object or a class registered in the ``ciphertune.plugins`` entry-point group whose functions
-are marked with ``ciphertune.hookimpl`` and named as below; each may take fewer arguments than are listed. A hook that
-raises is reported by the plugin's name and stops nothing, except the gates: ``ciphertune_before_request`` and
+are marked with ``hookimpl`` and named as below; each may take fewer arguments than are listed. A hook that raises is
+reported by the plugin's name and stops nothing, except the gates: ``ciphertune_before_request`` and
 ``ciphertune_select_layers`` let errors through. Hooks are called on the thread that does what they tell of; those about
 requests may be called on several threads at once.
 """
@@ -10,16 +10,45 @@ requests may be called on several threads at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
+
+from ciphertune.backend import SecurityStatement
+from ciphertune.selection import Selection
+from ciphertune.traffic import Exchange, Traffic
+from ciphertune.weights import LayerInfo
 
 if TYPE_CHECKING:
     import click
 
-    from ciphertune.session import Exchange, Session
-
 hookspec = pluggy.HookspecMarker("ciphertune")
+hookimpl = pluggy.HookimplMarker("ciphertune")
+"""Marks a function of a plugin as an implementation of the hook of its name."""
+
+
+class SessionView(Protocol):
+    """What a hook may rely on of a session, which is a ``ciphertune.Session``."""
+
+    @property
+    def layers(self) -> Sequence[LayerInfo]:
+        """The outsourced layers."""
+        ...
+
+    @property
+    def security(self) -> SecurityStatement:
+        """What the backend protects."""
+        ...
+
+    @property
+    def traffic(self) -> Traffic:
+        """Totals since the session opened."""
+        ...
+
+    @property
+    def selection(self) -> Selection:
+        """The selection string that it was opened with."""
+        ...
 
 
 @hookspec(firstresult=True)
@@ -36,7 +65,7 @@ def ciphertune_select_layers(model: Any, candidates: Sequence[str]) -> Sequence[
 
 
 @hookspec
-def ciphertune_session_opened(session: Session) -> None:
+def ciphertune_session_opened(session: SessionView) -> None:
     """A client session is open; ``session.layers`` and ``session.security`` say what it carries."""
 
 
@@ -46,24 +75,24 @@ def ciphertune_sending_key(worker: str, nbytes: int, done: bool) -> None:
 
 
 @hookspec
-def ciphertune_session_closed(session: Session) -> None:
+def ciphertune_session_closed(session: SessionView) -> None:
     """A client session was closed; ``session.traffic`` holds its totals."""
 
 
 @hookspec
-def ciphertune_before_request(session: Session, exchange: Exchange) -> None:
-    """Gate: a product is about to be sent. Raise ``ciphertune.VetoError`` to refuse it: nothing is sent.
+def ciphertune_before_request(session: SessionView, exchange: Exchange) -> None:
+    """Gate: a product is about to be sent. Raise ``ciphertune.errors.VetoError`` to refuse it: nothing is sent.
 
     In training, the step that asked for it fails and no weight is touched; the run can go on from its last checkpoint.
 
     Args:
-        session: where it would go; ``session.choice.selection`` and ``session.security`` say how.
+        session: where it would go; ``session.selection`` and ``session.security`` say how.
         exchange: the layers, direction and number of tokens; nothing is counted yet.
     """
 
 
 @hookspec
-def ciphertune_after_reply(session: Session, exchange: Exchange) -> None:
+def ciphertune_after_reply(session: SessionView, exchange: Exchange) -> None:
     """A reply was decrypted.
 
     Args:

@@ -10,13 +10,13 @@ from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from ciphertune._support.options import build_options
 from ciphertune.errors import SelectionError
 from ciphertune.protocol import Frame, Limits, Message
-from ciphertune.selection import build_options
 
 
-class Handler(Protocol):
-    """What answers requests: a ``ciphertune.worker.Worker``, or anything with its ``handle``."""
+class LocalWorker(Protocol):
+    """What answers requests: a ``ciphertune.worker.worker.Worker``, or anything with its ``handle``."""
 
     def handle(self, request: Message, peer: str = ...) -> Message:
         """Answer one request of the client known as ``peer``; never raises."""
@@ -27,8 +27,8 @@ Reply = Callable[[list[Frame], Callable[[], None]], None]
 """Takes a reply's frames and what to call once they have left this process, or never will."""
 
 
-class Desk(Protocol):
-    """What a listener hands requests to: a ``ciphertune.service.Service``."""
+class RequestHandler(Protocol):
+    """What a listener hands requests to: a ``ciphertune.worker.service.Service``."""
 
     limits: Limits
     """What a listener need not take from a peer."""
@@ -120,13 +120,13 @@ class Transport(abc.ABC):
     remote: ClassVar[bool] = True
     """Whether requests leave this process; a backend that does not encrypt then needs ``allow_insecure=1``."""
     elastic: ClassVar[bool] = False
-    """Whether workers may come while a session is open; ``newcomers`` is then asked now and again."""
+    """Whether workers may come while a session is open; ``joining_workers`` is then asked now and again."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()
 
     @abc.abstractmethod
-    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> Sequence[Link]:
+    def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> Sequence[Link]:
         """Open a link to every worker, without waiting for any of them.
 
         Args:
@@ -138,12 +138,12 @@ class Transport(abc.ABC):
             KeyFileError, SecurityError: the link cannot be made as safe as asked for.
         """
 
-    def newcomers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> Sequence[Link]:
+    def joining_workers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> Sequence[Link]:
         """Links to the workers that have come since, opened as ``connect`` does. May wait for an answer.
 
         Args:
             endpoints: as for ``connect``.
-            links: those that are open; a worker with the name of one of them is no newcomer.
+            links: those that are open; a worker with the name of one of them has not joined.
 
         Raises:
             TransportError: it cannot be said now; the question is asked again later.
@@ -151,11 +151,11 @@ class Transport(abc.ABC):
         return ()
 
     @classmethod
-    def listen(cls, desk: Desk, address: str, options: Mapping[str, Any]) -> Listener:
+    def listen(cls, handler: RequestHandler, address: str, options: Mapping[str, Any]) -> Listener:
         """Serve at an address, on threads of the transport's own.
 
         Args:
-            desk: where requests go.
+            handler: where requests go.
             address: in this transport's form.
             options: text or values for ``ServeOptions``.
 
@@ -166,7 +166,7 @@ class Transport(abc.ABC):
         """
         if cls.ServeOptions is None:
             raise SelectionError(f"the {cls.name} transport cannot serve workers")
-        return cls._listen(desk, address, build_options(cls.ServeOptions, options))
+        return cls._listen(handler, address, build_options(cls.ServeOptions, options))
 
     @classmethod
     def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
@@ -184,5 +184,5 @@ class Transport(abc.ABC):
         return Loopback("127.0.0.1:0")
 
     @classmethod
-    def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:
+    def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
         raise NotImplementedError

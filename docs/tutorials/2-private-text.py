@@ -22,7 +22,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ciphertune
-from ciphertune.workloads.language import language_reference, load_named_model
+from ciphertune.models.load import load_named_model
+from ciphertune.workloads.texts import language_reference
 
 # %% [markdown]
 # What you see below was run with a model of about 0.1 million weights that reads single bytes, so that this page takes

@@ -33,7 +33,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import ciphertune
-from ciphertune.workloads.language import language_reference
+from ciphertune.workloads.texts import language_reference
 
 # %% tags=["parameters"]
 STEPS = 40  # with Trainer

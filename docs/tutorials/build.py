@@ -3,7 +3,7 @@
     python docs/tutorials/build.py              # run all of them and write the notebooks
     python docs/tutorials/build.py 1-two-moons  # one of them
 
-``tests/test_tutorials.py`` runs them too, checks what their last cell prints, and fails if a notebook has other cells
+``tests/docs/test_tutorials.py`` runs them too, checks what their last cell prints, and fails if a notebook has other cells
 than its source.
 """
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ciphertune import PluginError, SelectionError, Tracker
+from ciphertune import PluginError, SelectionError
+from ciphertune.tracker import Tracker
 
 COLUMNS = (
     *("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "tokens", "samples"),
@@ -64,7 +65,7 @@ class History(Tracker):
 
     def begin(self, trainer: Any, total_steps: int, start_step: int) -> None:
         """Begin the file, or drop what will be done again and what an interruption left half written."""
-        from ciphertune.trainer.atomic import replace_file
+        from ciphertune._support.atomic import replace_file
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [self._line(COLUMNS)] if self._csv else []

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from ciphertune import NothingOutsourcedError, PluginError, SelectionError, Tracker
+from ciphertune import PluginError, SelectionError
+from ciphertune.errors import NothingOutsourcedError
+from ciphertune.tracker import Tracker
 from ciphertune_mlflow.sender import Sender
 
 _ENVIRONMENT = {

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ciphertune import hookimpl
+from ciphertune.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -7,10 +7,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ciphertune import PluginError, SelectionError, Tracker, hookimpl
+from ciphertune import PluginError, SelectionError
+from ciphertune.hookspecs import hookimpl
+from ciphertune.tracker import Tracker
 
 if TYPE_CHECKING:
-    from ciphertune import Exchange, Session
+    from ciphertune import Session
+    from ciphertune.traffic import Exchange
 
 _GAUGES = {
     "loss": "Loss of the last step.",

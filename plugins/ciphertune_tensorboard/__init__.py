@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ciphertune import PluginError, Tracker
+from ciphertune import PluginError
+from ciphertune.tracker import Tracker
 
 _numbers = itertools.count(1)
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ciphertune import hookimpl
-from ciphertune.ledger import Ledger, by_kind, total
+from ciphertune.hookspecs import hookimpl
+from ciphertune.traffic import TrafficByLayer, by_kind, total
 
 if TYPE_CHECKING:
-    from ciphertune import Exchange
+    from ciphertune.traffic import Exchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TrafficOptions:
     """Options of the traffic plugin.
 
     Attributes:
-        path: a JSON file to write, with a row for every unit and direction, instead of a table on the terminal.
+        path: a JSON file to write, with a row for every group and direction, instead of a table on the terminal.
     """
 
     path: Path | None = None
@@ -39,14 +39,14 @@ class Traffic:
 
     def __init__(self, options: TrafficOptions) -> None:
         self.path = options.path
-        self._ledger = Ledger()
+        self._by_layer = TrafficByLayer()
         self._lock = threading.Lock()
         self._news = False
 
     @hookimpl
     def ciphertune_after_reply(self, exchange: Exchange) -> None:
         """Count it."""
-        self._ledger.add(exchange)
+        self._by_layer.add(exchange)
         self._news = True
 
     @hookimpl(trylast=True)  # a progress bar has left the terminal then
@@ -64,8 +64,8 @@ class Traffic:
         self._report()
 
     def rows(self) -> list[dict[str, Any]]:
-        """One entry for every unit and direction: its layers, and sums named as in ``Exchange``; the largest first."""
-        return self._ledger.rows()
+        """One entry for every group and direction: its layers, and sums named as in ``Exchange``; the largest first."""
+        return self._by_layer.rows()
 
     def _report(self) -> None:
         with self._lock:
@@ -73,11 +73,11 @@ class Traffic:
         if not news:
             return
         if self.path is not None:
-            from ciphertune.trainer.atomic import replace_file
+            from ciphertune._support.atomic import replace_file
 
             rows = self.rows()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path, json.dumps({"total": total(rows), "units": rows}, indent=2).encode())
+            replace_file(self.path, json.dumps({"total": total(rows), "groups": rows}, indent=2).encode())
         elif sys.stderr is not None and sys.stderr.isatty():
             sys.stderr.write(_table(self.rows()))
 

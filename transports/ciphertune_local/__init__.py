@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 from ciphertune.errors import ProtocolError, ReplyError, SelectionError, TransportError
 from ciphertune.protocol import Message, pack, unpack
-from ciphertune.transport import Handler, Link, Transport
+from ciphertune.transport import Link, LocalWorker, Transport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class LocalLink(Link):
 
     name = "the embedded worker"
 
-    def __init__(self, worker: Handler, wire: bool) -> None:
-        self._worker: Handler | None = worker
+    def __init__(self, worker: LocalWorker, wire: bool) -> None:
+        self._worker: LocalWorker | None = worker
         self._wire = wire
 
     def submit(self, request: Message) -> Future[Message]:
@@ -65,7 +65,7 @@ class LocalTransport(Transport):
     Options = LocalOptions
     remote = False
 
-    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> list[LocalLink]:
+    def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[LocalLink]:
         """See ``Transport.connect``."""
         if endpoints:
             raise SelectionError(f"the local transport takes no endpoint, got {', '.join(endpoints)}")

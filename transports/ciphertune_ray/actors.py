@@ -38,10 +38,10 @@ class WorkerActor:
     def __init__(self, spec: dict[str, Any], index: int) -> None:
         import torch
 
-        from ciphertune import registry
-        from ciphertune.bundle import load_worker
-        from ciphertune.service import Quota, Service
-        from ciphertune.worker import SessionLimits, Worker
+        from ciphertune.bundle.worker import load_worker
+        from ciphertune.plugins import registry
+        from ciphertune.worker.service import Quota, Service
+        from ciphertune.worker.worker import SessionLimits, Worker
         from ciphertune_ray.bundles import fetched
 
         torch.set_num_threads(spec["threads"] or max(1, int(spec["cpus"])))

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from ciphertune import registry
 from ciphertune.cli.pairs import name_values
 from ciphertune.errors import PluginError, SelectionError, TransportError
-from ciphertune.plugins import hookimpl
+from ciphertune.hookspecs import hookimpl
+from ciphertune.plugins import registry
 
 
 @hookimpl

@@ -14,7 +14,7 @@ class RayLink(Link):
     """Requests to one actor, many at a time, answered in any order.
 
     Args:
-        name: for messages, and to tell newcomers by.
+        name: for messages, and to tell joining workers by.
         actor: its name in the cluster.
         peer: what this client is known as there.
         bridge: to the cluster, held for this link, which releases it when it is closed.

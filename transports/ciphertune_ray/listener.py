@@ -10,7 +10,7 @@ from typing import Any
 
 from ciphertune.errors import TransportError
 from ciphertune.protocol import Frame
-from ciphertune.transport import Desk, Listener
+from ciphertune.transport import Listener, RequestHandler
 from ciphertune_ray.address import Address
 from ciphertune_ray.bridge import shared_bridge
 
@@ -24,7 +24,7 @@ class RayListener(Listener):
     """See the module.
 
     Args:
-        desk: where requests go.
+        handler: where requests go.
         where: with the worker's number.
         most: bytes of replies under way.
 
@@ -32,9 +32,9 @@ class RayListener(Listener):
         TransportError: the cluster cannot be joined, or has such a worker already.
     """
 
-    def __init__(self, desk: Desk, where: Address, most: int) -> None:
+    def __init__(self, handler: RequestHandler, where: Address, most: int) -> None:
         self.address = str(where)
-        self._desk, self._actor = desk, where.actor
+        self._handler, self._actor = handler, where.actor
         self._closing = threading.Event()
         self._bridge = shared_bridge(where.ray, most)
         try:
@@ -56,7 +56,7 @@ class RayListener(Listener):
         self._bridge.release()
 
     def _host(self) -> None:
-        limits = self._desk.limits
+        limits = self._handler.limits
         most = limits.total_bytes + limits.header_bytes
         try:
             self._bridge.ask({"op": "host", "actor": self._actor, "most": most}).result(_JOIN_SECONDS)
@@ -68,7 +68,7 @@ class RayListener(Listener):
 
     def _pushed(self, head: dict[str, Any], frames: list[Frame]) -> None:
         if head["op"] == "request":
-            self._desk.submit(frames, f"ray:{head['peer']}", self._reply_to(head["number"]))
+            self._handler.submit(frames, f"ray:{head['peer']}", self._reply_to(head["number"]))
         elif not self._closing.is_set():
             log.warning("%s is not reached any more: %s", self.address, head["why"])
             threading.Thread(target=self._host_again, name="ciphertune-ray-again", daemon=True).start()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ciphertune.errors import PluginError, SelectionError, TransportError
-from ciphertune.transport import Desk, Handler, Link, Listener, Loopback, Transport
+from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport
 
 if TYPE_CHECKING:
     from ciphertune_ray.address import Address
@@ -85,7 +85,7 @@ class RayTransport(Transport):
     ServeOptions = RayServeOptions
     elastic = True
 
-    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> list[Link]:
+    def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
         """See ``Transport.connect``. Endpoints are ``CLUSTER[/NAME[/NUMBER]]``; see ``ciphertune_ray.address``.
 
         The workers of a deployment are asked for at the cluster, and those of a bundle started, which is waited for.
@@ -119,8 +119,8 @@ class RayTransport(Transport):
             raise
         return links
 
-    def newcomers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> list[Link]:
-        """See ``Transport.newcomers``."""
+    def joining_workers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> list[Link]:
+        """See ``Transport.joining_workers``."""
         from ciphertune_ray.address import parse
 
         if self.options.bundle is not None:
@@ -144,7 +144,7 @@ class RayTransport(Transport):
         return Loopback(f"auto/loopback-{secrets.token_hex(4)}/0")
 
     @classmethod
-    def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:
+    def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
         _need_ray()
         from ciphertune_ray.address import parse
         from ciphertune_ray.listener import RayListener
@@ -154,7 +154,7 @@ class RayTransport(Transport):
             raise SelectionError(
                 "a Ray that is started for one process lets no client in: serve in a cluster that runs"
             )
-        return RayListener(desk, where.named.worker(where.index or 0), options.max_inflight_mb << 20)
+        return RayListener(handler, where.named.worker(where.index or 0), options.max_inflight_mb << 20)
 
     def _shared(self, address: Address) -> list[Link]:
         """Links to the workers of a deployment, which grows where it is too small."""

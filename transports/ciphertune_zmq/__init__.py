@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ciphertune.errors import PluginError, SelectionError
-from ciphertune.transport import Desk, Handler, Link, Listener, Loopback, Transport
+from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ZmqTransport(Transport):
     Options = ZmqOptions
     ServeOptions = ZmqServeOptions
 
-    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> list[Link]:
+    def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
         """See ``Transport.connect``. Endpoints are ``HOST:PORT`` or ``ipc://PATH``."""
         _need_zmq()
         from ciphertune_zmq.address import parse
@@ -124,14 +124,14 @@ class ZmqTransport(Transport):
         return Loopback("127.0.0.1:*", serve={"curve": str(keys)}, connect={"curve": str(keys)})
 
     @classmethod
-    def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:
+    def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
         _need_zmq()
         from ciphertune_zmq.address import parse
         from ciphertune_zmq.listener import ZmqListener
         from ciphertune_zmq.security import server_curve
 
         where = parse(address)
-        return ZmqListener(desk, where, server_curve(where, options), options)
+        return ZmqListener(handler, where, server_curve(where, options), options)
 
 
 def _check_heartbeat(seconds: float) -> None:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from ciphertune.errors import KeyFileError
-from ciphertune.keyfile import read_key_file, write_key_file
+from ciphertune.key_files import read_key_file, write_key_file
 
 _SECRET_FORM = "ciphertune-curve-secret-1"  # noqa: S105 - the name of a format
 _PUBLIC_FORM = "ciphertune-curve-public-1"

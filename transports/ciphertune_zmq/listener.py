@@ -14,7 +14,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from ciphertune.errors import ProtocolError, TransportError
 from ciphertune.protocol import Frame
-from ciphertune.transport import Desk, Listener
+from ciphertune.transport import Listener, RequestHandler
 from ciphertune_zmq.address import Address
 from ciphertune_zmq.framing import NUMBER_BYTES, most_parts, unwrap, wrap
 from ciphertune_zmq.guard import Backlog
@@ -41,10 +41,10 @@ _SMALL = 1 << 16
 
 
 class ZmqListener(Listener):
-    """Serves a desk at one address.
+    """Serves a handler at one address.
 
     Args:
-        desk: where requests go.
+        handler: where requests go.
         address: where to listen; port ``*`` for any free one.
         curve: keys, or None to take any client.
         options: of the transport.
@@ -53,8 +53,10 @@ class ZmqListener(Listener):
         TransportError: the address cannot be used.
     """
 
-    def __init__(self, desk: Desk, address: Address, curve: ServerCurve | None, options: ZmqServeOptions) -> None:
-        self._loop = _ServerLoop(desk, address, curve, options)
+    def __init__(
+        self, handler: RequestHandler, address: Address, curve: ServerCurve | None, options: ZmqServeOptions
+    ) -> None:
+        self._loop = _ServerLoop(handler, address, curve, options)
         bound = self._loop.bound
         if bound.host in ("0.0.0.0", "*", "[::]"):  # noqa: S104 - asked for by the user
             import socket
@@ -79,9 +81,11 @@ class _Outgoing:
 
 
 class _ServerLoop(SocketLoop):
-    def __init__(self, desk: Desk, address: Address, curve: ServerCurve | None, options: ZmqServeOptions) -> None:
+    def __init__(
+        self, handler: RequestHandler, address: Address, curve: ServerCurve | None, options: ZmqServeOptions
+    ) -> None:
         super().__init__(zmq.ROUTER, "ciphertune-zmq-listener")
-        self._desk = desk
+        self._handler = handler
         self._backlog = Backlog(options.max_backlog)
         self._replies: collections.deque[_Outgoing] = collections.deque()
         self._unsent: list[tuple[Any, Callable[[], None]]] = []
@@ -94,7 +98,7 @@ class _ServerLoop(SocketLoop):
             zmq.HANDSHAKE_IVL: 1000 * _HANDSHAKE_SECONDS,
             zmq.RCVHWM: _RECEIVE_QUEUE * (_ROUTING_FRAMES + 2),
             zmq.SNDHWM: _SEND_QUEUE,
-            zmq.MAXMSGSIZE: desk.limits.buffer_bytes,
+            zmq.MAXMSGSIZE: handler.limits.buffer_bytes,
             zmq.BACKLOG: 512,
             zmq.IPV6: int(address.host.startswith("[")),
         }
@@ -172,7 +176,7 @@ class _ServerLoop(SocketLoop):
         # A few at a time, so that replies are not held up by a client that keeps sending.
         for _ in range(_RECEIVE_QUEUE):
             frames: list[zmq.Frame] = []
-            limits, nbytes = self._desk.limits, 0
+            limits, nbytes = self._handler.limits, 0
             most = most_parts(limits) + _ROUTING_FRAMES
             try:
                 more = True
@@ -193,10 +197,10 @@ class _ServerLoop(SocketLoop):
             try:
                 parts = unwrap(envelope, [frame.buffer for frame in frames[_ROUTING_FRAMES:]])
             except ProtocolError as error:
-                # What is left of it makes the desk answer with an error, since one is owed.
+                # What is left of it makes the handler answer with an error, since one is owed.
                 log.info("malformed: %s", error)
                 parts = []
-            self._desk.submit(parts, _peer(frame), self._reply_to(route, envelope[:NUMBER_BYTES]))
+            self._handler.submit(parts, _peer(frame), self._reply_to(route, envelope[:NUMBER_BYTES]))
 
     def _reply_to(self, route: bytes, number: bytes) -> Callable[[list[Frame], Callable[[], None]], None]:
         def reply(frames: list[Frame], release: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.errors import KeyFileError
-from ciphertune.keyfile import refuse_shared, write_parts
+from ciphertune.key_files import refuse_shared, write_parts
 from ciphertune_concrete.glwe import wire
 from ciphertune_concrete.glwe.library import load, other_layout, panics_are
 from ciphertune_concrete.glwe.params import KEY_WORDS, NAME, PARAMETERS, PARAMETERS_JSON, SECRET_BYTES

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ciphertune.convert import outsource, session_of
 from ciphertune.errors import ConfigError
-from ciphertune.turns import Turns
+from ciphertune.interleaving.interleaver import Interleaver
+from ciphertune.outsourcing.convert import outsource, session_of
 from ciphertune.workloads import load_workload
 
 
@@ -61,19 +61,19 @@ def steps(
         (loss / micro_batches).backward()
         return float(loss.detach()) / micro_batches
 
-    turns = Turns(interleave)
+    interleaver = Interleaver(interleave)
     for batch in work.train:
         parts = _cut(batch, micro_batches)
         before = None if session is None else copy.copy(session.traffic)
         start = time.perf_counter()
-        loss = sum(turns.run([functools.partial(part_of_step, part) for part in parts]))
+        loss = sum(interleaver.run([functools.partial(part_of_step, part) for part in parts]))
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
         if session is not None and before is not None:
             traffic.append(dataclasses.asdict(session.traffic.since(before)))
-    turns.close()
+    interleaver.close()
     result: dict[str, Any] = {"seconds": seconds, "losses": losses, "peak_rss_mb": _peak_mb(), "traffic": traffic}
     if session is not None:
         session.close()

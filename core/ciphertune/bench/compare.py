@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from ciphertune import registry
 from ciphertune.backend import Backend, LinearMap
+from ciphertune.client.choice import choose
 from ciphertune.errors import CipherTuneError, ConfigError, LayerError, PrecisionError
-from ciphertune.session import choose
+from ciphertune.plugins import registry
 from ciphertune.weights import describe, group_map, quantize
 
 _PHASES = ("encrypt", "evaluate", "decrypt")

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from ciphertune.client.choice import choose
+from ciphertune.client.session import Session
 from ciphertune.errors import ConfigError
-from ciphertune.session import Session, choose
-from ciphertune.weights import WeightStore, describe, quantize
-from ciphertune.worker import Worker
+from ciphertune.weights import describe, quantize
+from ciphertune.worker.store import WeightStore
+from ciphertune.worker.worker import Worker
 
 
 def bench_kernel(

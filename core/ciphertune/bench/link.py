@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError
-from ciphertune.nearby import serving
 from ciphertune.protocol import Message
-from ciphertune.session import choose
+from ciphertune.workloads.local_worker import serving
 
 
 def bench_link(to: str, count: int = 2000) -> dict[str, Any]:

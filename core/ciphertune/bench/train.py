@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from ciphertune.errors import CipherTuneError, ConfigError
-from ciphertune.nearby import serving
+from ciphertune.workloads.local_worker import serving
 
 
 def bench_train(

@@ -20,13 +20,13 @@ from ciphertune.bundle.files import (
     read_manifest_file,
     read_tensor,
 )
-from ciphertune.bundle.skeleton import build, tied_names
-from ciphertune.convert import attach
+from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError
-from ciphertune.layers import Candidate, linear_layers
-from ciphertune.plugins import PluginManager, plugin_manager
-from ciphertune.session import choose
-from ciphertune.transport import Handler
+from ciphertune.models.skeleton import build, tied_names
+from ciphertune.outsourcing.convert import attach
+from ciphertune.outsourcing.layers import Candidate, linear_layers
+from ciphertune.plugins.manager import PluginManager, plugin_manager
+from ciphertune.transport import LocalWorker
 from ciphertune.weights import DIGEST_ROWS, LayerInfo
 
 _DIGEST_BYTES = 32
@@ -39,7 +39,7 @@ def load_client(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     skeleton: nn.Module | None = None,
-    worker: Handler | None = None,
+    worker: LocalWorker | None = None,
     plugins: PluginManager | None = None,
 ) -> Any:
     """The model of a bundle, its outsourced layers at the workers. No outsourced weight is ever allocated.

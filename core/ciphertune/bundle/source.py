@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ciphertune._support.optional_imports import need
 from ciphertune.bundle.files import TensorFiles, checkpoint_files
-from ciphertune.bundle.skeleton import build, tied_names
 from ciphertune.errors import ConfigError
-from ciphertune.layers import Candidate, is_conv1d
-from ciphertune.workloads import need
-from ciphertune.workloads.language import load_named_model, smollm2_folder
+from ciphertune.models.load import load_named_model, smollm2_folder
+from ciphertune.models.skeleton import build, tied_names
+from ciphertune.outsourcing.layers import Candidate, is_conv1d
 
 _TOKENIZER_FILES = (
     "tokenizer*",

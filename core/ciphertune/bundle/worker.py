@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ciphertune._support.suggestions import closest
 from ciphertune.bundle.files import (
     WORKER_FORMAT,
     WORKER_MANIFEST,
@@ -20,8 +21,8 @@ from ciphertune.bundle.files import (
     read_tensor,
 )
 from ciphertune.errors import ConfigError, ProtocolError, UnknownLayerError
-from ciphertune.selection import closest
-from ciphertune.weights import LayerInfo, LayerWeight, Shard, WeightStore, row_digests
+from ciphertune.weights import LayerInfo, LayerWeight, Shard, row_digests
+from ciphertune.worker.store import WeightStore
 
 _DTYPES = {8: torch.int8, 16: torch.int16, None: torch.float32}
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ciphertune._support.atomic import draft_directory, sync_tree
 from ciphertune.backend import WeightBits
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
@@ -25,13 +26,12 @@ from ciphertune.bundle.files import (
     WORKER_MANIFEST,
     write_json,
 )
-from ciphertune.bundle.skeleton import tied_names
 from ciphertune.bundle.source import Source, dtype_of, open_source
+from ciphertune.bundle.spread import Spread, rows_of_worker
 from ciphertune.errors import ConfigError
-from ciphertune.layers import Candidate, LayerChoice, choose_layers, sibling_groups
-from ciphertune.placement import Spread, rows_of_worker
-from ciphertune.plugins import plugin_manager
-from ciphertune.trainer.atomic import draft_directory, sync_tree
+from ciphertune.models.skeleton import tied_names
+from ciphertune.outsourcing.layers import Candidate, LayerChoice, choose_layers, sibling_groups
+from ciphertune.plugins.manager import plugin_manager
 from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
 
 Progress = Callable[[int, int], None]
@@ -89,7 +89,7 @@ def split(
     Args:
         model: a folder or hub name for transformers, the built-in ``smollm2``, or a module in memory.
         out: a folder that does not exist yet, or is empty.
-        layers: which layers; see ``ciphertune.layers.choose_layers``.
+        layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
         shards: workers to spread the layers over.
         by: whole layers, in runs of about equal size, or rows of every layer, cut at multiples of 64.
         replicas: worker folders with all layers; they share the disk's space.

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import click
 
-from ciphertune import __version__
+from ciphertune._support.version import __version__
 from ciphertune.errors import CipherTuneError
 
 # Name → (module under ciphertune.cli, one line for --help); the command object has the command's name.
@@ -59,7 +59,7 @@ class LazyGroup(click.Group):
     def _ask_plugins(self) -> None:
         if not self._plugins_asked:
             self._plugins_asked = True
-            from ciphertune.plugins import plugin_manager
+            from ciphertune.plugins.manager import plugin_manager
 
             plugin_manager().observe("ciphertune_register_commands", cli=self)
 

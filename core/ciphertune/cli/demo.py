@@ -11,7 +11,7 @@ import click
 from ciphertune.cli.output import megabytes, print_json, print_table
 
 if TYPE_CHECKING:
-    from ciphertune.demo import DemoResult
+    from ciphertune.runs.demo import DemoResult
 
 
 @click.command()
@@ -28,7 +28,7 @@ def demo(to: str, quick: bool, steps: int | None, output: Path, seed: int, as_js
 
     SmolLM2-135M on the Python language reference takes a few minutes on two cores.
     """
-    from ciphertune.demo import run_demo
+    from ciphertune.runs.demo import run_demo
 
     result = run_demo(output, to=to, quick=quick, steps=steps, seed=seed, say=lambda line: click.echo(line, err=True))
     if as_json:

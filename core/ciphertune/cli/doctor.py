@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from ciphertune import environment, registry
+from ciphertune._support import environment
 from ciphertune.cli.output import print_facts, print_json
 from ciphertune.errors import CipherTuneError
+from ciphertune.plugins import registry
 
 
 def _float_speed() -> float:

@@ -20,8 +20,8 @@ def keys(folder: Path, clients: tuple[str, ...], as_json: bool) -> None:
     leave the machine they are for: worker.key stays at the worker, client.key at the client. The public worker.pub goes
     to clients, clients/*.pub to the worker, which lets in exactly these.
     """
-    from ciphertune import registry
     from ciphertune.errors import ConfigError
+    from ciphertune.plugins import registry
 
     for name in clients:
         if not name.replace("-", "").replace("_", "").isalnum() or name == "worker":

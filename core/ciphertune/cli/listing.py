@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from ciphertune import registry
+from ciphertune._support.options import required
 from ciphertune.cli.output import print_json, print_table
 from ciphertune.errors import CipherTuneError
-from ciphertune.plugins import options_of
-from ciphertune.selection import required
+from ciphertune.plugins import registry
+from ciphertune.plugins.manager import options_of
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -34,7 +34,7 @@ def _rows(group: str) -> list[dict[str, Any]]:
 
 def _plugin_rows() -> list[dict[str, Any]]:
     """As ``_rows``, with whether a plugin manager takes each; ``CIPHERTUNE_PLUGINS`` may leave some out."""
-    from ciphertune.plugins import PluginManager
+    from ciphertune.plugins.manager import PluginManager
 
     manager = PluginManager()
     with warnings.catch_warnings():

@@ -10,7 +10,7 @@ import click
 from ciphertune.cli.output import print_json
 
 if TYPE_CHECKING:
-    from ciphertune.scaffold import Kind
+    from ciphertune.cli.scaffold import Kind
 
 
 @click.command()
@@ -25,7 +25,7 @@ def new(kind: Kind, name: str, output: Path | None, as_json: bool) -> None:
 
     It has an entry point, a skeleton, a README, and the conformance suite, which fails until the skeleton is filled in.
     """
-    from ciphertune.scaffold import new_project
+    from ciphertune.cli.scaffold import new_project
 
     folder = output if output is not None else Path(f"ciphertune-{name}")
     files = new_project(kind, name, folder)

@@ -11,7 +11,7 @@ import click
 from ciphertune.cli.output import megabytes, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
-    from ciphertune.forecast import Estimate
+    from ciphertune.planning.estimate import Estimate
 
 _file: Any = click.Path(dir_okay=False, path_type=Path)
 _SHADES = " ▁▂▃▄▅▆▇█"
@@ -75,8 +75,8 @@ def plan(
     No weight is loaded. Seconds are estimated from speeds measured here, or on the machines that will do the work.
     """
     from ciphertune.errors import ConfigError
-    from ciphertune.plan import bytes_per_second, make_plan, seconds
-    from ciphertune.speeds import read_speeds, write_speeds
+    from ciphertune.planning.plan import bytes_per_second, make_plan, seconds
+    from ciphertune.planning.speeds import read_speeds, write_speeds
 
     found = make_plan(
         model,

@@ -42,7 +42,7 @@ def split(
 
     OUT/client goes to data owners, OUT/worker (or worker-0, worker-1 …) to workers.
     """
-    from ciphertune.bundle import split as split_model
+    from ciphertune.bundle.writer import split as split_model
 
     with _bar(not as_json and sys.stderr.isatty()) as progress:
         result = split_model(

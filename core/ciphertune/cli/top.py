@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from ciphertune.top import WorkerState
+    from ciphertune.client.monitor import WorkerState
 
 _HISTORY = 24
 _NAME = 24
@@ -50,7 +50,7 @@ def top(ctx: click.Context, url: str, interval: float, timeout: float, once: boo
 
     Where standard output is no terminal, it looks once.
     """
-    from ciphertune.top import Watch
+    from ciphertune.client.monitor import Watch
 
     with Watch(url) as watch:
         if as_json:

@@ -33,13 +33,13 @@ def train(
     config: Path, to: str | None, plugins: tuple[str, ...], resume: bool, compare: Path | None, as_json: bool
 ) -> None:
     """Fine-tune as the TOML file CONFIG says."""
-    from ciphertune.config import load_config
+    from ciphertune.runs.config import load_config
 
     settings = load_config(config)
     if to is not None:
         settings = dataclasses.replace(settings, to=to)
     settings = dataclasses.replace(settings, plugins=(*settings.plugins, *plugins))
-    from ciphertune.run import run_training
+    from ciphertune.runs.train import run_training
 
     result = run_training(settings, resume=resume, compare=compare, say=lambda line: click.echo(line, err=True))
     if as_json:

@@ -108,12 +108,12 @@ def worker(
 
     import torch
 
-    from ciphertune import registry
-    from ciphertune.bundle import load_worker
+    from ciphertune.bundle.worker import load_worker
     from ciphertune.errors import ConfigError
+    from ciphertune.plugins import registry
     from ciphertune.protocol import Limits
-    from ciphertune.service import Quota, Service
-    from ciphertune.worker import SessionLimits, Worker
+    from ciphertune.worker.service import Quota, Service
+    from ciphertune.worker.worker import SessionLimits, Worker
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -138,7 +138,7 @@ def worker(
         listener = listen(service, address, options)
         try:
             if metrics_port is not None:
-                from ciphertune.metrics import serve_metrics
+                from ciphertune.worker.metrics import serve_metrics
 
                 port, stop_metrics = serve_metrics(service, metrics_host, metrics_port)
                 _say("metrics", address=f"http://{metrics_host}:{port}/metrics")

@@ -9,14 +9,15 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ciphertune import environment
-from ciphertune.ledger import Ledger
-from ciphertune.plugins import hookimpl
+from ciphertune._support import environment
+from ciphertune.hookspecs import hookimpl
 from ciphertune.report.operations import StepOperations
+from ciphertune.traffic import TrafficByLayer
 
 if TYPE_CHECKING:
-    from ciphertune.convert import Share
-    from ciphertune.session import Exchange, Session
+    from ciphertune.client.session import Session
+    from ciphertune.outsourcing.convert import Share
+    from ciphertune.traffic import Exchange
 
 
 @dataclasses.dataclass
@@ -28,19 +29,19 @@ class Account:
         seconds: of training and evaluations.
         phases: those seconds by phase: ``encrypt``, ``decrypt``, ``worker``, ``network`` and ``rest``. They add up.
             Where several workers evaluate at the same time, ``worker`` is at most the time that was waited for them.
-        units: a row for every unit and direction, as ``ciphertune.ledger.Ledger`` has them.
+        groups: a row for every group and direction, as ``ciphertune.traffic.TrafficByLayer`` has them.
         first_step: of this process; above 1 where the run was resumed.
         outsourced_weights, client_weights: numbers of them, adapters at the client included.
         outsourced_operations, client_operations: multiply-adds of the first step; both 0 where they are not known.
         remote: whether products were computed in other processes.
         encrypted, assumption: of the backend's security statement.
-        versions, machine: as ``ciphertune.environment`` finds them.
+        versions, machine: as ``ciphertune._support.environment`` finds them.
     """
 
     started: str
     seconds: float
     phases: dict[str, float]
-    units: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
     first_step: int
     outsourced_weights: int
     client_weights: int
@@ -59,7 +60,7 @@ class Accountant:
     def __init__(self, session: Session, share: Share) -> None:
         self._session = session
         self._share = share
-        self._ledger = Ledger()
+        self._by_layer = TrafficByLayer()
         self._operations = StepOperations(session)
         self._seconds = 0.0
         self._started = datetime.datetime.now(datetime.timezone.utc)
@@ -88,7 +89,7 @@ class Accountant:
     def ciphertune_after_reply(self, session: Session, exchange: Exchange) -> None:
         """Count it."""
         if session is self._session:
-            self._ledger.add(exchange)
+            self._by_layer.add(exchange)
 
     def account(self) -> Account:
         """What was measured."""
@@ -105,7 +106,7 @@ class Accountant:
             started=self._started.isoformat(timespec="seconds"),
             seconds=self._seconds,
             phases=phases,
-            units=self._ledger.rows(),
+            groups=self._by_layer.rows(),
             first_step=self._first_step,
             outsourced_weights=self._share.outsourced,
             client_weights=self._share.at_client,

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ciphertune.plugins import hookimpl
+from ciphertune.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from ciphertune.session import Exchange, Session
+    from ciphertune.client.session import Session
+    from ciphertune.traffic import Exchange
 
 
 class StepOperations:

@@ -9,10 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ciphertune.ledger import add_to, by_kind, kind_of, total, zero
+from ciphertune._support.atomic import replace_file
 from ciphertune.report.chart import Series, chart
-from ciphertune.report.public import public, toml
-from ciphertune.trainer.atomic import replace_file
+from ciphertune.report.redact import public, toml
+from ciphertune.traffic import add_to, by_kind, kind_of, total, zero
 
 _PHASES = ("encrypt", "decrypt", "network", "worker", "rest")
 _ROWS = 400
@@ -66,9 +66,9 @@ def render(content: Mapping[str, Any]) -> str:
         to=public(content["to"]),
         network="network" if account["remote"] else "handing over",
         phases=_phases(account),
-        kinds=_kinds(account["units"]),
-        units=_units(account["units"]),
-        sums=total(account["units"]),
+        kinds=_kinds(account["groups"]),
+        groups=_groups(account["groups"]),
+        sums=total(account["groups"]),
         public=public,
         **forms,
     )
@@ -239,15 +239,15 @@ def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _kinds(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _kinds(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows for kinds of layers, and below each its directions."""
-    units = list(units)
+    groups = list(groups)
     names: dict[str, list[str]] = {}
-    for row in units:
+    for row in groups:
         name, mine = " + ".join(row["layers"]), names.setdefault(kind_of(row["layers"]), [])
         mine += [name] if name not in mine else []
     found: list[dict[str, Any]] = []
-    for kind, directions in by_kind(units).items():
+    for kind, directions in by_kind(groups).items():
         sums = zero()
         for row in directions.values():
             add_to(sums, row)
@@ -266,8 +266,8 @@ def _name(kind: str, layers: Sequence[str]) -> str:
     return ", ".join(layers) if len(layers) == 1 or (len(layers) <= 8 and not kind.strip("*.{,}")) else kind
 
 
-def _units(units: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    rows = [{"place": i, **row, "seconds": _seconds(row)} for i, row in enumerate(units)]
+def _groups(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [{"place": i, **row, "seconds": _seconds(row)} for i, row in enumerate(groups)]
     shown = sorted(rows, key=lambda row: -row["seconds"]["all"])[:_ROWS]
     return {"rows": shown, "all": len(rows)}
 

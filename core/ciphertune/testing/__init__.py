@@ -13,7 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from ciphertune.testing.backends import BackendSuite as BackendSuite
-    from ciphertune.testing.desk import EchoDesk as EchoDesk
+    from ciphertune.testing.echo import EchoHandler as EchoHandler
     from ciphertune.testing.faults import Faults as Faults
     from ciphertune.testing.plugins import PluginSuite as PluginSuite
     from ciphertune.testing.served import ServedWorker as ServedWorker
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # The suites load torch, which a pytest run that only has the fixtures at hand need not.
 _HOMES = {
     "BackendSuite": "backends",
-    "EchoDesk": "desk",
+    "EchoHandler": "echo",
     "Faults": "faults",
     "PluginSuite": "plugins",
     "ServedWorker": "served",

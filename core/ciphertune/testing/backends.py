@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import ciphertune
 from ciphertune.backend import Backend, Buffers, ClientHalf, Direction, LinearMap, WorkerHalf
+from ciphertune.client.choice import choose
 from ciphertune.errors import InputError, ProtocolError, ReplyError
 from ciphertune.protocol import Message, pack, unpack
-from ciphertune.session import choose
 from ciphertune.testing.served import ServedWorker
 from ciphertune.weights import LayerWeight, describe, group_map, quantize
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Literal
 
-from ciphertune import registry
 from ciphertune.errors import ProtocolError, ReplyError, TransportError
+from ciphertune.plugins import registry
 from ciphertune.protocol import Message, pack, unpack
-from ciphertune.transport import Handler, Link, Transport, settle
+from ciphertune.transport import Link, LocalWorker, Transport, settle
 
 Fault = Literal["drop", "delay", "duplicate", "corrupt", "reorder"]
 
@@ -179,7 +179,7 @@ class _FaultyLink(Link):
 
 
 def _connecting(faults: Faults, inner: type[Transport]) -> Callable[..., list[Link]]:
-    def connect(self: Transport, endpoints: tuple[str, ...], worker: Handler | None) -> list[Link]:
+    def connect(self: Transport, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
         return [_FaultyLink(link, faults) for link in inner.connect(self, endpoints, worker)]
 
     return connect

@@ -26,7 +26,7 @@ def ciphertune_register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any],
 
     Groups are ``ciphertune.backends`` and ``ciphertune.transports``, as in ``pyproject.toml``.
     """
-    from ciphertune import registry
+    from ciphertune.plugins import registry
 
     installed = registry.installed
     added: dict[str, dict[str, registry.Registered]] = {}

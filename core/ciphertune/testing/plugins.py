@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ciphertune
 from ciphertune import LoraTrainer, hookspecs
-from ciphertune.plugins import PluginManager, anchored
+from ciphertune.plugins.manager import PluginManager, anchored
 from ciphertune.testing.transports import _resources, _until
 
 _STEPS = 4
@@ -183,7 +183,9 @@ class PluginSuite:
         assert named, "it implements no hook"
         for name in named:
             assert hasattr(hookspecs, name), f"there is no hook {name}"
-            assert hasattr(getattr(plugin, name), "ciphertune_impl"), f"{name} is not marked with ciphertune.hookimpl"
+            assert hasattr(getattr(plugin, name), "ciphertune_impl"), (
+                f"{name} is not marked with ciphertune.hookspecs.hookimpl"
+            )
         assert self._watched_by(plugin).names() == ["tested"]
         self._close(plugin)
 
@@ -294,7 +296,7 @@ class PluginSuite:
         class Nested:
             outer = True
 
-            @ciphertune.hookimpl
+            @ciphertune.hookspecs.hookimpl
             def ciphertune_training_step(self, step: int) -> None:
                 if step == 2 and self.outer:
                     self.outer = False

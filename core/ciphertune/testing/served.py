@@ -8,17 +8,17 @@ from urllib.parse import parse_qsl, urlencode
 
 from torch import nn
 
-from ciphertune import registry
 from ciphertune.backend import WeightBits
-from ciphertune.bundle import load_worker
-from ciphertune.convert import quantize_all
-from ciphertune.layers import choose_layers, sibling_groups
-from ciphertune.plugins import PluginManager
+from ciphertune.bundle.worker import load_worker
+from ciphertune.outsourcing.convert import quantize_all
+from ciphertune.outsourcing.layers import choose_layers, sibling_groups
+from ciphertune.plugins import registry
+from ciphertune.plugins.manager import PluginManager
 from ciphertune.protocol import DEFAULT_LIMITS, Limits
-from ciphertune.service import Service
 from ciphertune.transport import Listener, Transport
-from ciphertune.weights import WeightStore
-from ciphertune.worker import Worker
+from ciphertune.worker.service import Service
+from ciphertune.worker.store import WeightStore
+from ciphertune.worker.worker import Worker
 
 
 class ServedWorker:

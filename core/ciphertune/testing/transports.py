@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 import ciphertune
-from ciphertune import registry
+from ciphertune.client.choice import choose
 from ciphertune.errors import SelectionError, TransportError
+from ciphertune.plugins import registry
 from ciphertune.protocol import Message, error_message
-from ciphertune.session import choose
-from ciphertune.testing.desk import EchoDesk
+from ciphertune.testing.echo import EchoHandler
 from ciphertune.testing.served import ServedWorker
 from ciphertune.transport import Link, Listener, Loopback, Transport
 
@@ -63,10 +63,10 @@ class TransportSuite:
         """How to serve and connect on this machine; keys and certificates may be made in ``folder``."""
         return self._class().loopback(folder, dict(parse_qsl(self.options)))
 
-    def listen(self, desk: Any, folder: Path, address: str | None = None) -> Listener:
-        """Serve a desk."""
+    def listen(self, handler: Any, folder: Path, address: str | None = None) -> Listener:
+        """Serve a handler."""
         here = self.loopback(folder)
-        return self._class().listen(desk, address or here.address, here.serve)
+        return self._class().listen(handler, address or here.address, here.serve)
 
     def _class(self) -> type[Transport]:
         found: type[Transport] = registry.load(registry.TRANSPORTS, self.name)
@@ -84,14 +84,14 @@ class TransportSuite:
         return link
 
     @pytest.fixture
-    def desk(self) -> EchoDesk:
+    def handler(self) -> EchoHandler:
         """What answers."""
-        return EchoDesk()
+        return EchoHandler()
 
     @pytest.fixture
-    def listener(self, desk: EchoDesk, tmp_path: Path) -> Iterator[Listener]:
-        """An open door to ``desk``."""
-        listener = self.listen(desk, tmp_path)
+    def listener(self, handler: EchoHandler, tmp_path: Path) -> Iterator[Listener]:
+        """An open door to ``handler``."""
+        listener = self.listen(handler, tmp_path)
         yield listener
         listener.close()
 
@@ -120,7 +120,7 @@ class TransportSuite:
         """The smallest message there is."""
         assert connected.submit(Message("hello")).result(_SECONDS) == Message("hello")
 
-    def test_large_messages(self, connected: Link, desk: EchoDesk) -> None:
+    def test_large_messages(self, connected: Link, handler: EchoHandler) -> None:
         """Large buffers, of sizes that no chunk divides; the reply's memory is given back once it has left."""
         generator = torch.Generator().manual_seed(0)
         sizes = (self.large, (1 << 20) + 1, (1 << 19) - 1, 1)
@@ -128,15 +128,15 @@ class TransportSuite:
         for _ in range(2):
             reply = connected.submit(Message("ok", {}, sent)).result(3 * _SECONDS)
             assert all(torch.equal(reply.buffers[name], sent[name]) for name in sent)
-        assert _until(lambda: desk.released == 2)
+        assert _until(lambda: handler.released == 2)
 
-    def test_answers_in_any_order(self, connected: Link, desk: EchoDesk) -> None:
+    def test_answers_in_any_order(self, connected: Link, handler: EchoHandler) -> None:
         """Many requests are under way at once, and each gets its own answer."""
-        desk.hold = True
+        handler.hold = True
         futures = [connected.submit(Message("ok", {"n": n}, {"x": torch.full((n,), n)})) for n in range(60)]
-        assert _until(lambda: len(desk.kept) == 60), "a request waits for the answer to another one"
+        assert _until(lambda: len(handler.kept) == 60), "a request waits for the answer to another one"
         assert not any(future.done() for future in futures)
-        desk.answer(backwards=True)
+        handler.answer(backwards=True)
         for n, future in enumerate(futures):
             reply = future.result(_SECONDS)
             assert reply.fields["n"] == n
@@ -169,45 +169,45 @@ class TransportSuite:
         reply = connected.submit(error_message("quota", "no more")).result(_SECONDS)
         assert reply.kind == "error"
 
-    def test_a_request_can_be_forgotten(self, connected: Link, desk: EchoDesk) -> None:
+    def test_a_request_can_be_forgotten(self, connected: Link, handler: EchoHandler) -> None:
         """A cancelled future's late answer disturbs nothing."""
-        desk.hold = True
+        handler.hold = True
         forgotten = connected.submit(Message("ok", {"n": 1}))
-        assert _until(lambda: len(desk.kept) == 1)
+        assert _until(lambda: len(handler.kept) == 1)
         assert forgotten.cancel(), "the future cannot be cancelled while its answer is awaited"
         kept = connected.submit(Message("ok", {"n": 2}))
-        assert _until(lambda: len(desk.kept) == 2)
-        desk.answer()
+        assert _until(lambda: len(handler.kept) == 2)
+        handler.answer()
         assert kept.result(_SECONDS).fields == {"n": 2}
 
-    def test_a_link_that_is_closed(self, connected: Link, desk: EchoDesk) -> None:
+    def test_a_link_that_is_closed(self, connected: Link, handler: EchoHandler) -> None:
         """Closing fails whoever waits, at once; so does sending afterwards. Closing twice is fine."""
-        desk.hold = True
+        handler.hold = True
         waiting = connected.submit(Message("hello"))
-        assert _until(lambda: len(desk.kept) == 1)
+        assert _until(lambda: len(handler.kept) == 1)
         connected.close()
         connected.close()
         with pytest.raises(TransportError):
             waiting.result(_SECONDS)
         with pytest.raises(TransportError):
             connected.submit(Message("hello")).result(_SECONDS)
-        desk.answer()
+        handler.answer()
 
-    def test_a_worker_that_goes_and_comes_back(self, desk: EchoDesk, tmp_path: Path) -> None:
+    def test_a_worker_that_goes_and_comes_back(self, handler: EchoHandler, tmp_path: Path) -> None:
         """Requests under way fail once the worker is gone; the same link serves again once it is back."""
-        listener = self.listen(desk, tmp_path)
+        listener = self.listen(handler, tmp_path)
         link = self.link(listener.address, tmp_path)
         try:
             assert link.submit(Message("hello")).result(_SECONDS).kind == "hello"
-            desk.hold = True
+            handler.hold = True
             waiting = link.submit(Message("hello"))
-            assert _until(lambda: len(desk.kept) == 1)
+            assert _until(lambda: len(handler.kept) == 1)
             listener.close()
             listener.close()
             with pytest.raises(TransportError):
                 waiting.result(_SECONDS)
-            desk.hold = False
-            again = self.listen(desk, tmp_path, listener.address)
+            handler.hold = False
+            again = self.listen(handler, tmp_path, listener.address)
             try:
                 assert _until(lambda: self._answers(link)), "the link did not connect again"
             finally:
@@ -236,16 +236,18 @@ class TransportSuite:
             link.close()
         assert future.done()
 
-    def test_clients_are_told_apart(self, connected: Link, listener: Listener, desk: EchoDesk, tmp_path: Path) -> None:
+    def test_clients_are_told_apart(
+        self, connected: Link, listener: Listener, handler: EchoHandler, tmp_path: Path
+    ) -> None:
         """Every request names a peer, and one client's answers never go to another."""
         other = self.link(listener.address, tmp_path)
         try:
-            desk.hold = True
+            handler.hold = True
             futures = [link.submit(Message("ok", {"n": n})) for n, link in enumerate((connected, other) * 5)]
-            assert _until(lambda: len(desk.kept) == 10)
-            desk.answer(backwards=True)
+            assert _until(lambda: len(handler.kept) == 10)
+            handler.answer(backwards=True)
             assert [future.result(_SECONDS).fields["n"] for future in futures] == list(range(10))
-            assert all(desk.peers)
+            assert all(handler.peers)
         finally:
             other.close()
 
@@ -274,13 +276,13 @@ class TransportSuite:
             peer.close()
         assert connected.submit(Message("hello")).result(_SECONDS).kind == "hello"
 
-    def test_what_is_larger_than_the_desk_takes(self, connected: Link, desk: EchoDesk) -> None:
+    def test_what_is_larger_than_the_handler_takes(self, connected: Link, handler: EchoHandler) -> None:
         """Too large a request is cut or refused: the client is told, the memory it takes is bounded, the link lives."""
-        size = 2 * desk.limits.total_bytes + 1
+        size = 2 * handler.limits.total_bytes + 1
         future = connected.submit(Message("ok", {}, {"x": torch.zeros(size, dtype=torch.uint8)}))
         with contextlib.suppress(TransportError):
             assert future.result(3 * _SECONDS).kind == "error"
-        assert desk.largest < size, "the desk was handed a request of twice its limits"
+        assert handler.largest < size, "the handler was handed a request of twice its limits"
         assert _until(lambda: self._answers(connected)), "the link is of no use afterwards"
 
     def test_nothing_is_left_behind(self, listener: Listener, tmp_path: Path) -> None:
@@ -305,13 +307,13 @@ class TransportSuite:
 
         assert _until(settled), f"threads and files {(threads, files)} became {_resources()}"
 
-    def test_addresses_and_options_that_are_none(self, desk: EchoDesk, tmp_path: Path) -> None:
+    def test_addresses_and_options_that_are_none(self, handler: EchoHandler, tmp_path: Path) -> None:
         """Wrong addresses and options are refused where they are given."""
         with pytest.raises((SelectionError, TransportError)):
-            self.listen(desk, tmp_path, "no such address")
+            self.listen(handler, tmp_path, "no such address")
         here = self.loopback(tmp_path)
         with pytest.raises(SelectionError):
-            self._class().listen(desk, here.address, {**here.serve, "no_such_option": "1"})
+            self._class().listen(handler, here.address, {**here.serve, "no_such_option": "1"})
         with pytest.raises(SelectionError):
             choose(self.selection("clear", "127.0.0.1:1", tmp_path, allow_insecure=1, no_such_option=1))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ciphertune._support.suggestions import closest
 from ciphertune.errors import ConfigError
-from ciphertune.selection import closest
 
 Batch = Any
 LossFunction = Callable[[Any, Any], Tensor]
@@ -65,13 +65,3 @@ def load_workload(name: str, *, batches: int, tokens: int, held_out: int, seed: 
 
         return digits_mlp(batches=batches, samples=tokens, held_out=held_out, seed=seed, rank=rank)
     raise ConfigError(f"unknown built-in model {name!r}; {closest(name, ['smollm2', 'mlp'])}")
-
-
-def need(module: str, install: str) -> Any:
-    """Import a module or say how to install it. Raises ``ConfigError``."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"this needs {module.partition('.')[0]}, which is missing: {install}") from error

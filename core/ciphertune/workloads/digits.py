@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ciphertune._support.optional_imports import need
 from ciphertune.errors import ConfigError
-from ciphertune.workloads import Batch, Workload, need
+from ciphertune.workloads import Batch, Workload
 
 _EXTRA = 'pip install "ciphertune[demo]"'
 

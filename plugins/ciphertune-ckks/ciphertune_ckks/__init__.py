@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ciphertune import Backend, Buffers, ClientHalf, LinearMap, NoiseModel, ProtocolError, SecurityStatement, WorkerHalf
+from ciphertune.backend import Backend, Buffers, ClientHalf, LinearMap, NoiseModel, SecurityStatement, WorkerHalf
+from ciphertune.errors import ProtocolError
 from ciphertune_ckks.ring import DEGREE, FIELDS, MODULUS, MODULUS_BITS, TOKENS, WIDTH
 
 

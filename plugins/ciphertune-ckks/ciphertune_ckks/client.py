@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ciphertune import Buffers, ClientHalf, Encrypted, LinearMap, NoiseModel, ReplyError, SecurityError
+from ciphertune import SecurityError
+from ciphertune.backend import Buffers, ClientHalf, Encrypted, LinearMap, NoiseModel
+from ciphertune.errors import ReplyError
 from ciphertune_ckks.ring import DEGREE, FIELDS, MODULUS, SLOTS, TOKENS, pack, unpack
 
 _BODY = 2 * DEGREE * 8

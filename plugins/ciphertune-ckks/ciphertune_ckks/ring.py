@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ciphertune import Buffers, ProtocolError
+from ciphertune.backend import Buffers
+from ciphertune.errors import ProtocolError
 
 DEGREE = 2048
 MODULUS_BITS = 37

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ciphertune import Buffers, Direction, ProtocolError, WorkerHalf
+from ciphertune.backend import Buffers, Direction, WorkerHalf
+from ciphertune.errors import ProtocolError
 from ciphertune_ckks.ring import DEGREE, MODULUS, MODULUS_BITS, pack, unpack
 
 _ROWS = 512

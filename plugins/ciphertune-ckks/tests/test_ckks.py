@@ -13,7 +13,9 @@ import seal
 import torch
 from torch import Tensor
 
-from ciphertune import LinearMap, ProtocolError, ReplyError, SelectionError
+from ciphertune import SelectionError
+from ciphertune.backend import LinearMap
+from ciphertune.errors import ProtocolError, ReplyError
 from ciphertune_ckks import CKKSBackend
 from ciphertune_ckks.ring import DEGREE, FIELDS, MODULUS, MODULUS_BITS, SLOTS, TOKENS, WIDTH, pack, unpack
 from ciphertune_ckks.worker import CKKSWorker

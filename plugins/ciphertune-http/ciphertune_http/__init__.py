@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ciphertune import Desk, Handler, Link, Listener, Loopback, SecurityError, SelectionError, Transport
+from ciphertune import SecurityError, SelectionError
+from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport
 
 __version__ = "0.1.0"
 
@@ -78,7 +79,7 @@ class HttpTransport(Transport):
     Options = HttpOptions
     ServeOptions = HttpServeOptions
 
-    def connect(self, endpoints: tuple[str, ...], worker: Handler | None) -> list[Link]:
+    def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
         """See ``Transport.connect``."""
         from ciphertune_http.client import HttpLink
         from ciphertune_http.tokens import read_token
@@ -115,12 +116,12 @@ class HttpTransport(Transport):
             )
 
     @classmethod
-    def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:
+    def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
         from ciphertune_http.server import HttpListener
 
         host, port = read_address(address)
         cls._allow(host)
-        return HttpListener(desk, host, port, options)
+        return HttpListener(handler, host, port, options)
 
 
 class HttpsTransport(HttpTransport):
@@ -148,7 +149,7 @@ class HttpsTransport(HttpTransport):
         return
 
     @classmethod
-    def _listen(cls, desk: Desk, address: str, options: Any) -> Listener:
+    def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
         if not options.certificate or not options.key:
             raise SelectionError("https needs certificate=FILE and key=FILE")
-        return super()._listen(desk, address, options)
+        return super()._listen(handler, address, options)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 
-from ciphertune import Frame, Limits, ProtocolError
+from ciphertune.errors import ProtocolError
+from ciphertune.protocol import Frame, Limits
 
 PATH = "/ciphertune/v1"
 TYPE = "application/vnd.ciphertune"

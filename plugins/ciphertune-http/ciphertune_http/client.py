@@ -11,19 +11,10 @@ from concurrent.futures import Future, InvalidStateError
 
 import httpx
 
-from ciphertune import (
-    DEFAULT_LIMITS,
-    Frame,
-    KeyFileError,
-    Link,
-    Message,
-    ProtocolError,
-    ReplyError,
-    TransportError,
-    error_message,
-    pack,
-    unpack,
-)
+from ciphertune import KeyFileError, TransportError
+from ciphertune.errors import ProtocolError, ReplyError
+from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, error_message, pack, unpack
+from ciphertune.transport import Link
 from ciphertune_http import body
 
 _CONNECT_SECONDS = 5.0

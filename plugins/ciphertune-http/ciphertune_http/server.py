@@ -13,7 +13,10 @@ from typing import Any
 
 import uvicorn
 
-from ciphertune import Desk, Frame, KeyFileError, Listener, ProtocolError, TransportError
+from ciphertune import KeyFileError, TransportError
+from ciphertune.errors import ProtocolError
+from ciphertune.protocol import Frame
+from ciphertune.transport import Listener, RequestHandler
 from ciphertune_http import HttpServeOptions, body
 from ciphertune_http.tokens import Authorised
 
@@ -32,10 +35,10 @@ _ROUNDS = 5
 class _Application:
     """Checks a request from the outside in: path, token, length, and only then its body."""
 
-    def __init__(self, desk: Desk, authorised: Authorised) -> None:
-        self._desk = desk
+    def __init__(self, handler: RequestHandler, authorised: Authorised) -> None:
+        self._handler = handler
         self._authorised = authorised
-        self._most = body.most_bytes(desk.limits)
+        self._most = body.most_bytes(handler.limits)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.waiting: set[asyncio.Future[_Answer | None]] = set()
         self.busy = 0
@@ -83,7 +86,7 @@ class _Application:
         if received is None:
             return None
         try:
-            frames = body.split(received, self._desk.limits)
+            frames = body.split(received, self._handler.limits)
         except ProtocolError as error:
             log.info("malformed request of %s: %s", peer, error)
             frames = []
@@ -133,7 +136,7 @@ class _Application:
 
         self.waiting.add(future)
         try:
-            self._desk.submit(frames, peer, from_any_thread)
+            self._handler.submit(frames, peer, from_any_thread)
             return await future
         finally:
             self.waiting.discard(future)
@@ -150,15 +153,15 @@ async def _status(send: Send, status: int) -> None:
 
 
 class HttpListener(Listener):
-    """Serves a desk until it is closed.
+    """Serves a handler until it is closed.
 
     Raises:
         KeyFileError: tokens or certificates cannot be used.
         TransportError: the address cannot be used.
     """
 
-    def __init__(self, desk: Desk, host: str, port: int, options: HttpServeOptions) -> None:
-        self._application = _Application(desk, Authorised(options.tokens))
+    def __init__(self, handler: RequestHandler, host: str, port: int, options: HttpServeOptions) -> None:
+        self._application = _Application(handler, Authorised(options.tokens))
         config = uvicorn.Config(
             self._application,
             http="h11",

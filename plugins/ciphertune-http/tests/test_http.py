@@ -17,15 +17,9 @@ import torch
 from torch import nn
 
 import ciphertune
-from ciphertune import (
-    KeyFileError,
-    Limits,
-    Message,
-    SecurityError,
-    SelectionError,
-    TransportError,
-)
-from ciphertune.testing import EchoDesk, ServedWorker, TransportSuite
+from ciphertune import KeyFileError, SecurityError, SelectionError, TransportError
+from ciphertune.protocol import Limits, Message
+from ciphertune.testing import EchoHandler, ServedWorker, TransportSuite
 from ciphertune_http import HttpOptions, HttpsTransport, HttpTransport, body, read_address
 from ciphertune_http.tokens import Authorised, make_token, read_token
 
@@ -91,13 +85,13 @@ def test_authorities_decide(worker: ServedWorker, tmp_path: Path) -> None:
 
 
 def test_peers_are_named_by_their_token(tmp_path: Path) -> None:
-    desk = EchoDesk()
-    listener = HTTPS.listen(desk, tmp_path)
+    handler = EchoHandler()
+    listener = HTTPS.listen(handler, tmp_path)
     link = HTTPS.link(listener.address, tmp_path)
     link.submit(Message("hello")).result(10)
     link.close()
     listener.close()
-    assert desk.peers == ["client"]
+    assert handler.peers == ["client"]
 
 
 def first_line(address: str, folder: Path, sent: bytes) -> bytes:
@@ -192,7 +186,7 @@ def test_pinned_certificates(tmp_path: Path) -> None:
     assert HttpsTransport.loopback(tmp_path, {}) == here
     assert stat.S_IMODE((tmp_path / "worker.pem").stat().st_mode) == 0o600
     assert "PRIVATE" not in (tmp_path / "worker.crt").read_text()
-    listener = HttpsTransport.listen(EchoDesk(), here.address, here.serve)
+    listener = HttpsTransport.listen(EchoHandler(), here.address, here.serve)
     context = ssl.create_default_context(cafile=here.connect["ca"])
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     with httpx.Client(verify=context, trust_env=False) as http:

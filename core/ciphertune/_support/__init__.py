@@ -1,0 +1,1 @@
+"""Helpers that know nothing of encryption, models or workers."""

@@ -1,0 +1,135 @@
+"""A stand-in for a tensor that is elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ciphertune.errors import OutsourcedWeightError
+
+# What a module tree may ask of a weight without wanting its values.
+_METADATA = frozenset(
+    {
+        "__get__",
+        "numel",
+        "element_size",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "storage_offset",
+        "stride",
+        "data_ptr",
+        "untyped_storage",
+        "to",
+        "cpu",
+        "cuda",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "requires_grad_",
+        "detach",
+        "contiguous",
+        "is_pinned",
+        "__repr__",
+        "__hash__",
+        "__deepcopy__",
+        "get_device",
+        "type",
+        "is_shared",
+        "has_names",
+    }
+)
+
+
+_METADATA_PROPERTIES = frozenset(
+    {
+        "device",
+        "dtype",
+        "requires_grad",
+        "is_meta",
+        "is_cuda",
+        "is_quantized",
+        "is_sparse",
+        "layout",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "nbytes",
+        "itemsize",
+        "names",
+        "is_nested",
+        "is_mkldnn",
+        "is_xla",
+        "is_cpu",
+        "is_mps",
+        "is_xpu",
+        "_version",
+        "_backward_hooks",
+    }
+)
+
+
+def _size(full: torch.Size, dim: int | None = None) -> torch.Size | int:
+    return full if dim is None else full[dim]
+
+
+_SHAPE: dict[str, Callable[..., Any]] = {
+    "shape": lambda full, *_: full,
+    "size": _size,
+    "dim": len,
+    "ndim": lambda full, *_: len(full),
+    "__len__": lambda full: full[0],
+}
+
+
+class AbsentTensor(Tensor):
+    """A weight that is at the workers: a shape, a device and a dtype, no elements, and an error for anything else.
+
+    Libraries look at ``layer.weight`` for its device, dtype and shape; whoever wants its values (merging an adapter,
+    DoRA, a model or a loss that computes with the weight itself) is told which layer it is. The shape is the one that
+    the values would have: a loop over the rows of an empty tensor would do nothing, and say nothing.
+    """
+
+    layer: str
+    full: torch.Size
+
+    @staticmethod
+    def make(layer: str, full: torch.Size, like: Tensor) -> AbsentTensor:
+        """An absent weight of shape ``full`` with the device and dtype of ``like``."""
+        absent = torch.empty(0, dtype=like.dtype, device=like.device).as_subclass(AbsentTensor)
+        absent.layer, absent.full = layer, full
+        return absent
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AbsentTensor:
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let questions about metadata through, refuse the rest."""
+        name = getattr(func, "__name__", "")
+        owner = getattr(getattr(func, "__self__", None), "__name__", "")
+        asked = owner if name == "__get__" else name
+        if asked in _SHAPE and isinstance(args[0], AbsentTensor):
+            return _SHAPE[asked](args[0].full, *args[1:], **(kwargs or {}))
+        allowed = owner in _METADATA_PROPERTIES if name == "__get__" else name in _METADATA
+        if not allowed:
+            refuse(next((a.layer for a in args if isinstance(a, AbsentTensor)), "a layer"), owner or name)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and args and isinstance(args[0], AbsentTensor):
+            result = result.as_subclass(AbsentTensor)
+            result.layer, result.full = args[0].layer, args[0].full
+        return result
+
+
+def refuse(layer: str, what: str) -> NoReturn:
+    """Raise ``OutsourcedWeightError``: ``what`` cannot be computed with the weight of ``layer``."""
+    raise OutsourcedWeightError(
+        f"the weight of {layer!r} is at the workers, so {what!r} cannot be computed with it here. "
+        "Merging adapters, DoRA and initialisations drawn from the weight (PiSSA, OLoRA, …) need the original model: "
+        "load the adapter there. If the model itself reads this weight, leave the layer out with layers=…"
+    )

@@ -1,0 +1,285 @@
+"""One worker as a client knows it: link, protocol version, session, health, and checks of what it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, TimeoutError as FutureTimeoutError
+from typing import Any
+
+from ciphertune.errors import (
+    CipherTuneError,
+    ProtocolError,
+    ReplyError,
+    TransportError,
+    TransportTimeoutError,
+    VersionError,
+    WorkerError,
+)
+from ciphertune.protocol import HELLO_VERSION, Message, agree, spoken_versions
+from ciphertune.transport import Link
+from ciphertune.weights import Shard, read_manifest
+
+log = logging.getLogger(__name__)
+
+BACKOFF_SECONDS = 0.05
+"""Pause after a first failure; it doubles with each one that follows."""
+LONGEST_BACKOFF_SECONDS = 2.0
+_SLOWEST_LINK = 1 << 18
+"""Bytes a second that a link is expected to carry at least: a large key gets the time that it then takes."""
+_LARGE_KEY = 1 << 20
+
+KeyWatch = Callable[[str, int, bool], None]
+"""Told the worker's name, a large key's bytes, and whether it has arrived or failed to, rather than sets out."""
+
+
+class Retry(Exception):  # noqa: N818 - not an error: the reason to try again
+    """An attempt failed in a way that another one, later or elsewhere, may not."""
+
+
+class UnknownSession(Retry):
+    """The worker was restarted, or closed a session that was idle."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """The request that opens a session at a worker, without the groups that it is opened for.
+
+    Attributes:
+        fields: of the request.
+        key: buffers of the evaluation key.
+        watch: told of a large key on its way.
+    """
+
+    fields: Mapping[str, Any]
+    key: Mapping[str, Any]
+    watch: KeyWatch | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key."""
+        return sum(buffer.nbytes for buffer in self.key.values())
+
+    @property
+    def upload_seconds(self) -> float:
+        """Seconds that the key may take on its way."""
+        return self.nbytes / _SLOWEST_LINK
+
+    @contextlib.contextmanager
+    def sending(self, worker: str) -> Iterator[None]:
+        """Tell of a large key that is on its way to a worker within this context."""
+        if self.nbytes < _LARGE_KEY:
+            yield
+            return
+        watch = self.watch or (lambda *_: None)
+        log.info("sending a key of %.1f MB to %s", self.nbytes / 1e6, worker)
+        begun = time.monotonic()
+        watch(worker, self.nbytes, False)
+        try:
+            yield
+            log.info("%s has the key of %.1f MB after %.1f s", worker, self.nbytes / 1e6, time.monotonic() - begun)
+        finally:
+            watch(worker, self.nbytes, True)
+
+
+class WorkerConnection:
+    """One worker: how to reach it, the session that is open there, and how it has done so far.
+
+    Args:
+        link: the connection.
+        longest_backoff: seconds that a failing worker is left alone at most.
+
+    Attributes:
+        link: the connection.
+        version: of the protocol, once both ends agreed on one.
+        holdings: digest of what it holds.
+        blocks: its manifest, None until it was read.
+        groups: the groups that sessions there are opened for, each with its place among them.
+        session: id of the open session, None where there is none.
+        in_flight: requests under way; the pool counts them.
+        last_used: when the last of them was sent.
+        failures: in a row.
+        not_before: when it may be asked again.
+        last_problem: what went wrong last.
+    """
+
+    def __init__(self, link: Link, longest_backoff: float = LONGEST_BACKOFF_SECONDS) -> None:
+        self.link = link
+        self.version: int | None = None
+        self.holdings = ""
+        self.blocks: Sequence[Sequence[Shard]] | None = None
+        self.groups: dict[tuple[str, ...], int] = {}
+        self.session: str | None = None
+        self.in_flight = 0
+        self.last_used = 0.0
+        self.failures = 0
+        self.not_before = 0.0
+        self.last_problem = "no worker answers"
+        self._longest_backoff = longest_backoff
+        self._opened = 0  # groups that the open session knows
+        self._forgot_before = False
+        self._opening = threading.Lock()
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """Where the worker is, for messages."""
+        return self.link.name
+
+    # Requests and replies.
+
+    def submit(self, request: Message) -> Future[Message]:
+        """A future of the reply, failed where the link fails to take the request."""
+        request.version = HELLO_VERSION if request.kind == "hello" or self.version is None else self.version
+        try:
+            return self.link.submit(request)
+        except Exception as error:
+            future: Future[Message] = Future()
+            future.set_exception(error)
+            return future
+
+    def hello(self) -> Future[Message]:
+        """Ask which versions of the protocol the worker speaks; ``greeted`` reads the reply."""
+        return self.submit(Message("hello", {"versions": spoken_versions()}))
+
+    def greeted(self, reply: Message) -> None:
+        """Take the reply to ``hello``. Raises ``VersionError`` where no version is common, or ``ReplyError``."""
+        try:
+            self.version = agree(reply.fields.get("versions"))
+        except VersionError as error:
+            raise VersionError(f"{self.name}: {error}") from error
+        except ProtocolError as error:
+            raise ReplyError(f"{self.name}: {error}") from error
+        self.holdings = self.text(reply, "holdings")
+
+    def read_manifest(self, reply: Message) -> None:
+        """Take the reply to ``manifest``. Raises ``ReplyError``."""
+        try:
+            self.blocks = read_manifest(reply.fields.get("blocks"))
+        except ProtocolError as error:
+            raise ReplyError(f"{self.name}: {error}") from error
+
+    def reply(self, future: Future[Message], seconds: float, kind: str) -> Message:
+        """Wait for the good reply to a request of a kind.
+
+        Raises:
+            TransportError, TransportTimeoutError: there is none.
+            UnknownSession, Retry: the worker refused it for a reason that may pass.
+            WorkerError, ReplyError: it refused it for good, or answered nonsense.
+        """
+        try:
+            reply = future.result(seconds)
+        except TransportError:
+            raise  # which may be a timeout of the link's own
+        except FutureTimeoutError:
+            future.cancel()
+            raise TransportTimeoutError(f"no answer within {seconds:.3g} s") from None
+        except CancelledError:
+            raise TransportError("the request was given up") from None
+        except CipherTuneError:
+            raise
+        except Exception as error:
+            # Its text may quote what was sent.
+            log.warning("the transport failed", exc_info=error)
+            raise TransportError(f"the transport failed: {type(error).__name__}") from error
+        if reply.kind == "error":
+            code, text = str(reply.fields.get("code")), str(reply.fields.get("message"))[:2000]
+            if code == "unknown-session":
+                raise UnknownSession("it does not know the session that it opened")
+            if code in ("busy", "holdings"):
+                raise Retry(text)
+            raise WorkerError(f"{self.name} refused a request of kind {kind!r}: {text}", code)
+        if reply.kind != "ok":
+            raise ReplyError(f"{self.name} answered a {kind!r} request with {reply.kind!r}")
+        return reply
+
+    def text(self, reply: Message, field: str) -> str:
+        """A field of a reply. Raises ``ReplyError`` where it is no text."""
+        value = reply.fields.get(field)
+        if not isinstance(value, str):
+            raise ReplyError(f"{self.name} sent a reply without the field {field!r}")
+        return value
+
+    # The session.
+
+    def open(self, opening: Opening, seconds: float, group: int, closed: threading.Event) -> str:
+        """The worker's session, opened where none knows a group yet.
+
+        Args:
+            opening: the request.
+            seconds: to wait; a large key may take longer.
+            group: place of the group in ``groups``.
+            closed: set once this client closes its sessions.
+
+        Raises:
+            Retry, TransportError: there is none now.
+            WorkerError, ReplyError: the worker refuses for good.
+        """
+        seconds += opening.upload_seconds
+        if (session := self.session) is not None and group < self._opened:
+            return session
+        begun = time.monotonic()
+        if not self._opening.acquire(timeout=seconds):
+            raise Retry(f"no session within {seconds:.3g} s")
+        try:
+            outdated = self.session
+            if outdated is not None and group < self._opened:
+                return outdated
+            # Another thread found just now that none can be had: not one more wait for each of them.
+            if self.not_before > begun:
+                raise Retry(self.last_problem)
+            groups = [list(names) for names in list(self.groups)]
+            fields = {**opening.fields, "groups": groups, "holdings": self.holdings}
+            left = max(0.0, begun + seconds - time.monotonic())
+            with opening.sending(self.name):
+                future = self.submit(Message("open", fields, dict(opening.key)))
+                session = self.text(self.reply(future, left, "open"), "session")
+            self._opened, self.session = len(groups), session
+            # What still runs in it is refused as unknown there, and sent again.
+            self.close_session(outdated)
+        finally:
+            self._opening.release()
+        if closed.is_set():
+            # Nobody else tells the worker of a session that was opened while this end closed.
+            self.close_session(session)
+            raise TransportError("the session was closed")
+        return session
+
+    def close_session(self, session: str | None) -> Future[Message] | None:
+        """Tell the worker that a session is closed; None where there is none to close."""
+        return None if session is None else self.submit(Message("close", {"session": session}))
+
+    # Health.
+
+    def mark_failed(self, problem: str) -> None:
+        """Record a failure and back off."""
+        with self._lock:
+            self.last_problem = problem
+            now = time.monotonic()
+            # Requests that fail together tell of one failure.
+            if now >= self.not_before:
+                self.failures += 1
+                pause = BACKOFF_SECONDS * 2 ** min(self.failures - 1, 16)
+                self.not_before = now + min(pause, self._longest_backoff)
+
+    def mark_answered(self) -> None:
+        """Record a good answer."""
+        with self._lock:
+            self.failures = 0
+            self._forgot_before = False
+
+    def mark_forgotten(self, session: str, problem: str) -> None:
+        """Record that the worker does not know a session."""
+        with self._lock:
+            if self.session != session:
+                return  # Another thread has noticed already.
+            self.session = None
+            again, self._forgot_before = self._forgot_before, True
+        # One that was restarted, or closed what was idle, is asked for another session at once. One that forgets
+        # session after session is not, or this would never end.
+        if again:
+            self.mark_failed(problem)

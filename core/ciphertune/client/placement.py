@@ -1,0 +1,186 @@
+"""Which worker evaluates which part of which product. Pure functions of what workers say they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from ciphertune.backend import Direction, LinearMap
+from ciphertune.errors import UnknownLayerError
+from ciphertune.weights import DIGEST_ROWS, LayerInfo, Shard, group_map
+
+Holdings = Sequence[Sequence[Shard]]
+"""A worker's manifest: for each block its shards from the top."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Rows of a group's stacked matrix that come from one layer.
+
+    Attributes:
+        layer: its name.
+        start, stop: rows of the layer.
+        row: where the first of them stands in the group.
+    """
+
+    layer: str
+    start: int
+    stop: int
+    row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a group that one worker evaluates as one product.
+
+    Attributes:
+        segments: its rows, in the order in which its workers hold them.
+        workers: indices of the workers that hold all of it: replicas of each other.
+        forward, backward: the maps of this part.
+        whole: whether it is all of the group, in the group's order.
+    """
+
+    segments: tuple[Segment, ...]
+    workers: tuple[int, ...]
+    forward: LinearMap
+    backward: LinearMap
+    whole: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers, in order."""
+        return tuple(segment.layer for segment in self.segments)
+
+    def map(self, direction: Direction) -> LinearMap:
+        """The map of one direction."""
+        return self.forward if direction == "forward" else self.backward
+
+
+def place(
+    groups: Sequence[Sequence[LayerInfo]], workers: Mapping[int, Holdings], names: Mapping[int, str]
+) -> list[tuple[Piece, ...]]:
+    """Cut every group into pieces that workers hold.
+
+    Args:
+        groups: the layers of each group.
+        workers: what each worker holds.
+        names: of workers, for messages.
+
+    Returns:
+        For each group, pieces that cover each of its rows once. A layer that some worker holds whole is not cut.
+
+    Raises:
+        UnknownLayerError: layers, or rows of them, that no worker holds with the right weight; all are listed.
+    """
+    index = _Index(workers)
+    placed = []
+    problems: dict[str, str] = {}
+    for group in groups:
+        segments: list[tuple[Segment, frozenset[int]]] = []
+        row = 0
+        for layer in group:
+            shards = index.cover(layer)
+            if not shards:
+                problems[layer.name] = index.why_not(layer, names)
+            segments += [(Segment(s.name, s.start, s.stop, row + s.start), holders) for s, holders in shards]
+            row += layer.out_features
+        placed.append(_pieces(group, segments, index))
+    if problems:
+        shown = "; ".join(f"{name}: {why}" for name, why in list(problems.items())[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UnknownLayerError(
+            f"the workers ({', '.join(names.values())}) do not hold {len(problems)} of the layers: {shown}{more}"
+        )
+    return placed
+
+
+class _Index:
+    """What is held where, by layer."""
+
+    def __init__(self, workers: Mapping[int, Holdings]) -> None:
+        self._holders: dict[Shard, set[int]] = {}
+        self._by_layer: dict[str, list[Shard]] = {}
+        # (worker, layer) → block and row in it.
+        self._places: dict[tuple[int, str], tuple[int, int]] = {}
+        for worker, blocks in workers.items():
+            for number, block in enumerate(blocks):
+                row = 0
+                for shard in block:
+                    if shard not in self._holders:
+                        self._by_layer.setdefault(shard.name, []).append(shard)
+                    self._holders.setdefault(shard, set()).add(worker)
+                    self._places[worker, shard.name] = (number, row)
+                    row += shard.rows
+
+    def cover(self, layer: LayerInfo) -> list[tuple[Shard, frozenset[int]]]:
+        """Shards of this very weight that together are the layer, from the top; empty where there are none."""
+        fitting = [s for s in self._by_layer.get(layer.name, ()) if _fits(s, layer)]
+        for shard in fitting:
+            if shard.rows == layer.out_features:
+                return [(shard, frozenset(self._holders[shard]))]
+        # From the last row up, so that no choice leads where nothing goes on.
+        below: dict[int, list[tuple[Shard, frozenset[int]]]] = {layer.out_features: []}
+        for start in sorted({s.start for s in fitting}, reverse=True):
+            options = [s for s in fitting if s.start == start and s.stop in below]
+            if options:
+                shard = max(options, key=lambda s: (len(self._holders[s]), s.rows))
+                below[start] = [(shard, frozenset(self._holders[shard])), *below[shard.stop]]
+        return below.get(0, [])
+
+    def why_not(self, layer: LayerInfo, names: Mapping[int, str]) -> str:
+        """Why ``cover`` found nothing."""
+        shards = self._by_layer.get(layer.name, [])
+        if not shards:
+            return "no worker has it"
+        sizes = {(s.out_features, s.in_features, s.weight_bits) for s in shards}
+        mine = (layer.out_features, layer.in_features, layer.weight_bits)
+        if mine not in sizes:
+            theirs = ", ".join(_size(*size) for size in sorted(sizes, key=str))
+            return f"here it is {_size(*mine)}, there {theirs}"
+        wrong = {w for s in shards if not _fits(s, layer) for w in self._holders[s]}
+        if wrong:
+            return f"{', '.join(names[w] for w in sorted(wrong))} holds another weight under this name"
+        held = ", ".join(f"{s.start} to {s.stop}" for s in sorted(shards, key=lambda s: s.start))
+        return f"only rows {held} of {layer.out_features} are held"
+
+    def follow(self, first: Segment, second: Segment, worker: int) -> bool:
+        """Whether a worker holds the second segment right below the first, or the first is its whole shard."""
+        block, row = self._places[worker, first.layer]
+        return self._places[worker, second.layer] == (block, row + first.stop - first.start)
+
+
+def _fits(shard: Shard, layer: LayerInfo) -> bool:
+    """Whether these are rows of this very weight, cut where digests can tell."""
+    aligned = shard.start % DIGEST_ROWS == 0 and shard.stop % DIGEST_ROWS in (0, layer.out_features % DIGEST_ROWS)
+    return aligned and shard.stop <= layer.out_features and shard == layer.shard(shard.start, shard.stop)
+
+
+def _pieces(
+    group: Sequence[LayerInfo], segments: Sequence[tuple[Segment, frozenset[int]]], index: _Index
+) -> tuple[Piece, ...]:
+    """Segments of the same workers, put together where each of them holds one below the other."""
+    runs: list[tuple[list[Segment], frozenset[int]]] = []
+    for segment, holders in segments:
+        for run, of in runs:
+            # A worker holds one shard of a layer, and its shards in the order of the group.
+            if of == holders and all(index.follow(run[-1], segment, worker) for worker in holders):
+                run.append(segment)
+                break
+        else:
+            runs.append(([segment], holders))
+    layers = {layer.name: layer for layer in group}
+    total = sum(layer.out_features for layer in group)
+    pieces = []
+    for run, holders in runs:
+        parts = [
+            dataclasses.replace(layers[s.layer], out_features=s.stop - s.start, scale=None, row_digests=b"")
+            for s in run
+        ]
+        whole = sum(part.out_features for part in parts) == total
+        maps = group_map(parts, "forward"), group_map(parts, "backward")
+        pieces.append(Piece(tuple(run), tuple(sorted(holders)), *maps, whole))
+    return tuple(pieces)
+
+
+def _size(rows: int, columns: int, bits: int | None) -> str:
+    return f"({rows}, {columns}) in {'float32' if bits is None else f'{bits} bits'}"

@@ -1,0 +1,248 @@
+"""All workers of one session: what each of them holds, which is asked next, and which join later."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+from ciphertune.client.connection import BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, Opening, Retry, WorkerConnection
+from ciphertune.client.placement import Piece, place
+from ciphertune.client.timeouts import Timeouts
+from ciphertune.errors import CipherTuneError, TransportError, UnknownLayerError
+from ciphertune.protocol import Message
+from ciphertune.transport import Link
+from ciphertune.weights import LayerInfo
+
+log = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 2.0
+"""How long workers have to take notice of the end of a session."""
+JOINING_SECONDS = 2.0
+"""How often a transport is asked for joining workers."""
+
+JoiningWorkers = Callable[[Sequence[Link]], Sequence[Link]]
+"""Given the open links, opens those to workers that have come since."""
+
+
+class WorkerPool:
+    """Sessions with every worker that serves some of a model's layers.
+
+    Args:
+        links: a connection to every worker; they stay the caller's until the pool is made.
+        groups: the layers of each group of the client's session.
+        opening: what opens a session.
+        timeouts: how long to wait for workers.
+        joining: asked for workers that have come, on a thread of its own; None where none ever do.
+
+    Attributes:
+        workers: those known so far; ``Piece.workers`` are indices into them.
+        opening, timeouts: as given.
+        closed: set once the pool is closed.
+
+    Raises:
+        TransportError: workers that are needed cannot be reached.
+        UnknownLayerError: together they do not hold every layer with the weights that this client expects.
+        WorkerError, ReplyError: one refused, or answered nonsense.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[Link],
+        groups: Sequence[Sequence[LayerInfo]],
+        opening: Opening,
+        timeouts: Timeouts,
+        joining: JoiningWorkers | None = None,
+    ) -> None:
+        self.opening = opening
+        self.timeouts = timeouts
+        self.closed = threading.Event()
+        self.workers = [self._connection(link) for link in links]
+        self._groups = groups
+        self._choosing = threading.Lock()
+        self._introduce(self.workers)
+        try:
+            self._place()
+        except UnknownLayerError as error:
+            absent = [worker for worker in self.workers if worker.blocks is None]
+            if not absent:
+                raise
+            gone = "; ".join(f"{worker.name} ({worker.last_problem})" for worker in absent)
+            raise TransportError(f"no answer within {timeouts.connect_timeout:g} s from {gone}; {error}") from error
+        try:
+            self._open_all()
+        except BaseException:
+            self._close_sessions()
+            raise
+        if joining is not None:
+            threading.Thread(target=self._take_in, args=(joining,), name="ciphertune-joining", daemon=True).start()
+
+    def pieces(self, group: int) -> tuple[Piece, ...]:
+        """How a group is cut."""
+        return self._pieces[group]
+
+    def replicas(self, piece: Piece) -> list[WorkerConnection]:
+        """The workers that hold all of a piece."""
+        return [self.workers[index] for index in piece.workers]
+
+    def reserve(
+        self, piece: Piece, excluding: Collection[WorkerConnection], *, with_session: bool = False
+    ) -> WorkerConnection | None:
+        """The worker to ask next for a piece, counted as busy until it is released; None where there is none now.
+
+        Args:
+            piece: what is to be evaluated.
+            excluding: workers that are not to be asked.
+            with_session: ask only workers at which a session is open.
+        """
+        now = time.monotonic()
+        ready = [
+            worker
+            for worker in self.replicas(piece)
+            if worker not in excluding and worker.not_before <= now and not (with_session and worker.session is None)
+        ]
+        with self._choosing:
+            worker = min(ready, key=lambda w: (w.in_flight, w.failures, w.last_used), default=None)
+            if worker is not None:
+                worker.in_flight += 1
+                worker.last_used = now
+            return worker
+
+    def release(self, worker: WorkerConnection) -> None:
+        """Count a reserved worker as free again."""
+        with self._choosing:
+            worker.in_flight -= 1
+
+    def next_retry(self, piece: Piece) -> float:
+        """When a worker that holds a piece may be asked again, by ``time.monotonic``."""
+        return min(worker.not_before for worker in self.replicas(piece))
+
+    def close(self) -> None:
+        """Close the session at every worker that still listens, and drop the links. Idempotent."""
+        if self.closed.is_set():
+            return
+        self._close_sessions()
+        with contextlib.ExitStack() as stack:
+            for worker in self.workers:
+                stack.callback(worker.link.close)
+
+    def _connection(self, link: Link) -> WorkerConnection:
+        # However short the deadline, a worker that comes back in time is noticed.
+        return WorkerConnection(link, min(LONGEST_BACKOFF_SECONDS, self.timeouts.deadline / 8))
+
+    def _close_sessions(self) -> None:
+        self.closed.set()
+        closing = [future for worker in self.workers if (future := worker.close_session(worker.session))]
+        wait(closing, timeout=_CLOSE_SECONDS)
+
+    def _place(self) -> None:
+        """Cut the groups into pieces that workers hold. What pieces are known stay known, for requests under way."""
+        held = {index: worker.blocks for index, worker in enumerate(self.workers) if worker.blocks is not None}
+        pieces = place(self._groups, held, {index: self.workers[index].name for index in held})
+        for piece in (piece for parts in pieces for piece in parts):
+            for worker in self.replicas(piece):
+                worker.groups.setdefault(piece.names, len(worker.groups))
+        self._pieces = pieces
+
+    # Workers at the start.
+
+    def _introduce(self, workers: Sequence[WorkerConnection]) -> None:
+        """Ask workers what they hold; those that do not answer in time stay without ``blocks``."""
+        end = time.monotonic() + self.timeouts.connect_timeout
+        asked: dict[Future[Message], tuple[WorkerConnection, str]] = {}
+        again = dict.fromkeys(workers, 0.0)
+        try:
+            while (again or asked) and time.monotonic() < end and not self.closed.is_set():
+                for worker in [worker for worker, since in again.items() if since <= time.monotonic()]:
+                    del again[worker]
+                    asked[worker.hello()] = worker, "hello"
+                until = min(end, *again.values()) if again else end
+                if not asked:
+                    time.sleep(max(0.0, until - time.monotonic()))
+                    continue
+                done, _ = wait(asked, max(0.0, until - time.monotonic()), FIRST_COMPLETED)
+                for future in done:
+                    worker, kind = asked.pop(future)
+                    try:
+                        reply = worker.reply(future, 0, kind)
+                    except (Retry, TransportError) as error:
+                        worker.last_problem = str(error)
+                        again[worker] = time.monotonic() + BACKOFF_SECONDS
+                        continue
+                    if kind == "manifest":
+                        worker.read_manifest(reply)
+                        continue
+                    worker.greeted(reply)
+                    asked[worker.submit(Message("manifest"))] = worker, "manifest"
+        finally:
+            for future in asked:
+                future.cancel()
+        for worker in workers:
+            if worker.blocks is None:
+                log.warning("no answer from %s, going on without it: %s", worker.name, worker.last_problem)
+
+    def _open_all(self) -> None:
+        """Open a session at every worker, and do without those whose replicas have one."""
+        needed = [worker for worker in self.workers if worker.groups]
+        # Preparing weights may take a worker long.
+        with ThreadPoolExecutor(max(1, len(needed)), "ciphertune-open") as threads:
+            problems = list(zip(needed, threads.map(self._open, needed), strict=True))
+        for worker, problem in problems:
+            if problem is None:
+                continue
+            for replicas, piece in ((self.replicas(piece), piece) for pieces in self._pieces for piece in pieces):
+                if worker in replicas and all(other.session is None for other in replicas):
+                    raise TransportError(
+                        f"{worker.name}: no session could be opened for {' + '.join(piece.names)}: {problem}"
+                    ) from problem
+            log.warning("no session at %s, going on without it: %s", worker.name, problem)
+
+    def _open(self, worker: WorkerConnection) -> Exception | None:
+        """Open a session, however often it takes until the time is up; why it could not be had."""
+        end = time.monotonic() + self.timeouts.connect_timeout
+        while True:
+            try:
+                worker.open(self.opening, self.timeouts.timeout, 0, self.closed)
+            except (Retry, TransportError) as error:
+                worker.last_problem = str(error)
+                if time.monotonic() > end or self.closed.is_set():
+                    return error
+                time.sleep(BACKOFF_SECONDS)
+            else:
+                return None
+
+    # Workers that join later.
+
+    def _take_in(self, joining: JoiningWorkers) -> None:
+        while not self.closed.wait(JOINING_SECONDS):
+            try:
+                found = joining([worker.link for worker in self.workers])
+                if found:
+                    self._join(found)
+            except Exception as error:
+                # The session goes on with the workers that it has.
+                reason = error if isinstance(error, CipherTuneError) else type(error).__name__
+                log.warning("joining workers could not be taken in: %s", reason)
+
+    def _join(self, links: Sequence[Link]) -> None:
+        """Take in workers that have come: they share in the products from now on."""
+        came = [self._connection(link) for link in links]
+        with contextlib.ExitStack() as stack:
+            for link in links:
+                stack.callback(link.close)
+            self._introduce(came)
+            stack.pop_all()
+        for worker in came:
+            if worker.blocks is None:
+                worker.link.close()  # it joins when the transport is next asked
+                continue
+            self.workers.append(worker)
+            self._place()
+            if worker.groups and (problem := self._open(worker)) is not None:
+                log.warning("no session at %s yet: %s", worker.name, problem)
+            log.info("%s has joined", worker.name)
+            if self.closed.is_set():
+                worker.link.close()

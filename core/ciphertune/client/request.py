@@ -1,0 +1,178 @@
+"""One request for a piece of a product, sent as often as it takes: retries, hedges, a deadline."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
+
+from ciphertune.backend import Direction
+from ciphertune.client.connection import BACKOFF_SECONDS, Retry, UnknownSession, WorkerConnection
+from ciphertune.client.placement import Piece
+from ciphertune.client.pool import WorkerPool
+from ciphertune.errors import TransportError, TransportTimeoutError, WorkerError
+from ciphertune.protocol import Message
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """One sending of the request, still unanswered."""
+
+    worker: WorkerConnection
+    session: str
+    started: float
+
+
+class PendingRequest:
+    """A request for a piece that was sent. Evaluation has no effects, so repeating it is safe.
+
+    Args:
+        pool: the workers.
+        piece: what is to be evaluated.
+        direction: of the product.
+        buffers: of the request.
+        allowance: seconds that it may take longer than others.
+
+    Attributes:
+        attempts: how often it was sent.
+    """
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        piece: Piece,
+        direction: Direction,
+        buffers: Mapping[str, Any],
+        allowance: float = 0.0,
+    ) -> None:
+        self.attempts = 0
+        self._pool = pool
+        self._piece = piece
+        self._direction = direction
+        self._buffers = dict(buffers)
+        self._timeouts = pool.timeouts.extended(allowance)
+        self._begun = time.monotonic()
+        # The worker may have to be given the key again.
+        self._deadline = self._begun + self._timeouts.deadline + pool.opening.upload_seconds
+        self._under_way: dict[Future[Message], _Attempt] = {}
+        self._hedge_not_before = 0.0
+        self._send()
+
+    def result(self) -> Message:
+        """Wait for the reply.
+
+        Raises:
+            TransportTimeoutError: the deadline passed.
+            TransportError: the session was closed.
+            WorkerError, ReplyError: a worker refused the request for good, or answered nonsense.
+        """
+        while True:
+            if self._pool.closed.is_set():
+                raise TransportError(f"the session was closed before {self._what} was answered")
+            if self._under_way:
+                reply = self._wait()
+                if reply is not None:
+                    self.abandon()
+                    return reply
+            # Only now, for a reply may have come long before anybody asked for it.
+            if time.monotonic() >= self._deadline:
+                raise TransportTimeoutError(self._failure(time.monotonic() - self._begun))
+            if not self._under_way and not self._send():
+                self._pause()
+
+    def abandon(self) -> None:
+        """Give up whatever is still under way. Idempotent."""
+        for future in list(self._under_way):
+            self._drop(future)
+
+    def _send(self, *, hedging: bool = False) -> bool:
+        """Send the request to the least loaded worker that is not known to be unwell; False where there is none."""
+        tried = {attempt.worker for attempt in self._under_way.values()}
+        # A hedge must not wait for a session while the answer that it hedges may come.
+        while (worker := self._pool.reserve(self._piece, tried, with_session=hedging)) is not None:
+            tried.add(worker)
+            try:
+                seconds = max(0.0, min(self._timeouts.timeout, self._deadline - time.monotonic()))
+                group = worker.groups[self._piece.names]
+                session = worker.open(self._pool.opening, seconds, group, self._pool.closed)
+                fields = {"session": session, "group": group, "direction": self._direction}
+                future = worker.submit(Message("evaluate", fields, self._buffers))
+                self._under_way[future] = _Attempt(worker, session, time.monotonic())
+            except BaseException as error:
+                self._pool.release(worker)
+                # Sessions whose opening was answered too late count at the worker until they run out.
+                full = isinstance(error, WorkerError) and error.code == "quota"
+                if not (full or isinstance(error, (Retry, TransportError))):
+                    raise
+                worker.mark_failed(str(error))
+            else:
+                self.attempts += 1
+                return True
+        return False
+
+    def _wait(self) -> Message | None:
+        """Wait until something happens; the reply, if that is what happened."""
+        timeouts = self._timeouts
+        starts = [attempt.started for attempt in self._under_way.values()]
+        may_hedge = timeouts.hedge > 0 and len(starts) < len(self._piece.workers)
+        hedge_at = max(max(starts) + timeouts.hedge, self._hedge_not_before)
+        until = min(self._deadline, min(starts) + timeouts.timeout)
+        if may_hedge:
+            until = min(until, hedge_at)
+        done, _ = wait(self._under_way, max(0.0, until - time.monotonic()), FIRST_COMPLETED)
+        for future in done:
+            reply = self._read(future)
+            if reply is not None:
+                return reply
+        now = time.monotonic()
+        for future, attempt in list(self._under_way.items()):
+            if now >= attempt.started + timeouts.timeout and not future.done():
+                self._drop(future)
+                attempt.worker.mark_failed(f"no answer within {timeouts.timeout:g} s")
+        if may_hedge and self._under_way and not done and now >= hedge_at and not self._send(hedging=True):
+            self._hedge_not_before = now + BACKOFF_SECONDS
+        return None
+
+    def _read(self, future: Future[Message]) -> Message | None:
+        """The reply of an attempt that ended, None where another attempt may do better."""
+        attempt = self._drop(future)
+        worker = attempt.worker
+        try:
+            reply = worker.reply(future, 0, "evaluate")
+        except UnknownSession as error:
+            worker.mark_forgotten(attempt.session, str(error))
+        except (Retry, TransportError) as error:
+            worker.mark_failed(str(error))
+        except WorkerError as error:
+            # What one worker stumbles over, its replica may not.
+            if error.code != "internal" or self.attempts >= len(self._piece.workers):
+                raise
+            worker.mark_failed(str(error))
+        else:
+            worker.mark_answered()
+            return reply
+        return None
+
+    def _pause(self) -> None:
+        """Wait until a worker may be asked again."""
+        until = min(self._pool.next_retry(self._piece), self._deadline)
+        self._pool.closed.wait(max(0.001, until - time.monotonic()))
+
+    def _drop(self, future: Future[Message]) -> _Attempt:
+        attempt = self._under_way.pop(future)
+        self._pool.release(attempt.worker)
+        future.cancel()
+        return attempt
+
+    @property
+    def _what(self) -> str:
+        return f"{' + '.join(self._piece.names)} ({self._direction})"
+
+    def _failure(self, seconds: float) -> str:
+        told = "; ".join(f"{worker.name}: {worker.last_problem}" for worker in self._pool.replicas(self._piece))
+        return (
+            f"{self._what} had no answer within {seconds:.3g} s and {self.attempts} attempts. {told}. Start the worker "
+            "again and resume from the last checkpoint, or raise the option deadline"
+        )

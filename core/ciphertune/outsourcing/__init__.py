@@ -1,0 +1,1 @@
+"""Outsourced layers in the place of linear ones."""

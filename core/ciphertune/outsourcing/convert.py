@@ -1,0 +1,269 @@
+"""Outsource a model's linear layers, and take them back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import nn
+
+from ciphertune.backend import WeightBits
+from ciphertune.client.choice import Choice, choose
+from ciphertune.client.session import Session
+from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError
+from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.group import LayerGroup
+from ciphertune.outsourcing.layers import (
+    Candidate,
+    LayerChoice,
+    choose_layers,
+    device_of,
+    linear_layers,
+    sibling_groups,
+)
+from ciphertune.plugins.manager import PluginManager, plugin_manager
+from ciphertune.transport import LocalWorker
+from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
+from ciphertune.worker.store import WeightStore
+from ciphertune.worker.worker import Worker
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def outsource(
+    model: ModelT,
+    to: str = "mlwe",
+    layers: LayerChoice | Iterable[LayerChoice] | None = None,
+    *,
+    plugins: PluginManager | None = None,
+) -> ModelT:
+    """Replace linear layers by ones whose weights are at the workers. The model is changed in place and returned.
+
+    Works before or after ``peft.get_peft_model``. Either every chosen layer is replaced or, on any error, none.
+
+    Args:
+        model: any module with ``nn.Linear`` or transformers ``Conv1D`` layers.
+        to: selection string: which encryption, and where the workers are.
+        layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``. By default all but the output head,
+            layers tied to something that stays, and layers that are being trained. ``"all"`` includes the output head.
+        plugins: hook plugins; those of the process unless given.
+
+    Raises:
+        SelectionError, PluginError, SecurityError: about ``to``.
+        UnknownLayerError, UnsupportedLayerError, NothingOutsourcedError: about ``layers``.
+        PrecisionError: a layer too large for the backend's guarantees.
+        TransportError, WorkerError: no session could be opened.
+    """
+    manager = plugins if plugins is not None else plugin_manager()
+    choice = choose(to)
+    chosen = choose_layers(model, layers, manager)
+    sizes = [candidate.weight().shape[1] for candidate in chosen]
+    groups = sibling_groups(chosen, sizes) if choice.options.share_inputs else [(i,) for i in range(len(chosen))]
+    infos, store = quantize_all(chosen, groups, choice.backend.weight_bits, keep=not choice.transport.remote)
+    device = device_of(chosen)
+    worker = None if choice.transport.remote else Worker(store, device)
+    return attach(model, chosen, infos, groups, choice, worker, device, manager)
+
+
+def quantize_all(
+    chosen: Sequence[Candidate], groups: Sequence[tuple[int, ...]], bits: WeightBits | None, *, keep: bool
+) -> tuple[list[LayerInfo], WeightStore]:
+    """What a client knows of layers, and what a worker holds of them.
+
+    Args:
+        chosen: the layers.
+        groups: those evaluated together, as indices; every layer is in exactly one.
+        bits: of a weight at the worker, None for float32.
+        keep: whether the weights are wanted too; the store is empty otherwise.
+
+    Raises:
+        LayerError: a weight is not finite.
+    """
+    store = WeightStore()
+    infos: dict[int, LayerInfo] = {}
+    for group in groups:
+        weights = [quantize_layer(chosen[i].name, chosen[i].weight(), bits) for i in group]
+        infos |= {i: describe(chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)}
+        if keep:
+            codes = [weight.codes for weight in weights]
+            store.add([infos[i].shard() for i in group], codes[0] if len(codes) == 1 else torch.cat(codes))
+    return [infos[i] for i in range(len(chosen))], store
+
+
+def attach(
+    model: ModelT,
+    chosen: Sequence[Candidate],
+    infos: Sequence[LayerInfo],
+    groups: Sequence[tuple[int, ...]],
+    choice: Choice,
+    worker: LocalWorker | None,
+    device: torch.device,
+    plugins: PluginManager,
+) -> ModelT:
+    """Open a session and put outsourced layers in the place of linear ones.
+
+    Args:
+        model: changed in place once the session is open; on any error it is as before.
+        chosen: its layers to replace, whose weights may be on the meta device.
+        infos: of each of them, in order.
+        groups: layers evaluated together, as indices; every layer is in exactly one.
+        choice: from ``choose``.
+        worker: the embedded worker, for a transport that stays in this process.
+        device: where the client encrypts and decrypts, and where the layers say their weight is.
+        plugins: hook plugins.
+
+    Raises:
+        PrecisionError, TransportError, WorkerError: as ``outsource``.
+    """
+    # Members of a group are also groups of their own, for models in which siblings turn out to differ in input.
+    evaluated = list(dict.fromkeys([*groups, *((i,) for group in groups for i in group)]))
+    session = Session(choice, infos, evaluated, worker, device, plugins)
+    _untie(model, chosen)
+    for group in groups:
+        handle = LayerGroup(session, evaluated.index(group), [evaluated.index((i,)) for i in group])
+        for member, index in enumerate(group):
+            _replace(chosen[index], infos[index], handle, member, device)
+    _refuse_full_save(model)
+    return model
+
+
+def restore(model: ModelT) -> ModelT:
+    """Put ordinary linear layers back in place of outsourced ones and close the session.
+
+    Only for a session whose worker is in this process. The weights are what the worker held: exact under ``clear``,
+    rounded to 8 or 16 bits otherwise. The model is changed in place and returned.
+
+    Raises:
+        NothingOutsourcedError: the model has no outsourced layer.
+        OutsourcedWeightError: the weights are on other machines.
+    """
+    sessions = _sessions(model)
+    held = {session: session.worker.weights for session in sessions if isinstance(session.worker, Worker)}
+    if len(held) != len(sessions):
+        raise OutsourcedWeightError("the weights are on other machines: load the original model instead")
+    for parent in list(model.modules()):
+        for attribute, module in list(parent._modules.items()):
+            if isinstance(module, OutsourcedLinear):
+                codes = held[_session(module)][module.name]
+                setattr(parent, attribute, _clear_linear(module, LayerWeight(codes, module.info.scale)))
+                if getattr(parent, "fan_in_fan_out", False):
+                    # The peft adapter of what was a Conv1D would merge into its layout.
+                    parent.fan_in_fan_out = False  # type: ignore[assignment]
+    _base(model).__dict__.pop("save_pretrained", None)
+    for session in sessions:
+        session.close()
+    return model
+
+
+def outsourced_layers(model: nn.Module) -> list[OutsourcedLinear]:
+    """The outsourced layers of a model, in module order."""
+    return [module for module in model.modules() if isinstance(module, OutsourcedLinear)]
+
+
+def session_of(model: nn.Module) -> Session:
+    """The session that a model's outsourced layers use; the first, if it was outsourced in several calls.
+
+    Raises:
+        NothingOutsourcedError: the model has no outsourced layer.
+    """
+    return _sessions(model)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How much of a model is at the workers.
+
+    Attributes:
+        outsourced: weights of outsourced layers.
+        at_client: parameters that stay, adapters included.
+        trainable: those of them that are trained.
+        layers: number of outsourced layers.
+    """
+
+    outsourced: int
+    at_client: int
+    trainable: int
+    layers: int
+
+    @property
+    def fraction(self) -> float:
+        """Outsourced weights over all."""
+        return self.outsourced / max(self.outsourced + self.at_client, 1)
+
+
+def share(model: nn.Module) -> Share:
+    """Count what is at the workers and what stays. Libraries that count parameters miss outsourced weights."""
+    layers = outsourced_layers(model)
+    parameters = list(model.parameters())
+    return Share(
+        outsourced=sum(layer.in_features * layer.out_features for layer in layers),
+        at_client=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        layers=len(layers),
+    )
+
+
+def validate(model: nn.Module) -> dict[str, str]:
+    """Linear layers that cannot be outsourced, by dotted path, each with the reason."""
+    return {c.name: c.obstacle for c in linear_layers(model) if c.obstacle is not None}
+
+
+def _sessions(model: nn.Module) -> list[Session]:
+    sessions = dict.fromkeys(_session(layer) for layer in outsourced_layers(model))
+    if not sessions:
+        raise NothingOutsourcedError("the model has no outsourced layer: call ciphertune.outsource(model, to=…) first")
+    return list(sessions)
+
+
+def _session(layer: OutsourcedLinear) -> Session:
+    assert isinstance(layer.group, LayerGroup)
+    return layer.group.session
+
+
+def _replace(candidate: Candidate, info: LayerInfo, group: LayerGroup, member: int, device: torch.device) -> None:
+    old = candidate.module
+    like = torch.empty(0, dtype=candidate.weight().dtype, device=device)
+    new = OutsourcedLinear(info, old._parameters.get("bias"), group, member, like)
+    setattr(candidate.parent, candidate.attribute, new.train(old.training))
+
+
+def _clear_linear(layer: OutsourcedLinear, weight: LayerWeight) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    like = layer.weight
+    linear.weight = nn.Parameter(weight.dequantize().to(device=like.device, dtype=like.dtype), requires_grad=False)
+    linear.register_parameter("bias", layer.bias)
+    return linear.train(layer.training)
+
+
+def _untie(model: nn.Module, chosen: Sequence[Candidate]) -> None:
+    """Keep ``tie_weights`` from hanging the embedding on a head that was outsourced."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if head is None or all(candidate.module is not head for candidate in chosen):
+        return
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+        if getattr(module, "all_tied_weights_keys", None):
+            object.__setattr__(module, "all_tied_weights_keys", {})
+
+
+def _refuse_full_save(model: Any) -> None:
+    """A full model saved without its weights would load as random ones without a word; adapters save as ever."""
+    base = _base(model)
+    if hasattr(base, "save_pretrained"):
+        base.save_pretrained = _refuse_save
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _refuse_save(*_: Any, **__: Any) -> NoReturn:
+    raise OutsourcedWeightError(
+        "this model's weights are at the workers, so it cannot be saved whole. Save the adapter "
+        "(peft_model.save_pretrained) and load it on the original model, or call ciphertune.restore(model) first"
+    )

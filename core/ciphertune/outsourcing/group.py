@@ -1,0 +1,98 @@
+"""Layers that read the same input, evaluated as one product."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ciphertune._support.torch_compat import uncompiled
+from ciphertune.client.session import Session
+from ciphertune.errors import OutsourcedWeightError
+from ciphertune.outsourcing.autograd import OutsourcedProduct
+
+
+@dataclasses.dataclass
+class _Pending:
+    """Outputs computed for siblings that have not asked yet, valid for one input tensor only."""
+
+    source: weakref.ref[Tensor]
+    version: int
+    differentiable: bool
+    outputs: dict[int, Tensor]
+
+    def belongs_to(self, x: Tensor) -> bool:
+        return self.source() is x and self.version == x._version and self.differentiable == _differentiable(x)
+
+
+def _differentiable(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+class LayerGroup:
+    """A handle on one group of a session, shared by its layers.
+
+    The first member asked with an input evaluates the whole group; its siblings, asked with the very same tensor,
+    take their part. If a sibling turns up with another tensor, the layers do not share their input after all, and
+    the group evaluates each alone from then on: the results are the same, only the saving is gone.
+
+    Args:
+        session: the open session.
+        group: index of all members together in the session.
+        singles: index of each member alone, in order; ``[group]`` for a group of one.
+    """
+
+    def __init__(self, session: Session, group: int, singles: list[int]) -> None:
+        self.session = session
+        self.group = group
+        self.singles = singles
+        self.shared = len(singles) > 1
+        # Of each thread, because each has a forward pass of its own under way.
+        self._pending = threading.local()
+
+    @property
+    def to(self) -> str:
+        """The session's selection string."""
+        return str(self.session.selection)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise OutsourcedWeightError(
+            "an outsourced model cannot be pickled: its weights are at the workers. Save the adapter with "
+            "save_pretrained, or a state_dict"
+        )
+
+    @uncompiled
+    def output(self, member: int, x: Tensor) -> Tensor:
+        """``x Wᵀ`` of one member, float32.
+
+        Args:
+            member: position of the layer in the group.
+            x: the layer's input, (…, K), any floating dtype.
+        """
+        pending: _Pending | None = self._pending.__dict__.pop("last", None)
+        if pending is not None and member in pending.outputs:
+            if pending.belongs_to(x):
+                output = pending.outputs.pop(member)
+                if pending.outputs:
+                    self._pending.last = pending
+                return output
+            self.shared = False
+        # Tensors of inference mode keep no version, so a change in place would go unnoticed.
+        if not self.shared or x.is_inference():
+            return self._evaluate(self.singles[member], x)[0]
+        outputs = dict(enumerate(self._evaluate(self.group, x)))
+        output = outputs.pop(member)
+        self._pending.last = _Pending(weakref.ref(x), x._version, _differentiable(x), outputs)
+        return output
+
+    def _evaluate(self, group: int, x: Tensor) -> tuple[Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        outputs: tuple[Tensor, ...] = OutsourcedProduct.apply(flat, self.session, group)  # type: ignore[no-untyped-call]
+        return tuple(output.reshape(*x.shape[:-1], output.shape[-1]) for output in outputs)

@@ -1,0 +1,255 @@
+"""Which layers of a model can be outsourced, and which of them a caller means."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ciphertune._support.suggestions import closest
+from ciphertune.errors import NothingOutsourcedError, UnknownLayerError, UnsupportedLayerError
+from ciphertune.linear import OutsourcedLinear
+from ciphertune.plugins.manager import PluginManager
+
+LayerChoice = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+"""A name, the end of a name, a ``*`` pattern, a module type, or a predicate of name and module."""
+
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+"""Names under one parent that usually read the same input. A wrong guess costs one product, never correctness."""
+
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A linear layer of a model.
+
+    Attributes:
+        name: dotted path in the model as it was before any adapter.
+        parent, attribute: where the module hangs in the model as it is now.
+        module: the layer.
+        obstacle: why it cannot be outsourced, None if it can.
+        stays: why it is left at the client unless named, None if there is no reason.
+    """
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    module: nn.Module
+    obstacle: str | None
+    stays: str | None
+
+    def weight(self) -> Tensor:
+        """The weight in the order (out_features, in_features)."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.t() if is_conv1d(self.module) else weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, a linear layer with its weight stored as (in, out)."""
+    utilities = sys.modules.get("transformers.pytorch_utils")
+    return utilities is not None and isinstance(module, utilities.Conv1D)
+
+
+def linear_layers(model: nn.Module, *, allow_meta: bool = False) -> list[Candidate]:
+    """Every linear layer of a model that is not an adapter's own, in module order.
+
+    Args:
+        model: any module.
+        allow_meta: take layers without weights, on the meta device, as well.
+    """
+    head = _output_head(model)
+    shared = _shared_weights(model)
+    parameters = list(model.parameters())
+    mixed = any(p.requires_grad for p in parameters) and not all(p.requires_grad for p in parameters)
+    found = []
+    for path, parent, attribute, module in _walk(model):
+        if isinstance(module, OutsourcedLinear) or not (isinstance(module, nn.Linear) or is_conv1d(module)):
+            continue
+        weight = module.weight
+        stays = None
+        if head is not None and weight is head.weight:
+            stays = "it is the model's output head"
+        elif id(weight) in shared:
+            stays = "its weight is tied to another module's"
+        elif mixed and weight.requires_grad:
+            stays = "it is being trained"
+        name = path.removeprefix(_PEFT_PREFIX) if hasattr(model, "peft_config") else path
+        found.append(Candidate(name, parent, attribute, module, _obstacle(module, parent, mixed, allow_meta), stays))
+    return found
+
+
+def choose_layers(
+    model: nn.Module,
+    choice: LayerChoice | Iterable[LayerChoice] | None,
+    plugins: PluginManager,
+    *,
+    allow_meta: bool = False,
+) -> list[Candidate]:
+    """The layers that a caller means.
+
+    Args:
+        model: any module.
+        choice: None for every layer that has no reason to stay, unless a plugin chooses; ``"all"`` for every layer
+            that can be outsourced, output head included; or names, patterns, types and predicates.
+        plugins: asked when choice is None.
+        allow_meta: take layers without weights, on the meta device, as well.
+
+    Raises:
+        UnknownLayerError: a name or pattern matches nothing.
+        UnsupportedLayerError: a layer named exactly cannot be outsourced.
+        NothingOutsourcedError: nothing is left.
+    """
+    candidates = linear_layers(model, allow_meta=allow_meta)
+    possible = [c for c in candidates if c.obstacle is None]
+    if choice is None:
+        free = [c for c in possible if c.stays is None]
+        answer = plugins.gate("ciphertune_select_layers", model=model, candidates=[c.name for c in free])
+        answer = [answer] if isinstance(answer, str) else answer
+        chosen = free if answer is None else _matching(candidates, list(answer))
+    elif isinstance(choice, str) and choice == "all":
+        chosen = possible
+    else:
+        single = isinstance(choice, (str, type)) or callable(choice)
+        chosen = _matching(candidates, [choice] if single else list(choice))  # type: ignore[arg-type,list-item]
+    if not chosen:
+        reasons = "; ".join(f"{c.name}: {c.obstacle or c.stays or 'not chosen'}" for c in candidates[:5])
+        raise NothingOutsourcedError(
+            "no layer is left to outsource: "
+            + (reasons or "the model has no nn.Linear or Conv1D layer that is not outsourced already")
+        )
+    return chosen
+
+
+def sibling_groups(candidates: Sequence[Candidate], formats: Sequence[object]) -> list[tuple[int, ...]]:
+    """Indices of layers that read the same input by the names they have; every layer is in exactly one group.
+
+    Args:
+        candidates: the chosen layers.
+        formats: per layer, anything that must be equal within a group.
+    """
+    by_place = {(c.name.rpartition(".")[0], c.name.rpartition(".")[2]): i for i, c in enumerate(candidates)}
+    group_of: dict[int, tuple[int, ...]] = {}
+    for parent in {place[0] for place in by_place}:
+        for names in SIBLINGS:
+            members = [by_place[parent, name] for name in names if (parent, name) in by_place]
+            members = [i for i in members if formats[i] == formats[members[0]] and i not in group_of]
+            if len(members) > 1:
+                group_of.update(dict.fromkeys(members, tuple(members)))
+    return list(dict.fromkeys(group_of.get(i, (i,)) for i in range(len(candidates))))
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Every module once, with its path; below a peft adapter only the base layer, without the adapter in its path."""
+    peft_layer, peft_wrapper = _peft_types()
+    seen: set[int] = set()
+
+    def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+        if id(module) in seen or isinstance(module, peft_wrapper):
+            return
+        seen.add(id(module))
+        # Not named_children, which names a module that hangs in two places of one parent only once.
+        for attribute, child in module._modules.items():
+            if child is None:
+                continue
+            if isinstance(module, peft_layer):
+                if attribute != "base_layer":
+                    continue
+                child_path = path
+            else:
+                child_path = f"{path}.{attribute}" if path else attribute
+            yield child_path, module, attribute, child
+            yield from visit(child_path, child)
+
+    yield from visit("", model)
+
+
+def _peft_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
+    utilities = sys.modules.get("peft.tuners.tuners_utils")
+    other = sys.modules.get("peft.utils.other")
+    wrapper = getattr(other, "AuxiliaryTrainingWrapper", None) or getattr(other, "ModulesToSaveWrapper", None)
+    return (utilities.BaseTunerLayer,) if utilities else (), (wrapper,) if wrapper else ()
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) and hasattr(head, "weight") else None
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Identities of parameters that hang in more than one place of the model."""
+    places: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                places[id(parameter)] = places.get(id(parameter), 0) + 1
+    return {identity for identity, count in places.items() if count > 1}
+
+
+def _obstacle(module: nn.Module, parent: nn.Module, mixed: bool, allow_meta: bool) -> str | None:
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return f"{type(module).__name__} is a linear layer with a behaviour of its own"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention computes with its weights directly"
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta and not allow_meta:
+        return "its weight is on the meta device: load the model first"
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        return f"its weight has dtype {weight.dtype}"
+    if mixed and weight.requires_grad:
+        return "its weight is being trained, so it has to stay here: freeze it first"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return None
+
+
+def _matching(candidates: Sequence[Candidate], choices: Sequence[LayerChoice]) -> list[Candidate]:
+    picked: dict[str, Candidate] = {}
+    for choice in choices:
+        matches = [c for c in candidates if _matches(choice, c)]
+        if not matches and isinstance(choice, str):
+            raise UnknownLayerError(f"no linear layer matches {choice!r}; {closest(choice, _endings(candidates))}")
+        broad = not isinstance(choice, str) or "*" in choice
+        for candidate in matches:
+            if candidate.obstacle is None:
+                picked[candidate.name] = candidate
+            elif not broad:
+                raise UnsupportedLayerError(f"{candidate.name} cannot be outsourced: {candidate.obstacle}")
+    return [c for c in candidates if c.name in picked]
+
+
+def _matches(choice: LayerChoice, candidate: Candidate) -> bool:
+    if isinstance(choice, str):
+        name = candidate.name
+        return name == choice or name.endswith("." + choice) or ("*" in choice and fnmatch.fnmatchcase(name, choice))
+    if isinstance(choice, type):
+        return isinstance(candidate.module, choice)
+    return bool(choice(candidate.name, candidate.module))
+
+
+def _endings(candidates: Sequence[Candidate]) -> set[str]:
+    return {c.name.rpartition(".")[2] for c in candidates}
+
+
+def device_of(candidates: Sequence[Candidate]) -> torch.device:
+    """The one device that the layers' weights are on. Raises ``UnsupportedLayerError`` where they are on several."""
+    devices = {c.weight().device for c in candidates}
+    if len(devices) != 1:
+        listed = ", ".join(sorted(str(device) for device in devices))
+        raise UnsupportedLayerError(f"the layers are on several devices ({listed}): move the model to one")
+    return devices.pop()

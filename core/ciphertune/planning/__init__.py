@@ -1,0 +1,1 @@
+"""Predictions of what a run costs, before anything runs."""

@@ -1,0 +1,174 @@
+"""What a client computes itself in a training step: measured with two blocks whose products cost nothing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ciphertune.backend import Direction
+from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.group import LayerGroup
+from ciphertune.outsourcing.layers import Candidate, sibling_groups
+from ciphertune.planning.speeds import Line, OwnSpeed, part_name
+from ciphertune.weights import LayerInfo
+from ciphertune.workloads.language import add_lora
+
+BLOCKS = 2
+"""Of the model that is run."""
+MOST_TOKENS = 1024
+"""Of a step that is run; longer ones are on the line through it and a quarter of it."""
+_ROUNDS = 3
+
+
+class Mark(NamedTuple):
+    """A product that was asked for: which, and the client's seconds since the one before."""
+
+    layers: str
+    direction: Direction
+    seconds: float
+
+
+class InstantSession:
+    """Stands where a session does, and answers every product at once; notes the time between products."""
+
+    def __init__(self, members: Sequence[Sequence[LayerInfo]], names: Sequence[str]) -> None:
+        self._members = members
+        self._names = names
+        self.marks: list[Mark] = []
+        self._since = time.perf_counter()
+
+    def begin(self) -> None:
+        """Forget what was noted; a step begins."""
+        self.marks = []
+        self._since = time.perf_counter()
+
+    def end(self) -> float:
+        """Seconds since the last product."""
+        return time.perf_counter() - self._since
+
+    def members(self, group: int) -> Sequence[LayerInfo]:
+        """See ``Session.members``."""
+        return self._members[group]
+
+    def product(self, group: int, direction: Direction, x: Tensor) -> Tensor:
+        """See ``Session.product``; a session checks what it sends, too."""
+        torch.isfinite(x.sum()).item()
+        self.marks.append(Mark(self._names[group], direction, self.end()))
+        members = self._members[group]
+        width = sum(m.out_features for m in members) if direction == "forward" else members[0].in_features
+        # Written to, so that its memory is there when the model reads it, as that of a decrypted product is.
+        answer = torch.empty(width, len(x)).fill_(0.01).t()
+        self._since = time.perf_counter()
+        return answer
+
+
+def measure_own(
+    model: nn.Module, chosen: Sequence[Candidate], share: bool, targets: Sequence[str], tokens: int, length: int
+) -> OwnSpeed:
+    """Run steps of a small model.
+
+    Args:
+        model: a causal language model of ``BLOCKS`` blocks, its parameters on the meta device; it is changed.
+        chosen: its layers that are outsourced.
+        share: whether siblings are one product.
+        targets: ends of the names of layers that get LoRA adapters of rank 8.
+        tokens: of a micro-batch.
+        length: tokens of a sequence.
+
+    Returns:
+        Seconds of a step's parts; ``head`` and ``end`` those of this small model.
+    """
+    session = attach_instantly(model, chosen, share)
+    adapted: Any = add_lora(model, seed=0, rank=8, targets=list(targets)).train()
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    most = min(tokens, MOST_TOKENS)
+    runs = []
+    for count in (max(1, most // 4), most):
+        batch = _batch(adapted.config.vocab_size, count, length)
+        passes = [_pass(adapted, batch, session) for _ in range(_ROUNDS + 1)][1:]
+        runs.append((batch["input_ids"].numel(), passes))
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+
+    def line(pick: Callable[[_Pass], float]) -> Line:
+        (few, low), (many, high) = ((count, statistics.median(pick(one) for one in passes)) for count, passes in runs)
+        slope = max(0.0, (high - low) / (many - few)) if many > few else 0.0
+        return Line(max(0.0, high - slope * many), slope)
+
+    def before(layers: str, direction: Direction) -> Line:
+        return line(lambda one: one.between(layers, direction))
+
+    kinds = {(m.layers, m.direction) for _, passes in runs for m in passes[0].marks}
+    return OwnSpeed(
+        measured=True,
+        before={part_name(*kind): before(*kind) for kind in sorted(kinds)},
+        begin=line(lambda one: one.marks[0].seconds),
+        head=line(lambda one: next((m.seconds for m in one.marks if m.direction == "backward"), one.end)),
+        end=line(lambda one: one.end),
+        optimizer=statistics.median(seconds),
+    )
+
+
+class _Pass(NamedTuple):
+    marks: list[Mark]
+    end: float
+
+    def between(self, layers: str, direction: Direction) -> float:
+        """What comes before products of a kind, but for the very first of each direction: begin and head are there."""
+        firsts = {next((i for i, m in enumerate(self.marks) if m.direction == d), -1) for d in ("forward", "backward")}
+        alike = [i for i, m in enumerate(self.marks) if (m.layers, m.direction) == (layers, direction)]
+        rest = [i for i in alike if i not in firsts]
+        return statistics.median(self.marks[i].seconds for i in rest) if rest else 0.0
+
+
+def _pass(model: nn.Module, batch: dict[str, Tensor], session: InstantSession) -> _Pass:
+    session.begin()
+    model(**batch).loss.backward()
+    return _Pass(session.marks, session.end())
+
+
+def _batch(vocabulary: int, tokens: int, length: int) -> dict[str, Tensor]:
+    ids = torch.randint(vocabulary, (max(1, tokens // length), min(tokens, length)))
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def attach_instantly(model: nn.Module, chosen: Sequence[Candidate], share: bool) -> InstantSession:
+    """Outsource layers to nobody, and fill what is left of a model on the meta device with zeros."""
+    infos = [_info(candidate) for candidate in chosen]
+    groups = (
+        sibling_groups(chosen, [info.in_features for info in infos]) if share else [(i,) for i in range(len(infos))]
+    )
+    members = [[infos[i] for i in group] for group in groups]
+    names = ["+".join(info.name.rpartition(".")[2] for info in of) for of in members]
+    session = InstantSession(members, names)
+    like = torch.empty(0, dtype=chosen[0].weight().dtype)
+    for index, group in enumerate(groups):
+        handle = LayerGroup(cast(Any, session), index, [index] * len(group))
+        for member, index in enumerate(group):
+            candidate = chosen[index]
+            bias = candidate.module._parameters.get("bias")
+            new = OutsourcedLinear(infos[index], bias, handle, member, like)
+            setattr(candidate.parent, candidate.attribute, new)
+    filled: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in filled:
+                    zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                    filled[id(parameter)] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+                module._parameters[name] = filled[id(parameter)]
+    return session
+
+
+def _info(candidate: Candidate) -> LayerInfo:
+    rows, columns = candidate.weight().shape
+    return LayerInfo(candidate.name, columns, rows, 8, torch.ones(rows), 1.0, 1.0, b"")

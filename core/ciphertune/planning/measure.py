@@ -1,0 +1,270 @@
+"""What this machine is fast at: products of given sizes, copying, and a transport with a worker beside it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ciphertune._support.environment import machine
+from ciphertune._support.options import split_options
+from ciphertune.backend import Backend, Direction
+from ciphertune.client.choice import Choice, SessionOptions, choose
+from ciphertune.client.session import Session
+from ciphertune.errors import ConfigError
+from ciphertune.models.known import skeleton
+from ciphertune.outsourcing.convert import outsource, session_of
+from ciphertune.outsourcing.layers import choose_layers, linear_layers
+from ciphertune.planning.client_compute import BLOCKS, measure_own
+from ciphertune.planning.products import DIRECTIONS, Layout
+from ciphertune.planning.speeds import Line, LinkSpeed, OwnSpeed, ProductSpeed, Speeds, part_name
+from ciphertune.plugins import registry
+from ciphertune.plugins.manager import PluginManager, plugin_manager
+from ciphertune.selection import Selection
+from ciphertune.traffic import Traffic
+from ciphertune.weights import describe, quantize
+from ciphertune.worker.store import WeightStore
+from ciphertune.worker.worker import Worker
+from ciphertune.workloads.local_worker import serving
+
+_COPIED_VALUES = 1 << 22
+_SMALL, _LARGE = (1, 64, 64), (512, 1024, 2048)
+"""Products whose replies are of a few hundred kilobytes, and of megabytes."""
+_LINK_ROUNDS = 15
+
+
+_MOST_SIZES = 12
+_HEAD_WEIGHTS = 1 << 24
+"""Of the output head of the small model that is run."""
+
+
+class Size(NamedTuple):
+    """A product: its direction, T, K and N of ``y = x Mᵀ``."""
+
+    direction: Direction
+    tokens: int
+    in_features: int
+    out_features: int
+
+
+def measure_products(to: str, sizes: Sequence[Size], rounds: int = 3) -> tuple[ProductSpeed, ...]:
+    """Medians over rounds, after one that is not counted; every round goes through all sizes in turn.
+
+    Args:
+        to: selection string of a backend, in this process.
+        sizes: of the products.
+        rounds: how many.
+    """
+    choice = choose(to)
+    shapes = list(dict.fromkeys(_weight_shape(size) for size in sizes))
+    generator = torch.Generator().manual_seed(0)
+    held = {
+        f"{rows}x{columns}": quantize(torch.randn(rows, columns, generator=generator), choice.backend.weight_bits)
+        for rows, columns in shapes
+    }
+    groups = {shape: index for index, shape in enumerate(shapes)}
+    infos = [describe(name, weight) for name, weight in held.items()]
+    device = torch.device("cpu")
+    worker = Worker(WeightStore.of(held), device)
+    session = Session(choice, infos, [(i,) for i in range(len(infos))], worker, device, PluginManager())
+    found: dict[Size, list[Traffic]] = {size: [] for size in sizes}
+    try:
+        for turn in range(rounds + 1):
+            for size in found:
+                group = groups[_weight_shape(size)]
+                x = torch.randn(size.tokens, size.in_features, generator=generator)
+                before = copy.copy(session.traffic)
+                session.product(group, size.direction, x)
+                if turn:
+                    found[size].append(session.traffic.since(before))
+    finally:
+        session.close()
+    return tuple(
+        ProductSpeed(
+            *size,
+            *(statistics.median(getattr(t, f"{p}_seconds") for t in all_) for p in ("encrypt", "evaluate", "decrypt")),
+        )
+        for size, all_ in found.items()
+    )
+
+
+def _weight_shape(size: Size) -> tuple[int, int]:
+    shape = size.out_features, size.in_features
+    return shape if size.direction == "forward" else shape[::-1]
+
+
+def measure_copy() -> float:
+    """Seconds to copy one float32 value into memory that is new."""
+    source = torch.zeros(_COPIED_VALUES)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        source.clone()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) / _COPIED_VALUES
+
+
+def measure_link(transport: str, options: dict[str, str]) -> LinkSpeed:
+    """What a transport costs, with a worker in a process of its own on this machine.
+
+    It is what a product under ``mlwe`` takes beside encrypting, evaluating and decrypting, for a small one and a large
+    one, whose bytes are known.
+
+    Args:
+        transport: its name.
+        options: of the client's end.
+
+    Raises:
+        CipherTuneError: the worker cannot be started or reached.
+    """
+    torch.manual_seed(0)
+    small, large = nn.Linear(*_SMALL[1:], bias=False), nn.Linear(*_LARGE[1:], bias=False)
+    model = nn.Sequential(small, large)
+    waited: list[list[tuple[float, int]]] = [[], []]
+    with serving(model, str(Selection("mlwe", transport, (), options))) as served:
+        session = session_of(outsource(model, served, "all", plugins=PluginManager()))
+        try:
+            for _ in range(_LINK_ROUNDS):
+                for group, (tokens, features, _) in enumerate((_SMALL, _LARGE)):
+                    before = copy.copy(session.traffic)
+                    session.product(group, "forward", torch.randn(tokens, features))
+                    t = session.traffic.since(before)
+                    waited[group].append((t.wait_seconds - t.evaluate_seconds, t.bytes_up + t.bytes_down))
+        finally:
+            session.close()
+    (fast, few), (slow, many) = ((statistics.median(s for s, _ in row), row[0][1]) for row in waited)
+    per_byte = max(slow - fast, 1e-9) / (many - few)
+    return LinkSpeed(rate=1.0 / per_byte, overhead=max(0.0, fast - few * per_byte))
+
+
+def measure_speeds(
+    model: str,
+    layout: Layout,
+    layers: Sequence[str] | str | None,
+    targets: Sequence[str],
+    tokens: int,
+    length: int,
+    own: bool = True,
+) -> Speeds:
+    """Measure this machine for a plan, in some seconds.
+
+    Args:
+        model: as all others, see ``ciphertune.planning.plan.make_plan``.
+        layout: of the model.
+        layers: which are outsourced.
+        targets: ends of the names of those with adapters.
+        tokens: of a micro-batch.
+        length: of a sequence.
+        own: also what a client computes itself, and what the transport costs.
+    """
+    backend, to = layout.choice.backend, local_selection(layout.choice)
+    with torch.random.fork_rng(devices=[]):
+        return Speeds(
+            to=to,
+            machine={name: str(value) for name, value in machine().items()} | {"torch": torch.__version__},
+            products=measure_products(to, sizes_to_measure(layout, backend, tokens)),
+            copy=measure_copy(),
+            own=_own(model, layout, layers, targets, tokens, length) if own else None,
+            link=_link(layout.choice) if own and layout.choice.transport.remote else None,
+        )
+
+
+def local_selection(choice: Choice) -> str:
+    """The backend of a selection with its options alone."""
+    selection = choice.selection
+    _, of_backend, _ = _options(choice)
+    return str(Selection(selection.backend, options=of_backend))
+
+
+def sizes_to_measure(layout: Layout, backend: Backend, tokens: int) -> list[Size]:
+    """Products of a model, as they are cut, those with most work first and none larger than the backend allows."""
+    most = backend.measured_size
+    work: dict[Size, float] = {}
+    for group in layout.groups:
+        for piece in group.pieces:
+            for m in (piece.forward, piece.backward):
+                sizes = (min(a, b) for a, b in zip((tokens, m.in_features, m.out_features), most, strict=True))
+                size = Size(m.direction, *sizes)
+                work[size] = work.get(size, 0.0) + math.prod(size[1:])
+    ordered = sorted(work, key=lambda size: -work[size])
+    # A backend with a limit of its own takes long for a product, or to prepare for one.
+    return ordered[: _MOST_SIZES if most == Backend.measured_size else 1]
+
+
+def _options(choice: Choice) -> list[dict[str, str]]:
+    options = choice.selection.options
+    backend, transport = type(choice.backend), type(choice.transport)
+    return split_options(options, SessionOptions, backend.options_class(options), transport.Options)
+
+
+def _link(choice: Choice) -> LinkSpeed:
+    transport = registry.load(registry.TRANSPORTS, choice.selection.transport)
+    if transport.ServeOptions is None:
+        raise ConfigError(
+            f"the {choice.selection.transport} transport cannot serve a worker to be measured with: plan without it"
+        )
+    return measure_link(choice.selection.transport, _options(choice)[2])
+
+
+def _own(
+    model: str, layout: Layout, layers: Sequence[str] | str | None, targets: Sequence[str], tokens: int, length: int
+) -> OwnSpeed:
+    """Measured where the model can be made of fewer blocks and run on token ids; a guess otherwise."""
+    whole = layout.model
+    config = getattr(whole, "config", None)
+    vocabulary, hidden = getattr(config, "vocab_size", None), getattr(config, "hidden_size", None)
+    if not type(whole).__name__.endswith(("ForCausalLM", "LMHeadModel")) or not vocabulary or not hidden:
+        return _guess(layout)
+    most = max(256, min(vocabulary, _HEAD_WEIGHTS // hidden))
+    changes = {"num_hidden_layers": BLOCKS, "vocab_size": most, "use_cache": False}
+    specials = ("pad_token_id", "bos_token_id", "eos_token_id")
+    small = skeleton(model, **changes, **dict.fromkeys(specials))
+    names = {candidate.name for candidate in layout.chosen}
+    chosen = choose_layers(small, layers, plugin_manager(), allow_meta=True)
+    chosen = [candidate for candidate in chosen if candidate.name in names]
+    blocks = getattr(config, "num_hidden_layers", 0)
+    if not chosen or (blocks > BLOCKS and len(chosen) >= len(names)):
+        return _guess(layout)
+    found = measure_own(small, chosen, layout.choice.options.share_inputs, targets, tokens, length)
+    needed = {part_name(u.layers, d) for u in layout.groups for d in DIRECTIONS[: 1 + u.backward]}
+    if not needed <= found.before.keys():
+        return _guess(layout)  # Blocks are not all alike.
+    share = vocabulary / most
+    return dataclasses.replace(
+        found,
+        head=Line(found.head.fixed * share, found.head.per_token * share),
+        optimizer=found.optimizer * max(1.0, blocks / BLOCKS),
+    )
+
+
+def _guess(layout: Layout) -> OwnSpeed:
+    """Head and loss as three products with the weights that stay, and a tenth of the plain products besides."""
+    rate = _plain_rate()
+    names = {candidate.name for candidate in layout.chosen}
+    head = sum(c.weight().numel() for c in linear_layers(layout.model, allow_meta=True) if c.name not in names)
+    before = {}
+    for group in layout.groups:
+        weights = group.forward.in_features * group.forward.out_features
+        for direction in DIRECTIONS:
+            before[part_name(group.layers, direction)] = Line(0.0, 0.2 * weights / rate)
+    none = Line(0.0, 0.0)
+    return OwnSpeed(False, before, none, Line(0.0, 6 * head / rate), none, 0.0)
+
+
+def _plain_rate() -> float:
+    """Floating-point operations a second of a float32 product."""
+    size = 1024
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * size**3 / statistics.median(seconds)

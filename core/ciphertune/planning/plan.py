@@ -1,0 +1,240 @@
+"""What outsourcing a model would mean, before anything runs: shares, traffic, and an estimate of a step's time."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from ciphertune.backend import Backend
+from ciphertune.bundle.spread import Spread
+from ciphertune.errors import ConfigError
+from ciphertune.outsourcing.layers import linear_layers
+from ciphertune.planning.estimate import Estimate, forecast
+from ciphertune.planning.measure import local_selection, measure_speeds
+from ciphertune.planning.products import DIRECTIONS, PlannedGroup, kept_parameters, lay_out
+from ciphertune.planning.simulation import Network, Processors
+from ciphertune.planning.speeds import Speeds, check_backend
+
+_RATE = re.compile(r"([0-9.]+)\s*([kMGT]?)(bit|B)/s\Z")
+_TIME = re.compile(r"([0-9.]+)\s*(us|µs|ms|s)\Z")
+_PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_UNIT = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def bytes_per_second(text: str) -> float:
+    """A bandwidth, in bytes a second.
+
+    >>> bytes_per_second("1Gbit/s"), bytes_per_second("10 MB/s")
+    (125000000.0, 10000000.0)
+
+    Raises:
+        ConfigError: it is not a number with a unit.
+    """
+    found = _RATE.match(text.strip())
+    value = _number(found[1]) if found else 0.0
+    if found is None or value <= 0:
+        raise ConfigError(f"cannot read the bandwidth {text!r}: write for example 100Mbit/s, 1Gbit/s or 10GB/s")
+    return value * _PREFIX[found[2]] / (8 if found[3] == "bit" else 1)
+
+
+def seconds(text: str) -> float:
+    """A time, in seconds.
+
+    >>> seconds("5ms"), seconds("0.5 s")
+    (0.005, 0.5)
+
+    Raises:
+        ConfigError: it is not a number with a unit.
+    """
+    found = _TIME.match(text.strip())
+    if found is None:
+        raise ConfigError(f"cannot read the time {text!r}: write for example 5ms or 0.2s")
+    return _number(found[1]) * _UNIT[found[2]]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a number") from None
+
+
+@dataclasses.dataclass
+class Kind:
+    """Groups of layers of the same names and sizes.
+
+    Attributes:
+        layers: their last names, joined by +.
+        in_features, out_features: K and N, of siblings together.
+        count: groups of this kind in the model.
+        requests: of a step.
+        bytes_up, bytes_down: of a step.
+    """
+
+    layers: str
+    in_features: int
+    out_features: int
+    count: int = 0
+    requests: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Of all groups of this kind."""
+        return self.count * self.in_features * self.out_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """See ``make_plan``.
+
+    Attributes:
+        to, tokens, micro_batches, interleave, workers, placement: of the plan.
+        kinds: what is outsourced.
+        requests, bytes_up, bytes_down: of a step.
+        bytes_without_sharing: up and down, if siblings did not share their input.
+        outsourced, at_client: weights.
+        client_bytes: of the weights that stay, as the model stores them.
+        worker_bytes: of the weights that the fullest worker holds.
+        stays: layers that stay and why, by name.
+        refused: layers, or groups of them, that the backend cannot evaluate, and why: outsourcing stops at them. The
+            other figures are of the rest.
+        estimate: None without speeds, or where nothing is outsourced.
+        speeds: of this machine, where they were measured.
+    """
+
+    to: str
+    tokens: int
+    micro_batches: int
+    interleave: int
+    workers: int
+    placement: Spread
+    kinds: tuple[Kind, ...]
+    requests: int
+    bytes_up: int
+    bytes_down: int
+    bytes_without_sharing: int
+    outsourced: int
+    at_client: int
+    client_bytes: int
+    worker_bytes: int
+    stays: dict[str, str]
+    refused: dict[str, str]
+    estimate: Estimate | None
+    speeds: Speeds | None
+
+    @property
+    def fraction(self) -> float:
+        """Outsourced weights over all."""
+        return self.outsourced / max(self.outsourced + self.at_client, 1)
+
+
+def make_plan(
+    model: str,
+    to: str = "mlwe",
+    *,
+    tokens: int = 1024,
+    layers: Sequence[str] | str | None = None,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    bandwidth: float = 125e6,
+    latency: float = 1e-3,
+    workers: int = 1,
+    placement: Spread = "layers",
+    micro_batches: int = 1,
+    interleave: int = 1,
+    length: int = 256,
+    processors: Processors = "own",
+    measure: bool = True,
+    client: Speeds | None = None,
+    worker: Speeds | None = None,
+) -> Plan:
+    """What a training step of an outsourced model would take. No weight is loaded.
+
+    Args:
+        model: a folder with a ``config.json`` (a client's part of a bundle has one), a hub name, or one of
+            ``ciphertune.models.known.BUILT_IN``.
+        to: selection string; its endpoints are not asked. If it names a transport that leaves this process, what that
+            costs is measured, too.
+        tokens: of a step.
+        layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
+        targets: ends of names of the layers with adapters: no gradient is asked for before the first of them.
+        bandwidth: bytes a second of the client's network card, each way, and of each worker's.
+        latency: seconds one way.
+        workers: how many.
+        placement: how the model is split over them; see ``ciphertune.bundle.spread.Spread``.
+        micro_batches: that a step's tokens are divided into.
+        interleave: micro-batches under way at once.
+        length: tokens of a sequence, for the client's attention.
+        processors: who shares one; see ``ciphertune.planning.simulation.Processors``.
+        measure: take some seconds to measure this machine where ``client`` or ``worker`` is not given.
+        client: speeds of the machine that will be the client; this machine's if None.
+        worker: the same for workers.
+
+    Raises:
+        ConfigError: the model's configuration cannot be read, or an argument is wrong.
+        SelectionError, LayerError: about ``to`` and ``layers``.
+    """
+    if tokens < 1 or bandwidth <= 0 or latency < 0 or workers < 1 or length < 1:
+        raise ConfigError("tokens, length, bandwidth and workers must be above 0, and latency not below")
+    if not 1 <= micro_batches <= tokens:
+        raise ConfigError(f"{tokens} tokens cannot be divided into {micro_batches} micro-batches")
+    if not 1 <= interleave <= micro_batches:
+        raise ConfigError(f"interleave={interleave} must be between 1 and the number of micro-batches, {micro_batches}")
+    layout = lay_out(model, to, layers, targets, workers, placement)
+    backend = layout.choice.backend
+    sizes = [tokens // micro_batches + (i < tokens % micro_batches) for i in range(micro_batches)]
+    local = local_selection(layout.choice)
+    given = [(f"the {name}'s speeds", one) for name, one in (("client", client), ("worker", worker)) if one is not None]
+    check_backend(given, local)
+    shared = _kinds(layout.groups, backend, sizes)
+    alone = _kinds(layout.singles, backend, sizes)
+    speeds = None
+    if measure and shared and (client is None or worker is None):
+        speeds = measure_speeds(model, layout, layers, targets, max(sizes), length, own=client is None)
+    client, worker = client or speeds, worker or speeds
+    estimate = None
+    if shared and client is not None and worker is not None:
+        network = Network(bandwidth, latency, processors=processors)
+        estimate = forecast(layout.groups, backend, sizes, interleave, workers, network, client, worker)
+    kept = kept_parameters(layout)
+    return Plan(
+        to=str(layout.choice.selection),
+        tokens=tokens,
+        micro_batches=micro_batches,
+        interleave=interleave,
+        workers=workers,
+        placement=placement,
+        kinds=tuple(shared),
+        requests=sum(kind.requests for kind in shared),
+        bytes_up=sum(kind.bytes_up for kind in shared),
+        bytes_down=sum(kind.bytes_down for kind in shared),
+        bytes_without_sharing=sum(kind.bytes_up + kind.bytes_down for kind in alone),
+        outsourced=sum(kind.weights for kind in shared),
+        at_client=sum(p.numel() for p in kept),
+        client_bytes=sum(p.nbytes for p in kept),
+        worker_bytes=layout.worker_bytes,
+        stays={
+            c.name: c.obstacle or c.stays or "it was not chosen"
+            for c in linear_layers(layout.model, allow_meta=True)
+            if c.name not in layout.named
+        },
+        refused=layout.refused,
+        estimate=estimate,
+        speeds=speeds,
+    )
+
+
+def _kinds(groups: Sequence[PlannedGroup], backend: Backend, sizes: Sequence[int]) -> list[Kind]:
+    kinds: dict[tuple[str, int, int], Kind] = {}
+    for group in groups:
+        key = (group.layers, group.forward.in_features, group.forward.out_features)
+        kind = kinds.setdefault(key, Kind(*key))
+        kind.count += 1
+        for direction in DIRECTIONS[: 1 + group.backward]:
+            for up, down in (pair for tokens in sizes for pair in group.traffic(direction, backend, tokens)):
+                kind.requests += 1
+                kind.bytes_up += up
+                kind.bytes_down += down
+    return list(kinds.values())

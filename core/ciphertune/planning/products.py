@@ -1,0 +1,200 @@
+"""Which products a training step of an outsourced model needs, and which worker evaluates what. No weight is loaded."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from torch import nn
+
+from ciphertune.backend import Backend, Direction, LinearMap
+from ciphertune.bundle.spread import Spread, rows_of_worker
+from ciphertune.client.choice import Choice, choose
+from ciphertune.client.placement import Piece, place
+from ciphertune.errors import ConfigError
+from ciphertune.models.known import skeleton
+from ciphertune.outsourcing.layers import Candidate, choose_layers, linear_layers, sibling_groups
+from ciphertune.plugins.manager import plugin_manager
+from ciphertune.weights import LayerInfo, Shard, group_map
+
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedGroup:
+    """Layers that are evaluated as one product.
+
+    Attributes:
+        layers: their last names, joined by +.
+        forward: the map of all of them.
+        pieces: how it is cut, and who holds what.
+        backward: whether a gradient of its input is asked for.
+    """
+
+    layers: str
+    forward: LinearMap
+    pieces: tuple[Piece, ...]
+    backward: bool
+
+    @property
+    def cut(self) -> bool:
+        """Whether results have to be put together."""
+        return len(self.pieces) > 1 or not self.pieces[0].whole
+
+    def traffic(self, direction: Direction, backend: Backend, tokens: int) -> list[tuple[int, int]]:
+        """Bytes up and down of each request of a product. Raises ``ConfigError`` where the backend does not say."""
+        found = []
+        for piece in self.pieces:
+            # Forward, the ciphertext for all of the group goes to each; backward, each gets one of its own.
+            sent = backend.traffic(self.forward if direction == "forward" else piece.backward, tokens)
+            returned = backend.traffic(piece.map(direction), tokens)
+            if sent is None or returned is None:
+                raise ConfigError(f"{backend.name!r} does not say what it sends, so it cannot be planned")
+            found.append((sent[0], returned[1]))
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A model as it is outsourced.
+
+    Attributes:
+        model: without weights.
+        choice: the selection.
+        chosen: the layers that are outsourced, but for those that are refused.
+        groups: as they are evaluated, in order.
+        singles: the same, without sharing of inputs.
+        refused: why, by name.
+        worker_bytes: of the weights that the fullest worker holds.
+        named: names of all layers that were chosen.
+    """
+
+    model: nn.Module
+    choice: Choice
+    chosen: list[Candidate]
+    groups: list[PlannedGroup]
+    singles: list[PlannedGroup]
+    refused: dict[str, str]
+    worker_bytes: int
+    named: set[str]
+
+
+def lay_out(
+    model: str | nn.Module,
+    to: str,
+    layers: Sequence[str] | str | None,
+    targets: Sequence[str],
+    workers: int,
+    placement: Spread,
+) -> Layout:
+    """Which products a step of a model needs, and which worker evaluates what; arguments as of ``make_plan``."""
+    choice = choose(to)
+    built = skeleton(model) if isinstance(model, str) else model
+    chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True)
+    infos = [_info(candidate, choice.backend) for candidate in chosen]
+    groups = sibling_groups(chosen, [info.in_features for info in infos])
+    spread = _Spreading(infos, groups, workers, placement)
+    singles = [(i,) for i in range(len(infos))]
+    order = [candidate.name for candidate in linear_layers(built, allow_meta=True)]
+    first = next((i for i, name in enumerate(order) if name.endswith(tuple(targets))), len(order))
+    # Nothing is asked for the gradient of an input that comes before the first adapter.
+    ahead = {i for group in groups if order.index(infos[min(group)].name) <= first for i in group}
+    refused: dict[str, str] = {}
+    taken: list[tuple[int, ...]] = []
+    for group in groups if choice.options.share_inputs else singles:
+        why = _refusal([infos[i] for i in group], choice.backend)
+        if why is None:
+            taken.append(group)
+        else:
+            refused[" + ".join(infos[i].name for i in group)] = why
+
+    def planned(of: Sequence[tuple[int, ...]]) -> list[PlannedGroup]:
+        return [spread.planned(group, backward=group[0] not in ahead) for group in of]
+
+    return Layout(
+        model=built,
+        choice=choice,
+        chosen=[chosen[i] for group in taken for i in group],
+        groups=planned(taken),
+        singles=planned([(i,) for group in taken for i in group]),
+        refused=refused,
+        worker_bytes=max(spread.weights) * (choice.backend.weight_bits or 32) // 8,
+        named={info.name for info in infos},
+    )
+
+
+class _Spreading:
+    """A model split over workers, as ``ciphertune.split`` does it."""
+
+    def __init__(
+        self, infos: Sequence[LayerInfo], groups: Sequence[tuple[int, ...]], workers: int, placement: Spread
+    ) -> None:
+        self._infos = infos
+        self._workers = workers
+        self._placement = placement
+        self._group_of = {i: group for group in groups for i in group}
+        self._places: dict[tuple[int, ...], float] = {}
+        self.weights = [0] * workers
+        total = sum(info.in_features * info.out_features for info in infos)
+        done = 0.0
+        for group in groups:
+            size = sum(infos[i].in_features * infos[i].out_features for i in group)
+            self._places[group] = (done + size / 2) / total
+            done += size
+            for worker in range(workers):
+                for info in (infos[i] for i in group):
+                    start, stop = self._rows(info, worker, self._places[group])
+                    self.weights[worker] += (stop - start) * info.in_features
+        # Groups of the same sizes are cut alike.
+        self._pieces = functools.lru_cache(None)(self._pieces_of)
+
+    def planned(self, group: tuple[int, ...], backward: bool) -> PlannedGroup:
+        """Layers of a group, or one of them alone."""
+        members = tuple(self._infos[i] for i in group)
+        name = "+".join(info.name.rpartition(".")[2] for info in members)
+        siblings = self._group_of[group[0]]
+        sizes = tuple((self._infos[i].in_features, self._infos[i].out_features) for i in siblings)
+        held = self._places[siblings] if self._placement == "layers" else 0.0
+        worker_alone = int(held * self._workers)
+        pieces = self._pieces(sizes, tuple(siblings.index(i) for i in group), worker_alone)
+        return PlannedGroup(name, group_map(members, "forward"), pieces, backward)
+
+    def _rows(self, info: LayerInfo, worker: int, place: float) -> tuple[int, int]:
+        return rows_of_worker(self._placement, info.out_features, worker, self._workers, place)
+
+    def _pieces_of(
+        self, sizes: tuple[tuple[int, int], ...], members: tuple[int, ...], holder: int
+    ) -> tuple[Piece, ...]:
+        """How members of a group with these sizes are cut, where ``holder`` has them if they are not spread."""
+        infos = [LayerInfo(str(i), k, n, None, None, 1.0, 1.0, b"") for i, (k, n) in enumerate(sizes)]
+        holdings: dict[int, list[list[Shard]]] = {}
+        for worker in range(self._workers):
+            rows = [self._rows(info, worker, (holder + 0.5) / self._workers) for info in infos]
+            block = [info.shard(*part) for info, part in zip(infos, rows, strict=True) if part[0] < part[1]]
+            if block:
+                holdings[worker] = [block]
+        return place([[infos[i] for i in members]], holdings, {w: str(w) for w in holdings})[0]
+
+
+def kept_parameters(layout: Layout) -> list[nn.Parameter]:
+    """Parameters that stay at the client."""
+    kept = {id(p): p for p in layout.model.parameters()}
+    places = collections.Counter(id(p) for module in layout.model.modules() for p in module._parameters.values())
+    for candidate in layout.chosen:
+        if places[id(candidate.module.weight)] == 1:
+            kept.pop(id(candidate.module.weight))
+    return list(kept.values())
+
+
+def _info(candidate: Candidate, backend: Backend) -> LayerInfo:
+    """Sizes alone; norms play no part in what travels."""
+    rows, columns = candidate.weight().shape
+    return LayerInfo(candidate.name, columns, rows, backend.weight_bits, None, 1.0, 1.0, b"")
+
+
+def _refusal(members: Sequence[LayerInfo], backend: Backend) -> str | None:
+    """Why a backend cannot evaluate a group, in either direction."""
+    answers = (backend.refuse(group_map(members, direction)) for direction in DIRECTIONS)
+    return next((why for why in answers if why is not None), None)

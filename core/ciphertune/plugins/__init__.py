@@ -1,0 +1,1 @@
+"""Backends, transports and hook plugins, found by entry point."""

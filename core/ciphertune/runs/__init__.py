@@ -1,0 +1,1 @@
+"""What ``ciphertune train`` and ``ciphertune demo`` do."""

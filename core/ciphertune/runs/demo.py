@@ -1,0 +1,230 @@
+"""The demo: the same fine-tuning in the clear and encrypted, side by side."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ciphertune._support.atomic import replace_file
+from ciphertune.errors import ConfigError
+from ciphertune.outsourcing.convert import outsource, session_of, share
+from ciphertune.report.account import Account, Accountant
+from ciphertune.report.loss_plot import plot_losses
+from ciphertune.report.page import write_report
+from ciphertune.training.trainer import LoraTrainer
+from ciphertune.workloads import Workload, load_workload
+from ciphertune.workloads.local_worker import serving
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Run:
+    """One of the two fine-tunings.
+
+    Attributes:
+        losses: training loss of every optimizer step.
+        seconds, learning_rates: of every optimizer step.
+        units_per_second: tokens or samples trained on in a second, over all steps.
+        held_out: the workload's metric on held-out data after training.
+        held_out_loss: loss on held-out data after training.
+    """
+
+    losses: list[float]
+    seconds: list[float]
+    learning_rates: list[float]
+    units_per_second: float
+    held_out: float
+    held_out_loss: float
+
+
+@dataclasses.dataclass
+class DemoResult:
+    """What the demo measured; ``result.json`` holds the same.
+
+    Attributes:
+        model, data, to, metric, unit: what was trained on what, how, and how it is counted.
+        quick: whether it was the small network.
+        steps, per_step, seed: optimizer steps, tokens or samples of each, and the seed of both runs.
+        held_out_before: the metric before training, in the clear.
+        plaintext, encrypted: the two runs.
+        traffic: totals of the encrypted run: requests, bytes and seconds by phase.
+        outsourced_fraction: share of the model's weights that were at the worker.
+        outsourced_layers: number of outsourced layers.
+        security: the backend's statement.
+        security_bits: None where nothing is encrypted.
+        crossed, stayed: what left the client, and what did not.
+        account: what the encrypted run cost, and where.
+        adapter, plot, report: files written.
+        seconds: of the whole demo.
+    """
+
+    model: str
+    data: str
+    to: str
+    metric: str
+    unit: str
+    quick: bool
+    steps: int
+    per_step: int
+    seed: int
+    held_out_before: float
+    plaintext: Run
+    encrypted: Run
+    traffic: dict[str, Any]
+    outsourced_fraction: float
+    outsourced_layers: int
+    security: str
+    security_bits: float | None
+    crossed: list[str]
+    stayed: list[str]
+    account: Account
+    adapter: str
+    plot: str
+    report: str
+    seconds: float
+
+
+def run_demo(
+    output: Path,
+    *,
+    to: str = "mlwe",
+    quick: bool = False,
+    steps: int | None = None,
+    seed: int = 0,
+    say: Say | None = None,
+) -> DemoResult:
+    """Fine-tune in the clear and under ``to``, from the same adapters and on the same batches, and compare.
+
+    Args:
+        output: folder for the adapter, the plot, ``report.html`` and ``result.json``; made if missing.
+        to: selection string; with a remote transport and no endpoint, such as ``mlwe+zmq://``, a worker is started for
+            the time it takes.
+        quick: a small network on digits instead of a language model.
+        steps: optimizer steps of each run; 10, or 80 for the quick one.
+        seed: of adapters and data.
+        say: called with a line at every stage.
+
+    Raises:
+        ConfigError: a package is missing or an argument is wrong.
+        SelectionError, PluginError, SecurityError: about ``to``.
+    """
+    begin = time.perf_counter()
+    say = say or (lambda line: None)
+    steps = steps if steps is not None else (80 if quick else 10)
+    if steps < 1:
+        raise ConfigError(f"steps must be 1 or more, not {steps}")
+    output.mkdir(parents=True, exist_ok=True)
+    per_step = 128 if quick else 512
+    say("Loading the model and the data …")
+    work = load_workload(
+        "mlp" if quick else "smollm2", batches=steps, tokens=per_step, held_out=4 if quick else 3, seed=seed
+    )
+    fresh = {name: p.detach().clone() for name, p in work.model.named_parameters() if p.requires_grad}
+    metric_name, metric = work.metric
+    trainer = _trainer(work, work.model, clear=True)
+    before = metric(work.model, work.held_out, trainer.evaluate(work.held_out))
+    say(f"Held-out {metric_name} before training: {before:.2f}. Fine-tuning in the clear, for comparison …")
+    plaintext = _run(work, work.model, trainer, seed)
+    with torch.no_grad():
+        for name, parameter in work.model.named_parameters():
+            if name in fresh:
+                parameter.copy_(fresh[name])
+    with serving("mlp" if quick else "smollm2", to) as served:
+        model = outsource(work.model, served)
+        session = session_of(model)
+        part = share(model)
+        say(f"Fine-tuning with {part.layers} layers outsourced to {to}: {session.security.summary} …")
+        try:
+            trainer = _trainer(work, model, clear=False)
+            accountant = Accountant(session, part)
+            with accountant.following():
+                encrypted = _run(work, model, trainer, seed)
+        finally:
+            session.close()
+    adapter, plot, report = output / "adapter", output / "loss.png", output / "report.html"
+    trainer.save_adapter(adapter)
+    names = (f"encrypted ({to})" if session.security.encrypted else to, "in the clear")
+    plot_losses(
+        plot,
+        {names[1]: plaintext.losses, names[0]: encrypted.losses},
+        title=f"{work.name}: fine-tuning in the clear and through {to}",
+    )
+    traffic = dataclasses.asdict(copy.copy(session.traffic))
+    crossed, stayed = _boundary(session.security.encrypted, part.fraction)
+    result = DemoResult(
+        model=work.name,
+        data=work.data,
+        to=to,
+        metric=metric_name,
+        unit=work.unit,
+        quick=quick,
+        steps=steps,
+        per_step=per_step,
+        seed=seed,
+        held_out_before=before,
+        plaintext=plaintext,
+        encrypted=encrypted,
+        traffic=traffic,
+        outsourced_fraction=part.fraction,
+        outsourced_layers=part.layers,
+        security=session.security.summary,
+        security_bits=session.security.bits,
+        crossed=crossed,
+        stayed=stayed,
+        account=accountant.account(),
+        adapter=str(adapter),
+        plot=str(plot),
+        report=str(report),
+        seconds=time.perf_counter() - begin,
+    )
+    content = dataclasses.asdict(result)
+    replace_file(output / "result.json", json.dumps(content, indent=2).encode())
+    write_report(report, content)
+    return result
+
+
+def _trainer(work: Workload, model: nn.Module, *, clear: bool) -> LoraTrainer:
+    return LoraTrainer(model, loss_fn=work.loss_fn, learning_rate=work.learning_rate, require_outsourced=not clear)
+
+
+def _run(work: Workload, model: nn.Module, trainer: LoraTrainer, seed: int) -> Run:
+    torch.manual_seed(seed)
+    trainer.train(work.train)
+    metrics = trainer.evaluate(work.held_out)
+    entries = trainer.history.steps
+    seconds = [entry["seconds"] for entry in entries]
+    return Run(
+        losses=trainer.history.losses,
+        seconds=seconds,
+        learning_rates=[entry["learning_rate"] for entry in entries],
+        units_per_second=sum(entry[work.unit] for entry in entries) / sum(seconds),
+        held_out=work.metric[1](model, work.held_out, metrics),
+        held_out_loss=metrics["eval_loss"],
+    )
+
+
+def _boundary(encrypted: bool, fraction: float) -> tuple[list[str], list[str]]:
+    """What left the client and what did not, in words."""
+    form = "encrypted" if encrypted else "IN THE CLEAR"
+    crossed = [
+        f"inputs of the outsourced layers, {form}, and gradients at their outputs, {form}",
+        "layer names, numbers of tokens, order and times of calls",
+    ]
+    stayed: Sequence[str] = (
+        "text or samples, tokens and labels",
+        "embeddings, norms, attention, loss, optimizer",
+        "LoRA adapters and their gradients",
+        f"{100 * (1 - fraction):.1f}% of the weights",
+    )
+    if encrypted:
+        stayed = (*stayed, "the secret key")
+    return crossed, list(stayed)

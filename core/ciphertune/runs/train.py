@@ -1,0 +1,253 @@
+"""Carry out a training run that a configuration describes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
+from torch.utils.data import DataLoader
+
+from ciphertune._support.atomic import replace_file
+from ciphertune.bundle.client import is_client_folder, load_client
+from ciphertune.errors import ConfigError
+from ciphertune.models.load import load_named_model, load_tokenizer
+from ciphertune.outsourcing.convert import outsource, session_of, share
+from ciphertune.plugins.manager import plugin_manager
+from ciphertune.report.account import Account, Accountant
+from ciphertune.report.loss_plot import plot_losses
+from ciphertune.report.page import write_report
+from ciphertune.runs.config import DataSection, TrainConfig
+from ciphertune.training.trainer import LoraTrainer
+from ciphertune.workloads.language import add_lora
+from ciphertune.workloads.texts import batches_of, language_reference, rows_of, split_articles
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Another run to draw beside this one: its selection string, and its loss at every step."""
+
+    to: str
+    losses: list[float]
+
+
+@dataclasses.dataclass
+class RunResult:
+    """What a run did; ``result.json`` in its output folder holds the same with the history."""
+
+    to: str
+    steps: int
+    losses: list[float]
+    evaluations: list[dict[str, float]]
+    traffic: dict[str, Any]
+    outsourced_fraction: float
+    security: str
+    security_bits: float | None
+    account: Account
+    comparison: Comparison | None
+    adapter: str
+    report: str
+
+
+def run_training(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    compare: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> RunResult:
+    """Load, adapt, outsource, train, save, report.
+
+    Args:
+        config: see ``ciphertune.runs.config``.
+        resume: go on from the last checkpoint in ``training.checkpoint_dir``.
+        compare: ``result.json`` of another run, to draw its losses beside this one's.
+        say: called with a line at every stage.
+
+    Raises:
+        ConfigError: the model or data, or the run to compare with, cannot be loaded.
+        SelectionError, PluginError: about ``to`` or ``plugins``.
+        CipherTuneError: whatever else ``outsource`` and ``LoraTrainer`` raise.
+    """
+    comparison = None if compare is None else read_comparison(compare)
+    with plugin_manager().using(*config.plugins):
+        return _run(config, resume, comparison, say or (lambda line: None))
+
+
+def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: Callable[[str], None]) -> RunResult:
+    t = config.training
+    if resume and t.checkpoint_dir is None:
+        raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")
+    # Texts first: they are quickly read, and what is wrong with them should not wait for a model.
+    texts = read_texts(config.data)
+    say(f"Loading {config.model.name} …")
+    client = is_client_folder(config.model.name)
+    if client and config.layers is not None:
+        raise ConfigError("layers were chosen when the model was split: leave 'layers' out")
+    if client:
+        base, tokenizer = load_client(config.model.name, config.to), load_tokenizer(config.model.name)
+    else:
+        base, tokenizer = load_named_model(config.model.name, config.model.gguf_file)
+    base.config.use_cache = False
+    train, held = split_rows(texts, tokenizer, config.data)
+    lora = config.lora
+    model = add_lora(
+        base,
+        seed=t.seed,
+        rank=lora.r,
+        targets=list(lora.target_modules),
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+    )
+    if not client:
+        outsource(model, config.to, config.layers)
+    session = session_of(model)
+    part = share(model)
+    say(
+        f"{part.layers} layers with {100 * part.fraction:.1f}% of the weights outsourced to {config.to}: "
+        f"{session.security.summary}. {len(train)} sequences to train on, {len(held)} held out"
+    )
+    trainer = LoraTrainer(
+        model,
+        scheduler=_scheduler(t.schedule, t.learning_rate),
+        learning_rate=t.learning_rate,
+        weight_decay=t.weight_decay,
+        epochs=t.epochs,
+        max_steps=t.steps,
+        accumulation=t.accumulation,
+        interleave=t.interleave,
+        max_grad_norm=t.max_grad_norm,
+        eval_every=t.eval_every,
+        checkpoint_dir=t.checkpoint_dir,
+        checkpoint_every=t.checkpoint_every,
+    )
+    generator = torch.Generator().manual_seed(t.seed)
+    sequences: Any = train
+    loader: DataLoader[Any] = DataLoader(
+        sequences, batch_size=config.data.batch_size, shuffle=True, generator=generator, collate_fn=_collate
+    )
+    torch.manual_seed(t.seed)
+    accountant = Accountant(session, part)
+    with accountant.following():
+        history = trainer.train(loader, batches_of(held, config.data.batch_size) if len(held) else None, resume=resume)
+    output = Path(t.output)
+    output.mkdir(parents=True, exist_ok=True)
+    trainer.save_adapter(output / "adapter")
+    result = RunResult(
+        to=config.to,
+        steps=trainer.step,
+        losses=history.losses,
+        evaluations=history.evaluations,
+        traffic=dataclasses.asdict(session.traffic),
+        outsourced_fraction=part.fraction,
+        security=session.security.summary,
+        security_bits=session.security.bits,
+        account=accountant.account(),
+        comparison=comparison,
+        adapter=str(output / "adapter"),
+        report=str(output / "report.html"),
+    )
+    session.close()
+    content = {**dataclasses.asdict(result), "history": history.steps, "config": dataclasses.asdict(config)}
+    replace_file(output / "result.json", json.dumps(content, indent=2).encode())
+    write_report(output / "report.html", content)
+    plot_losses(output / "loss.png", {config.to: history.losses}, title=f"{config.model.name} through {config.to}")
+    return result
+
+
+def read_comparison(path: Path) -> Comparison:
+    """The losses of another run.
+
+    Raises:
+        ConfigError: it is not a ``result.json`` that ``ciphertune train`` wrote.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        losses = [float(loss) for loss in content["losses"]]
+        to = str(content["to"])
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a result.json of 'ciphertune train'") from error
+    if not losses or not all(map(math.isfinite, losses)):
+        raise ConfigError(f"{path} has no losses, or some that are not finite")
+    return Comparison(to, losses)
+
+
+def read_texts(data: DataSection) -> list[str]:
+    """The texts of a data source.
+
+    Raises:
+        ConfigError: it does not exist, cannot be read, or holds no text.
+    """
+    if data.source == "language-reference":
+        return list(language_reference().values())
+    path = Path(data.source)
+    try:
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md"))
+            texts = [file.read_text(encoding="utf-8") for file in files]
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                texts = [_field(line, data.text_field, path, n) for n, line in enumerate(lines, 1)]
+        else:
+            texts = [path.read_text(encoding="utf-8")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read data.source {data.source!r}: {error}") from error
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ConfigError(f"data.source {data.source!r} holds no text")
+    return texts
+
+
+def _field(line: str, name: str, path: Path, number: int) -> str:
+    # The line itself is private: an error must not quote it.
+    try:
+        value = json.loads(line)[name] if line.strip() else ""
+    except (ValueError, KeyError, TypeError):
+        value = None
+    if not isinstance(value, str):
+        raise ConfigError(f"line {number} of {path} is not a JSON object with the text field {name!r}")
+    return value
+
+
+def split_rows(texts: list[str], tokenizer: Any, data: DataSection) -> tuple[Tensor, Tensor]:
+    """Sequences to train on and to hold out, (rows, length) int64 each, split by text where there are several.
+
+    Raises:
+        ConfigError: the text does not fill one sequence.
+    """
+    empty = torch.empty(0, data.length, dtype=torch.int64)
+    if data.held_out == 0:
+        train, held = rows_of(texts, tokenizer, data.length), empty
+    elif len(texts) > 1:
+        parts = split_articles({str(i): text for i, text in enumerate(texts)}, data.held_out)
+        train, held = (rows_of(part, tokenizer, data.length) for part in parts)
+    else:
+        rows = rows_of(texts, tokenizer, data.length)
+        cut = len(rows) - round(len(rows) * data.held_out)
+        train, held = rows[:cut], rows[cut:]
+    if len(train) == 0:
+        raise ConfigError(f"the text does not fill one sequence of {data.length} tokens: lower data.length")
+    return train, held
+
+
+def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    return batches_of(torch.stack(rows), len(rows))[0]
+
+
+def _scheduler(kind: str, rate: float) -> Callable[[Optimizer, int], LRScheduler] | None:
+    if kind == "linear":
+        return lambda optimizer, total: PolynomialLR(optimizer, total_iters=total)
+    if kind == "cosine":
+        return lambda optimizer, total: OneCycleLR(
+            optimizer, max_lr=rate, total_steps=total + 1, pct_start=0.1, cycle_momentum=False
+        )
+    return None

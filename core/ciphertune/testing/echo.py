@@ -1,0 +1,55 @@
+"""A handler for transports to hand requests to, in the place of a worker's service."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from ciphertune.protocol import Frame, Limits, error_message, pack
+from ciphertune.transport import Reply
+
+
+class EchoHandler:
+    """A handler that sends requests back as their own replies, at once or when told to.
+
+    Attributes:
+        hold: keep requests until ``answer``.
+        kept: requests and how to reply to them.
+        peers: who sent, in order of arrival.
+        released: replies whose memory the listener gave back.
+        largest: bytes of the largest request that was handed over, refused ones included.
+    """
+
+    limits = Limits(buffer_bytes=64 << 20, total_bytes=64 << 20)
+
+    def __init__(self) -> None:
+        self.hold = False
+        self.kept: list[tuple[list[Frame], Reply]] = []
+        self.peers: list[str] = []
+        self.released = 0
+        self.largest = 0
+        self._lock = threading.Lock()
+
+    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
+        """See ``RequestHandler.submit``."""
+        size = sum(len(memoryview(frame).cast("B")) for frame in frames)
+        with self._lock:
+            self.largest = max(self.largest, size)
+            self.peers.append(peer)
+            if self.hold:
+                self.kept.append((list(frames), reply))
+                return
+        refused = not frames or size > self.limits.total_bytes + self.limits.header_bytes
+        answer = pack(error_message("protocol", "no message, or too large a one")) if refused else list(frames)
+        reply(answer, self._release)
+
+    def answer(self, backwards: bool = False) -> None:
+        """Reply to what was kept."""
+        with self._lock:
+            kept, self.kept = self.kept, []
+        for frames, reply in reversed(kept) if backwards else kept:
+            reply(frames, self._release)
+
+    def _release(self) -> None:
+        with self._lock:
+            self.released += 1

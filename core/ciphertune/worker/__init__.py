@@ -1,0 +1,1 @@
+"""The untrusted side: weights, sessions and the evaluation of requests."""

@@ -1,0 +1,104 @@
+"""The weights that a worker serves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ciphertune.errors import ProtocolError, UnknownLayerError
+from ciphertune.weights import LayerWeight, Shard, code_dtype, describe
+
+
+class WeightStore:
+    """The weights one worker serves. One copy in memory serves every unit and session.
+
+    Weights are held in blocks: layers that are evaluated together lie one below the other in one matrix, so that
+    the unit they form is a view of it, as is each layer alone.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[tuple[Shard, ...], Tensor]] = []
+        # Layer name → (block, first row in the block, shard).
+        self._places: dict[str, tuple[int, int, Shard]] = {}
+
+    @classmethod
+    def of(cls, weights: Mapping[str, LayerWeight]) -> WeightStore:
+        """A store of whole layers, each a block of its own."""
+        store = cls()
+        for name, weight in weights.items():
+            store.add([describe(name, weight).shard()], weight.codes)
+        return store
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The codes of a layer's rows that are here, (rows, K)."""
+        return self.matrix((name,))
+
+    def add(self, shards: Sequence[Shard], codes: Tensor) -> None:
+        """Hold a block.
+
+        Args:
+            shards: what lies in it, from the top.
+            codes: (sum of the shards' rows, K), int8, int16 or float32.
+
+        Raises:
+            ValueError: a layer is held already, or the sizes do not fit.
+        """
+        row = 0
+        dtype = None if not shards else code_dtype(shards[0].weight_bits)
+        places: dict[str, tuple[int, int, Shard]] = {}
+        for shard in shards:
+            if shard.name in self._places or shard.name in places:
+                raise ValueError(f"layer {shard.name!r} is held already")
+            if shard.in_features != codes.shape[1] or code_dtype(shard.weight_bits) != dtype:
+                raise ValueError(f"layer {shard.name!r} does not share its block's input size and weight format")
+            places[shard.name] = (len(self._blocks), row, shard)
+            row += shard.rows
+        if row != codes.shape[0] or codes.dtype != dtype:
+            raise ValueError(f"a block of {row} rows was announced with codes of shape {tuple(codes.shape)}")
+        self._blocks.append((tuple(shards), codes))
+        self._places.update(places)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all codes."""
+        return sum(codes.nbytes for _, codes in self._blocks)
+
+    def matrix(self, names: tuple[str, ...]) -> Tensor:
+        """The codes of layers one below the other, (sum of their rows here, K): a view of the block they lie in.
+
+        Raises:
+            UnknownLayerError: a name this store does not hold.
+            ProtocolError: the layers do not lie one below the other in one block.
+        """
+        places = [self._place(name) for name in names]
+        block, first, _ = places[0]
+        row = first
+        for place, start, shard in places:
+            if (place, start) != (block, row):
+                raise ProtocolError(
+                    f"layers {', '.join(names)} do not lie one below the other at this worker, so they are not a unit"
+                )
+            row += shard.rows
+        return self._blocks[block][1][first:row]
+
+    def manifest(self) -> list[list[dict[str, Any]]]:
+        """What is held, as plain data: for each block its shards from the top."""
+        return [[dataclasses.asdict(shard) for shard in shards] for shards, _ in self._blocks]
+
+    def _place(self, name: str) -> tuple[int, int, Shard]:
+        try:
+            return self._places[name]
+        except KeyError:
+            raise UnknownLayerError(f"this worker holds no layer named {name!r}") from None

@@ -1,0 +1,291 @@
+"""The worker: holds weights, answers requests, sees only what clients send it. Knows no transport."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+import threading
+import time
+import weakref
+from typing import Any
+
+import msgpack
+import torch
+
+from ciphertune.backend import Backend, Direction, WorkerHalf
+from ciphertune.errors import (
+    CipherTuneError,
+    HoldingsError,
+    PluginError,
+    ProtocolError,
+    QuotaError,
+    SelectionError,
+    UnknownLayerError,
+    UnknownSessionError,
+)
+from ciphertune.plugins import registry
+from ciphertune.protocol import HELLO_VERSION, Message, error_message, spoken_versions
+from ciphertune.weights import holdings_digest
+from ciphertune.worker.store import WeightStore
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionLimits:
+    """What clients may open.
+
+    Attributes:
+        sessions: of one client at a time.
+        all_sessions: of all clients together.
+        idle_seconds: after which a session that nothing was asked of is closed.
+        nbytes: bytes of evaluation keys that the sessions of one client may hold.
+        all_nbytes: of all clients together.
+    """
+
+    sessions: int = 4
+    all_sessions: int = 256
+    idle_seconds: float = 600.0
+    nbytes: int = 1 << 30
+    all_nbytes: int = 8 << 30
+
+
+@dataclasses.dataclass
+class _Group:
+    """A group of layers with the backend's prepared weight; sessions with equal parameters share it."""
+
+    layers: tuple[str, ...]
+    prepared: Any
+
+
+@dataclasses.dataclass
+class _WorkerSession:
+    peer: str
+    half: WorkerHalf
+    groups: list[_Group]
+    used: float
+    nbytes: int
+    busy: int = 0
+
+
+@dataclasses.dataclass
+class WorkerStats:
+    """Counters of one worker since it started. Seconds are of evaluation alone."""
+
+    requests: int = 0
+    errors: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    evaluate_seconds: float = 0.0
+
+
+class Worker:
+    """Serves the layers of a weight store to any number of sessions.
+
+    Every message is answered; a request that cannot be served gets an ``error`` reply and changes nothing.
+
+    Args:
+        weights: the layers this worker serves; what it holds must not change any more.
+        device: where products are evaluated.
+        limits: what clients may open.
+    """
+
+    def __init__(
+        self, weights: WeightStore, device: torch.device | str = "cpu", limits: SessionLimits | None = None
+    ) -> None:
+        self.weights = weights
+        self.device = torch.device(device)
+        self.limits = limits if limits is not None else SessionLimits()
+        self.stats = WorkerStats()
+        self._blocks = weights.manifest()
+        self._holdings = holdings_digest(self._blocks)
+        self._sessions: dict[str, _WorkerSession] = {}
+        self._prepared: weakref.WeakValueDictionary[tuple[str, bytes, tuple[str, ...]], _Group] = (
+            weakref.WeakValueDictionary()
+        )
+        self._lock = threading.Lock()
+        self._operations = {
+            "hello": self._hello,
+            "manifest": self._manifest,
+            "open": self._open,
+            "evaluate": self._evaluate,
+            "close": self._close,
+            "stats": self._stats,
+        }
+
+    def handle(self, request: Message, peer: str = "") -> Message:
+        """Answer one request. Never raises; errors are replies of kind ``error``.
+
+        Args:
+            request: what was asked.
+            peer: who asked, as the transport authenticated it. A session serves only the client that opened it.
+        """
+        operation = self._operations.get(request.kind)
+        try:
+            if operation is None:
+                raise ProtocolError(f"{request.kind!r} is not a request")
+            reply = operation(request, peer)
+        except Exception as error:
+            reply = _error_reply(request.kind, error)
+        reply.version = HELLO_VERSION if request.kind == "hello" else request.version
+        with self._lock:
+            self.stats.requests += 1
+            self.stats.errors += reply.kind == "error"
+            self.stats.bytes_in += request.nbytes
+            self.stats.bytes_out += reply.nbytes
+        return reply
+
+    @property
+    def session_bytes(self) -> int:
+        """Bytes of keys that open sessions hold."""
+        return sum(session.nbytes for session in list(self._sessions.values()))
+
+    @property
+    def sessions(self) -> int:
+        """Number of open sessions."""
+        return len(self._sessions)
+
+    def sessions_of(self, peer: str) -> int:
+        """Number of sessions that one client has open."""
+        return sum(session.peer == peer for session in list(self._sessions.values()))
+
+    def expire(self) -> int:
+        """Close sessions that were idle for longer than they may be; how many there were."""
+        oldest = time.monotonic() - self.limits.idle_seconds
+        with self._lock:
+            idle = [name for name, session in self._sessions.items() if session.used < oldest and not session.busy]
+            closed = [self._sessions.pop(name) for name in idle]
+        for session in closed:
+            session.half.close()
+        return len(closed)
+
+    def _hello(self, request: Message, peer: str) -> Message:
+        return Message(
+            "ok",
+            {
+                "versions": spoken_versions(),
+                "backends": sorted(registry.installed(registry.BACKENDS)),
+                "device": self.device.type,
+                "layers": len(self.weights),
+                "holdings": self._holdings,
+            },
+        )
+
+    def _manifest(self, request: Message, peer: str) -> Message:
+        return Message("ok", {"blocks": self._blocks})
+
+    def _open(self, request: Message, peer: str) -> Message:
+        name = _field(request, "backend", str)
+        groups = _field(request, "groups", list)
+        public = _field(request, "public", dict)
+        if request.fields.get("holdings", self._holdings) != self._holdings:
+            raise HoldingsError("this worker does not hold what it held when the client asked for its manifest")
+        for group in groups:
+            if not (isinstance(group, list) and group and all(isinstance(layer, str) for layer in group)):
+                raise ProtocolError("a group is not a list of layer names")
+        if len(groups) > 2 * len(self.weights) or sum(map(len, groups)) > 3 * len(self.weights):
+            raise ProtocolError(f"{len(groups)} groups are more than {len(self.weights)} layers can form")
+        # Before the backend allocates anything for it.
+        self._refuse_more(peer, request.nbytes)
+        backend: type[Backend] = registry.load(registry.BACKENDS, name)
+        half = backend.worker(public, request.buffers, self.device)
+        form = msgpack.packb(public)
+        prepared = [self._prepare(half, name, form, tuple(group)) for group in groups]
+        session_id = secrets.token_hex(16)
+        nbytes = max(request.nbytes, half.nbytes)
+        with self._lock:
+            self._refuse_more(peer, nbytes)
+            self._sessions[session_id] = _WorkerSession(peer, half, prepared, time.monotonic(), nbytes)
+        return Message("ok", {"session": session_id})
+
+    def _refuse_more(self, peer: str, nbytes: int) -> None:
+        limits, sessions = self.limits, list(self._sessions.values())
+        mine = [session for session in sessions if session.peer == peer]
+        later = f"idle sessions are closed after {limits.idle_seconds:g} s"
+        if len(mine) >= limits.sessions or len(sessions) >= limits.all_sessions:
+            raise QuotaError(
+                f"{len(mine)} sessions of this client and {len(sessions)} in all are open, and no more may be; {later}"
+            )
+        held, all_held = (sum(session.nbytes for session in some) for some in (mine, sessions))
+        if held + nbytes > limits.nbytes or all_held + nbytes > limits.all_nbytes:
+            raise QuotaError(
+                f"a session with {nbytes / 1e6:.0f} MB of keys is more than this worker has room for: sessions of this "
+                f"client hold {held / 1e6:.0f} of {limits.nbytes / 1e6:.0f} MB, those of all "
+                f"{all_held / 1e6:.0f} of {limits.all_nbytes / 1e6:.0f} MB; {later}"
+            )
+
+    def _prepare(self, half: WorkerHalf, backend: str, form: bytes, layers: tuple[str, ...]) -> _Group:
+        matrix = self.weights.matrix(layers)
+        key = (backend, form, layers)
+        group = self._prepared.get(key)
+        if group is None:
+            group = _Group(layers, half.prepare(matrix))
+            self._prepared[key] = group
+        return group
+
+    def _evaluate(self, request: Message, peer: str) -> Message:
+        session = self._session(request, peer)
+        index = _field(request, "group", int)
+        direction: Direction = _field(request, "direction", str)
+        if not 0 <= index < len(session.groups):
+            raise ProtocolError(f"group {index} is not one of the {len(session.groups)} that the session opened")
+        if direction not in ("forward", "backward"):
+            raise ProtocolError("the direction is neither forward nor backward")
+        with self._lock:
+            session.busy += 1
+        start = time.perf_counter()
+        try:
+            buffers = session.half.evaluate(session.groups[index].prepared, direction, request.buffers)
+        finally:
+            seconds = time.perf_counter() - start
+            with self._lock:
+                session.busy -= 1
+                session.used = time.monotonic()
+                self.stats.evaluate_seconds += seconds
+        return Message("ok", {"seconds": seconds}, buffers)
+
+    def _close(self, request: Message, peer: str) -> Message:
+        session = self._session(request, peer)
+        with self._lock:
+            self._sessions.pop(_field(request, "session", str), None)
+        session.half.close()
+        return Message("ok")
+
+    def _stats(self, request: Message, peer: str) -> Message:
+        with self._lock:
+            return Message("ok", {**dataclasses.asdict(self.stats), "sessions": len(self._sessions)})
+
+    def _session(self, request: Message, peer: str) -> _WorkerSession:
+        session = self._sessions.get(_field(request, "session", str))
+        # Another client's session and one that never was are told apart by nothing.
+        if session is None or session.peer != peer:
+            raise UnknownSessionError("the session is not open at this worker")
+        return session
+
+
+_CODES: dict[type[CipherTuneError], str] = {
+    UnknownSessionError: "unknown-session",
+    HoldingsError: "holdings",
+    UnknownLayerError: "unknown-layer",
+    QuotaError: "quota",
+    ProtocolError: "protocol",
+    SelectionError: "protocol",
+    PluginError: "plugin",
+}
+
+
+def _error_reply(kind: str, error: Exception) -> Message:
+    for known, code in _CODES.items():
+        if isinstance(error, known):
+            return error_message(code, str(error))
+    # The text of an unforeseen error may quote data, so only its type leaves the worker.
+    log.error("request %s failed", kind, exc_info=error)
+    return error_message("internal", f"the worker failed on this request: {type(error).__name__}")
+
+
+def _field(message: Message, name: str, kind: type) -> Any:
+    value = message.fields.get(name)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ProtocolError(f"a {message.kind} request needs the field {name!r} ({kind.__name__})")
+    return value

@@ -1,0 +1,226 @@
+"""What is public, and the shortest journey through it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ciphertune
+from ciphertune import errors, hookspecs
+
+PUBLIC = [
+    "__version__",
+    "Backend",
+    "Buffers",
+    "CheckpointError",
+    "CipherTuneError",
+    "ClientHalf",
+    "ConfigError",
+    "DEFAULT_LIMITS",
+    "RequestHandler",
+    "Direction",
+    "Encrypted",
+    "Exchange",
+    "Frame",
+    "LocalWorker",
+    "History",
+    "InputError",
+    "KeyFileError",
+    "LayerError",
+    "Limits",
+    "LinearMap",
+    "Link",
+    "Listener",
+    "Loopback",
+    "LoraTrainer",
+    "Message",
+    "NoAdapterError",
+    "NoiseModel",
+    "NonFiniteLossError",
+    "NothingOutsourcedError",
+    "OutsourcedLinear",
+    "OutsourcedWeightError",
+    "PluginError",
+    "PluginManager",
+    "PrecisionError",
+    "ProtocolError",
+    "Reply",
+    "ReplyError",
+    "SecurityError",
+    "SecurityStatement",
+    "SelectionError",
+    "Session",
+    "Share",
+    "Tracker",
+    "Traffic",
+    "TrainingError",
+    "Transport",
+    "TransportError",
+    "TransportTimeoutError",
+    "UnknownLayerError",
+    "UnsupportedLayerError",
+    "VersionError",
+    "VetoError",
+    "WeightBits",
+    "WorkerError",
+    "WorkerHalf",
+    "error_message",
+    "hookimpl",
+    "interleave",
+    "load_client",
+    "outsource",
+    "outsourced_layers",
+    "pack",
+    "plugin_manager",
+    "restore",
+    "session_of",
+    "share",
+    "split",
+    "unpack",
+    "validate",
+]
+HOOKS = {
+    "ciphertune_select_layers": ["model", "candidates"],
+    "ciphertune_session_opened": ["session"],
+    "ciphertune_sending_key": ["worker", "nbytes", "done"],
+    "ciphertune_session_closed": ["session"],
+    "ciphertune_before_request": ["session", "exchange"],
+    "ciphertune_after_reply": ["session", "exchange"],
+    "ciphertune_training_start": ["trainer", "total_steps", "start_step"],
+    "ciphertune_training_step": ["trainer", "step", "metrics"],
+    "ciphertune_evaluation": ["trainer", "step", "metrics"],
+    "ciphertune_training_end": ["trainer", "step", "reason"],
+    "ciphertune_register_commands": ["cli"],
+}
+
+
+def test_public_names() -> None:
+    assert ciphertune.__all__ == PUBLIC
+    assert set(PUBLIC) <= set(dir(ciphertune))
+    for name in PUBLIC:
+        value = getattr(ciphertune, name)
+        assert value is not None
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__name__ == name
+            assert value.__doc__
+
+
+def test_public_names_are_exported_to_type_checkers_too() -> None:
+    """The lazy table and the imports that a type checker reads are the same list."""
+    tree = ast.parse(Path(ciphertune.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        (alias.asname, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == {(name, f"ciphertune.{module}") for name, module in ciphertune._HOMES.items()}
+
+
+def test_names_that_are_not_public() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'outsorce'"):
+        ciphertune.outsorce  # noqa: B018
+
+
+def test_signatures() -> None:
+    parameters = inspect.signature(ciphertune.outsource).parameters
+    assert [(p.name, p.default) for p in parameters.values()] == [
+        ("model", inspect.Parameter.empty),
+        ("to", "mlwe"),
+        ("layers", None),
+        ("plugins", None),
+    ]
+    assert parameters["plugins"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_hooks() -> None:
+    found = {
+        name: list(inspect.signature(function).parameters)
+        for name, function in vars(hookspecs).items()
+        if name.startswith("ciphertune_")
+    }
+    assert found == HOOKS
+    assert all(getattr(hookspecs, name).__doc__ for name in HOOKS)
+
+
+def documented_tree(text: str) -> dict[str, str]:
+    """Child and parent of every class in a drawn tree."""
+    parents: dict[str, str] = {}
+    path: list[str] = []
+    for line in text.splitlines():
+        if "── " not in line and line != "CipherTuneError":
+            continue
+        drawing, _, rest = line.rpartition("── ")
+        name = (rest or line).split()[0]
+        depth = (len(drawing) + 3) // 4 if drawing else 0
+        del path[depth:]
+        if path:
+            parents[name] = path[-1]
+        path.append(name)
+    return parents
+
+
+def test_the_drawn_tree_of_errors_is_the_real_one() -> None:
+    classes = [
+        value
+        for value in vars(errors).values()
+        if inspect.isclass(value) and issubclass(value, Exception) and value.__module__ == errors.__name__
+    ]
+    real = {cls.__name__: cls.__bases__[0].__name__ for cls in classes if cls is not errors.CipherTuneError}
+    assert len(real) == len(classes) - 1
+    assert documented_tree(errors.__doc__ or "") == real
+    assert all(cls.__doc__ for cls in classes)
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (errors.SelectionError, ValueError),
+        (errors.LayerError, ValueError),
+        (errors.InputError, ValueError),
+        (errors.PrecisionError, ValueError),
+        (errors.TransportTimeoutError, TimeoutError),
+        (errors.ConfigError, ValueError),
+    ],
+)
+def test_errors_are_the_builtins_that_callers_expect(error: type[Exception], builtin: type[Exception]) -> None:
+    assert issubclass(error, builtin)
+
+
+def test_the_default_encrypts() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
+    x = torch.randn(8, 16)
+    expected = model(x).detach()
+    assert ciphertune.outsource(model) is model
+    session = ciphertune.session_of(model)
+    assert session.security.encrypted
+    assert (session.security.bits or 0) >= 128
+    torch.testing.assert_close(model(x).detach(), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_loop_of_ones_own_is_the_loop_without_outsourcing() -> None:
+    curves = []
+    for outsourced in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 2))
+        model[0].requires_grad_(False)
+        model[2].weight.requires_grad_(False)
+        if outsourced:
+            ciphertune.outsource(model, "clear")
+            assert [layer.name for layer in ciphertune.outsourced_layers(model)] == ["0", "2"]
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
+        x, target = torch.randn(32, 6), torch.randint(0, 2, (32,))
+        curve = []
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), target)
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)

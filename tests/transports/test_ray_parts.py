@@ -1,0 +1,201 @@
+"""What the ray transport is made of, without a cluster: bundles anywhere, cutting, and a relay that is not trusted."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+from torch import nn
+
+import ciphertune
+from ciphertune.bundle.worker import load_worker
+from ciphertune.errors import ConfigError, ProtocolError, SelectionError
+from ciphertune.testing import EchoHandler
+from ciphertune.worker.store import WeightStore
+from ciphertune_ray.bundles import blocks_of, fetched, parts_of
+from ciphertune_ray.pipe import Pipe, pair
+from ciphertune_ray.transport import RayTransport
+
+fsspec: Any = pytest.importorskip("fsspec", reason="the ray transport needs fsspec")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bundle") / "bundle"
+    ciphertune.split(nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))), folder, layers="all")
+    return folder
+
+
+@pytest.fixture
+def url(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The bundle in an object store."""
+    monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    store.put(str(bundle), "/bundle", recursive=True)
+    yield "memory://bundle"
+    store.rm("/bundle", recursive=True)
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(file.name for file in (folder / "cache").rglob("*") if file.is_file())
+
+
+def codes(store: WeightStore) -> list[torch.Tensor]:
+    return [store[name] for name in sorted(store)]
+
+
+def test_a_bundle_in_an_object_store(url: str, bundle: Path, tmp_path: Path) -> None:
+    (part,) = parts_of(url)
+    assert part == "memory://bundle/worker"
+    assert blocks_of(part) == [([str(n)], 256) for n in range(4)] == blocks_of(str(bundle / "worker"))
+    whole = codes(load_worker(bundle / "worker"))
+    assert all(map(torch.equal, codes(fetched(part, [], load_worker)), whole))
+    files = kept(tmp_path)
+    assert len(files) == 5
+    # It is not asked for again what is here.
+    store = fsspec.filesystem("memory")
+    for name in store.find("/bundle/worker"):
+        if not name.endswith("manifest.json"):
+            store.rm_file(name)
+    assert all(map(torch.equal, codes(fetched(part, [], load_worker)), whole))
+
+
+def test_only_what_a_worker_serves_is_fetched(url: str, tmp_path: Path) -> None:
+    store = fetched(f"{url}/worker", ["1", "3"], lambda folder: load_worker(folder, layers=["1", "3"]))
+    assert sorted(store) == ["1", "3"]
+    assert len(kept(tmp_path)) == 3
+
+
+def test_what_was_kept_and_is_damaged_is_fetched_again(url: str, tmp_path: Path) -> None:
+    fetched(f"{url}/worker", [], load_worker)
+    damaged = next(file for file in (tmp_path / "cache").rglob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    fetched(f"{url}/worker", [], load_worker)
+    assert damaged.read_bytes() != content
+
+
+def test_what_is_damaged_at_its_origin_is_refused(url: str) -> None:
+    store = fsspec.filesystem("memory")
+    name = next(name for name in store.find("/bundle/worker") if name.endswith(".safetensors"))
+    content = bytearray(store.cat_file(name))
+    content[-1] ^= 1
+    store.pipe_file(name, bytes(content))
+    with pytest.raises(ConfigError, match="do not have the hash"):
+        fetched(f"{url}/worker", [], load_worker)
+
+
+def test_a_manifest_that_names_files_elsewhere(url: str) -> None:
+    store = fsspec.filesystem("memory")
+    manifest = store.cat_file("/bundle/worker/manifest.json").replace(b'"file": "', b'"file": "../')
+    store.pipe_file("/bundle/worker/manifest.json", manifest)
+    with pytest.raises(ConfigError, match="outside it"):
+        blocks_of(f"{url}/worker")
+
+
+def test_a_bundle_that_is_split_already(bundle: Path, tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    ciphertune.split(model, tmp_path / "cut", layers="all", shards=2)
+    assert parts_of(str(tmp_path / "cut")) == [str(tmp_path / "cut" / f"worker-{n}") for n in (0, 1)]
+    assert parts_of(str(bundle / "worker")) == [str(bundle / "worker")]
+    for wrong in (str(tmp_path), "memory://absent", "no-such-scheme://bucket"):
+        with pytest.raises(ConfigError):
+            parts_of(wrong)
+
+
+@pytest.mark.parametrize("module", ["address", "deployment"])
+def test_examples_in_docstrings(module: str) -> None:
+    if module == "deployment":
+        pytest.importorskip("ray")
+    found = doctest.testmod(importlib.import_module(f"ciphertune_ray.{module}"))
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_shards_hold_each_block_once_and_none_is_empty(count: int) -> None:
+    deployment: Any = pytest.importorskip("ciphertune_ray.deployment")
+    blocks = [([str(n)], size) for n, size in enumerate((100, 1, 1, 1, 1, 50, 46))]
+    cut = deployment._cut(blocks, count)
+    assert [block for run in cut for block in run] == blocks
+    assert len(cut) == count
+    assert all(cut)
+
+
+def test_a_ray_of_one_process_serves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(SelectionError, match="RAY_ADDRESS"):
+        RayTransport.loopback(tmp_path, {})
+    with pytest.raises(SelectionError, match="lets no client in"):
+        RayTransport.listen(EchoHandler(), "local/name/0", {})
+
+
+def test_messages_of_a_pipe() -> None:
+    here, there = map(Pipe, pair())
+    large = bytes(range(256)) * 40000
+    sending = threading.Thread(target=here.send, args=({"op": "x", "n": 1}, [b"", b"ab", memoryview(large)]))
+    sending.start()
+    message = there.receive()
+    sending.join()
+    assert message is not None
+    assert message[0] == {"op": "x", "n": 1}
+    assert [bytes(frame) for frame in message[1]] == [b"", b"ab", large]
+    here.close()
+    assert there.receive() is None
+    there.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        struct.pack("<I", 1 << 30),
+        struct.pack("<I", 3) + b"\xc1\xc1\xc1",
+        *(
+            struct.pack("<I", len(head)) + head
+            for head in map(
+                msgpack.packb,
+                (
+                    {"op": "x"},
+                    {"sizes": [-1]},
+                    {"sizes": ["1"]},
+                    {"sizes": [1 << 40]},
+                    {"sizes": [1 << 30] * 6},
+                    {"sizes": [0] * 100},
+                    [1, 2],
+                ),
+            )
+        ),
+    ],
+)
+def test_a_relay_that_says_what_it_may_not(sent: bytes) -> None:
+    """Sizes are looked at before memory is taken for them."""
+    near, far = socket.socketpair()
+    far.sendall(sent)
+    pipe = Pipe(near)
+    with pytest.raises(ProtocolError):
+        pipe.receive()
+    pipe.close()
+    far.close()
+
+
+@pytest.mark.parametrize("cut", [2, 4, 8, 30])
+def test_a_relay_that_ends_in_the_middle(cut: int) -> None:
+    near, far = socket.socketpair()
+    head = msgpack.packb({"op": "x", "sizes": [100]})
+    far.sendall((struct.pack("<I", len(head)) + head + bytes(100))[:cut])
+    far.close()
+    pipe = Pipe(near)
+    assert pipe.receive() is None
+    pipe.close()

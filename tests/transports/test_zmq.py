@@ -1,0 +1,572 @@
+"""The ZeroMQ transport on this machine's loopback address."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import remote
+import torch
+import zmq
+from torch import nn
+
+import ciphertune
+from ciphertune import session_of
+from ciphertune.client.choice import choose
+from ciphertune.errors import (
+    KeyFileError,
+    PluginError,
+    ProtocolError,
+    ReplyError,
+    SecurityError,
+    SelectionError,
+    TransportError,
+)
+from ciphertune.plugins import registry
+from ciphertune.protocol import Limits, Message, pack, unpack
+from ciphertune.transport import Link
+from ciphertune.weights import quantize
+from ciphertune.worker.service import Quota, Service
+from ciphertune.worker.store import WeightStore
+from ciphertune.worker.worker import Worker
+
+ZmqTransport = registry.load(registry.TRANSPORTS, "zmq")
+FAST = "connect_timeout=1.5"
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8))
+
+
+def store(bits: Any = 8) -> WeightStore:
+    return WeightStore.of({name: quantize(network()[int(name)].weight, bits) for name in "02"})
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    running = Service(Worker(store()), limits=Limits(buffer_bytes=100 << 20, total_bytes=100 << 20))
+    yield running
+    running.close()
+
+
+@contextlib.contextmanager
+def listening(service: Service, address: str = "127.0.0.1:*", **options: Any) -> Iterator[Any]:
+    listener = ZmqTransport.listen(service, address, options)
+    try:
+        yield listener
+    finally:
+        listener.close()
+
+
+@pytest.fixture
+def plain(service: Service) -> Iterator[str]:
+    with listening(service, insecure=True) as listener:
+        yield listener.address
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    ZmqTransport.make_keys(tmp_path / "keys", ("client",), worker=True)
+    return tmp_path / "keys"
+
+
+@pytest.fixture
+def curved(service: Service, keys: Path) -> Iterator[str]:
+    with listening(service, curve=str(keys)) as listener:
+        yield listener.address
+
+
+def link_to(text: str) -> Link:
+    choice = choose(text)
+    (link,) = choice.transport.connect(choice.selection.endpoints, None)
+    return link
+
+
+def products(to: str) -> tuple[torch.Tensor, torch.Tensor]:
+    model = ciphertune.outsource(network(), to)
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    try:
+        y = model(x)
+        y.square().sum().backward()
+    finally:
+        session_of(model).close()
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+def test_products_over_curve_and_plain_tcp_and_unix_sockets(
+    plain: str, curved: str, keys: Path, service: Service, tmp_path: Path
+) -> None:
+    expected = products("clear?weight_bits=8")
+    with listening(service, f"ipc://{tmp_path / 'w.sock'}") as unix:
+        for way in (f"{plain}?insecure=1", f"{curved}?curve={keys}", f"{unix.address}?timeout=9"):
+            found = products(f"clear+zmq://{way}&weight_bits=8&allow_insecure=1")
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            found = products(f"mlwe+zmq://{way}")
+            assert all(float((a - b).norm() / b.norm()) < 0.02 for a, b in zip(found, expected, strict=True))
+    assert service.load.sessions == 0
+    assert service.load.under_way == 0
+
+
+class Echo:
+    """A handler that sends back what it gets, when it is told to."""
+
+    limits = Limits(buffer_bytes=100 << 20, total_bytes=100 << 20)
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+        self.hold = False
+        self.peers: list[str] = []
+        self.released = 0
+
+    def submit(self, frames: Any, peer: str, reply: Any) -> None:
+        self.peers.append(peer)
+        self.kept.append((list(frames), reply))
+        if not self.hold:
+            self.answer()
+
+    def answer(self, backwards: bool = False) -> None:
+        for frames, reply in reversed(self.kept) if backwards else self.kept:
+            reply(frames, self._release)
+        self.kept = []
+
+    def _release(self) -> None:
+        self.released += 1
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_large_and_empty_buffers(keys: Path, secure: bool) -> None:
+    handler: Any = Echo()
+    options = {"curve": str(keys)} if secure else {"insecure": True}
+    with listening(handler, **options) as listener:
+        link = link_to(f"mlwe+zmq://{listener.address}?" + (f"curve={keys}" if secure else "insecure=1"))
+        large = torch.randint(256, (60 << 20,), dtype=torch.uint8)
+        sent = {"large": large, "odd": large[: (1 << 19) + 1], "empty": torch.zeros(0, 3), "small": torch.ones(2)}
+        reply = link.submit(Message("ok", {"n": 1}, sent)).result(60)
+        assert all(torch.equal(reply.buffers[name], sent[name]) for name in sent)
+        assert link.submit(Message("hello")).result(10).kind == "hello"
+        end = time.monotonic() + 10
+        while handler.released < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert handler.released == 2, "the reply's memory is given back once it has left"
+        link.close()
+
+
+def test_many_requests_are_answered_in_any_order() -> None:
+    handler: Any = Echo()
+    handler.hold = True
+    with listening(handler, insecure=True) as listener:
+        link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
+        futures = [link.submit(Message("ok", {"n": n})) for n in range(100)]
+        end = time.monotonic() + 10
+        while len(handler.kept) < 100 and time.monotonic() < end:
+            time.sleep(0.01)
+        futures[3].cancel()
+        handler.answer(backwards=True)
+        assert [f.result(10).fields["n"] for i, f in enumerate(futures) if i != 3] == [n for n in range(100) if n != 3]
+        link.close()
+
+
+def test_threads_share_a_link(plain: str) -> None:
+    link = link_to(f"mlwe+zmq://{plain}?insecure=1")
+    kinds: list[str] = []
+
+    def run() -> None:
+        kinds.extend(link.submit(Message("hello")).result(20).kind for _ in range(50))
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    link.close()
+    assert kinds == ["ok"] * 400
+
+
+def test_only_authorised_clients_are_served(curved: str, keys: Path, tmp_path: Path) -> None:
+    strangers = tmp_path / "strangers"
+    ZmqTransport.make_keys(strangers, ("client",), worker=True)
+    with pytest.raises(TransportError, match="key"):
+        products(f"mlwe+zmq://{curved}?curve={strangers}&{FAST}")
+    # The right worker's key, but a client that nobody put in clients/.
+    (strangers / "worker.pub").unlink()
+    (strangers / "worker.pub").write_bytes((keys / "worker.pub").read_bytes())
+    with pytest.raises(TransportError, match="refused this client|nothing answers|no answer|lost"):
+        products(f"mlwe+zmq://{curved}?curve={strangers}&{FAST}")
+    with pytest.raises(TransportError):
+        products(f"mlwe+zmq://{curved}?insecure=1&{FAST}")
+    products(f"mlwe+zmq://{curved}?curve={keys}")
+    # It counts for the next connection, without a restart; and the other way round.
+    authorised = keys / "clients" / "stranger.pub"
+    authorised.write_bytes((strangers / "clients" / "client.pub").read_bytes())
+    products(f"mlwe+zmq://{curved}?curve={strangers}")
+    authorised.unlink()
+    with pytest.raises(TransportError):
+        products(f"mlwe+zmq://{curved}?curve={strangers}&{FAST}")
+
+
+def test_a_session_belongs_to_a_key(curved: str, keys: Path) -> None:
+    ZmqTransport.make_keys(keys, ("alice", "bob"), worker=False)
+    alice, bob = (link_to(f"mlwe+zmq://{curved}?curve={keys}&client={name}") for name in ("alice", "bob"))
+    opening = Message("open", {"backend": "clear", "groups": [["0"]], "public": {}})
+    name = alice.submit(opening).result(10).fields["session"]
+    request = Message("evaluate", {"session": name, "group": 0, "direction": "forward"}, {"x": torch.zeros(1, 24)})
+    assert bob.submit(request).result(10).fields["code"] == "unknown-session"
+    assert alice.submit(request).result(10).kind == "ok"
+    for link in (alice, bob):
+        link.close()
+
+
+def test_plain_tcp_has_to_be_asked_for(service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CIPHERTUNE_KEYS", str(tmp_path / "none"))
+    with pytest.raises(KeyFileError, match=r"client.key is missing: make keys with 'ciphertune keys'"):
+        products("mlwe+zmq://127.0.0.1:1")
+    with pytest.raises(KeyFileError, match=r"worker.key is missing"):
+        ZmqTransport.listen(service, "127.0.0.1:*", {})
+    with pytest.raises(SecurityError, match="insecure is for this machine only, and 192.0.2.1:5555 is not"):
+        products("mlwe+zmq://192.0.2.1:5555?insecure=1")
+    with pytest.raises(SecurityError, match="no_authentication"):
+        ZmqTransport.listen(service, "0.0.0.0:*", {"insecure": True})
+    with pytest.raises(SecurityError, match="allow_insecure=1"):
+        products("clear+zmq://127.0.0.1:1?insecure=1")
+    with listening(service, "0.0.0.0:*", no_authentication=True) as listener:
+        port = listener.address.rpartition(":")[2]
+        products(f"mlwe+zmq://127.0.0.1:{port}?insecure=1")
+
+
+def test_key_files(keys: Path) -> None:
+    for name in ("worker.key", "client.key"):
+        assert stat.S_IMODE((keys / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE(keys.stat().st_mode) == 0o700
+    with pytest.raises(KeyFileError, match="never overwritten"):
+        ZmqTransport.make_keys(keys, ("client",), worker=False)
+    to = f"mlwe+zmq://127.0.0.1:1?curve={keys}"
+    secret = (keys / "client.key").read_text()
+    (keys / "client.key").chmod(0o640)
+    with pytest.raises(KeyFileError, match=r"can be read by others \(mode 0640\)"):
+        products(to)
+    (keys / "client.key").chmod(0o600)
+    half = (keys / "worker.key").read_text().split('"secret": "')[1]
+    mixed = secret.split('"secret": "')[0] + '"secret": "' + half
+    for text, why in (("", "damaged"), (secret[:-9], "damaged"), (mixed, "do not belong together"), ("{}", "damaged")):
+        (keys / "client.key").write_text(text)
+        with pytest.raises(KeyFileError, match=why) as failure:
+            products(to)
+        assert half[:40] not in str(failure.value)
+    (keys / "worker.pub").unlink()
+    (keys / "client.key").write_text(secret)
+    with pytest.raises(KeyFileError, match=r"worker.pub is missing"):
+        products(to)
+
+
+def test_secrets_show_nowhere(keys: Path, curved: str) -> None:
+    from ciphertune_zmq.keys import read_pair
+
+    pair = read_pair(keys / "client.key")
+    assert pair.secret.decode() not in repr(pair)
+    choice = choose(f"mlwe+zmq://{curved}?curve={keys}")
+    (link,) = choice.transport.connect(choice.selection.endpoints, None)
+    assert pair.secret.decode() not in repr(vars(link)) + repr(choice)
+    link.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "host", "host:", ":5555", "host:70000", "udp://host:5", "ipc://", "host:x", "a b"]
+)
+def test_addresses_that_are_none(text: str) -> None:
+    from ciphertune_zmq.address import parse
+
+    with pytest.raises(SelectionError, match="expected HOST:PORT"):
+        parse(text)
+
+
+def test_errors_of_endpoints_and_options(service: Service, plain: str) -> None:
+    with pytest.raises(SelectionError, match="needs the workers' addresses"):
+        products("mlwe+zmq://?insecure=1")
+    with pytest.raises(SelectionError, match="heartbeat"):
+        products(f"mlwe+zmq://{plain}?insecure=1&heartbeat=0")
+    with pytest.raises(TransportError, match="cannot listen at"):
+        ZmqTransport.listen(service, plain, {"insecure": True})
+    with pytest.raises(SelectionError, match="unknown option 'colour'"):
+        ZmqTransport.listen(service, plain, {"colour": "red"})
+
+
+def test_closing_answers_whoever_waits(plain: str) -> None:
+    handler: Any = Echo()
+    handler.hold = True
+    with listening(handler, insecure=True) as listener:
+        link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
+        future = link.submit(Message("hello"))
+        link.close()
+        link.close()
+        with pytest.raises(TransportError, match="closed"):
+            future.result(10)
+        with pytest.raises(TransportError, match="closed"):
+            link.submit(Message("hello")).result(10)
+
+
+def test_a_link_connects_again_by_itself(service: Service) -> None:
+    with listening(service, insecure=True) as first:
+        address = first.address
+        link = link_to(f"mlwe+zmq://{address}?insecure=1")
+        assert link.submit(Message("hello")).result(10).kind == "ok"
+    end = time.monotonic() + 10
+    with pytest.raises(TransportError):
+        link.submit(Message("hello")).result(10)
+    with listening(service, address, insecure=True):
+        while time.monotonic() < end:
+            with contextlib.suppress(TransportError):
+                assert link.submit(Message("hello")).result(10).kind == "ok"
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("the link did not come back")
+    link.close()
+
+
+def descriptors() -> int:
+    """Open files of this process, where that can be told."""
+    folder = Path("/proc/self/fd")
+    return len(list(folder.iterdir())) if folder.exists() else 0
+
+
+def raw_peer(address: str) -> socket.socket:
+    """A ZMTP 3.0 connection without security, past its handshake: a peer that sends what it likes."""
+    host, _, port = address.rpartition(":")
+    peer = socket.create_connection((host, int(port)), timeout=10)
+    peer.sendall(b"\xff" + b"\0" * 8 + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" * 32)
+    body = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
+    peer.sendall(bytes([4, len(body)]) + body)
+    assert len(peer.recv(64, socket.MSG_WAITALL)) == 64
+    return peer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a connection received")
+def test_a_message_without_an_end_is_cut(service: Service) -> None:
+    with listening(service, insecure=True, max_backlog=20 << 20) as listener:
+        good = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
+        bad = raw_peer(listener.address)
+        frame = b"\x03" + struct.pack(">Q", 1 << 20) + bytes(1 << 20)
+        sent = 0
+        # Cut while ZeroMQ takes nothing from it, a connection is not reset: nobody reads from it any more.
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            while sent < 4 << 30:
+                bad.sendall(frame)
+                sent += len(frame)
+                if sent % (16 << 20) < len(frame):
+                    assert good.submit(Message("hello")).result(10).kind == "ok"
+        assert 20 << 20 <= sent < 4 << 30
+        bad.close()
+        assert good.submit(Message("hello")).result(10).kind == "ok"
+        good.close()
+
+
+def test_strangers_leave_nothing_behind(service: Service) -> None:
+    with listening(service, insecure=True) as listener:
+        host, _, port = listener.address.rpartition(":")
+        products(f"mlwe+zmq://{listener.address}?insecure=1")  # opens what stays open
+        before = descriptors()
+        for junk in (b"", b"GET / HTTP/1.0\r\n\r\n", os.urandom(500), b"\xff" + b"\0" * 80, b"\x00" * 64) * 20:
+            stranger = socket.create_connection((host, int(port)))
+            stranger.sendall(junk)
+            stranger.close()
+        products(f"mlwe+zmq://{listener.address}?insecure=1")
+        end = time.monotonic() + 15
+        while descriptors() > before + 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        assert descriptors() <= before + 3
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b""],
+        [b"x"],
+        [b"12345678"],
+        [b"12345678", b"junk"],
+        [b"12345678\x01\0\0\0", b"junk"],
+        [b"12345678\x02\0\0\0", b"junk"],
+        [b"12345678\x00\0\0\0", b"junk"],
+        [b"12345678\xff\xff\xff\xff", b"junk"],
+        [b"12345678\x01\0\0", b"junk"],
+        [b"12345678", *[b"y"] * 5000],
+        [b"12345678\x01\0\0\0" + b"\x01\0\0\0" * 40, *[b"z"] * 41],
+    ],
+    ids=range(11),
+)
+def test_messages_that_are_none(plain: str, parts: list[bytes]) -> None:
+    context = zmq.Context()
+    peer = context.socket(zmq.DEALER)
+    peer.linger = 0
+    peer.connect(f"tcp://{plain}")
+    try:
+        peer.send_multipart(parts)
+        if len(parts[0]) >= 8:  # An answer is owed to whoever gave a number.
+            assert peer.poll(10_000)
+            number, *frames = peer.recv_multipart()
+            assert number[:8] == b"12345678"
+            assert unpack(frames).kind == "error"
+        products(f"mlwe+zmq://{plain}?insecure=1")
+    finally:
+        peer.close(0)
+        context.term()
+
+
+def test_a_client_that_takes_no_replies_fills_only_its_own_quota(keys: Path) -> None:
+    ZmqTransport.make_keys(keys, ("deaf",), worker=False)
+    handler = Service(Worker(store()), Quota(requests=8, nbytes=4 << 20))
+    try:
+        with listening(handler, curve=str(keys)) as listener:
+            deaf = link_to(f"mlwe+zmq://{listener.address}?curve={keys}&client=deaf")
+            opening = Message("open", {"backend": "clear", "groups": [["0"]], "public": {}})
+            name = deaf.submit(opening).result(10).fields["session"]
+            x = torch.zeros(8000, 24)
+            request = Message("evaluate", {"session": name, "group": 0, "direction": "forward"}, {"x": x})
+            futures = [deaf.submit(request) for _ in range(40)]
+            products(f"mlwe+zmq://{listener.address}?curve={keys}")
+            codes = {future.result(30).fields.get("code") for future in futures}
+            assert codes <= {None, "busy"}
+            assert "busy" in codes
+            deaf.close()
+    finally:
+        handler.close()
+
+
+class Liar:
+    """A worker that answers as it likes: a raw ROUTER."""
+
+    def __init__(self, answer: Any) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.linger = 0
+        port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+        self.address = f"127.0.0.1:{port}"
+        self.answer = answer
+        self.running = True
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while self.running:
+            if self.socket.poll(50):
+                route, number, *_ = self.socket.recv_multipart()
+                for parts in self.answer(number):
+                    self.socket.send_multipart([route, *parts])
+
+    def close(self) -> None:
+        self.running = False
+        self.thread.join(10)
+        self.socket.close(0)
+        self.context.term()
+
+
+OK = pack(Message("ok"))[0]
+LIES: dict[str, Any] = {
+    "garbage": lambda number: [[number, b"\xc1garbage"]],
+    "nothing": lambda number: [[number[:8]]],
+    "an envelope that lies": lambda number: [[number[:8] + b"\x09\0\0\0", OK]],
+    "buffers that are not there": lambda number: [
+        [number[:8] + b"\x01\0\0\0", pack(Message("ok", {}, {"y": torch.ones(3)}))[0]]
+    ],
+    "a huge shape": lambda number: [
+        [
+            number[:8] + b"\x01\0\0\0" * 2,
+            pack(Message("ok", {}, {"y": torch.ones(3)}))[0].replace(b"\x91\x03", b"\x91\xce\x7f\xff\xff\xff"),  # type: ignore[union-attr]
+            b"123",
+        ]
+    ],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_worker_that_answers_nonsense(lie: str) -> None:
+    liar = Liar(LIES[lie])
+    link = link_to(f"mlwe+zmq://{liar.address}?insecure=1")
+    try:
+        with pytest.raises(ReplyError, match="malformed reply"):
+            link.submit(Message("hello")).result(10)
+    finally:
+        link.close()
+        liar.close()
+
+
+def test_replies_to_requests_that_were_never_made_are_ignored() -> None:
+    def answer(number: bytes) -> list[list[bytes]]:
+        good = [number[:8] + b"\x01\0\0\0", bytes(OK)]
+        return [[b"", b"x"], [b"\xff" * 8 + b"\x01\0\0\0", bytes(OK)], [b"z"], good, good, good]
+
+    liar = Liar(answer)
+    link = link_to(f"mlwe+zmq://{liar.address}?insecure=1")
+    try:
+        for _ in range(5):
+            assert link.submit(Message("hello")).result(10).kind == "ok"
+    finally:
+        link.close()
+        liar.close()
+
+
+def test_envelopes() -> None:
+    from ciphertune_zmq.framing import CHUNK, PLAIN_CHUNK, unwrap, wrap
+
+    frames = [b"header", bytes(CHUNK), os.urandom(2 * CHUNK + 1), b"", bytes(PLAIN_CHUNK + 1)]
+    for cut in (True, False):
+        envelope, *parts = wrap(b"12345678", frames, cut)
+        assert len(parts) == (6 + PLAIN_CHUNK // CHUNK + 1 if cut else 4 + 2)
+        assert [bytes(frame) for frame in unwrap(bytes(envelope), parts)] == frames
+        for wrong in (parts[:-1], [*parts, b""], []):
+            with pytest.raises(ProtocolError, match="envelope"):
+                unwrap(bytes(envelope), wrong)
+
+
+def test_a_slow_link_carries_what_takes_longer_than_the_signs_of_life(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ciphertune_zmq.framing.PLAIN_CHUNK", 1 << 17)
+    with listening(service, insecure=True, heartbeat=0.25) as listener, remote.proxy(listener.address) as slow:
+        slow.delays = itertools.repeat(0.1)  # at most 64 KiB each: 2 MiB take more than 3 s, a piece 0.2 s
+        link = link_to(f"mlwe+zmq://{slow.address}?insecure=1&heartbeat=0.25")
+        request = Message("evaluate", {"session": "none"}, {"large": torch.zeros(2 << 20, dtype=torch.uint8)})
+        assert link.submit(request).result(60).fields["code"] == "unknown-session"
+        link.close()
+
+
+def test_what_is_not_cut_is_not_copied() -> None:
+    from ciphertune_zmq.framing import unwrap, wrap
+
+    tensor = torch.arange(1000)
+    envelope, *parts = wrap(b"12345678", pack(Message("ok", {}, {"t": tensor})), True)
+    read = unpack(unwrap(bytes(envelope), parts)).buffers["t"]
+    assert read.data_ptr() == tensor.data_ptr()
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, service: Service) -> None:
+    monkeypatch.setitem(sys.modules, "zmq", None)
+    for attempt in (
+        lambda: ZmqTransport().connect(("127.0.0.1:1",), None),
+        lambda: ZmqTransport.listen(service, "127.0.0.1:*", {"insecure": True}),
+    ):
+        with pytest.raises(PluginError, match=r'pip install "ciphertune\[zmq\]"'):
+            attempt()
+
+
+def test_help_loads_no_wire() -> None:
+    code = (
+        "import sys\nfrom ciphertune.cli import cli\n"
+        "cli.main(['worker', '--help'], standalone_mode=False)\n"
+        "print('zmq' in sys.modules, 'torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip().endswith("False False")

@@ -1,0 +1,44 @@
+#!/bin/sh
+# Builds the wheel, installs it into an empty environment outside the checkout, and runs from there the quick demo, the
+# plugins that are distributions of their own, and the pages that make plugins step by step.
+set -eu
+root=$(realpath -s .)
+python=$(realpath -s "${PYTHON:-python3}")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT INT TERM
+"$python" -m build --quiet --wheel --outdir "$work/dist" .
+"$python" -m venv "$work/env"
+export PATH="$work/env/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
+unset PYTHONPATH
+pip install --quiet "${TORCH:-torch}"
+wheel=$(ls "$work"/dist/*.whl)
+pip install --quiet "$wheel[demo,testing]"
+cd "$work"
+ciphertune backends
+ciphertune plugins
+ciphertune demo --quick --output "$work/out" --json > "$work/result.json"
+python - "$work/result.json" <<'PYTHON'
+import json, pathlib, sys
+result = json.loads(pathlib.Path(sys.argv[1]).read_text())
+assert result["to"].startswith("mlwe"), result
+assert result["traffic"]["requests"] > 0, result
+print("the wheel runs the demo:", {k: result[k] for k in ("to", "model")})
+PYTHON
+
+echo "Plugins from their own folders"
+pip install --quiet mypy "$root/plugins/ciphertune-http[test]" "$root/plugins/ciphertune-ckks[test]"
+for plugin in http ckks; do
+    cp -r "$root/plugins/ciphertune-$plugin" "$work/$plugin"
+    (cd "$work/$plugin" && rm -r "ciphertune_$plugin" && python -m pytest --quiet)
+    (cd "$root/plugins/ciphertune-$plugin" && mypy "ciphertune_$plugin")
+done
+ciphertune demo --quick --steps 20 --to mlwe+https:// --output "$work/out" > /dev/null
+echo "the demo trains through mlwe+https"
+
+for page in write-a-transport write-a-backend write-a-plugin; do
+    echo "Following docs/$page.md"
+    mkdir "$work/$page"
+    python "$root/tests/wheel/follow.py" "$root/docs/$page.md" > "$work/$page.sh"
+    (cd "$work/$page" && bash -eu "$work/$page.sh" > "$work/$page.log" 2>&1) || { tail -n 60 "$work/$page.log"; exit 1; }
+done
+echo "the pages make plugins that pass their suites and train"

@@ -1,0 +1,295 @@
+"""A worker open to many clients: quotas, turns, expiry, draining, and whatever bytes they send."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from ciphertune.client.choice import choose
+from ciphertune.protocol import Frame, Limits, Message, pack, unpack
+from ciphertune.weights import describe, group_map, quantize
+from ciphertune.worker.metrics import serve_metrics
+from ciphertune.worker.service import Quota, Service
+from ciphertune.worker.store import WeightStore
+from ciphertune.worker.worker import SessionLimits, Worker
+
+WEIGHT = quantize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), 8)
+
+
+class Inbox:
+    """Replies to one client, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.releases: list[Callable[[], None]] = []
+        self.keep = False
+        self._arrived = threading.Condition()
+
+    def take(self, frames: list[Frame], release: Callable[[], None]) -> None:
+        with self._arrived:
+            self.messages.append(unpack(frames))
+            self.releases.append(release)
+            if not self.keep:
+                release()
+            self._arrived.notify_all()
+
+    def wait(self, count: int) -> list[Message]:
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: len(self.messages) >= count, 20), self.messages
+            return self.messages
+
+
+class Scripted(Worker):
+    """Takes as long as a request says, and remembers whose turn it was."""
+
+    def __init__(self) -> None:
+        super().__init__(WeightStore.of({"a": WEIGHT}), limits=SessionLimits(idle_seconds=0.2))
+        self.turns: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def _evaluate(self, request: Message, peer: str) -> Message:
+        self.gate.wait(20)
+        self.turns.append(peer)
+        time.sleep(float(request.fields.get("cost", 0)))
+        return Message("ok", {}, {"y": torch.zeros(int(request.fields.get("size", 0)), dtype=torch.uint8)})
+
+
+@pytest.fixture
+def scripted() -> Iterator[tuple[Scripted, Service]]:
+    worker = Scripted()
+    service = Service(worker, Quota(requests=60, nbytes=100_000))
+    worker._operations["evaluate"] = worker._evaluate
+    yield worker, service
+    worker.gate.set()
+    service.close()
+    service.close()
+
+
+def ask(service: Service, peer: str, inbox: Inbox, kind: str = "evaluate", nbytes: int = 0, **fields: Any) -> None:
+    service.submit(pack(Message(kind, fields, {"x": torch.zeros(nbytes, dtype=torch.uint8)})), peer, inbox.take)
+
+
+def test_one_request_waits_for_one_product_of_another_client(scripted: tuple[Scripted, Service]) -> None:
+    worker, service = scripted
+    many, one = Inbox(), Inbox()
+    worker.gate.clear()
+    for _ in range(50):
+        ask(service, "many", many, cost=0.001)
+    ask(service, "one", one, cost=0.001)
+    worker.gate.set()
+    many.wait(50)
+    one.wait(1)
+    assert worker.turns.index("one") <= 1
+
+
+def test_evaluation_time_is_shared_evenly(scripted: tuple[Scripted, Service]) -> None:
+    worker, service = scripted
+    heavy, light = Inbox(), Inbox()
+    worker.gate.clear()
+    for _ in range(10):
+        ask(service, "heavy", heavy, cost=0.04)
+    for _ in range(40):
+        ask(service, "light", light, cost=0.01)
+    worker.gate.set()
+    heavy.wait(10)
+    # While both waited, each got about half of the time: four light products for a heavy one.
+    before_last_heavy = worker.turns[: len(worker.turns) - worker.turns[::-1].index("heavy")]
+    assert 18 <= before_last_heavy.count("light") <= 40
+    light.wait(40)
+
+
+def test_requests_beyond_the_quota_are_told_to_come_back(scripted: tuple[Scripted, Service]) -> None:
+    worker, service = scripted
+    inbox, other = Inbox(), Inbox()
+    worker.gate.clear()
+    for _ in range(61):
+        ask(service, "greedy", inbox)
+    (refused,) = inbox.wait(1)
+    assert (refused.kind, refused.fields["code"]) == ("error", "busy")
+    assert "60 requests" in refused.fields["message"]
+    ask(service, "modest", other)
+    worker.gate.set()
+    assert other.wait(1)[0].kind == "ok"
+    assert [m.kind for m in inbox.wait(61)].count("error") == 1
+    ask(service, "greedy", inbox)
+    assert inbox.wait(62)[-1].kind == "ok", "what was answered is no longer counted"
+
+
+def test_bytes_beyond_the_quota_count_replies_that_were_not_taken(scripted: tuple[Scripted, Service]) -> None:
+    _, service = scripted
+    inbox = Inbox()
+    inbox.keep = True
+    ask(service, "slow", inbox, nbytes=150_000)
+    assert inbox.wait(1)[0].kind == "ok", "a single request is taken, however large"
+    inbox.releases[0]()
+    ask(service, "slow", inbox, size=90_000)
+    assert inbox.wait(2)[1].kind == "ok"
+    ask(service, "slow", inbox, nbytes=20_000)
+    assert inbox.wait(3)[2].fields["code"] == "busy"
+    assert service.load.nbytes > 90_000
+    inbox.releases[1]()
+    inbox.releases[1]()
+    assert service.load.nbytes == 0
+    ask(service, "slow", inbox, nbytes=20_000)
+    assert inbox.wait(4)[3].kind == "ok"
+
+
+def test_control_requests_do_not_wait_for_products(scripted: tuple[Scripted, Service]) -> None:
+    worker, service = scripted
+    products, control = Inbox(), Inbox()
+    worker.gate.clear()
+    ask(service, "a", products)
+    for kind in ("hello", "manifest", "stats", "close"):
+        ask(service, "b", control, kind)
+    assert sorted(message.kind for message in control.wait(4)) == ["error", "ok", "ok", "ok"]
+    assert products.messages == []
+    worker.gate.set()
+    products.wait(1)
+
+
+def test_draining_finishes_and_refuses(scripted: tuple[Scripted, Service]) -> None:
+    worker, service = scripted
+    inbox = Inbox()
+    inbox.keep = True
+    worker.gate.clear()
+    ask(service, "a", inbox)
+    assert not service.drain(0.05), "a product is under way"
+    ask(service, "a", inbox)
+    assert inbox.wait(1)[0].fields["code"] == "busy"
+    worker.gate.set()
+    inbox.wait(2)
+    assert not service.drain(0.05), "its reply has not left"
+    inbox.releases[1]()
+    assert service.drain(5)
+
+
+def test_idle_sessions_and_clients_are_forgotten(scripted: tuple[Scripted, Service]) -> None:
+    worker, service = scripted
+    inbox = Inbox()
+    ask(service, "a", inbox, "open", backend="clear", groups=[["a"]], public={})
+    assert inbox.wait(1)[0].kind == "ok"
+    assert (service.load.sessions, service.load.clients) == (1, 1)
+    end = time.monotonic() + 20
+    while (service.load.sessions or service.load.clients) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert (service.load.sessions, service.load.clients, service.stats.expired) == (0, 0, 1)
+    assert worker.sessions == 0
+
+
+def test_a_reply_that_cannot_travel(scripted: tuple[Scripted, Service]) -> None:
+    worker, service = scripted
+    inbox = Inbox()
+    worker._operations["evaluate"] = lambda request, peer: Message("ok", {}, {"y": torch.zeros(2, dtype=torch.float16)})
+    ask(service, "a", inbox)
+    assert inbox.wait(1)[0].fields["code"] == "internal"
+    worker._operations["evaluate"] = worker._evaluate
+    ask(service, "a", inbox)
+    assert inbox.wait(2)[1].kind == "ok"
+    assert service.load.under_way == 0
+
+
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        ([], "protocol"),
+        ([b""], "protocol"),
+        ([b"\xc1"], "protocol"),
+        ([b"x" * 5000], "protocol"),
+        ([pack(Message("hello"))[0].replace(b"\xa1v\x01", b"\xa1v\x63")], "version"),  # type: ignore[union-attr]
+        ([*pack(Message("hello")), b"more"], "protocol"),
+        ([*pack(Message("evaluate", {}, {"x": torch.zeros(5000, dtype=torch.uint8)}))], "protocol"),
+    ],
+    ids=range(7),
+)
+def test_malformed_messages_get_an_error(frames: list[Any], code: str) -> None:
+    service = Service(Worker(WeightStore()), limits=Limits(header_bytes=4000, buffer_bytes=4000, total_bytes=4000))
+    try:
+        inbox = Inbox()
+        service.submit(frames, "a", inbox.take)
+        assert inbox.wait(1)[0].fields["code"] == code
+        assert service.load.under_way == 0
+    finally:
+        service.close()
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[Service]:
+    service = Service(Worker(WeightStore.of({"a": WEIGHT}), limits=SessionLimits(sessions=10**6, all_sessions=10**6)))
+    yield service
+    service.close()
+
+
+def call(service: Service, message: Message | list[Any]) -> Message:
+    inbox = Inbox()
+    service.submit(pack(message) if isinstance(message, Message) else message, "fuzz", inbox.take)
+    return inbox.wait(1)[0]
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_mutated_messages_harm_nobody(serving: Service, data: st.DataObject) -> None:
+    backend = choose(data.draw(st.sampled_from(["clear?weight_bits=8", "mlwe", "simulation"]))).backend
+    linear_map = group_map([describe("a", WEIGHT)], "forward")
+    client = backend.client(torch.device("cpu"))
+    opening = Message("open", {"backend": backend.name, "groups": [["a"]], "public": dict(client.open_fields())})
+    session = call(serving, opening).fields["session"]
+    x = torch.randn(3, 4)
+    encrypted = client.encrypt(x, linear_map)
+    good = Message("evaluate", {"session": session, "group": 0, "direction": "forward"}, encrypted.buffers)
+    frames = [bytearray(frame) for frame in pack(data.draw(st.sampled_from([good, opening])))]
+    rng = random.Random(data.draw(st.integers(0, 2**32)))
+    for _ in range(rng.randint(1, 6)):
+        frame = rng.choice(frames)
+        action = rng.randrange(5)
+        if action == 0 and frame:
+            frame[rng.randrange(len(frame))] = rng.randrange(256)
+        elif action == 1:
+            del frame[rng.randrange(len(frame) + 1) :]
+        elif action == 2:
+            frame.extend(rng.randbytes(rng.randrange(50)))
+        elif action == 3 and len(frames) > 1:
+            frames.pop(rng.randrange(len(frames)))
+        else:
+            frames.insert(rng.randrange(len(frames) + 1), bytearray(rng.randbytes(rng.randrange(80))))
+    assert call(serving, list(frames)).kind in ("ok", "error")
+    reply = call(serving, good)
+    if reply.kind == "ok":  # The mutation may have been a valid 'close'.
+        y = client.decrypt(reply.buffers, encrypted.state, linear_map)
+        expected = x @ WEIGHT.codes.float().t()
+        assert float((y - expected).norm() / expected.norm()) < 0.05
+    assert serving.load.under_way == 0
+
+
+def test_metrics_over_http(scripted: tuple[Scripted, Service]) -> None:
+    worker, service = scripted
+    inbox = Inbox()
+    for _ in range(3):
+        ask(service, "a", inbox, size=1000)
+    ask(service, "a", inbox, "open", backend="clear", groups=[["a"]], public={})
+    ask(service, "a", inbox, "close", session="none")
+    inbox.wait(5)
+    port, stop = serve_metrics(service, "127.0.0.1", 0)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+    finally:
+        stop()
+    values = dict(re.findall(r"^(ciphertune_\S+) (\S+)$", text, re.M))
+    assert float(values['ciphertune_requests_total{kind="evaluate"}']) == 3
+    assert float(values['ciphertune_errors_total{code="unknown-session"}']) == 1
+    assert float(values['ciphertune_bytes_total{direction="out"}']) > 3000
+    assert float(values["ciphertune_sessions"]) == 1
+    assert float(values["ciphertune_layers"]) == 1
+    assert float(values["ciphertune_weight_bytes"]) == worker.weights.nbytes == 24
+    assert float(values['ciphertune_seconds_total{phase="evaluate"}']) > 0
+    assert re.search(r"^process_resident_memory_bytes \d", text, re.M)
