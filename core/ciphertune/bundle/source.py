@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.optional_imports import need
+from ciphertune._support.optional_imports import import_optional
 from ciphertune.bundle.files import TensorFiles, checkpoint_files
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import load_named_model, smollm2_folder
@@ -185,7 +185,7 @@ def _swap(loaded: tuple[Any, Any], name: str) -> tuple[Any, str, Any]:
 
 
 def _download(name: str) -> Path:
-    hub = need("huggingface_hub", 'pip install "ciphertune[hf]"')
+    hub = import_optional("huggingface_hub", 'pip install "ciphertune[hf]"')
     try:
         return Path(hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:

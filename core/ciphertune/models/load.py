@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ciphertune._support.optional_imports import need
+from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,9 +43,9 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     Raises:
         ConfigError: transformers is missing, or cannot load it.
     """
-    transformers = need("transformers", _EXTRA)
+    transformers = import_optional("transformers", _EXTRA)
     if gguf_file is not None:
-        need("gguf", _EXTRA)
+        import_optional("gguf", _EXTRA)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _quiet(transformers, offline=Path(path).exists()):
         try:
@@ -72,7 +72,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
         return load_causal_model(str(smollm2_folder()), SMOLLM2_FILE)
     if not whole or gguf_file is not None:
         return load_causal_model(name, gguf_file)
-    transformers = need("transformers", _EXTRA)
+    transformers = import_optional("transformers", _EXTRA)
     with _quiet(transformers, offline=Path(name).exists()):
         try:
             config = transformers.AutoConfig.from_pretrained(name)
@@ -89,7 +89,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
 
 def load_tokenizer(folder: str) -> Any:
     """The tokenizer in a folder, by transformers. Raises ``ConfigError``."""
-    transformers = need("transformers", _EXTRA)
+    transformers = import_optional("transformers", _EXTRA)
     with _quiet(transformers, offline=True):
         try:
             return transformers.AutoTokenizer.from_pretrained(folder)

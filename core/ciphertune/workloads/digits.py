@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.optional_imports import need
+from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
 from ciphertune.workloads import Batch, Workload
 
@@ -16,7 +16,7 @@ _EXTRA = 'pip install "ciphertune[demo]"'
 
 
 def _images() -> tuple[Tensor, Tensor]:
-    datasets = need("sklearn.datasets", _EXTRA)
+    datasets = import_optional("sklearn.datasets", _EXTRA)
     bunch = datasets.load_digits()
     return torch.tensor(bunch.images, dtype=torch.float32) / 16, torch.tensor(bunch.target)
 
@@ -44,7 +44,7 @@ def _accuracy(model: nn.Module, data: Sequence[Batch], metrics: Mapping[str, flo
 
 def digits_mlp(*, batches: int, samples: int, held_out: int, seed: int, rank: int) -> Workload:
     """See ``load_workload``; samples are drawn with replacement, so any number of batches can be had."""
-    peft: Any = need("peft", _EXTRA)
+    peft: Any = import_optional("peft", _EXTRA)
     if samples < 1:
         raise ConfigError(f"samples must be 1 or more, not {samples}")
     images, labels = _images()

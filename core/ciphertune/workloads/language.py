@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ciphertune._support.optional_imports import need
+from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import SMOLLM2_FILE, load_causal_model, smollm2_folder
 from ciphertune.workloads import Workload
@@ -23,7 +23,7 @@ ROW = 256
 
 def add_lora(model: nn.Module, *, seed: int, rank: int, targets: Sequence[str] | str, **options: Any) -> nn.Module:
     """Fresh LoRA adapters from a seed, by peft."""
-    peft = need("peft", _EXTRA)
+    peft = import_optional("peft", _EXTRA)
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, target_modules=targets, **options)
     with warnings.catch_warnings():
