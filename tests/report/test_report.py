@@ -251,6 +251,8 @@ def test_a_resumed_run_says_what_it_knows(trained: Path, resumed: Path) -> None:
     assert content["traffic"]["requests"] == whole["traffic"]["requests"] / 2
     assert "A resumed run" in page.text
     assert "from step 5 on" in page.text
+    banners = [values["class"] for tag, values in page.tags if values.get("class", "").startswith("banner")]
+    assert banners == ["banner good", "banner info"]
     assert "resumed" not in Page((trained / "out" / "report.html").read_text()).text
 
 
