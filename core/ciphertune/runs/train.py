@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
 from torch.utils.data import DataLoader
 
 from ciphertune._support.atomic import replace_file
@@ -114,20 +112,7 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: 
         f"{part.layers} layers with {100 * part.fraction:.1f}% of the weights outsourced to {config.to}: "
         f"{session.security.summary}. {len(train)} sequences to train on, {len(held)} held out"
     )
-    trainer = LoraTrainer(
-        model,
-        scheduler=_scheduler(t.schedule, t.learning_rate),
-        learning_rate=t.learning_rate,
-        weight_decay=t.weight_decay,
-        epochs=t.epochs,
-        max_steps=t.steps,
-        accumulation=t.accumulation,
-        interleave=t.interleave,
-        max_grad_norm=t.max_grad_norm,
-        eval_every=t.eval_every,
-        checkpoint_dir=t.checkpoint_dir,
-        checkpoint_every=t.checkpoint_every,
-    )
+    trainer = LoraTrainer(model, t)
     generator = torch.Generator().manual_seed(t.seed)
     sequences: Any = train
     loader: DataLoader[Any] = DataLoader(
@@ -241,13 +226,3 @@ def split_rows(texts: list[str], tokenizer: Any, data: DataSection) -> tuple[Ten
 
 def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
     return batches_of(torch.stack(rows), len(rows))[0]
-
-
-def _scheduler(kind: str, rate: float) -> Callable[[Optimizer, int], LRScheduler] | None:
-    if kind == "linear":
-        return lambda optimizer, total: PolynomialLR(optimizer, total_iters=total)
-    if kind == "cosine":
-        return lambda optimizer, total: OneCycleLR(
-            optimizer, max_lr=rate, total_steps=total + 1, pct_start=0.1, cycle_momentum=False
-        )
-    return None

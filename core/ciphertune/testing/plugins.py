@@ -112,7 +112,7 @@ def live(
         model,
         loss_fn=loss_of,
         learning_rate=0.05,
-        max_steps=steps,
+        steps=steps,
         eval_every=2,
         checkpoint_dir=checkpoints,
         checkpoint_every=None if checkpoints is None else 1,
