@@ -127,6 +127,7 @@ def test_a_run_trains_saves_and_resumes_exactly(project: Path) -> None:
     assert written["losses"] == whole.losses
     assert written["config"]["model"]["name"].endswith("model")
     assert (project / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert {path.name for path in (project / "out").iterdir()} == {"adapter", "loss.png", "report.html", "result.json"}
     base = AutoModelForCausalLM.from_pretrained(project / "model")
     loaded = PeftModel.from_pretrained(base, whole.adapter)
     assert any(p.abs().sum() > 0 for n, p in loaded.named_parameters() if "lora_B" in n)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 @pytest.mark.parametrize("to", ["clear", "mlwe"])
 def test_the_quick_demo_learns_and_writes_its_results(to: str, tmp_path: Path) -> None:
     said: list[str] = []
-    result = run_demo(tmp_path / "new" / "folder", to=to, quick=True, say=said.append)
+    result = run_demo(tmp_path / "new" / "folder", to=to, quick=True, progress=said.append)
     assert result.encrypted.held_out > result.held_out_before + 40
     assert abs(result.encrypted.held_out - result.plaintext.held_out) < 8
     tolerance = 1e-3 if to == "clear" else 0.05
@@ -27,6 +27,8 @@ def test_the_quick_demo_learns_and_writes_its_results(to: str, tmp_path: Path) -
     assert json.loads((tmp_path / "new" / "folder" / "result.json").read_text())["to"] == to
     assert Path(result.plot).read_bytes()[:4] == b"\x89PNG"
     assert (Path(result.adapter) / "adapter_model.safetensors").exists()
+    written = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert written == {"adapter", "loss.png", "report.html", "result.json"}
     assert result.traffic["requests"] > 0 < result.traffic["bytes_up"]
     assert ("IN THE CLEAR" in " ".join(result.crossed)) == (to == "clear")
     assert ("the secret key" in result.stayed) == (to == "mlwe")

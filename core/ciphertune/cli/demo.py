@@ -30,7 +30,9 @@ def demo(to: str, quick: bool, steps: int | None, output: Path, seed: int, as_js
     """
     from ciphertune.runs.demo import run_demo
 
-    result = run_demo(output, to=to, quick=quick, steps=steps, seed=seed, say=lambda line: click.echo(line, err=True))
+    result = run_demo(
+        output, to=to, quick=quick, steps=steps, seed=seed, progress=lambda line: click.echo(line, err=True)
+    )
     if as_json:
         print_json(dataclasses.asdict(result))
     else:

@@ -41,7 +41,7 @@ def train(
     settings = dataclasses.replace(settings, plugins=(*settings.plugins, *plugins))
     from ciphertune.runs.train import run_training
 
-    result = run_training(settings, resume=resume, compare=compare, say=lambda line: click.echo(line, err=True))
+    result = run_training(settings, resume=resume, compare=compare, progress=lambda line: click.echo(line, err=True))
     if as_json:
         print_json(dataclasses.asdict(result))
         return

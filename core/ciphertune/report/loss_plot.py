@@ -1,4 +1,4 @@
-"""Plots, written whole or not at all."""
+"""The plot of the training loss."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class DataSection:
     Attributes:
         source: a text file, a folder of ``.txt`` and ``.md`` files, a ``.jsonl`` file with one object a line, or the
             built-in ``language-reference``.
-        text_field: of the objects of a ``.jsonl`` file.
+        text_field: field of the objects of a ``.jsonl`` file that holds the text.
         length: tokens of one sequence.
         batch_size: sequences of one micro-batch.
         held_out: share of the texts, or of a single text's sequences, that is kept for evaluation; 0 for none.
@@ -82,7 +82,7 @@ class TrainingSection(TrainingSettings):
 
     Attributes:
         output: folder for the adapter, ``result.json``, the report and the loss plot.
-        seed: of adapters and the order of batches.
+        seed: seed of the adapters and of the order of batches.
     """
 
     output: str
@@ -91,7 +91,7 @@ class TrainingSection(TrainingSettings):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A whole file. ``to``, ``layers`` and ``plugins`` stand before the sections.
+    """A configuration file. ``to``, ``layers`` and ``plugins`` stand before the sections.
 
     Attributes:
         to: selection string.
@@ -148,5 +148,5 @@ def parse_config(content: Mapping[str, Any]) -> TrainConfig:
 
 
 def _beside(folder: Path, text: str) -> str:
-    """A path relative to the file where something is there, else the text: a built-in or a hub name."""
+    """The path below ``folder`` where it exists, else the text, which is a built-in or a hub name."""
     return str(folder / text) if (folder / text).exists() else text
