@@ -712,7 +712,7 @@ def test_an_interleaved_step_that_fails_touches_no_weight(fails):
         trainer.train(data)
     assert_same(trainable(model), before)
     assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
-    assert not [t for t in threading.enumerate() if t.name.startswith("ciphertune-turn")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("ciphertune-task")]
 
 
 def test_interleaving_is_refused_where_it_cannot_be():
