@@ -33,7 +33,7 @@ class Checkpoint:
     Attributes:
         step: optimizer steps done.
         trainable: trainable parameters and persistent buffers by name.
-        state: nested plain values and tensors, whatever the trainer needs to go on.
+        state: nested plain values and tensors that a resumed run needs.
     """
 
     step: int
@@ -121,7 +121,7 @@ def prune(directory: Path, keep: int | None) -> None:
 
 
 def unusable(file: Path, error: Exception) -> CheckpointError:
-    """The error for a checkpoint file that is damaged or was tampered with."""
+    """Make the error for a checkpoint file that is damaged or was tampered with."""
     return CheckpointError(
         f"{file} cannot be used: {type(error).__name__}: {error}. Nothing was changed. "
         f"Move {file.parent} away to resume from the checkpoint before it"

@@ -29,8 +29,8 @@ from ciphertune.training.loader import ResumableLoader
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a run has come.
+class ResumePoint:
+    """The point from which a resumed run goes on.
 
     Attributes:
         step: optimizer steps done.
@@ -99,7 +99,7 @@ class RunState:
             write_checkpoint(directory, Checkpoint(step, tensors, state), save)
         prune(directory, keep)
 
-    def resume(self, directory: Path) -> Progress:
+    def resume(self, directory: Path) -> ResumePoint:
         """Restore the latest checkpoint in a directory. On error nothing is changed.
 
         Raises:
@@ -126,7 +126,7 @@ class RunState:
             self.scheduler.load_state_dict(checkpoint.state["scheduler"])
         remove_drafts(directory)
         done = History(list(history["steps"]), list(history["evaluations"]))
-        return Progress(checkpoint.step, done, position["now"])
+        return ResumePoint(checkpoint.step, done, position["now"])
 
     def _compared(self) -> dict[str, Any]:
         """All that a checkpoint's run and this one must have in common, by name."""
@@ -191,6 +191,7 @@ class RunState:
 
 
 def _live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters and persistent buffers of a model, by name."""
     kept: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix=path, recurse=False):

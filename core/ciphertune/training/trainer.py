@@ -233,9 +233,9 @@ class LoraTrainer:
             return None
         if directory is None:
             raise CheckpointError("resume=True needs checkpoint_dir")
-        progress = state.resume(directory)
-        self.step, self.history = progress.step, progress.history
-        return progress.random_states
+        point = state.resume(directory)
+        self.step, self.history = point.step, point.history
+        return point.random_states
 
     @contextlib.contextmanager
     def _interleaving(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Real models with real data that need no network: what the demo, the benchmarks and the tests train."""
+"""Models with adapters and data for the demo, the benchmarks and the tests; none needs a network."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 @dataclasses.dataclass
 class Workload:
-    """A model with adapters, batches to train and evaluate it on, and what to call the results.
+    """A model with adapters, batches to train and evaluate it on, and names for the results.
 
     Attributes:
-        name: of the model, for people.
-        data: what it is trained on, for people.
+        name: display name of the model.
+        data: description of the data.
         model: a ``peft.PeftModel`` in the clear, adapters fresh.
         train: batches in the order they are used.
         held_out: batches for evaluation.
         loss_fn: for ``LoraTrainer``; None where the model returns its loss.
         metric: name and function of an evaluation's result to show, from the trainer's metrics and the model.
-        learning_rate: one that suits it.
-        unit: what a batch is counted in.
+        learning_rate: suitable for the model.
+        unit: ``tokens`` or ``samples``.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Workload:
 
 
 def load_workload(name: str, *, batches: int, tokens: int, held_out: int, seed: int = 0, rank: int = 8) -> Workload:
-    """A built-in workload.
+    """Load a built-in workload.
 
     Args:
         name: ``smollm2`` or ``mlp``.
