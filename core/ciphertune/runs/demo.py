@@ -20,8 +20,9 @@ from ciphertune.report.account import Account, Accountant
 from ciphertune.report.loss_plot import plot_losses
 from ciphertune.report.page import write_report
 from ciphertune.training.trainer import LoraTrainer
-from ciphertune.workloads import Workload, load_workload
 from ciphertune.workloads.local_worker import serving
+from ciphertune.workloads.named import load_workload
+from ciphertune.workloads.workload import Workload
 
 Say = Callable[[str], None]
 
