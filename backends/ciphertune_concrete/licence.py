@@ -1,4 +1,4 @@
-"""What a user must know of Zama's licence, said once per process when one of these backends is first used."""
+"""Notice of Zama's licence, given once a process when one of these backends is first used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hook specifications: every place where a plugin may look in, or have a say.
+"""Hook specifications: every point at which a plugin is told of something or has a say.
 
 A plugin is a module, an object or a class registered in the ``ciphertune.plugins`` entry-point group whose functions
 are marked with ``hookimpl`` and named as below; each may take fewer arguments than are listed. A hook that raises is

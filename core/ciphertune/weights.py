@@ -1,4 +1,4 @@
-"""Weights as workers hold them, and what a client may know of them."""
+"""Quantized weights, and the descriptions of them that both ends share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHUNK_VALUES = 1 << 22
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
-    """What a client knows of one outsourced layer: everything but the weight.
+    """A client's view of one outsourced layer: everything but the weight.
 
     Attributes:
         name: dotted path of the layer in the model.
@@ -67,7 +67,7 @@ class LayerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Rows of one layer that a worker holds; all of them, unless the layer is cut.
+    """Rows of one layer that a worker holds: all of them, unless the layer is cut.
 
     Attributes:
         name: of the layer.
@@ -86,7 +86,7 @@ class Shard:
 
     @property
     def rows(self) -> int:
-        """How many rows these are."""
+        """Number of rows."""
         return self.stop - self.start
 
     @classmethod

@@ -59,7 +59,7 @@ class Circuit:
 
     @contextlib.contextmanager
     def runner(self) -> Iterator[Any]:
-        """One that nobody else uses meanwhile."""
+        """Yield a runner that no other thread uses meanwhile."""
         one = self.runners.get()
         try:
             yield one

@@ -48,7 +48,7 @@ COMPILING = threading.RLock()
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What both sides must agree on.
+    """Parameters that both sides must agree on.
 
     Attributes:
         bits: width of inputs and outputs, two's complement.
@@ -87,7 +87,7 @@ class Frame:
         return cls(serialized[:head], serialized[end:], words)
 
     def is_like(self, other: Frame) -> bool:
-        """Whether it takes as many bytes around the words as another one."""
+        """Return whether the layout has as many bytes around the words as another one."""
         return (len(self.head), len(self.tail)) == (len(other.head), len(other.tail))
 
     def fill(self, words: Words) -> Any:
@@ -253,7 +253,7 @@ def _gate(only: Any) -> tuple[Any, ...]:
 
 
 def _head(words: int, first: bytes, second: bytes) -> int:
-    """Where the words begin: two encryptions of the same differ in all of them, and nowhere else."""
+    """Offset of the words: two encryptions of one value differ in all of them, and nowhere else."""
     apart = np.flatnonzero(np.frombuffer(first, np.uint64) != np.frombuffer(second, np.uint64))
     if len(first) != len(second) or apart.size == 0 or apart[-1] - apart[0] + 1 != words:
         raise PluginError(UNKNOWN_FORM)

@@ -92,7 +92,7 @@ def _squared_unit(bits: int) -> float:
 
 
 def errors() -> Errors:
-    """What the parameters make of it."""
+    """Errors that the parameters lead to."""
     set_bits = SIZE / 2
     fresh = (DEVIATION * 2.0**MESSAGE_BITS) ** 2
     digits = SIZE * LEVELS * 4.0**BASE_BITS / 12

@@ -41,7 +41,7 @@ def request_tokens(data: Tensor, features: int) -> int | None:
 
 
 def is_reply(data: Tensor, tokens: int, outputs: int) -> bool:
-    """Whether bytes are an encrypted result of this shape."""
+    """Return whether bytes are an encrypted result of this shape."""
     words = _as_words(data)
     if words is None or len(words) != reply_words(tokens, outputs) or words[0] != tokens:
         return False

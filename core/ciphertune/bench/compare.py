@@ -113,7 +113,7 @@ def machine() -> dict[str, Any]:
 
 
 def measure(to: str, product: Product, large: Product, repeat: int, seed: int) -> dict[str, Any]:
-    """One backend on one product, in this process.
+    """Measure one backend on one product, in this process.
 
     Returns:
         Seconds by phase (medians), bytes, errors, what is known of security, and how often the small product's work

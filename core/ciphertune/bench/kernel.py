@@ -1,4 +1,4 @@
-"""One product, encrypted and in the clear, in turn."""
+"""Benchmark of one product, encrypted and in the clear, in turn."""
 
 from __future__ import annotations
 

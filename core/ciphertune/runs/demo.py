@@ -15,8 +15,9 @@ from ciphertune.outsourcing.convert import outsource, session_of, share
 from ciphertune.report.costs import CostMeter
 from ciphertune.runs.results import OutputFolder, Progress, Result, common_figures
 from ciphertune.training.trainer import LoraTrainer
-from ciphertune.workloads import Workload, load_workload
 from ciphertune.workloads.local_worker import serving
+from ciphertune.workloads.named import load_workload
+from ciphertune.workloads.workload import Workload
 
 
 @dataclasses.dataclass

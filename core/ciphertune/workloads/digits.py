@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
-from ciphertune.workloads import Batch, Workload
+from ciphertune.workloads.workload import Batch, Workload
 
 _EXTRA = 'pip install "ciphertune[demo]"'
 

@@ -13,8 +13,8 @@ from torch import nn
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import SMOLLM2_FILE, load_causal_model, smollm2_folder
-from ciphertune.workloads import Workload
 from ciphertune.workloads.texts import batches_of, language_reference, rows_of, split_articles
+from ciphertune.workloads.workload import Workload
 
 _EXTRA = 'pip install "ciphertune[demo]"'
 ROW = 256

@@ -19,7 +19,7 @@ def _base_of(model: str | nn.Module) -> str | nn.Module:
     if model != "mlp":
         return model
     # Its weights come from a short training, always the same.
-    from ciphertune.workloads import load_workload
+    from ciphertune.workloads.named import load_workload
 
     adapted: Any = load_workload("mlp", batches=1, tokens=1, held_out=1).model
     base: nn.Module = adapted.unload()
