@@ -10,15 +10,8 @@ from typing import Any, Literal
 
 import pytest
 
-from ciphertune._support.options import (
-    AT_LEAST_ONE,
-    BELOW_ONE,
-    NOT_EMPTY,
-    POSITIVE,
-    build_options,
-    build_section,
-    check_fields,
-)
+from ciphertune._support.options import build_options, build_section
+from ciphertune._support.ranges import AT_LEAST_ONE, BELOW_ONE, NOT_EMPTY, POSITIVE, check_fields
 from ciphertune.errors import CipherTuneError, ConfigError, SelectionError, TrainingError
 
 

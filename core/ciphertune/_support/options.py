@@ -1,24 +1,14 @@
-"""Dataclasses made from option texts and from TOML sections; their annotations say how each value is read.
-
-Supported annotations: bool, int, float, str, Path, Literal of ints or strings, unions of these, and ``| None``. In TOML
-also sections, which are dataclasses, and lists of strings, which are ``tuple[str, ...]``.
-"""
+"""Options of selection strings and sections of TOML files, as dataclasses."""
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-import math
-import numbers
-import reprlib
-import types
-import typing
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
+from ciphertune._support.builders import TextBuilder, TomlBuilder
 from ciphertune._support.suggestions import closest
-from ciphertune.errors import CipherTuneError, ConfigError, SelectionError
+from ciphertune.errors import ConfigError, SelectionError
 
 OptionsT = TypeVar("OptionsT")
 
@@ -47,7 +37,7 @@ def build_options(cls: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
     Raises:
         SelectionError: an unknown option, one that is missing and has no default, or a value of the wrong form.
     """
-    return _TextBuilder(SelectionError).build(cls, values)
+    return TextBuilder(SelectionError).build(cls, values)
 
 
 def build_section(cls: type[OptionsT], content: Any) -> OptionsT:
@@ -59,228 +49,4 @@ def build_section(cls: type[OptionsT], content: Any) -> OptionsT:
         ConfigError: a section or key is unknown, missing, of the wrong type, or refused by its dataclass. The message
             names it as ``section.key``.
     """
-    return _TomlBuilder(ConfigError).build(cls, content)
-
-
-def required(field: dataclasses.Field[Any]) -> bool:
-    """Whether an option has no default."""
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """The values that a field may have.
-
-    Attributes:
-        contains: whether a value of the field's type is one of them.
-        text: for messages, after "must be".
-    """
-
-    contains: Callable[[Any], bool]
-    text: str
-
-
-AT_LEAST_ONE = Range(lambda value: value >= 1, "1 or more")
-AT_LEAST_TWO = Range(lambda value: value >= 2, "2 or more")
-ABOVE_ZERO = Range(lambda value: value > 0, "above 0")
-POSITIVE = Range(lambda value: 0 < value < math.inf, "a finite number above 0")
-NOT_NEGATIVE = Range(lambda value: 0 <= value < math.inf, "a finite number from 0")
-BELOW_ONE = Range(lambda value: 0 <= value < 1, "from 0 to below 1")
-NOT_EMPTY = Range(lambda value: len(value) > 0, "one name or more")
-
-
-def check_fields(instance: Any, error: type[CipherTuneError], **ranges: Range) -> None:
-    """Check a frozen dataclass in its ``__post_init__``: each value against its annotation, then against its range.
-
-    Whole numbers become floats where the annotation says float.
-
-    Args:
-        instance: the dataclass.
-        error: what to raise; its message begins with the field's name.
-        ranges: by field; None is allowed where the annotation has ``| None``.
-    """
-    builder, hints = _TomlBuilder(error), typing.get_type_hints(type(instance))
-    for field in dataclasses.fields(instance):
-        value = builder.value(getattr(instance, field.name), hints[field.name], field.name)
-        object.__setattr__(instance, field.name, value)
-        allowed = ranges.get(field.name)
-        if allowed is not None and value is not None and not allowed.contains(value):
-            raise error(f"{field.name} must be {allowed.text}, not {reprlib.repr(value)}")
-
-
-class _Builder(abc.ABC):
-    """Makes dataclasses from values of one kind.
-
-    Args:
-        error: the type of error to raise.
-    """
-
-    kinds: ClassVar[Mapping[type, tuple[Callable[[Any], Any], str]]]
-    """For each scalar type, a function that reads a value or raises ``ValueError``, and what a value must be."""
-
-    def __init__(self, error: type[CipherTuneError]) -> None:
-        self.error = error
-
-    def build(self, cls: type[OptionsT], values: Any, place: str = "") -> OptionsT:
-        """Make a dataclass; ``place`` is the section that holds the values, empty for the outermost."""
-        if not isinstance(values, Mapping):
-            raise self.error(f"[{place}] must be a section")
-        hints = typing.get_type_hints(cls)
-        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-        for name in values:
-            if name not in fields:
-                raise self.error(f"unknown {self.unknown(name, place)}; {closest(name, fields)}")
-        converted = {name: self.value(value, hints[name], self.place(name, place)) for name, value in values.items()}
-        for name, field in fields.items():
-            if required(field) and name not in values:
-                raise self.error(f"{self.place(name, place)} is missing and has no default")
-        return self.make(cls, converted, place)
-
-    def value(self, value: Any, hint: Any, place: str) -> Any:
-        """Read one value as its annotation says."""
-        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-        if origin in (typing.Union, types.UnionType):
-            return self._one_of(value, arguments, place)
-        if origin is Literal:
-            for choice in arguments:
-                if self.is_choice(value, choice):
-                    return choice
-            listed = ", ".join(str(choice) for choice in arguments)
-            raise self.mismatch(value, f"one of {listed}", place)
-        if origin is tuple:
-            if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
-                return tuple(value)
-            raise self.mismatch(value, "a list of strings", place)
-        if dataclasses.is_dataclass(hint):
-            return value if isinstance(value, hint) else self.build(hint, value, place)  # type: ignore[arg-type]
-        if hint not in self.kinds:
-            raise TypeError(f"{place} has the annotation {hint}, which no value can be read for")
-        read, expected = self.kinds[hint]
-        try:
-            return read(value)
-        except OverflowError as error:
-            raise self.error(f"{place} is too large a number") from error
-        except ValueError as error:
-            raise self.mismatch(value, expected, place) from error
-
-    def _one_of(self, value: Any, hints: tuple[Any, ...], place: str) -> Any:
-        if type(None) in hints and self.is_none(value):
-            return None
-        hints = tuple(hint for hint in hints if hint is not type(None))
-        for hint in hints[:-1]:
-            try:
-                return self.value(value, hint, place)
-            except self.error:
-                continue
-        return self.value(value, hints[-1], place)
-
-    @abc.abstractmethod
-    def place(self, name: str, within: str) -> str:
-        """How messages call the value of this name."""
-
-    @abc.abstractmethod
-    def unknown(self, name: str, within: str) -> str:
-        """How messages call a name that no field has."""
-
-    @abc.abstractmethod
-    def is_none(self, value: Any) -> bool:
-        """Whether this value is None."""
-
-    @abc.abstractmethod
-    def is_choice(self, value: Any, choice: Any) -> bool:
-        """Whether this value is that choice of a ``Literal``."""
-
-    def mismatch(self, value: Any, expected: str, place: str) -> CipherTuneError:
-        """The error for a value that is not what its annotation says."""
-        return self.error(f"{place} must be {expected}, not {reprlib.repr(value)}")
-
-    def make(self, cls: type[OptionsT], values: Mapping[str, Any], place: str) -> OptionsT:
-        """Make the dataclass, which may refuse the values."""
-        return cls(**values)
-
-
-def _read_switch(value: Any) -> bool:
-    text = str(value).lower()
-    if text in ("1", "true", "yes", "on"):
-        return True
-    if text in ("0", "false", "no", "off"):
-        return False
-    raise ValueError(text)
-
-
-class _TextBuilder(_Builder):
-    """Reads the option values of a selection string, which are text."""
-
-    kinds: ClassVar[Mapping[type, tuple[Callable[[Any], Any], str]]] = {
-        bool: (_read_switch, "1 or 0"),
-        int: (lambda value: int(str(value)), "a whole number"),
-        float: (lambda value: float(str(value)), "a number"),
-        str: (str, "text"),
-        Path: (Path, "a path"),
-    }
-
-    def place(self, name: str, within: str) -> str:
-        return f"option {name}"
-
-    def unknown(self, name: str, within: str) -> str:
-        return f"option {name!r}"
-
-    def is_none(self, value: Any) -> bool:
-        return value is None or str(value).lower() == "none"
-
-    def is_choice(self, value: Any, choice: Any) -> bool:
-        return str(value) == str(choice)
-
-    def mismatch(self, value: Any, expected: str, place: str) -> CipherTuneError:
-        return self.error(f"{place}={value!r} must be {expected}")
-
-
-def _read_exactly(kind: type) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if type(value) is not kind:
-            raise ValueError(value)
-        return value
-
-    return read
-
-
-def _read_real(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(value)
-    return float(value)
-
-
-def _read_path(value: Any) -> Path:
-    if not isinstance(value, (str, Path)):
-        raise ValueError(value)
-    return Path(value)
-
-
-class _TomlBuilder(_Builder):
-    """Reads the values of a TOML file, or of Python code, which have types."""
-
-    kinds: ClassVar[Mapping[type, tuple[Callable[[Any], Any], str]]] = {
-        bool: (_read_exactly(bool), "true or false"),
-        int: (_read_exactly(int), "a whole number"),
-        float: (_read_real, "a number"),
-        str: (_read_exactly(str), "text"),
-        Path: (_read_path, "a path"),
-    }
-
-    def place(self, name: str, within: str) -> str:
-        return f"{within}.{name}" if within else name
-
-    def unknown(self, name: str, within: str) -> str:
-        return f"{'key' if within else 'key or section'} {self.place(name, within)!r}"
-
-    def is_none(self, value: Any) -> bool:
-        return value is None
-
-    def is_choice(self, value: Any, choice: Any) -> bool:
-        return type(value) is type(choice) and bool(value == choice)
-
-    def make(self, cls: type[OptionsT], values: Mapping[str, Any], place: str) -> OptionsT:
-        try:
-            return cls(**values)
-        except CipherTuneError as error:
-            raise self.error(self.place(str(error), place)) from error
+    return TomlBuilder(ConfigError).build(cls, content)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ciphertune._support.options import required
+from ciphertune._support.builders import required
 from ciphertune.cli.output import print_json, print_table
 from ciphertune.errors import CipherTuneError
 from ciphertune.plugins import registry

@@ -8,15 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ciphertune._support.options import (
-    AT_LEAST_ONE,
-    AT_LEAST_TWO,
-    BELOW_ONE,
-    NOT_EMPTY,
-    POSITIVE,
-    build_section,
-    check_fields,
-)
+from ciphertune._support.options import build_section
+from ciphertune._support.ranges import AT_LEAST_ONE, AT_LEAST_TWO, BELOW_ONE, NOT_EMPTY, POSITIVE, check_fields
 from ciphertune.errors import ConfigError
 from ciphertune.plugins.manager import anchored
 from ciphertune.training.settings import TrainingSettings

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from ciphertune._support.options import ABOVE_ZERO, AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, check_fields
+from ciphertune._support.ranges import ABOVE_ZERO, AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, check_fields
 from ciphertune.errors import TrainingError
 
 Schedule = Literal["constant", "linear", "cosine"]
