@@ -502,9 +502,9 @@ def test_evaluation_errors():
 
 def test_target_counts():
     labels = torch.tensor([[1, 2, -100, 3], [-100, -100, 4, 5]])
-    assert batches._count_targets(labels, shifted=False) == 5
-    assert batches._count_targets(labels, shifted=True) == 4
-    assert batches._count_targets(torch.zeros(3, 2), shifted=False) is None
+    assert batches.count_targets(labels, shifted=False) == 5
+    assert batches.count_targets(labels, shifted=True) == 4
+    assert batches.count_targets(torch.zeros(3, 2), shifted=False) is None
     assert batches.size({"input_ids": labels, "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])}) == (
         "tokens",
         4,

@@ -64,7 +64,7 @@ def render(content: Mapping[str, Any]) -> str:
         figure=figure,
         name=name,
         to=redacted(content["to"]),
-        network="network" if costs["remote"] else "handing over",
+        network="network" if costs["remote"] else "call overhead",
         phases=_phases(costs),
         kinds=_kinds(costs["groups"]),
         groups=_groups(costs["groups"]),
@@ -206,12 +206,12 @@ def _demo(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _phases(costs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    network = "network and queues" if costs["remote"] else "handing over"
+    network = "network and queues" if costs["remote"] else "call overhead"
     names = {
         "encrypt": ("client: encrypt", "encoding, encrypting"),
         "decrypt": ("client: decrypt", "decrypting, decoding"),
-        "network": (network, "from sending a request to its reply, less what the worker says it computed"),
-        "worker": ("worker: evaluate", "the products themselves, as the worker says"),
+        "network": (network, "from sending a request to its reply, less the worker's computing time"),
+        "worker": ("worker: evaluate", "the products, as the worker reports"),
         "rest": (
             "client: the rest",
             "embeddings, norms, attention, output head, adapters, loss, optimizer, reading data",

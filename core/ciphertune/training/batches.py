@@ -94,7 +94,7 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Ba
         outputs = model(**batch)
         loss = _model_loss(outputs, batch) if loss_fn is None else loss_fn(outputs, batch)
         shifted = loss_fn is None and language_model(model) == "shifted"
-        weight = _count_targets(batch.get("labels"), shifted)
+        weight = count_targets(batch.get("labels"), shifted)
     elif isinstance(batch, (tuple, list)):
         if len(batch) < 2:
             raise TrainingError(f"a tuple batch must be (inputs…, targets), but this one has {len(batch)} elements")
@@ -105,7 +105,7 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Ba
             )
         *inputs, targets = to_device(batch, device)
         loss = loss_fn(model(*inputs), targets)
-        weight = _count_targets(targets, False)
+        weight = count_targets(targets, False)
     else:
         raise TrainingError(
             f"a batch must be a tuple (inputs…, targets) or a mapping of model arguments, not a {type(batch).__name__}"
@@ -157,7 +157,7 @@ def _model_loss(outputs: Any, batch: Mapping[str, Any]) -> Any:
     return loss
 
 
-def _count_targets(targets: Any, shifted: bool) -> int | None:
+def count_targets(targets: Any, shifted: bool) -> int | None:
     """Number of targets that a mean loss is the mean of; None where they are not class indices."""
     if not isinstance(targets, Tensor) or targets.dim() == 0 or targets.is_floating_point() or targets.is_complex():
         return None
