@@ -56,7 +56,7 @@ class Builder(abc.ABC):
         return self.make(cls, converted, place)
 
     def value(self, value: Any, hint: Any, place: str) -> Any:
-        """Read one value as its annotation says."""
+        """Read one value by its annotation."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
             return self._one_of(value, arguments, place)
@@ -95,11 +95,11 @@ class Builder(abc.ABC):
 
     @abc.abstractmethod
     def place(self, name: str, within: str) -> str:
-        """How messages call the value of this name."""
+        """The text by which messages name a value."""
 
     @abc.abstractmethod
     def unknown(self, name: str, within: str) -> str:
-        """How messages call a name that no field has."""
+        """The text by which messages name a value that no field has."""
 
     @abc.abstractmethod
     def is_none(self, value: Any) -> bool:
@@ -110,7 +110,7 @@ class Builder(abc.ABC):
         """Whether this value is that choice of a ``Literal``."""
 
     def mismatch(self, value: Any, expected: str, place: str) -> CipherTuneError:
-        """The error for a value that is not what its annotation says."""
+        """Make the error for a value that does not fit its annotation."""
         return self.error(f"{place} must be {expected}, not {reprlib.repr(value)}")
 
     def make(self, cls: type[BuiltT], values: Mapping[str, Any], place: str) -> BuiltT:

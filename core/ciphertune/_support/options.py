@@ -17,7 +17,7 @@ def split_options(options: Mapping[str, str], *owners: type) -> list[dict[str, s
     """Hand each option to the first of ``owners`` (options dataclasses) that has a field of its name.
 
     Raises:
-        SelectionError: an option that none of them knows.
+        SelectionError: an option that none of them has.
     """
     shares: list[dict[str, str]] = [{} for _ in owners]
     fields = [{field.name for field in dataclasses.fields(owner)} for owner in owners]

@@ -17,11 +17,11 @@ _State = tuple[Tensor, ...]
 
 
 class RandomStreams:
-    """Swaps the state of torch's generators, so that what one task draws, or replays, does not touch another.
+    """Random streams of interleaved tasks: what one task draws, or draws again, does not change another's numbers.
 
-    Replaying is what gradient checkpointing does: it sets the generators back while it computes once more. The first
-    stream is the process's own, the others are seeded from its state. In the end the process goes on with the stream
-    of the last task that drew; so it does not move where none did. Python's and NumPy's generators stay shared.
+    Gradient checkpointing draws again: it sets the generators back to recompute a forward pass. The first stream is
+    the process's own; the others are seeded from its state. At the end the process continues the stream of the last
+    task that drew, or its own where none did. The generators of Python and NumPy are shared by all tasks.
 
     Args:
         count: streams, 1 or more.

@@ -19,7 +19,7 @@ from ciphertune._support.torch_rng import cuda_in_use
 class ThreadState:
     """Grad and inference mode, autocast, the mode stacks, the CUDA stream and the number of threads of one thread.
 
-    Saved-tensor hooks are not among them: torch does not tell which are set.
+    Saved-tensor hooks are not included: torch has no function that lists them.
     """
 
     grad: bool

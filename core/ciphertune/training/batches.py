@@ -139,7 +139,7 @@ def language_model(model: nn.Module) -> LanguageModel | None:
 
 
 def digest(batch: Any) -> str:
-    """Eight hex digits that tell one batch from another, too few to tell what is in it."""
+    """Eight hex digits that distinguish batches; too few to reveal their content."""
     state = hashlib.sha256()
     for part in _parts(batch):
         state.update(part)

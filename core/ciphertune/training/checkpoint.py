@@ -2,7 +2,7 @@
 
 ``trainable.safetensors`` holds trainable parameters and persistent buffers by their names in the model,
 ``state.json`` everything else with its tensors in ``state.safetensors``, and ``adapter/``, for a peft model, the
-adapter as peft saves it. A checkpoint says more about the private data than the adapter alone: keep it at the client.
+adapter as peft saves it. A checkpoint reveals more about the private data than the adapter: keep it at the client.
 """
 
 from __future__ import annotations

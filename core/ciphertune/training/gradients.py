@@ -73,7 +73,7 @@ def run_backward_passes(
     before = [parameter.grad for parameter in wanted]
 
     def take(parameter: Tensor) -> None:
-        # On a GPU this thread is torch's own, so the thread does not tell whose gradient it is.
+        # On a GPU this is a thread of torch, so the task is looked up at the interleaver.
         assert interleaver.current is not None
         assert parameter.grad is not None
         parts[interleaver.current].setdefault(id(parameter), []).append(parameter.grad)

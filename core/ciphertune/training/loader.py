@@ -66,9 +66,9 @@ class ResumableLoader:
             ended = len(self._last) < self.accumulation or (self.epoch_complete and next(self._iterator, _END) is _END)
             if self.length is not None and (ended != self.epoch_complete or self.consumed > self.length):
                 raise TrainingError(
-                    f"epoch {self.epoch}: the data says it has {self.length} batches but gave "
+                    f"epoch {self.epoch}: the data has a length of {self.length} batches but gave "
                     f"{self.consumed if ended else 'more'}; make its length true, or give the data without a length "
-                    "and max_steps"
+                    "and steps"
                 )
             if self.consumed == 0:
                 raise TrainingError(f"the data has no batch in epoch {self.epoch}")

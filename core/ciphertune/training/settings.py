@@ -14,7 +14,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How ``LoraTrainer`` trains. The ``[training]`` section of a configuration file has the same keys.
+    """Settings of ``LoraTrainer`` and of the ``[training]`` section of a configuration file.
 
     Attributes:
         learning_rate: of AdamW, the optimizer that is made where none is given.
