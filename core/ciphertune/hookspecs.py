@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
-from ciphertune.backend import SecurityStatement
-from ciphertune.selection import Selection
-from ciphertune.traffic import Exchange, Traffic
-from ciphertune.weights import LayerInfo
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # at runtime they would import torch, for which `ciphertune --help` would wait
     import click
+
+    from ciphertune.backend import SecurityStatement
+    from ciphertune.selection import Selection
+    from ciphertune.traffic import Exchange, Traffic
+    from ciphertune.weights import LayerInfo
 
 hookspec = pluggy.HookspecMarker("ciphertune")
 hookimpl = pluggy.HookimplMarker("ciphertune")
