@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
 import logging
 import os
 import queue
@@ -16,9 +15,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from ciphertune.errors import ConfigError, ProtocolError, TransportError
+from ciphertune.errors import ConfigError, ProtocolError
 from ciphertune.protocol import Frame
-from ciphertune.transport import settle
+from ciphertune.transport import PendingReplies
 from ciphertune_ray.pipe import Pipe, pair
 
 log = logging.getLogger(__name__)
@@ -53,8 +52,7 @@ class Bridge:
         self._cluster, self._most, self._linger = cluster, most, linger
         self.hosted: dict[str, Push] = {}
         self._holders = 0
-        self._numbers = itertools.count(1)
-        self._pending: dict[int, Future[Answer]] = {}
+        self._pending: PendingReplies[Answer] = PendingReplies(f"ray://{(cluster or 'local').removeprefix('ray://')}")
         self._lock = threading.Lock()
         self._running: _Running | None = None
         self._not_before = 0.0
@@ -85,13 +83,10 @@ class Bridge:
 
         What is asked of a bundle may also fail with ``ConfigError``.
         """
-        future: Future[Answer] = Future()
-        number = next(self._numbers)
-        self._pending[number] = future
-        future.add_done_callback(lambda _: self._pending.pop(number, None))
-        if (why := self._send({**head, "id": number}, frames)) is not None:
-            settle(future, TransportError(why))
-        return future
+        number, answer = self._pending.add()
+        if not answer.done() and (why := self._send({**head, "id": number}, frames)) is not None:
+            self._pending.fail(number, why)
+        return answer
 
     def tell(self, head: dict[str, Any], frames: Sequence[Frame], sent: Callable[[], None]) -> None:
         """Send something that is not answered; ``sent`` is called once its frames have left or never will."""
@@ -103,9 +98,9 @@ class Bridge:
         with self._lock:
             self.closed = True
             running, self._running = self._running, None
+        self._pending.close()
         if running is not None:
             running.end()
-        self._fail_all("the link is closed")
 
     def _send(
         self, head: dict[str, Any], frames: Sequence[Frame], sent: Callable[[], None] | None = None
@@ -123,13 +118,13 @@ class Bridge:
         return None
 
     def _received(self, head: dict[str, Any], frames: list[Frame]) -> None:
-        future = self._pending.get(head.get("id", 0))
-        if future is not None:
+        number = head.get("id")
+        if isinstance(number, int):
             if "error" in head:
-                kind = ConfigError if head.get("kind") == "ConfigError" else TransportError
-                settle(future, kind(str(head["error"])[:2000]))
+                error = str(head["error"])[:2000]
+                self._pending.fail(number, ConfigError(error) if head.get("kind") == "ConfigError" else error)
             else:
-                settle(future, (head, frames))
+                self._pending.answer(number, (head, frames))
         elif (push := self.hosted.get(str(head.get("actor")))) is not None:
             push(head, frames)
 
@@ -139,7 +134,7 @@ class Bridge:
             if mine:
                 self._running, self._problem = None, why
         if mine:
-            self._fail_all(why)
+            self._pending.fail_all(why)
             for push in list(self.hosted.values()):
                 push({"op": "lost", "why": why}, [])
 
@@ -149,10 +144,6 @@ class Bridge:
             self.closed = self.closed or idle
         if idle:
             self.close()
-
-    def _fail_all(self, why: str) -> None:
-        for future in list(self._pending.values()):
-            settle(future, TransportError(why))
 
 
 class _Running:
