@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -180,6 +180,18 @@ class Loopback:
     address: str
     serve: Mapping[str, str] = dataclasses.field(default_factory=dict)
     connect: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def opening_links() -> Iterator[list[Link]]:
+    """A list to put links in while they are opened; those in it are closed if the block fails half-way."""
+    links: list[Link] = []
+    try:
+        yield links
+    except BaseException:
+        for link in links:
+            link.close()
+        raise
 
 
 class PendingReplies(Generic[_Answer]):

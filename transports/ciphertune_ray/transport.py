@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ciphertune.errors import PluginError, SelectionError, TransportError
-from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport
+from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport, opening_links
 
 if TYPE_CHECKING:
     from ciphertune_ray.address import Address
@@ -104,8 +104,7 @@ class RayTransport(Transport):
         addresses = [parse(endpoint) for endpoint in endpoints]
         if self.options.bundle is not None and (len(addresses) > 1 or addresses[0].name is not None):
             raise SelectionError("workers of a bundle are this client's own: name one cluster, and no deployment")
-        links: list[Link] = []
-        try:
+        with opening_links() as links:
             for address in addresses:
                 if address.index is not None:
                     links.append(self._link(address))
@@ -113,10 +112,6 @@ class RayTransport(Transport):
                     links += self._own(address)
                 else:
                     links += self._shared(address)
-        except BaseException:
-            for link in links:
-                link.close()
-            raise
         return links
 
     def joining_workers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> list[Link]:

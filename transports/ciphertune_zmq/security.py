@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ciphertune.errors import KeyFileError, SecurityError
+from ciphertune.key_files import keys_folder
 from ciphertune_zmq.address import Address
-from ciphertune_zmq.keys import KeyPair, keys_folder, read_pair, read_public
+from ciphertune_zmq.keys import KeyPair, read_pair, read_public
 
 if TYPE_CHECKING:
     from ciphertune_zmq import ZmqOptions, ZmqServeOptions

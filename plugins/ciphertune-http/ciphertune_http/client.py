@@ -12,8 +12,7 @@ from typing import Any
 
 import httpx
 
-from ciphertune import KeyFileError, TransportError
-from ciphertune.errors import ReplyError
+from ciphertune.errors import KeyFileError, ReplyError, TransportError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, error_message, pack, unpack
 from ciphertune.transport import Link, PendingReplies
 from ciphertune_http import body

@@ -13,8 +13,7 @@ from typing import Any
 
 import uvicorn
 
-from ciphertune import KeyFileError, TransportError
-from ciphertune.errors import ProtocolError
+from ciphertune.errors import KeyFileError, ProtocolError, TransportError
 from ciphertune.protocol import Frame
 from ciphertune.transport import Listener, RequestHandler
 from ciphertune_http import HttpServeOptions, body
