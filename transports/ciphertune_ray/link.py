@@ -7,22 +7,22 @@ from concurrent.futures import Future
 from ciphertune.errors import ProtocolError
 from ciphertune.protocol import Message, pack, unpack
 from ciphertune.transport import Link, PendingReplies
-from ciphertune_ray.bridge import Answer, Bridge
+from ciphertune_ray.relay_client import Answer, RelayClient
 
 
 class RayLink(Link):
     """Requests to one actor, many at a time, answered in any order.
 
     Args:
-        name: for messages, and to tell joining workers by.
+        name: for messages, and to tell which workers have joined since.
         actor: its name in the cluster.
         peer: what this client is known as there.
-        bridge: to the cluster, held for this link, which releases it when it is closed.
+        relay: to the cluster; the link is one of its users, and releases it when it is closed.
     """
 
-    def __init__(self, name: str, actor: str, peer: str, bridge: Bridge) -> None:
+    def __init__(self, name: str, actor: str, peer: str, relay: RelayClient) -> None:
         self.name = name
-        self._actor, self._peer, self._bridge = actor, peer, bridge
+        self._actor, self._peer, self.relay = actor, peer, relay
         self._pending: PendingReplies[Message] = PendingReplies(name)
 
     def submit(self, request: Message) -> Future[Message]:
@@ -30,7 +30,7 @@ class RayLink(Link):
         frames = pack(request)
         number, reply = self._pending.add()
         if not reply.done():
-            asked = self._bridge.ask({"op": "call", "actor": self._actor, "peer": self._peer}, frames)
+            asked = self.relay.request({"op": "call", "actor": self._actor, "peer": self._peer}, frames)
             asked.add_done_callback(lambda answer: self._answered(number, answer))
             # A request that is given up does not keep the answer's memory.
             reply.add_done_callback(lambda _: asked.cancel())
@@ -39,7 +39,7 @@ class RayLink(Link):
     def close(self) -> None:
         """See ``Link.close``."""
         if self._pending.close():
-            self._bridge.release()
+            self.relay.release()
 
     def _answered(self, number: int, answer: Future[Answer]) -> None:
         if answer.cancelled():

@@ -45,14 +45,14 @@ class ZmqServeOptions:
         insecure: plain TCP, on a loopback address only.
         no_authentication: plain TCP on any address: anyone who can reach it can use this worker.
         heartbeat: as for clients.
-        max_backlog: bytes of unfinished messages that all connections together may make this process hold.
+        max_incomplete_bytes: bytes of unfinished messages that all connections together may make this process hold.
     """
 
     curve: str | None = None
     insecure: bool = False
     no_authentication: bool = False
     heartbeat: float = 5.0
-    max_backlog: int = 4 << 30
+    max_incomplete_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
         _check_heartbeat(self.heartbeat)

@@ -13,11 +13,11 @@ from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, pack, unpack
 from ciphertune.transport import Link, PendingReplies
 from ciphertune_zmq.address import Address
 from ciphertune_zmq.framing import unwrap, wrap
-from ciphertune_zmq.guard import Backlog
 from ciphertune_zmq.loop import HANDSHAKE_FAILURES, SocketLoop
+from ciphertune_zmq.receive_limit import ReceiveLimit
 from ciphertune_zmq.security import ClientCurve
 
-_GUARD_SECONDS = 0.25
+_CHECK_SECONDS = 0.25
 _CONNECT_SECONDS = 5.0
 _NUMBER = struct.Struct("<Q")
 
@@ -51,7 +51,7 @@ class _ClientLoop(SocketLoop):
         self.pending: PendingReplies[Message] = PendingReplies(str(address))
         self._cut = curve is not None
         self._outgoing: collections.deque[tuple[int, list[Frame]]] = collections.deque()
-        self._backlog = Backlog(DEFAULT_LIMITS.total_bytes)
+        self._limit = ReceiveLimit(DEFAULT_LIMITS.total_bytes)
         self._connected = False
         self._descriptor = -1
         options = {
@@ -75,7 +75,7 @@ class _ClientLoop(SocketLoop):
         except zmq.ZMQError as error:
             self.stop()
             raise TransportError(f"cannot connect to {address}: {error}") from error
-        self.begin()
+        self.start()
 
     def submit(self, frames: list[Frame]) -> Future[Message]:
         number, reply = self.pending.add()
@@ -85,25 +85,25 @@ class _ClientLoop(SocketLoop):
         return reply
 
     def poll_seconds(self) -> float:
-        return _GUARD_SECONDS if self.pending else 60.0
+        return _CHECK_SECONDS if self.pending else 60.0
 
     def work(self, readable: bool) -> None:
         if readable:
             self._receive()
         if self._connected:
             self._send()
-        if self.pending and self._backlog.enforce():
+        if self.pending and self._limit.enforce():
             self._lost("it sent more than a reply can be")
 
     def connection_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_CONNECTED:
             self._descriptor = value
-            self._backlog.opened(value)
+            self._limit.watch(value)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._connected = True
             self._send()
         elif event == zmq.EVENT_DISCONNECTED:
-            self._backlog.closed(value)
+            self._limit.forget(value)
             self._lost("the connection was lost")
         elif event in HANDSHAKE_FAILURES:
             self._lost(
@@ -132,7 +132,7 @@ class _ClientLoop(SocketLoop):
                 frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self._backlog.delivered(self._descriptor)
+            self._limit.message_complete(self._descriptor)
             envelope = frames[0].bytes
             number = _NUMBER.unpack_from(envelope)[0] if len(envelope) >= _NUMBER.size else 0
             if number not in self.pending:

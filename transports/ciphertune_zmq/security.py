@@ -26,7 +26,7 @@ class ClientCurve:
     server: bytes
 
 
-class Authorised:
+class AuthorisedClients:
     """Public keys of the clients that a worker serves, read anew when a client connects.
 
     Args:
@@ -52,7 +52,7 @@ class ServerCurve:
     """A worker's key and whom it lets in."""
 
     pair: KeyPair
-    clients: Authorised
+    clients: AuthorisedClients
 
 
 def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
@@ -82,7 +82,7 @@ def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | No
         return None
     folder = keys_folder(options.curve)
     pair = read_pair(_existing(folder / "worker.key"))
-    clients = Authorised(folder / "clients")
+    clients = AuthorisedClients(folder / "clients")
     if not any(clients.folder.glob("*.pub")):
         raise KeyFileError(f"no client is authorised: put clients' public keys in {clients.folder}")
     return ServerCurve(pair, clients)

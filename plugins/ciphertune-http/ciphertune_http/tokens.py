@@ -46,7 +46,7 @@ def read_token(path: str) -> str:
     return text
 
 
-class Authorised:
+class AuthorisedClients:
     """The clients that a worker lets in.
 
     Raises:
