@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,11 +15,10 @@ from torch import nn
 import ciphertune
 from ciphertune.client.choice import choose
 from ciphertune.client.session import Session
-from ciphertune.errors import TransportError
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.protocol import Message, pack, unpack
-from ciphertune.transport import Link, LocalWorker, Transport
+from ciphertune.transport import Link, LocalWorker, PendingReplies, Transport
 from ciphertune.weights import Shard, describe, quantize
 from ciphertune.worker.store import WeightStore
 from ciphertune.worker.worker import Worker
@@ -67,7 +66,7 @@ class Host:
         self.script: Script = self.answer
         self.seen: list[str] = []
         self.closed = 0
-        self.pending: dict[Future[Message], None] = {}
+        self.pending: PendingReplies[Message] = PendingReplies(name)
         self._pool = pool
         self._lock = threading.Lock()
 
@@ -89,8 +88,7 @@ class Host:
     def crash(self, request: Message | None = None) -> None:
         """Go down; what is under way fails."""
         self.up = False
-        for future in list(self.pending):
-            settle(future, TransportError(f"{self.name}: the connection was lost"))
+        self.pending.fail_all("the connection was lost")
 
     def restart(self, held: WeightStore | None = None) -> None:
         """Come up with no session open, and perhaps with other weights."""
@@ -101,31 +99,21 @@ class Host:
         return self.seen.count(kind)
 
     def take(self, request: Message) -> Future[Message]:
-        future: Future[Message] = Future()
+        number, future = self.pending.add()
         if not self.up:
-            future.set_exception(TransportError(f"{self.name}: nothing answers there"))
+            self.pending.fail(number, "nothing answers there")
             return future
         self.seen.append(request.kind)
-        self.pending[future] = None
-        future.add_done_callback(lambda _: self.pending.pop(future, None))
-        self._pool.submit(self._serve, unpack(pack(request)), future)
+        self._pool.submit(self._serve, unpack(pack(request)), number)
         return future
 
-    def _serve(self, request: Message, future: Future[Message]) -> None:
+    def _serve(self, request: Message, number: int) -> None:
         try:
             reply = self.script(request)
             if reply is not None:
-                settle(future, unpack(pack(reply)))
+                self.pending.answer(number, unpack(pack(reply)))
         except Exception as error:
-            settle(future, error)
-
-
-def settle(future: Future[Message], outcome: Message | Exception) -> None:
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+            self.pending.fail(number, error)
 
 
 def never(request: Message) -> None:
@@ -142,8 +130,7 @@ class HostLink(Link):
 
     def close(self) -> None:
         self.host.closed += 1
-        for future in list(self.host.pending):
-            settle(future, TransportError(f"{self.name}: the link is closed"))
+        self.host.pending.fail_all("the link is closed")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ def wrap(number: bytes, frames: Sequence[Frame], cut: bool) -> list[Frame]:
     return [number + struct.pack(f"<{len(counts)}I", *counts), *parts]
 
 
-def most_parts(limits: Limits) -> int:
+def max_parts(limits: Limits) -> int:
     """Parts that a message within these limits may have, its envelope included."""
     return limits.buffers + 2 + limits.total_bytes // CHUNK + limits.buffers
 
