@@ -143,7 +143,7 @@ def test_one_that_does_not_answer_is_asked_again(
     model = copy.deepcopy(base)
     farm.outsource(model, weight_bits=8, connect_timeout=0.2)
     before = step(model, x)
-    host = Host("second", first.held, farm._pool)
+    host = Host("second", first.held, farm.threads)
     host.on("hello", never, always=True)
     farm.hosts["second"] = host
     until(lambda: host.closed > 0)

@@ -167,14 +167,14 @@ def test_what_crosses_is_counted_once_for_each_worker(farm: Farm) -> None:
         farm.hosts.clear()
         hosts = farm.plant(model, **{f"{name}{number}": held for name, held in blocks.items()}, o=[["o_proj"]])
         session = farm.outsource(model)
-        before = [host.worker.stats.bytes_in for host in hosts]
+        before = [host.bytes_in for host in hosts]
         with torch.no_grad():
             model(X)
         traffic = session.traffic
         assert traffic.requests == requests + 1
         assert traffic.bytes_up == requests * X.nbytes + 10 * 390 * 4
         assert traffic.bytes_down == 10 * (390 + 40) * 4
-        assert [h.worker.stats.bytes_in - b for h, b in zip(hosts, before, strict=True)] == [
+        assert [h.bytes_in - b for h, b in zip(hosts, before, strict=True)] == [
             *[X.nbytes] * requests,
             10 * 390 * 4,
         ]
