@@ -157,6 +157,7 @@ class NoOptions:
 class FarmTransport(Transport):
     name = "farm"
     Options = NoOptions
+    joining_seconds = 0.02
     hosts: Mapping[str, Host]
 
     def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
