@@ -32,7 +32,9 @@ class Transport(abc.ABC):
     remote: ClassVar[bool] = True
     """Whether requests leave this process; a backend that does not encrypt then needs ``allow_insecure=1``."""
     elastic: ClassVar[bool] = False
-    """Whether workers may come while a session is open; ``joining_workers`` is then asked now and again."""
+    """Whether workers may join while a session is open: ``joining_workers`` is then asked repeatedly."""
+    joining_seconds: ClassVar[float] = 2.0
+    """Seconds between two calls of ``joining_workers``."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()

@@ -55,6 +55,7 @@ class Host:
         up: whether anything listens.
         script: takes requests in the worker's place; it may hand them on to ``answer``.
         seen: kinds of requests that came.
+        bytes_in: of their buffers.
         closed: how often a link to it was closed.
     """
 
@@ -65,6 +66,7 @@ class Host:
         self.up = True
         self.script: Script = self.answer
         self.seen: list[str] = []
+        self.bytes_in = 0
         self.closed = 0
         self.pending: PendingReplies[Message] = PendingReplies(name)
         self._pool = pool
@@ -104,6 +106,7 @@ class Host:
             self.pending.fail(number, "nothing answers there")
             return future
         self.seen.append(request.kind)
+        self.bytes_in += request.nbytes
         self._pool.submit(self._serve, unpack(pack(request)), number)
         return future
 
@@ -141,6 +144,7 @@ class NoOptions:
 class FarmTransport(Transport):
     name = "farm"
     Options = NoOptions
+    joining_seconds = 0.02
     hosts: Mapping[str, Host]
 
     def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
@@ -153,12 +157,19 @@ class FarmTransport(Transport):
 
 
 class Farm:
-    """Hosts that hold parts of a model, and models outsourced to them."""
+    """Hosts that hold parts of a model, and models outsourced to them.
+
+    Attributes:
+        hosts: by name.
+        sessions: opened through ``outsource``.
+        threads: on which hosts answer.
+        transport: which reaches them.
+    """
 
     def __init__(self, register: Callable[[str, Any], None], elastic: bool = False) -> None:
         self.hosts: dict[str, Host] = {}
         self.sessions: list[Session] = []
-        self._pool = ThreadPoolExecutor(32, "farm")
+        self.threads = ThreadPoolExecutor(32, "farm")
         self.transport = type("Farmed", (FarmTransport,), {"hosts": self.hosts, "elastic": elastic})
         register(registry.TRANSPORTS, self.transport)
 
@@ -169,7 +180,7 @@ class Farm:
 
     def serve(self, **stores: WeightStore) -> list[Host]:
         """A host for each store, by name."""
-        new = [Host(name, held, self._pool) for name, held in stores.items()]
+        new = [Host(name, held, self.threads) for name, held in stores.items()]
         self.hosts.update({host.name: host for host in new})
         return new
 
@@ -196,7 +207,7 @@ class Farm:
                 session.close()
             assert [host.name for host in self.hosts.values() if host.pending] == []
         finally:
-            self._pool.shutdown()
+            self.threads.shutdown()
 
 
 @contextlib.contextmanager

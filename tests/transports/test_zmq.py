@@ -38,7 +38,7 @@ from ciphertune.plugins import registry
 from ciphertune.protocol import Limits, Message, pack, unpack
 from ciphertune.transport import Link
 from ciphertune.weights import quantize
-from ciphertune.worker.service import Quota, Service
+from ciphertune.worker import Quota, Service
 from ciphertune.worker.store import WeightStore
 from ciphertune.worker.worker import Worker
 

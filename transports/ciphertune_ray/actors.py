@@ -40,8 +40,7 @@ class WorkerActor:
 
         from ciphertune.bundle.worker import load_worker
         from ciphertune.plugins import registry
-        from ciphertune.worker.service import Quota, Service
-        from ciphertune.worker.worker import SessionLimits, Worker
+        from ciphertune.worker import Quota, Service, SessionLimits, Worker
         from ciphertune_ray.bundles import fetch_and_load
 
         torch.set_num_threads(spec["threads"] or max(1, int(spec["cpus"])))
