@@ -17,7 +17,10 @@ BENCHMARKS = DOCS.parent / "benchmarks"
 PICTURES = DOCS / "images" / "performance"
 sys.path.insert(0, str(BENCHMARKS))
 
+sys.path.insert(0, str(DOCS))
+
 import figures  # noqa: E402
+import floors  # noqa: E402
 import plots  # noqa: E402
 
 _HEAD = "<!-- Made by docs/generate.py from {source}; change it there. -->\n\n"
@@ -278,6 +281,7 @@ def filled(page: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "hooks.md": hooks,
+    "images/architecture.svg": floors.draw,
     **{page: (lambda page=page: filled(page)) for page in PARTS},  # type: ignore[misc]
 }
 
@@ -285,6 +289,9 @@ PAGES: dict[str, Callable[[], str]] = {
 if __name__ == "__main__":
     PICTURES.mkdir(parents=True, exist_ok=True)
     for name in plots.present():
-        (PICTURES / f"{name}.svg").write_text(plots.draw(name), encoding="utf-8")
+        picture = PICTURES / f"{name}.svg"
+        # Drawn again only for new measurements: ids within a plot differ from one drawing to the next.
+        if not picture.exists() or not picture.read_text(encoding="utf-8").startswith(plots.made_of(name)):
+            picture.write_text(plots.draw(name), encoding="utf-8")
     for page, make in PAGES.items():
         (DOCS / page).write_text(make(), encoding="utf-8")
