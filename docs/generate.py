@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
@@ -22,6 +23,7 @@ sys.path.insert(0, str(DOCS))
 import figures  # noqa: E402
 import floors  # noqa: E402
 import plots  # noqa: E402
+import settings  # noqa: E402
 
 _HEAD = "<!-- Made by docs/generate.py from {source}; change it there. -->\n\n"
 
@@ -261,6 +263,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "compare": _compare,
         "overlap": _overlap,
         "cluster": _cluster,
+    },
+    "configuration.md": {
+        "keys": settings.keys,
+        **{name: functools.partial(settings.part, name) for name in settings.options()},
     },
     "planning.md": {"predicted": _predicted, "validated": _validated},
     "../README.md": {"summary": _summary},

@@ -39,7 +39,14 @@ class ModelSection:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSection:
-    """``[lora]``: as in ``peft.LoraConfig``."""
+    """``[lora]``: as in ``peft.LoraConfig``.
+
+    Attributes:
+        r: rank of the adapters.
+        alpha: scale of the adapters, divided by the rank.
+        dropout: probability of dropping an adapter's input, in training.
+        target_modules: names of the layers that get adapters.
+    """
 
     r: int = 8
     alpha: float = 16.0
@@ -72,7 +79,8 @@ class TrainingSection:
     """``[training]``: as in ``LoraTrainer``, with where to put the results.
 
     Attributes:
-        output: folder for the adapter, the history and the loss plot.
+        output: folder for the adapter, the report and the loss plot.
+        steps: optimizer steps of the run, which decide instead of ``epochs``.
         schedule: learning rate over the run.
         seed: of adapters and the order of batches.
     """
