@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ciphertune
 from ciphertune import hookspecs
 
 DOCS = Path(__file__).parent
@@ -253,6 +254,16 @@ def _where(machine: Any) -> str:
     )
 
 
+def _names() -> str:
+    """What ``import ciphertune`` exports, with the first line of each docstring."""
+    rows = []
+    for name in ciphertune.__all__:
+        if not name.startswith("__"):
+            first = inspect.cleandoc(getattr(ciphertune, name).__doc__ or "").splitlines()[0]
+            rows.append((f"`{name}`", first.replace("``", "`").replace("|", "\\|")))
+    return _table(("name", ""), rows)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {
         "figures": _figures,
@@ -268,6 +279,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "keys": settings.keys,
         **{name: functools.partial(settings.part, name) for name in settings.options()},
     },
+    "training.md": {"names": _names},
     "planning.md": {"predicted": _predicted, "validated": _validated},
     "../README.md": {"summary": _summary},
 }
