@@ -121,6 +121,7 @@ def test_the_first_to_fail_is_raised_and_the_others_end(when: str) -> None:
         assert turns.run([lambda: 1, lambda: 2]) == [1, 2]
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("waits_for_ever", [True, False])
 def test_an_interruption_stops_all(waits_for_ever: bool) -> None:
     ended: list[int] = []

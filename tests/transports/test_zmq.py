@@ -38,7 +38,7 @@ from ciphertune.plugins import registry
 from ciphertune.protocol import Limits, Message, pack, unpack
 from ciphertune.transport import Link
 from ciphertune.weights import quantize
-from ciphertune.worker.service import Quota, Service
+from ciphertune.worker import Quota, Service
 from ciphertune.worker.store import WeightStore
 from ciphertune.worker.worker import Worker
 
@@ -356,7 +356,7 @@ def raw_peer(address: str) -> socket.socket:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a connection received")
 def test_a_message_without_an_end_is_cut(service: Service) -> None:
-    with listening(service, insecure=True, max_backlog=20 << 20) as listener:
+    with listening(service, insecure=True, max_incomplete_bytes=20 << 20) as listener:
         good = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
         bad = raw_peer(listener.address)
         frame = b"\x03" + struct.pack(">Q", 1 << 20) + bytes(1 << 20)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ciphertune.errors import PluginError, SelectionError
-from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport
+from ciphertune.key_files import make_keys_folder
+from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport, opening_links
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +45,14 @@ class ZmqServeOptions:
         insecure: plain TCP, on a loopback address only.
         no_authentication: plain TCP on any address: anyone who can reach it can use this worker.
         heartbeat: as for clients.
-        max_backlog: bytes of unfinished messages that all connections together may make this process hold.
+        max_incomplete_bytes: bytes of unfinished messages that all connections together may make this process hold.
     """
 
     curve: str | None = None
     insecure: bool = False
     no_authentication: bool = False
     heartbeat: float = 5.0
-    max_backlog: int = 4 << 30
+    max_incomplete_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
         _check_heartbeat(self.heartbeat)
@@ -75,14 +76,9 @@ class ZmqTransport(Transport):
             raise SelectionError("the zmq transport needs the workers' addresses: backend+zmq://HOST:PORT[,HOST:PORT…]")
         addresses = [parse(endpoint) for endpoint in endpoints]
         curves = [client_curve(address, self.options) for address in addresses]
-        links: list[Link] = []
-        try:
+        with opening_links() as links:
             for address, curve in zip(addresses, curves, strict=True):
                 links.append(ZmqLink(address, curve, self.options.heartbeat))
-        except BaseException:
-            for link in links:
-                link.close()
-            raise
         return links
 
     @staticmethod
@@ -101,9 +97,10 @@ class ZmqTransport(Transport):
             KeyFileError: a file exists, or cannot be written.
         """
         _need_zmq()
-        from ciphertune_zmq.keys import make_folder, make_pair
+        from ciphertune_zmq.keys import make_pair
 
-        make_folder(folder)
+        make_keys_folder(folder)
+        make_keys_folder(folder / "clients")
         made: dict[str, str] = {}
         if worker:
             make_pair(folder / "worker.key", folder / "worker.pub")

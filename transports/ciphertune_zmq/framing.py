@@ -1,7 +1,7 @@
 """How a message lies in ZeroMQ's frames: an envelope, then the message's own, large ones cut where that helps.
 
 CURVE encrypts a frame as a whole, so one large frame is encrypted, sent and decrypted one after the other. Cut into
-pieces the three overlap: a reply of 10 MB takes half the time. Without CURVE there is no such gain, and joining pieces
+parts the three overlap: a reply of 10 MB takes half the time. Without CURVE there is no such gain, and joining parts
 costs a copy, so only frames that would take a slow link longer than the signs of life between which they stand are cut.
 """
 
@@ -16,7 +16,7 @@ from ciphertune.errors import ProtocolError
 from ciphertune.protocol import Frame, Limits
 
 CHUNK = 1 << 19
-"""Bytes of a piece; between 256 KiB and 1 MiB the gain is within a tenth of the best."""
+"""Bytes of a part; between 256 KiB and 1 MiB the gain is within a tenth of the best."""
 
 PLAIN_CHUNK = 1 << 21
 """The same without CURVE."""
@@ -38,16 +38,16 @@ def wrap(number: bytes, frames: Sequence[Frame], cut: bool) -> list[Frame]:
     for frame in frames:
         if len(frame) > chunk:
             view = memoryview(frame)
-            pieces = [view[start : start + chunk] for start in range(0, len(view), chunk)]
-            counts.append(len(pieces))
-            parts += pieces
+            cut_up = [view[start : start + chunk] for start in range(0, len(view), chunk)]
+            counts.append(len(cut_up))
+            parts += cut_up
         else:
             counts.append(1)
             parts.append(frame)
     return [number + struct.pack(f"<{len(counts)}I", *counts), *parts]
 
 
-def most_parts(limits: Limits) -> int:
+def max_parts(limits: Limits) -> int:
     """Parts that a message within these limits may have, its envelope included."""
     return limits.buffers + 2 + limits.total_bytes // CHUNK + limits.buffers
 

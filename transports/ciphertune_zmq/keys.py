@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 from ciphertune.errors import KeyFileError
@@ -23,20 +22,6 @@ class KeyPair:
 
     public: bytes
     secret: bytes = dataclasses.field(repr=False)
-
-
-def keys_folder(folder: str | None) -> Path:
-    """The folder that an option names, else ``CIPHERTUNE_KEYS``, else ``~/.ciphertune/keys``."""
-    return Path(folder or os.environ.get("CIPHERTUNE_KEYS") or Path.home() / ".ciphertune" / "keys")
-
-
-def make_folder(folder: Path) -> None:
-    """The keys' folder, for its owner alone, with ``clients`` in it. Raises ``KeyFileError``."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (folder / "clients").mkdir(exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise KeyFileError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
 def make_pair(secret_file: Path, public_file: Path) -> None:

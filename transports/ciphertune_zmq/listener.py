@@ -16,9 +16,9 @@ from ciphertune.errors import ProtocolError, TransportError
 from ciphertune.protocol import Frame
 from ciphertune.transport import Listener, RequestHandler
 from ciphertune_zmq.address import Address
-from ciphertune_zmq.framing import NUMBER_BYTES, most_parts, unwrap, wrap
-from ciphertune_zmq.guard import Backlog
+from ciphertune_zmq.framing import NUMBER_BYTES, max_parts, unwrap, wrap
 from ciphertune_zmq.loop import HANDSHAKE_FAILURES, SocketLoop
+from ciphertune_zmq.receive_limit import ReceiveLimit
 from ciphertune_zmq.security import ServerCurve
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_GUARD_SECONDS = 0.25
+_CHECK_SECONDS = 0.25
 _SENDING_SECONDS = 0.01
 _HANDSHAKE_SECONDS = 5
 # Messages that wait for this process, and for one client, before the connection itself is held up.
@@ -86,7 +86,7 @@ class _ServerLoop(SocketLoop):
     ) -> None:
         super().__init__(zmq.ROUTER, "ciphertune-zmq-listener")
         self._handler = handler
-        self._backlog = Backlog(options.max_backlog)
+        self._limit = ReceiveLimit(options.max_incomplete_bytes)
         self._replies: collections.deque[_Outgoing] = collections.deque()
         self._unsent: list[tuple[Any, Callable[[], None]]] = []
         self._authenticator: ThreadAuthenticator | None = None
@@ -116,7 +116,7 @@ class _ServerLoop(SocketLoop):
         if address.scheme == "tcp":
             endpoint = str(self.socket.getsockopt_string(zmq.LAST_ENDPOINT))
             self.bound = dataclasses.replace(address, port=endpoint.rpartition(":")[2])
-        self.begin()
+        self.start()
 
     @property
     def sending(self) -> bool:
@@ -124,7 +124,7 @@ class _ServerLoop(SocketLoop):
         return bool(self._replies or self._unsent)
 
     def poll_seconds(self) -> float:
-        return _SENDING_SECONDS if self.sending else _GUARD_SECONDS
+        return _SENDING_SECONDS if self.sending else _CHECK_SECONDS
 
     def work(self, readable: bool) -> None:
         if readable:
@@ -140,16 +140,16 @@ class _ServerLoop(SocketLoop):
                     left.append((tracker, release))
             self._unsent = left
         if time.monotonic() >= self._next_check:
-            self._next_check = time.monotonic() + _GUARD_SECONDS
-            cut = self._backlog.enforce()
+            self._next_check = time.monotonic() + _CHECK_SECONDS
+            cut = self._limit.enforce()
             if cut:
                 log.warning("cut %d connections that sent more than a message may be", cut)
 
     def connection_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
-            self._backlog.opened(value)
+            self._limit.watch(value)
         elif event == zmq.EVENT_DISCONNECTED:
-            self._backlog.closed(value)
+            self._limit.forget(value)
         elif event in HANDSHAKE_FAILURES:
             log.info("a connection was refused: it failed the handshake")
 
@@ -177,7 +177,7 @@ class _ServerLoop(SocketLoop):
         for _ in range(_RECEIVE_QUEUE):
             frames: list[zmq.Frame] = []
             limits, nbytes = self._handler.limits, 0
-            most = most_parts(limits) + _ROUTING_FRAMES
+            most = max_parts(limits) + _ROUTING_FRAMES
             try:
                 more = True
                 while more:
@@ -189,7 +189,7 @@ class _ServerLoop(SocketLoop):
                         frames.append(frame)
             except zmq.Again:
                 return
-            self._backlog.delivered(_descriptor(frame))
+            self._limit.message_complete(_descriptor(frame))
             if len(frames) < _ROUTING_FRAMES or len(frames[1]) < NUMBER_BYTES:
                 log.info("ignored a message without a request number")
                 continue

@@ -50,7 +50,7 @@ class SocketLoop(abc.ABC):
         self.stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Start the thread, once the socket is set up."""
         self._thread.start()
 

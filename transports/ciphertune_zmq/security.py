@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ciphertune.errors import KeyFileError, SecurityError
+from ciphertune.key_files import keys_folder
 from ciphertune_zmq.address import Address
-from ciphertune_zmq.keys import KeyPair, keys_folder, read_pair, read_public
+from ciphertune_zmq.keys import KeyPair, read_pair, read_public
 
 if TYPE_CHECKING:
     from ciphertune_zmq import ZmqOptions, ZmqServeOptions
@@ -25,7 +26,7 @@ class ClientCurve:
     server: bytes
 
 
-class Authorised:
+class AuthorisedClients:
     """Public keys of the clients that a worker serves, read anew when a client connects.
 
     Args:
@@ -51,7 +52,7 @@ class ServerCurve:
     """A worker's key and whom it lets in."""
 
     pair: KeyPair
-    clients: Authorised
+    clients: AuthorisedClients
 
 
 def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
@@ -81,7 +82,7 @@ def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | No
         return None
     folder = keys_folder(options.curve)
     pair = read_pair(_existing(folder / "worker.key"))
-    clients = Authorised(folder / "clients")
+    clients = AuthorisedClients(folder / "clients")
     if not any(clients.folder.glob("*.pub")):
         raise KeyFileError(f"no client is authorised: put clients' public keys in {clients.folder}")
     return ServerCurve(pair, clients)

@@ -30,7 +30,7 @@ BITS = range(16, 33)
 MAX_NORM = 8192
 """Largest Euclidean norm of a row of weight codes: 4096 of the largest 8-bit code, 127, stay below."""
 MAX_FEATURES = 4096
-"""Of either side: the largest that was compiled (docs/concrete-circuit.md); longer rows could exceed ``MAX_NORM``."""
+"""Of either side: the largest that was compiled (docs/concrete.md); longer rows could exceed ``MAX_NORM``."""
 FAILURE = 2.0**-40
 """Probability that one output is not exact; it is then off by a unit or so of the accumulator."""
 SECURITY_BITS = 128

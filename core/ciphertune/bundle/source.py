@@ -150,7 +150,7 @@ class CheckpointSource(Source):
         if missing:
             raise ConfigError(
                 f"{len(missing)} tensors of the model, {missing[0]!r} among them, are not in {self._folder} under a "
-                "name that can be told, so it cannot be read piece by piece: split it in memory (--in-memory)"
+                "name that can be told, so it cannot be read tensor by tensor: split it in memory (--in-memory)"
             )
         return found
 
@@ -161,7 +161,7 @@ def open_source(model: str | nn.Module, gguf_file: str | None, in_memory: bool) 
     Args:
         model: a folder, a hub name, the built-in ``smollm2``, or a module.
         gguf_file: file within the folder, for models in GGUF form.
-        in_memory: load it whole even where it could be read piece by piece.
+        in_memory: load it whole even where it could be read tensor by tensor.
 
     Raises:
         ConfigError: it cannot be found or read.

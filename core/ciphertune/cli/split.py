@@ -22,7 +22,7 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 )
 @click.option("--weight-bits", type=click.Choice(["8", "16"]), default="8", show_default=True)
 @click.option("--gguf-file", default=None, help="File within MODEL, for models in GGUF form.")
-@click.option("--in-memory", is_flag=True, help="Load the model whole instead of piece by piece.")
+@click.option("--in-memory", is_flag=True, help="Load the model whole instead of tensor by tensor.")
 @click.option("--force", is_flag=True, help="Replace OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def split(

@@ -112,8 +112,7 @@ def worker(
     from ciphertune.errors import ConfigError
     from ciphertune.plugins import registry
     from ciphertune.protocol import Limits
-    from ciphertune.worker.service import Quota, Service
-    from ciphertune.worker.worker import SessionLimits, Worker
+    from ciphertune.worker import Quota, Service, SessionLimits, Worker
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -148,7 +147,7 @@ def worker(
             asked.wait()
             _say("draining", seconds=drain)
             clean = service.drain(drain)
-            _say("stopped", requests=sum(service.stats.requests.values()), drained=clean)
+            _say("stopped", requests=sum(service.counters.requests.values()), drained=clean)
         finally:
             listener.close(linger=1.0)
             if stop_metrics is not None:

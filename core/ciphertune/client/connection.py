@@ -92,6 +92,7 @@ class WorkerConnection:
     Args:
         link: the connection.
         longest_backoff: seconds that a failing worker is left alone at most.
+        clock: seconds, as ``time.monotonic``; by it ``not_before`` is set.
 
     Attributes:
         link: the connection.
@@ -107,7 +108,12 @@ class WorkerConnection:
         last_problem: what went wrong last.
     """
 
-    def __init__(self, link: Link, longest_backoff: float = LONGEST_BACKOFF_SECONDS) -> None:
+    def __init__(
+        self,
+        link: Link,
+        longest_backoff: float = LONGEST_BACKOFF_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.link = link
         self.version: int | None = None
         self.holdings = ""
@@ -120,8 +126,9 @@ class WorkerConnection:
         self.not_before = 0.0
         self.last_problem = "no worker answers"
         self._longest_backoff = longest_backoff
+        self._clock = clock
         self._opened = 0  # groups that the open session knows
-        self._forgot_before = False
+        self._forgotten_before = False
         self._opening = threading.Lock()
         self._lock = threading.Lock()
 
@@ -222,7 +229,7 @@ class WorkerConnection:
         seconds += opening.upload_seconds
         if (session := self.session) is not None and group < self._opened:
             return session
-        begun = time.monotonic()
+        begun = self._clock()
         if not self._opening.acquire(timeout=seconds):
             raise Retry(f"no session within {seconds:.3g} s")
         try:
@@ -234,7 +241,7 @@ class WorkerConnection:
                 raise Retry(self.last_problem)
             groups = [list(names) for names in list(self.groups)]
             fields = {**opening.fields, "groups": groups, "holdings": self.holdings}
-            left = max(0.0, begun + seconds - time.monotonic())
+            left = max(0.0, begun + seconds - self._clock())
             with opening.sending(self.name):
                 future = self.submit(Message("open", fields, dict(opening.key)))
                 session = self.text(self.reply(future, left, "open"), "session")
@@ -259,7 +266,7 @@ class WorkerConnection:
         """Record a failure and back off."""
         with self._lock:
             self.last_problem = problem
-            now = time.monotonic()
+            now = self._clock()
             # Requests that fail together tell of one failure.
             if now >= self.not_before:
                 self.failures += 1
@@ -270,7 +277,7 @@ class WorkerConnection:
         """Record a good answer."""
         with self._lock:
             self.failures = 0
-            self._forgot_before = False
+            self._forgotten_before = False
 
     def mark_forgotten(self, session: str, problem: str) -> None:
         """Record that the worker does not know a session."""
@@ -278,7 +285,7 @@ class WorkerConnection:
             if self.session != session:
                 return  # Another thread has noticed already.
             self.session = None
-            again, self._forgot_before = self._forgot_before, True
+            again, self._forgotten_before = self._forgotten_before, True
         # One that was restarted, or closed what was idle, is asked for another session at once. One that forgets
         # session after session is not, or this would never end.
         if again:

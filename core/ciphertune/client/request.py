@@ -157,8 +157,8 @@ class PendingRequest:
 
     def _pause(self) -> None:
         """Wait until a worker may be asked again."""
-        until = min(self._pool.next_retry(self._piece), self._deadline)
-        self._pool.closed.wait(max(0.001, until - time.monotonic()))
+        seconds = min(self._pool.retry_seconds(self._piece), self._deadline - time.monotonic())
+        self._pool.closed.wait(max(0.001, seconds))
 
     def _drop(self, future: Future[Message]) -> _Attempt:
         attempt = self._under_way.pop(future)

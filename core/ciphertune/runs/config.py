@@ -35,7 +35,14 @@ class ModelSection:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSection:
-    """``[lora]``: as in ``peft.LoraConfig``."""
+    """``[lora]``: as in ``peft.LoraConfig``.
+
+    Attributes:
+        r: rank of the adapters.
+        alpha: scale of the adapters, divided by the rank.
+        dropout: probability of dropping an adapter's input, in training.
+        target_modules: names of the layers that get adapters.
+    """
 
     r: int = 8
     alpha: float = 16.0

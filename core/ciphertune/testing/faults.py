@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Literal
 
-from ciphertune.errors import ProtocolError, ReplyError, TransportError
+from ciphertune.errors import ProtocolError
 from ciphertune.plugins import registry
 from ciphertune.protocol import Message, pack, unpack
-from ciphertune.transport import Link, LocalWorker, Transport, settle
+from ciphertune.transport import Link, LocalWorker, PendingReplies, Transport
 
 Fault = Literal["drop", "delay", "duplicate", "corrupt", "reorder"]
 
@@ -40,10 +41,10 @@ class Faults:
     def __init__(self, register: Callable[[str, Any], None]) -> None:
         self._register = register
         self._orders: list[_Order] = []
-        self._kept: list[tuple[Future[Message], Message | Exception]] = []
+        self._kept: list[Callable[[], None]] = []
         self._wanted = 0
         self._cut = False
-        self._pending: dict[Future[Message], Link] = {}
+        self._links: list[PendingReplies[Message]] = []
         self._lock = threading.RLock()
         self.done: collections.Counter[str] = collections.Counter()
         self.sent: collections.Counter[str] = collections.Counter()
@@ -84,7 +85,9 @@ class Faults:
         with self._lock:
             self._cut = True
             self.done["cut"] += 1
-        self._fail(None, "the connection was lost")
+            links = list(self._links)
+        for pending in links:
+            pending.fail_all("the connection was lost")
 
     def heal(self) -> None:
         """The connection can be had again, and no order is left."""
@@ -97,15 +100,15 @@ class Faults:
         """Let go of the replies that ``reorder`` keeps, the last one first."""
         with self._lock:
             kept, self._kept, self._wanted = self._kept, [], 0
-        for future, outcome in reversed(kept):
-            settle(future, outcome)
+        for deliver in reversed(kept):
+            deliver()
 
-    def _fail(self, link: Link | None, why: str) -> None:
-        """Fail what is under way over a link, or over all."""
+    def _open(self, name: str) -> PendingReplies[Message]:
+        """The requests of a new link, which ``cut`` fails."""
+        pending: PendingReplies[Message] = PendingReplies(name)
         with self._lock:
-            failed = [(future, its) for future, its in self._pending.items() if link is None or its is link]
-        for future, its in failed:
-            settle(future, TransportError(f"{its.name}: {why}"))
+            self._links.append(pending)
+        return pending
 
     def _order(self, order: _Order) -> None:
         with self._lock:
@@ -122,43 +125,41 @@ class Faults:
                     return order
             return None
 
-    def _carry(self, link: Link, request: Message) -> Future[Message]:
+    def _carry(self, link: Link, pending: PendingReplies[Message], request: Message) -> Future[Message]:
         """Send a request over the real link, or do what was ordered."""
-        future: Future[Message] = Future()
-        with self._lock:
-            if self._cut:
-                future.set_exception(TransportError(f"{link.name}: the connection was lost"))
-                return future
-            self._pending[future] = link
-        future.add_done_callback(lambda _: self._pending.pop(future, None))
+        number, reply = pending.add()
+        if self._cut:
+            pending.fail(number, "the connection was lost")
+        if reply.done():
+            return reply
         order = self._next(request.kind)
         if order is not None and order.fault == "drop":
-            return future
+            return reply
         self.sent[request.kind] += 1
         if order is not None and order.fault == "duplicate":
             self.sent[request.kind] += 1
             link.submit(request)
         inner = link.submit(request)
-        future.add_done_callback(lambda _: inner.cancel())
-        inner.add_done_callback(lambda _: self._answered(future, inner, order))
-        return future
+        reply.add_done_callback(lambda _: inner.cancel())
+        inner.add_done_callback(lambda _: self._answered(pending, number, inner, order))
+        return reply
 
-    def _answered(self, future: Future[Message], inner: Future[Message], order: _Order | None) -> None:
+    def _answered(
+        self, pending: PendingReplies[Message], number: int, inner: Future[Message], order: _Order | None
+    ) -> None:
         if inner.cancelled():
             return
-        error = inner.exception()
-        outcome: Message | Exception = inner.result() if error is None else _as_exception(error)
-        if order is None or order.fault == "duplicate":
-            settle(future, outcome)
+        where = order.where if order is not None and order.fault == "corrupt" else None
+        deliver = functools.partial(_deliver, pending, number, inner, where)
+        if order is None or order.fault in ("duplicate", "corrupt"):
+            deliver()
         elif order.fault == "delay":
-            timer = threading.Timer(order.seconds, settle, (future, outcome))
+            timer = threading.Timer(order.seconds, deliver)
             timer.daemon = True
             timer.start()
-        elif order.fault == "corrupt":
-            settle(future, _damaged(outcome, order.where))
         else:
             with self._lock:
-                self._kept.append((future, outcome))
+                self._kept.append(deliver)
                 complete = len(self._kept) >= self._wanted
             if complete:
                 self.release()
@@ -169,12 +170,13 @@ class _FaultyLink(Link):
         self._link = link
         self._faults = faults
         self.name = link.name
+        self._pending = faults._open(link.name)
 
     def submit(self, request: Message) -> Future[Message]:
-        return self._faults._carry(self._link, request)
+        return self._faults._carry(self._link, self._pending, request)
 
     def close(self) -> None:
-        self._faults._fail(self._link, "the link is closed")
+        self._pending.close()
         self._link.close()
 
 
@@ -185,18 +187,27 @@ def _connecting(faults: Faults, inner: type[Transport]) -> Callable[..., list[Li
     return connect
 
 
-def _damaged(outcome: Message | Exception, where: Literal["header", "buffers"]) -> Message | Exception:
-    if isinstance(outcome, Exception):
-        return outcome
-    frames = [bytearray(frame) for frame in pack(outcome)]
+def _deliver(
+    pending: PendingReplies[Message],
+    number: int,
+    inner: Future[Message],
+    where: Literal["header", "buffers"] | None,
+) -> None:
+    """Settle a request as the real link did, with a reply that is damaged ``where`` it says."""
+    error = inner.exception()
+    try:
+        if error is not None:
+            pending.fail(number, error)
+        else:
+            pending.answer(number, inner.result() if where is None else _damaged(inner.result(), where))
+    except ProtocolError as malformed:
+        pending.fail(number, malformed)
+
+
+def _damaged(reply: Message, where: Literal["header", "buffers"]) -> Message:
+    """A reply as it is read after some bytes of it have changed. Raises ``ProtocolError``."""
+    frames = [bytearray(frame) for frame in pack(reply)]
     for frame in frames[:1] if where == "header" else frames[1:]:
         # The header's first byte says what it is; a buffer's last one is the top of a number.
         frame[0 if where == "header" else -1] ^= 0x55
-    try:
-        return unpack(frames)
-    except ProtocolError as error:
-        return ReplyError(f"a malformed reply: {error}")
-
-
-def _as_exception(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else TransportError(f"{type(error).__name__}")
+    return unpack(frames)

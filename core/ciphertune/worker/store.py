@@ -13,10 +13,10 @@ from ciphertune.weights import LayerWeight, Shard, code_dtype, describe
 
 
 class WeightStore:
-    """The weights one worker serves. One copy in memory serves every unit and session.
+    """The weights one worker serves. One copy in memory serves every group and session.
 
-    Weights are held in blocks: layers that are evaluated together lie one below the other in one matrix, so that
-    the unit they form is a view of it, as is each layer alone.
+    Weights are held in blocks: the layers of a group lie one below the other in one matrix, so that
+    the group's codes are a view of it, as is each layer alone.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class WeightStore:
         for place, start, shard in places:
             if (place, start) != (block, row):
                 raise ProtocolError(
-                    f"layers {', '.join(names)} do not lie one below the other at this worker, so they are not a unit"
+                    f"layers {', '.join(names)} do not lie one below the other at this worker, so they are no group"
                 )
             row += shard.rows
         return self._blocks[block][1][first:row]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ciphertune import SecurityError, SelectionError
-from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport
+from ciphertune.errors import SecurityError, SelectionError
+from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport, opening_links
 
 __version__ = "0.1.0"
 
@@ -89,14 +89,13 @@ class HttpTransport(Transport):
         if self.options.token is None:
             raise SelectionError(f"the {self.name} transport needs the option token=FILE")
         token = read_token(self.options.token)
-        for endpoint in endpoints:
-            self._allow(read_address(endpoint)[0])
-        return [
-            HttpLink(
-                f"{self.name}://{endpoint}", token, self.options.ca, direct=_is_loopback(read_address(endpoint)[0])
-            )
-            for endpoint in endpoints
-        ]
+        hosts = [read_address(endpoint)[0] for endpoint in endpoints]
+        for host in hosts:
+            self._allow(host)
+        with opening_links() as links:
+            for endpoint, host in zip(endpoints, hosts, strict=True):
+                links.append(HttpLink(f"{self.name}://{endpoint}", token, self.options.ca, direct=_is_loopback(host)))
+        return links
 
     @classmethod
     def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:

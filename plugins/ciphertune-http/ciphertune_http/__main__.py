@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ciphertune import CipherTuneError
+from ciphertune.errors import CipherTuneError
 from ciphertune_http.tokens import make_token
 
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import uvicorn
 
-from ciphertune import KeyFileError, TransportError
-from ciphertune.errors import ProtocolError
+from ciphertune.errors import KeyFileError, ProtocolError, TransportError
 from ciphertune.protocol import Frame
 from ciphertune.transport import Listener, RequestHandler
 from ciphertune_http import HttpServeOptions, body
-from ciphertune_http.tokens import Authorised
+from ciphertune_http.tokens import AuthorisedClients
 
 log = logging.getLogger("ciphertune.http")
 
@@ -35,7 +34,7 @@ _ROUNDS = 5
 class _Application:
     """Checks a request from the outside in: path, token, length, and only then its body."""
 
-    def __init__(self, handler: RequestHandler, authorised: Authorised) -> None:
+    def __init__(self, handler: RequestHandler, authorised: AuthorisedClients) -> None:
         self._handler = handler
         self._authorised = authorised
         self._most = body.most_bytes(handler.limits)
@@ -161,7 +160,7 @@ class HttpListener(Listener):
     """
 
     def __init__(self, handler: RequestHandler, host: str, port: int, options: HttpServeOptions) -> None:
-        self._application = _Application(handler, Authorised(options.tokens))
+        self._application = _Application(handler, AuthorisedClients(options.tokens))
         config = uvicorn.Config(
             self._application,
             http="h11",

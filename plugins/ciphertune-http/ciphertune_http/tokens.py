@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import stat
 from pathlib import Path
 
-from ciphertune import KeyFileError
+from ciphertune.errors import KeyFileError
+from ciphertune.key_files import refuse_shared, write_parts
 
 _LONGEST = 200
 
@@ -22,9 +22,8 @@ def make_token(token: Path, tokens: Path, name: str) -> None:
     if not name or len(name.split()) != 1 or not name.isprintable():
         raise KeyFileError(f"{name!r}: a client's name is one word")
     text = secrets.token_urlsafe(32)
+    write_parts(token, [f"{text}\n".encode("ascii")])
     try:
-        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text + "\n")
         with os.fdopen(os.open(tokens, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
             file.write(f"{name} {_digest(text)}\n")
     except OSError as error:
@@ -38,8 +37,7 @@ def read_token(path: str) -> str:
         KeyFileError: the file is missing, open to others, or holds no token.
     """
     try:
-        if stat.S_IMODE(Path(path).stat().st_mode) & 0o077:
-            raise KeyFileError(f"{path} can be read by others; chmod 600 it")
+        refuse_shared(Path(path), Path(path).stat())
         text = Path(path).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise KeyFileError(f"{path} cannot be read as a token: {type(error).__name__}") from error
@@ -48,7 +46,7 @@ def read_token(path: str) -> str:
     return text
 
 
-class Authorised:
+class AuthorisedClients:
     """The clients that a worker lets in.
 
     Raises:

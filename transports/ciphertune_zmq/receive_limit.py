@@ -25,7 +25,7 @@ class _Connection:
     at_last_message: int
 
 
-class Backlog:
+class ReceiveLimit:
     """Watches the connections of one socket.
 
     Descriptors are ZeroMQ's own, which closes them when it likes, so they are looked at only for a moment, and a
