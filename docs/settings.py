@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ciphertune._support.options import required
+from ciphertune._support.builders import required
 from ciphertune.client.choice import SessionOptions
 from ciphertune.runs import config
-from ciphertune.training.trainer import LoraTrainer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,10 +88,8 @@ def _rows(owner: type, fields: list[dataclasses.Field[Any]], what: str) -> str:
 
 
 def described(owner: type) -> dict[str, str]:
-    """Field → what the docstring of the dataclass says, or of a base, or of ``LoraTrainer`` for training's own."""
+    """Field → what the docstring of the dataclass says, or of a base."""
     docstrings = [cls.__doc__ for cls in owner.__mro__ if dataclasses.is_dataclass(cls)]
-    if owner is config.TrainingSection:
-        docstrings.append(LoraTrainer.__doc__)
     found: dict[str, str] = {}
     for docstring in docstrings:
         text = inspect.cleandoc(docstring or "")

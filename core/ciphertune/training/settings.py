@@ -17,8 +17,8 @@ class TrainingSettings:
     """Settings of ``LoraTrainer`` and of the ``[training]`` section of a configuration file.
 
     Attributes:
-        learning_rate: of AdamW, the optimizer that is made where none is given.
-        weight_decay: of the same optimizer.
+        learning_rate: learning rate of AdamW, the optimizer that is made where none is given.
+        weight_decay: weight decay of AdamW.
         schedule: learning rate over the run: ``constant``, ``linear`` down to 0, or ``cosine``, which rises for the
             first tenth of the steps and then falls to almost 0.
         epochs: passes over the data.
