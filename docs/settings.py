@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ciphertune._support.options import required
+from ciphertune._support.builders import required
 from ciphertune.client.choice import SessionOptions
 from ciphertune.runs import config
 from ciphertune.training.trainer import LoraTrainer
