@@ -1,4 +1,4 @@
-"""A client's end of one connection."""
+"""The link of a zmq client to one worker."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ZmqLink(Link):
     Args:
         address: the worker's.
         curve: keys, or None for a connection without.
-        heartbeat: seconds between signs of life.
+        heartbeat: seconds between heartbeats.
     """
 
     def __init__(self, address: Address, curve: ClientCurve | None, heartbeat: float) -> None:
@@ -49,13 +49,13 @@ class _ClientLoop(SocketLoop):
     def __init__(self, address: Address, curve: ClientCurve | None, heartbeat: float) -> None:
         super().__init__(zmq.DEALER, f"ciphertune-zmq-{address}")
         self.pending: PendingReplies[Message] = PendingReplies(str(address))
-        self._cut = curve is not None
+        self._encrypted = curve is not None
         self._outgoing: collections.deque[tuple[int, list[Frame]]] = collections.deque()
         self._limit = ReceiveLimit(DEFAULT_LIMITS.total_bytes)
         self._connected = False
         self._descriptor = -1
         options = {
-            zmq.IMMEDIATE: 1,  # Requests wait here, where they can fail, not in the socket.
+            zmq.IMMEDIATE: 1,  # Requests wait in this process, where they can fail, and not in the socket.
             zmq.HEARTBEAT_IVL: int(1000 * heartbeat),
             zmq.HEARTBEAT_TIMEOUT: int(3000 * heartbeat),
             zmq.CONNECT_TIMEOUT: int(1000 * _CONNECT_SECONDS),
@@ -107,8 +107,8 @@ class _ClientLoop(SocketLoop):
             self._lost("the connection was lost")
         elif event in HANDSHAKE_FAILURES:
             self._lost(
-                "it refused this client: its key is not among those authorised there, or the worker's own key is not "
-                "the one this client has"
+                "it refused this client: the client's key is not authorised there, or the worker has another key than "
+                "the one in this client's folder"
             )
         elif event == zmq.EVENT_CONNECT_RETRIED:
             self._lost("nothing answers there")
@@ -122,7 +122,7 @@ class _ClientLoop(SocketLoop):
             if number not in self.pending:
                 continue
             try:
-                self.socket.send_multipart(wrap(_NUMBER.pack(number), frames, self._cut), zmq.NOBLOCK, copy=False)
+                self.socket.send_multipart(wrap(_NUMBER.pack(number), frames, self._encrypted), zmq.NOBLOCK, copy=False)
             except zmq.ZMQError as error:
                 self.pending.fail(number, f"the request could not be sent: {error}")
 
@@ -144,6 +144,6 @@ class _ClientLoop(SocketLoop):
 
     def _lost(self, why: str) -> None:
         self._connected = False
-        # In this order: a request that comes in between fails, where the other way round it would be lost.
+        # In this order: a request that is submitted in between fails. In the other it would be dropped unanswered.
         self._outgoing.clear()
         self.pending.fail_all(why)
