@@ -33,7 +33,7 @@ _loading = threading.Lock()
 
 
 def folder(option: str | None) -> Path:
-    """Where keys are kept: the option, or ``CIPHERTUNE_KEYS``, or ``~/.ciphertune/keys``."""
+    """Folder of keys: the option, or ``CIPHERTUNE_KEYS``, or ``~/.ciphertune/keys``."""
     return Path(option or os.environ.get("CIPHERTUNE_KEYS") or Path.home() / ".ciphertune" / "keys")
 
 

@@ -96,7 +96,7 @@ def _large(rows: Sequence[Mapping[str, Any]], product: str) -> Table:
 
 
 def security(row: Mapping[str, Any]) -> str:
-    """What a row says of security, in few words."""
+    """Security of a row, in few words."""
     if not row["encrypted"]:
         return "none"
     return "encrypted" if row["security_bits"] is None else f"{row['security_bits']:.0f} bits"

@@ -1,4 +1,4 @@
-"""``ciphertune top``."""
+"""The command ``ciphertune top``."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def _size(value: float | None) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    """Short.
+    """A time, short.
 
     >>> _time(59), _time(3700), _time(200000)
     ('59s', '1h01m', '2d07h')

@@ -70,7 +70,7 @@ def outsource(
 def quantize_all(
     chosen: Sequence[Candidate], groups: Sequence[tuple[int, ...]], bits: WeightBits | None, *, keep: bool
 ) -> tuple[list[LayerInfo], WeightStore]:
-    """What a client knows of layers, and what a worker holds of them.
+    """Quantize layers: return what a client knows of them, and a store for the worker.
 
     Args:
         chosen: the layers.
@@ -173,7 +173,7 @@ def session_of(model: nn.Module) -> Session:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """How much of a model is at the workers.
+    """Share of a model that is at the workers.
 
     Attributes:
         outsourced: weights of outsourced layers.
@@ -252,7 +252,7 @@ def _untie(model: nn.Module, chosen: Sequence[Candidate]) -> None:
 
 
 def _refuse_full_save(model: Any) -> None:
-    """A full model saved without its weights would load as random ones without a word; adapters save as ever."""
+    """Refuse to save the full model, which would load with random weights silently; adapters save as before."""
     base = _base(model)
     if hasattr(base, "save_pretrained"):
         base.save_pretrained = _refuse_save

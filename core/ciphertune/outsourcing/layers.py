@@ -1,4 +1,4 @@
-"""Which layers of a model can be outsourced, and which of them a caller means."""
+"""Choice of the layers that are outsourced: which can be, and which of them a caller means."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def choose_layers(
     *,
     allow_meta: bool = False,
 ) -> list[Candidate]:
-    """The layers that a caller means.
+    """Choose the layers that a caller means.
 
     Args:
         model: any module.

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 What = Literal["rest", "encrypt", "decrypt", "evaluate", "uplink", "downlink", "latency"]
-"""What time is spent on: ``rest`` is the client's own computing, ``latency`` the way of a message whatever its size."""
+"""Uses of time: ``rest`` is what the client computes itself, ``latency`` the way of a message whatever its size."""
 
 
 Processors = Literal["own", "shared by workers", "one"]
@@ -48,7 +48,7 @@ class Product:
     """One outsourced product.
 
     Attributes:
-        rest: seconds of the client's own computing before it.
+        rest: seconds of what the client computes itself before it.
         requests: all sent before the first reply is awaited.
     """
 
@@ -66,7 +66,7 @@ class MicroBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What connects client and workers.
+    """Network between client and workers.
 
     Attributes:
         bandwidth: bytes a second of the client's card, each way; all workers share it.
@@ -116,7 +116,7 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """Of the step."""
+        """Seconds of the step."""
         return self.activities[self.last].end if self.last >= 0 else 0.0
 
     def critical(self) -> dict[What, float]:
@@ -138,7 +138,7 @@ class Timeline:
         return dict(taken)
 
     def chart(self, start: float, end: float, bins: int) -> dict[What, list[float]]:
-        """How much of every part of a time each sort of activity took, all workers together: 1.0 is one at a time."""
+        """Share of every part of a time by sort of activity, all workers together: 1.0 is one at a time."""
         width = (end - start) / bins
         rows: dict[What, list[float]] = {what: [0.0] * bins for what in _WHATS}
         for a in self.activities:
@@ -175,7 +175,7 @@ def simulate(
     [18.0, 13.0]
     """
     run = _Run(workers, network)
-    run.take_turns([run.steps(micro_batch) for micro_batch in micro_batches], interleave)
+    run.interleave([run.steps(micro_batch) for micro_batch in micro_batches], interleave)
     run.compute("rest", closing)
     return Timeline(run.activities, run.last, workers)
 
@@ -229,7 +229,7 @@ class _Run:
                 self.compute("decrypt", one.request.decrypt)
         self.compute("rest", micro_batch.rest)
 
-    def take_turns(self, tasks: Sequence[Iterator[_Sent]], width: int) -> None:
+    def interleave(self, tasks: Sequence[Iterator[_Sent]], width: int) -> None:
         """Run tasks in strict order, as many at once as ``width``, each until it awaits a reply."""
         to_start = collections.deque(tasks)
         under_way: collections.deque[tuple[Iterator[_Sent], _Sent | None]] = collections.deque()
