@@ -38,9 +38,7 @@ from ciphertune.plugins import registry
 from ciphertune.protocol import Limits, Message, pack, unpack
 from ciphertune.transport import Link
 from ciphertune.weights import quantize
-from ciphertune.worker import Quota, Service
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import Quota, Service, WeightStore, Worker
 
 ZmqTransport = registry.load(registry.TRANSPORTS, "zmq")
 FAST = "connect_timeout=1.5"

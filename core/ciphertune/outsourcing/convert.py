@@ -26,8 +26,7 @@ from ciphertune.outsourcing.layers import (
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.transport import LocalWorker
 from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -30,8 +30,7 @@ from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.selection import Selection
 from ciphertune.traffic import Traffic
 from ciphertune.weights import describe, quantize
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 from ciphertune.workloads.local_worker import serving
 
 _COPIED_VALUES = 1 << 22
