@@ -59,7 +59,7 @@ class Circuit:
 
     @contextlib.contextmanager
     def runner(self) -> Iterator[Any]:
-        """One that nobody else uses meanwhile."""
+        """Lend a runner that nobody else uses meanwhile."""
         one = self.runners.get()
         try:
             yield one

@@ -237,7 +237,7 @@ def _clear_linear(layer: OutsourcedLinear, weight: LayerWeight) -> nn.Linear:
 
 
 def _untie(model: nn.Module, chosen: Sequence[Candidate]) -> None:
-    """Keep ``tie_weights`` from hanging the embedding on a head that was outsourced."""
+    """Keep ``tie_weights`` from putting the embedding on a head that was outsourced."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     if head is None or all(candidate.module is not head for candidate in chosen):

@@ -45,7 +45,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One outsourced product.
+    """One outsourced product of a micro-batch.
 
     Attributes:
         rest: seconds of what the client computes itself before it.
@@ -84,7 +84,7 @@ class Network:
 
 
 class Activity(NamedTuple):
-    """Something that took time.
+    """One activity of a simulated step.
 
     Attributes:
         what: see ``What``.
@@ -159,7 +159,7 @@ _WHATS: tuple[What, ...] = ("rest", "encrypt", "decrypt", "evaluate", "uplink", 
 def simulate(
     micro_batches: Sequence[MicroBatch], interleave: int, workers: int, network: Network, closing: float = 0.0
 ) -> Timeline:
-    """Run a step.
+    """Simulate a step.
 
     Args:
         micro_batches: of the step, in order.
@@ -182,7 +182,7 @@ def simulate(
 
 @dataclasses.dataclass
 class _Resource:
-    """Something used by one at a time: when it is free again, and after which activity."""
+    """Resource used by one activity at a time: when it is free again, and after which activity."""
 
     free: float = 0.0
     last: int = -1
@@ -246,7 +246,7 @@ class _Run:
                     under_way.appendleft((to_start.popleft(), None))
 
     def compute(self, what: What, seconds: float) -> None:
-        """The client computes."""
+        """Let the client compute for some seconds."""
         if seconds <= 0.0:
             return
         self._settle(self._now)
@@ -295,7 +295,7 @@ class _Run:
             sent.answered = time
 
     def _carry(self, way: Literal["uplink", "downlink"], time: float, nbytes: int, sent: _Sent) -> None:
-        """A message passes the client's card, at the speed of the slower of card and connection.
+        """Pass a message through the client's card, at the speed of the slower of card and connection.
 
         A worker's own card, as fast as the client's, never holds up what the client's has let through.
         """
@@ -312,7 +312,7 @@ class _Run:
             self._at(end, 3, sent)
 
     def _travel(self, time: float, stage: int, sent: _Sent) -> None:
-        """The way of a message that has left, or of the first byte of one."""
+        """Carry a message that has left, or the first byte of one, over the network."""
         seconds = self._network.latency + self._network.overhead / 2
         if seconds > 0.0:
             sent.cause = self._note("latency", sent.worker, time, time + seconds, sent.cause)
