@@ -173,12 +173,12 @@ class SimulationBackend(Backend):
 
     @property
     def weight_bits(self) -> WeightBits | None:
-        """As the simulated backend."""
+        """That of the simulated backend."""
         return self._simulated.weight_bits
 
     @property
     def noise(self) -> NoiseModel:
-        """As the simulated backend."""
+        """That of the simulated backend."""
         noise = self._simulated.noise
         assert noise is not None
         return noise

@@ -91,7 +91,7 @@ class Shard:
 
     @classmethod
     def read(cls, row: Any) -> Shard:
-        """From plain data that came from a peer or a file. Raises ``ProtocolError``."""
+        """Read a shard from plain data that came from a peer or a file. Raises ``ProtocolError``."""
         if not isinstance(row, Mapping):
             raise ProtocolError("a manifest row is not a map")
         name, digest, bits = row.get("name"), row.get("digest"), row.get("weight_bits")
@@ -221,7 +221,7 @@ def code_dtype(bits: WeightBits | None) -> torch.dtype:
 
 
 def holdings_digest(manifest: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    """SHA-256 of what a worker holds, for noticing after a reconnection that it is another one."""
+    """SHA-256 of what a worker holds: after a reconnection it tells whether the worker is another one."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

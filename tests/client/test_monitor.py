@@ -28,7 +28,7 @@ from torch import nn
 import ciphertune
 from ciphertune.bundle.writer import split
 from ciphertune.cli import cli
-from ciphertune.cli.top import _screen
+from ciphertune.cli.top import screen
 from ciphertune.client.monitor import Watch, WorkerState, transport_of
 from ciphertune.errors import SelectionError, TransportError
 from ciphertune.protocol import Message, pack, spoken_versions, unpack
@@ -298,7 +298,7 @@ def test_what_makes_no_sense_is_not_shown(told: Callable[[Any, Any], WorkerState
     assert state.status.version.isprintable()
     assert len(state.status.version) <= 40
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(_screen([state], {}, 100, ""))
+    console.print(screen([state], {}, 100, ""))
     assert "\x1b[2J" not in console.export_text()
     usage = told(GOOD, Message("ok", {"own": {"products": -1, "sessions": 2, "bytes_in": "x"}})).status.own
     assert usage == ClientUsage(sessions=2)
@@ -344,7 +344,7 @@ def states() -> list[WorkerState]:
 @pytest.mark.parametrize("width", [40, 60, 80, 110, 190])
 def test_it_fits_any_window(width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(_screen(states(), {"b:1": deque([0.0, 0.5, 1.0])}, width, "every 2 s"))
+    console.print(screen(states(), {"b:1": deque([0.0, 0.5, 1.0])}, width, "every 2 s"))
     lines = console.export_text().splitlines()
     assert all(len(line) <= width for line in lines)
     text = "\n".join(lines)

@@ -21,8 +21,7 @@ from ciphertune.plugins import registry
 from ciphertune.selection import Selection
 from ciphertune.transport import Link, LocalWorker, Transport
 from ciphertune.weights import quantize
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 NAMES = st.from_regex(r"[a-z][a-z0-9]{0,5}(-[a-z0-9]{1,4})?", fullmatch=True)
 ENDPOINTS = st.from_regex(r"[A-Za-z0-9.:\[\]_/-]{1,20}", fullmatch=True)

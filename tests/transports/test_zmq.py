@@ -39,9 +39,7 @@ from ciphertune.protocol import Limits, Message, pack, unpack
 from ciphertune.testing import EchoHandler
 from ciphertune.transport import Link, RequestHandler
 from ciphertune.weights import quantize
-from ciphertune.worker import Quota, Service
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import Quota, Service, WeightStore, Worker
 
 ZmqTransport = registry.load(registry.TRANSPORTS, "zmq")
 FAST = "connect_timeout=1.5"

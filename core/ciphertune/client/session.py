@@ -115,7 +115,7 @@ class Session:
         return self._groups[group].layers
 
     def product(self, group: int, direction: Direction, x: Tensor) -> Tensor:
-        """One outsourced product.
+        """Evaluate one product at the workers.
 
         Args:
             group: index into the groups the session was opened with.

@@ -16,9 +16,7 @@ from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.protocol import DEFAULT_LIMITS, Limits
 from ciphertune.transport import Listener, Transport
-from ciphertune.worker.service import Service
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import Service, WeightStore, Worker
 
 
 class ServedWorker:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class SessionLimits:
-    """What clients may open.
+    """Bounds on the sessions that clients may open.
 
     Attributes:
         sessions: of one client at a time.
@@ -71,14 +71,14 @@ class _WorkerSession:
 
 
 class Worker:
-    """Serves the layers of a weight store to any number of sessions.
+    """Worker that serves the layers of a weight store to any number of sessions.
 
     Every message is answered; a request that cannot be served gets an ``error`` reply and changes nothing.
 
     Args:
         weights: the layers this worker serves; what it holds must not change any more.
         device: where products are evaluated.
-        limits: what clients may open.
+        limits: bounds on clients' sessions.
         clock: seconds, as ``time.monotonic``; by it sessions expire.
 
     Attributes:
@@ -143,7 +143,7 @@ class Worker:
         return sum(session.peer == peer for session in list(self._sessions.values()))
 
     def expire(self) -> int:
-        """Close sessions that were idle for longer than they may be; how many there were."""
+        """Close sessions that were idle for too long; return their number."""
         oldest = self._clock() - self.limits.idle_seconds
         with self._lock:
             idle = [name for name, session in self._sessions.items() if session.used < oldest and not session.busy]
