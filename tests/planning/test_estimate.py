@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import remote
+import tiny as models
 import torch
 from click.testing import CliRunner
 from farm import Farm
@@ -55,11 +56,8 @@ def speeds(**changes: Any) -> Speeds:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model whose keys and values are too narrow to be cut in two."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(3)
-    config = LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    models.llama(**SMALL, max_position_embeddings=64).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -203,7 +201,7 @@ def test_products_are_scaled_from_the_nearest() -> None:
         ({"to": "mlwe?request_bits=24"}, "the client's speeds was measured with mlwe, and this plan is for mlwe.req"),
         ({"client": speeds(own=None)}, "lack its own part"),
         (
-            {"client": speeds(own=dataclasses.replace(speeds().own, before={"c_attn forward": Line(0, 0)}))},
+            {"client": speeds(own=dataclasses.replace(speeds().own, before={"c_attn forward": Line(0, 0)}))},  # type: ignore[type-var]
             "another mod",
         ),
     ],
