@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import random
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -70,6 +71,7 @@ class MLflow(Tracker):
             from mlflow import MlflowClient
         except ImportError as error:
             raise PluginError('needs mlflow-skinny: pip install "ciphertune[mlflow]"') from error
+        _give_mlflow_a_generator()
         self.options = options
         try:
             self._client = MlflowClient(options.uri)
@@ -117,6 +119,16 @@ class MLflow(Tracker):
         """End a run that goes on."""
         if self._sender is not None and self._sender.running:
             self._sender.finish(self._status, self.options.wait)
+
+
+def _give_mlflow_a_generator() -> None:
+    """Let MLflow draw names from a generator of its own, not from Python's, which training may depend on.
+
+    Its file store draws for the identifier of one experiment in ten.
+    """
+    from mlflow.utils import name_utils
+
+    name_utils.random = random.Random()
 
 
 def _params(trainer: Any) -> dict[str, str]:

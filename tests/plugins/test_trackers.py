@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 import socket
 import struct
 import sys
 import threading
+import types
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -456,6 +458,22 @@ def test_mlflow_has_settings_metrics_and_how_it_ended(store: str, tmp_path: Path
     assert resumed.info.run_id != run.info.run_id
     assert resumed.data.tags["ciphertune.resumed_at_step"] == "5"
     assert [metric.step for metric in client.get_metric_history(plugin.run_id, "loss")] == [6]
+
+
+def test_mlflow_draws_nothing_from_the_generator_that_training_may_use(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.utils import name_utils
+
+    manager = PluginManager()
+    plugin = manager.use(f"mlflow?uri={store}")
+    # For each leading zero of an identifier MLflow draws a digit.
+    zeros = types.SimpleNamespace(int=int("7" + "0" * 17 + "1"))
+    monkeypatch.setattr(name_utils, "uuid", types.SimpleNamespace(uuid4=lambda: zeros))
+    before = random.getstate()
+    trainer_of(manager).train(BATCHES, BATCHES[:1])
+    assert plugin.run_id is not None
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize(("error", "status"), [(Stop, "FAILED"), (KeyboardInterrupt, "KILLED")])
