@@ -5,6 +5,9 @@ are marked with ``hookimpl`` and named as below; each may take fewer arguments t
 reported by the plugin's name and stops nothing, except the gates: ``ciphertune_before_request`` and
 ``ciphertune_select_layers`` let errors through. Hooks are called on the thread that does what they tell of; those about
 requests may be called on several threads at once.
+
+With ``CIPHERTUNE_TRACE_PLUGINS=1`` every call is printed to standard error, with the plugins that it goes to: of its
+arguments whole numbers and texts as they are, of all else the type. No value of a tensor is shown.
 """
 
 from __future__ import annotations

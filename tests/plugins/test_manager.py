@@ -427,3 +427,25 @@ def test_a_gate_may_be_wrapped(recorder: Any) -> None:
     net = ciphertune.outsource(model(), "clear", plugins=recorder.plugins)
     net(torch.randn(3, 4, requires_grad=True)).sum().backward()
     assert len(recorder.products("backward")) == 2
+
+
+def test_a_trace_names_hooks_and_plugins_and_no_values(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CIPHERTUNE_TRACE_PLUGINS", "1")
+    manager = PluginManager()
+    manager.register(Meddler(), "first")
+    manager.register(Meddler(), "second")
+    trainer_of(manager).train(BATCHES[:1])
+    written = capsys.readouterr()
+    lines = written.err.splitlines()
+    assert "ciphertune_training_start(trainer=LoraTrainer, total_steps=1, start_step=0) -> no plugin" in lines
+    assert "ciphertune_before_request(session=Session, exchange=Exchange) -> no plugin" in lines
+    assert "ciphertune_training_step(trainer=LoraTrainer, step=1, metrics=dict) -> second, first" in lines
+    assert "ciphertune_training_end(trainer=LoraTrainer, step=1, reason='finished') -> no plugin" in lines
+    manager.observe("ciphertune_session_closed", session=torch.tensor([0.125]))
+    assert capsys.readouterr().err == "ciphertune_session_closed(session=Tensor) -> no plugin\n"
+    assert written.out == ""
+    monkeypatch.setenv("CIPHERTUNE_TRACE_PLUGINS", "0")
+    trainer_of(PluginManager()).train(BATCHES[:1])
+    assert capsys.readouterr().err == ""

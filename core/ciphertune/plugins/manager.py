@@ -5,7 +5,7 @@ An entry point in ``ciphertune.plugins`` is a module or object of hooks, which i
 are paths: those in a configuration file are relative to it.
 
 ``CIPHERTUNE_PLUGINS`` decides instead what is active: a comma-separated list of such strings (a comma in an option is
-written %2C), empty for none.
+written %2C), empty for none. ``CIPHERTUNE_TRACE_PLUGINS=1`` prints every hook call to standard error.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ciphertune import hookspecs
 from ciphertune._support.options import build_options
 from ciphertune.errors import CipherTuneError, PluginError, SelectionError
 from ciphertune.plugins import registry
+from ciphertune.plugins.trace import trace, tracing
 from ciphertune.selection import parse_use
 
 GATES = ("ciphertune_before_request", "ciphertune_select_layers")
@@ -50,6 +51,7 @@ class PluginManager:
         self._used: dict[str, tuple[Any, Any]] = {}  # plugins that `use` made and their options, by name
         self._raised: collections.Counter[tuple[str, str]] = collections.Counter()
         self._counting = threading.Lock()
+        self._tracing = tracing()
 
     def load_installed(self) -> None:
         """Activate what is always active, or what ``CIPHERTUNE_PLUGINS`` says; failures are warned of and kept."""
@@ -159,7 +161,10 @@ class PluginManager:
 
     def gate(self, hook: str, **arguments: Any) -> Any:
         """Call a hook whose errors and result count."""
-        return getattr(self._manager.hook, hook)(**arguments)
+        caller = getattr(self._manager.hook, hook)
+        if self._tracing:
+            _trace(caller, arguments)
+        return caller(**arguments)
 
     def observe(self, hook: str, **arguments: Any) -> None:
         """Call a hook one plugin at a time; one that raises is named in a warning and stops nothing.
@@ -168,6 +173,8 @@ class PluginManager:
         ``Exception``, such as KeyboardInterrupt, passes.
         """
         caller = getattr(self._manager.hook, hook)
+        if self._tracing:
+            _trace(caller, arguments)
         said = []
         for implementation in reversed(caller.get_hookimpls()):
             try:
@@ -204,6 +211,10 @@ class PluginManager:
         except CipherTuneError as error:
             self.failed[name] = str(error)
             warnings.warn(str(error), RuntimeWarning, stacklevel=4)
+
+
+def _trace(caller: pluggy.HookCaller, arguments: Mapping[str, Any]) -> None:
+    trace(caller.name, [each.plugin_name for each in reversed(caller.get_hookimpls())], arguments)
 
 
 def anchored(text: str, folder: Path) -> str:
