@@ -326,7 +326,7 @@ def test_replies_survive_the_librarys_form(outputs: int) -> None:
         wrong[place] ^= 64
         with pytest.raises(PluginError, match="lays out"):
             wire.reply_values(bytes(wrong), 2, outputs)
-    for wrong in (blob[:-8], blob[:-1], blob[:16], b""):
+    for wrong in (blob[:-8], blob[:-1], blob[:16], b""):  # type: ignore[assignment]
         with pytest.raises(PluginError, match="lays out"):
             wire.reply_values(bytes(wrong), 2, outputs)
 

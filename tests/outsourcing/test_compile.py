@@ -63,7 +63,7 @@ def test_a_compiled_model_gives_the_same_losses_gradients_and_requests(to: str, 
         x = torch.randn(32, 16)
         loss, gradient = step(reference, reference.scale, x)
         before = session.traffic.requests
-        found, mine = step(compiled, model.scale, x)
+        found, mine = step(compiled, model.scale, x)  # type: ignore[arg-type]
         assert found == pytest.approx(loss, rel=tolerance)
         assert float((mine - gradient).norm() / gradient.norm()) < tolerance
         assert session.traffic.requests == before + 4

@@ -329,7 +329,7 @@ def test_the_configuration_shown_is_the_one_that_ran(text: str, rate: float, nor
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, max_grad_norm=None))
     import ciphertune.runs.config
 
-    again = parse_config(ciphertune.runs.config.tomllib.loads(toml(dataclasses.asdict(config))))
+    again = parse_config(ciphertune.runs.config.tomllib.loads(toml(dataclasses.asdict(config))))  # type: ignore[attr-defined]
     if norm:
         assert again.training.max_grad_norm == math.inf
         again = dataclasses.replace(again, training=dataclasses.replace(again.training, max_grad_norm=None))

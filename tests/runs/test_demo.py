@@ -78,4 +78,4 @@ def test_the_full_demo_trains_the_language_model(tmp_path: Path) -> None:
         assert abs(a - b) < 0.02 * a
     assert result.encrypted.held_out < result.held_out_before
     assert result.plaintext.units_per_second > result.encrypted.units_per_second
-    assert ciphertune.share  # the public names stay importable beside a loaded transformers
+    assert callable(ciphertune.share)  # the public names stay importable beside a loaded transformers
