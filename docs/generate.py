@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import figures  # noqa: E402
 import plots  # noqa: E402
+import separate  # noqa: E402
 
 _HEAD = "<!-- Made by docs/generate.py from {source}; change it there. -->\n\n"
 
@@ -180,6 +181,16 @@ def _cluster() -> str:
     )
 
 
+def _separate() -> str:
+    found = _measured("separate")
+    where = (
+        "Carried over from single runs on a machine that did other work: to be measured again, with this script."
+        if found["machine"] is None
+        else _where(found["machine"])
+    )
+    return f"{_table(('what', 'measured', 'to reach'), separate.rows(found))}\n{where}\n"
+
+
 _BOTTLENECKS = {
     "crypto": "encryption",
     "rest": "client",
@@ -258,6 +269,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "compare": _compare,
         "overlap": _overlap,
         "cluster": _cluster,
+        "separate": _separate,
     },
     "planning.md": {"predicted": _predicted, "validated": _validated},
     "../README.md": {"summary": _summary},
