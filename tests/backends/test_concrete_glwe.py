@@ -31,6 +31,8 @@ from ciphertune.worker.process import worker_process
 from ciphertune.worker.store import WeightStore
 from ciphertune.worker.worker import SessionLimits, Worker
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("glwe"), pytest.mark.timeout(300)]
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 

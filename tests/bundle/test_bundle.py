@@ -369,6 +369,7 @@ print(json.dumps(most[0] - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_splitting_takes_little_memory(tmp_path: Path) -> None:
     sizes = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 20}

@@ -230,6 +230,8 @@ class Player:
             )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "page",
     [p for p in PAGES if fences(p) and p.name not in ELSEWHERE],

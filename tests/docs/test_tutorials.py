@@ -106,6 +106,8 @@ def test_every_tutorial_is_checked() -> None:
     assert sorted(path.stem for path in TUTORIALS.glob("*.ipynb")) == sorted(CHECKS)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(CHECKS))
 @pytest.mark.filterwarnings("ignore")
 def test_a_tutorial_runs_and_its_results_hold(name: str, tmp_path: Path) -> None:

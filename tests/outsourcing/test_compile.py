@@ -13,7 +13,11 @@ from torch import Tensor, nn
 import ciphertune
 
 # The compiler asks tensors that are no leaves for their gradients.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 BACKENDS = [("clear", 1e-6), ("simulation", 0.02), ("mlwe", 0.02)]
 

@@ -68,6 +68,7 @@ def farm(register: Any) -> Iterator[Farm]:
     found.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 1])
 @pytest.mark.parametrize("backend", ["clear", "mlwe"])
 @pytest.mark.parametrize(("placement", "workers"), [("layers", 3), ("rows", 2), ("rows", 3), ("replicas", 2)])

@@ -31,7 +31,11 @@ from ciphertune.runs.demo import run_demo
 from ciphertune.runs.train import read_comparison, run_training
 from ciphertune.traffic import total
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("report"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+]
 
 SECTIONS = ("loss", "rate", "speed", "time", "layers", "traffic", "share", "security", "reproduce")
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}

@@ -15,6 +15,7 @@ from ciphertune.workloads import language, load_workload
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["clear", "mlwe"])
 def test_the_quick_demo_learns_and_writes_its_results(to: str, tmp_path: Path) -> None:
     said: list[str] = []
@@ -33,6 +34,7 @@ def test_the_quick_demo_learns_and_writes_its_results(to: str, tmp_path: Path) -
     assert len(said) == 3
 
 
+@pytest.mark.slow
 def test_the_adapter_of_the_demo_loads_with_stock_peft_and_gives_its_accuracy(tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -14,6 +14,8 @@ from ciphertune import LoraTrainer
 from ciphertune.plugins.manager import PluginManager
 
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
     # peft 0.21 asks transformers for a property by its old name.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     # transformers.Trainer asks DataLoader to pin memory where there is no accelerator.

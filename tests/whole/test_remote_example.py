@@ -15,6 +15,8 @@ import remote
 from tiny import WORDS, save_words
 from torch import nn
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
 ROOT = Path(__file__).parents[2]
 
 
