@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import remote
+import tiny as models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -368,19 +369,12 @@ print(json.dumps(most[0] - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_splitting_takes_little_memory(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=2000,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=20,
-        num_attention_heads=8,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model", max_shard_size="50MB")
+    sizes = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 20}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    models.llama(**sizes, **heads, tie_word_embeddings=True).save_pretrained(tmp_path / "model", max_shard_size="50MB")
     size = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
     assert size > 300e6
     command = [sys.executable, "-c", _MEMORY, str(tmp_path / "model"), str(tmp_path / "bundle")]

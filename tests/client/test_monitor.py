@@ -74,6 +74,8 @@ TEXTS = {"worker", "state", "problem", "version", "device"}
 OWN = {"sessions", "under_way", "products", "errors", "bytes_in", "bytes_out", "evaluate_seconds"}
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("monitor")
 def test_json_of_real_workers(farm: list[remote.WorkerProcess]) -> None:
     nobody = f"127.0.0.1:{remote.free_port()}"
     model = model_at(farm[0])
@@ -117,6 +119,8 @@ def test_json_of_real_workers(farm: list[remote.WorkerProcess]) -> None:
         session.close()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("monitor")
 def test_a_worker_that_hangs_keeps_the_others_from_nothing(farm: list[remote.WorkerProcess]) -> None:
     with Watch(f"zmq://{farm[0].address},{farm[1].address}?insecure=1") as watch:
         assert [state.state for state in watch.look(20)] == ["up", "up"]
@@ -133,6 +137,8 @@ def test_a_worker_that_hangs_keeps_the_others_from_nothing(farm: list[remote.Wor
             assert time.monotonic() < end
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("monitor")
 def test_the_rate_is_that_between_looks(farm: list[remote.WorkerProcess]) -> None:
     model = model_at(farm[1])
     try:
@@ -150,6 +156,8 @@ def test_the_rate_is_that_between_looks(farm: list[remote.WorkerProcess]) -> Non
     assert after.products_per_second > 0
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("monitor")
 def test_a_terminal_shows_it_until_q(farm: list[remote.WorkerProcess]) -> None:
     nobody = f"127.0.0.1:{remote.free_port()}"
     parent, child = pty.openpty()
@@ -204,6 +212,8 @@ def _read(descriptor: int) -> str:
         return ""
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("monitor")
 def test_without_a_terminal_it_looks_once(farm: list[remote.WorkerProcess]) -> None:
     done = CliRunner().invoke(cli, ["top", f"zmq://{farm[0].address}?insecure=1"], catch_exceptions=False)
     assert done.exit_code == 0

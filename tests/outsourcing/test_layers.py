@@ -127,7 +127,7 @@ def awkward() -> nn.Module:
     model.quantized = Int8Linear(4, 4)
     model.attention = nn.MultiheadAttention(4, 2)
     model.bare_attention = nn.MultiheadAttention(4, 2)
-    model.bare_attention.out_proj = nn.Linear(4, 4)
+    model.bare_attention.out_proj = nn.Linear(4, 4)  # type: ignore[assignment]
     model.meta = nn.Linear(4, 4, device="meta")
     model.integer = nn.Linear(2, 2)
     model.integer.weight = IntegerWeight().weight

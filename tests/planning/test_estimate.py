@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import remote
+import tiny as models
 import torch
 from click.testing import CliRunner
 from farm import Farm
@@ -55,11 +56,8 @@ def speeds(**changes: Any) -> Speeds:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model whose keys and values are too narrow to be cut in two."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(3)
-    config = LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    models.llama(**SMALL, max_position_embeddings=64).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -70,6 +68,7 @@ def farm(register: Any) -> Iterator[Farm]:
     found.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 1])
 @pytest.mark.parametrize("backend", ["clear", "mlwe"])
 @pytest.mark.parametrize(("placement", "workers"), [("layers", 3), ("rows", 2), ("rows", 3), ("replicas", 2)])

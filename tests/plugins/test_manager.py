@@ -105,7 +105,8 @@ def test_a_failing_observer_warns_and_the_others_still_see(recorder: Any) -> Non
 
 class Chooser:
     def __init__(self, answer: Any) -> None:
-        self.answer, self.seen = answer, None
+        self.answer = answer
+        self.seen: list[str] | None = None
 
     @hookimpl
     def ciphertune_select_layers(self, model: Any, candidates: Any) -> Any:

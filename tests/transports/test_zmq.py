@@ -51,7 +51,7 @@ def network() -> nn.Sequential:
 
 
 def store(bits: Any = 8) -> WeightStore:
-    return WeightStore.of({name: quantize(network()[int(name)].weight, bits) for name in "02"})
+    return WeightStore.of({name: quantize(network()[int(name)].weight, bits) for name in "02"})  # type: ignore[arg-type]
 
 
 @pytest.fixture

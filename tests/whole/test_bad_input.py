@@ -112,7 +112,7 @@ def test_gradients_that_are_not_finite(backend: str, recorder: Any, value: float
     assert x.grad is None
     # The session is as good as before.
     model(x).sum().backward()
-    assert bool(torch.isfinite(x.grad).all())
+    assert bool(torch.isfinite(x.grad).all())  # type: ignore[arg-type]
 
 
 def test_errors_show_no_values(backend: str) -> None:
