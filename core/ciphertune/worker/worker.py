@@ -13,6 +13,7 @@ from typing import Any
 import msgpack
 import torch
 
+from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import Backend, Direction, WorkerHalf
 from ciphertune.errors import (
     CipherTuneError,
@@ -114,6 +115,7 @@ class Worker:
             "stats": self._stats,
         }
 
+    @own_modes()
     def handle(self, request: Message, peer: str = "") -> Message:
         """Answer one request. Never raises; errors are replies of kind ``error``.
 
@@ -150,6 +152,7 @@ class Worker:
         """Number of sessions that one client has open."""
         return sum(session.peer == peer for session in list(self._sessions.values()))
 
+    @own_modes()
     def expire(self) -> int:
         """Close sessions that were idle for longer than they may be; how many there were."""
         oldest = time.monotonic() - self.limits.idle_seconds
