@@ -52,9 +52,9 @@ class DataSection:
     """``[data]``.
 
     Attributes:
-        source: a text file, a folder of ``.txt`` and ``.md`` files, a ``.jsonl`` file with one object a line, or the
-            built-in ``language-reference``.
-        text_field: of the objects of a ``.jsonl`` file.
+        source: a text file, a folder of ``.txt`` and ``.md`` files, a ``.jsonl`` or ``.ndjson`` file with one object a
+            line, or the built-in ``language-reference``.
+        text_field: of the objects of such a file.
         length: tokens of one sequence.
         batch_size: sequences of one micro-batch.
         held_out: share of the texts, or of a single text's sequences, that is kept for evaluation; 0 for none.
