@@ -13,6 +13,7 @@ from ciphertune.errors import ProtocolError, ReplyError, TransportError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, pack, unpack
 from ciphertune.transport import Link, settle
 from ciphertune_zmq.address import Address
+from ciphertune_zmq.context import shared_context
 from ciphertune_zmq.framing import NUMBER_BYTES, unwrap, wrap
 from ciphertune_zmq.guard import Backlog
 from ciphertune_zmq.loop import HANDSHAKE_FAILURES, SocketLoop
@@ -46,7 +47,7 @@ class ZmqLink(Link):
 
 class _ClientLoop(SocketLoop):
     def __init__(self, address: Address, curve: ClientCurve | None, heartbeat: float) -> None:
-        super().__init__(zmq.DEALER, f"ciphertune-zmq-{address}")
+        super().__init__(zmq.DEALER, f"ciphertune-zmq-{address}", shared_context())
         self._address = address
         self._cut = curve is not None
         self._numbers = itertools.count(1)
