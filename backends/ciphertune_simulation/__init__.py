@@ -126,7 +126,7 @@ class SimulationWorker(WorkerHalf):
         return torch.sqrt(self._input_variance * norm**2 + self._own_variance)
 
     def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, device=self._device)
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self._device)
 
     def _along(self, tokens: int, outputs: int) -> Tensor:
         """Normal values whose correlation falls linearly along the outputs, from 1 to -1 a period on.

@@ -133,7 +133,7 @@ def quantize(weight: Tensor, bits: WeightBits | None) -> LayerWeight:
     weight = weight.detach()
     rows = weight.shape[0]
     codes = torch.empty(weight.shape, dtype=code_dtype(bits), device=weight.device)
-    scale = None if bits is None else torch.empty(rows, device=weight.device)
+    scale = None if bits is None else torch.empty(rows, dtype=torch.float32, device=weight.device)
     for part in _chunks(weight):
         values = weight[part].to(torch.float32)
         if not bool(torch.isfinite(values).all()):

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
+from remote import with_adapter
 from torch import Tensor, nn
 
 import ciphertune
+from ciphertune.cli import cli
+from ciphertune.errors import ConfigError
+from ciphertune.workloads.texts import rows_of, split_texts
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 MODES = ("clear", "simulation", "mlwe")
 
@@ -59,3 +69,71 @@ def test_a_layer_with_one_input_feature(mode: str, sizes: tuple[int, ...], token
     """Time and value embeddings and bottlenecks of one get the right input gradient."""
     x = torch.randn(tokens, sizes[0], generator=torch.Generator().manual_seed(2))
     compare(lambda: toy(*sizes), outputs_and_gradients(x), mode, 5e-2)
+
+
+def train(project: Path, *arguments: str, source: str = "text.txt", **changes: str) -> Result:
+    """``ciphertune train`` on the project with another source, and other parts of its file. Errors are raised."""
+    file = project / "run.toml"
+    text = file.read_text().replace('"text.txt"', json.dumps(source))
+    for old, new in changes.items():
+        text = text.replace(f"\n{old} = ", f"\n{old} = {new} # ")
+    file.write_text(text)
+    given = ["train", str(file), *arguments]
+    return CliRunner().invoke(cli, given, catch_exceptions=False, standalone_mode=False)
+
+
+IDS = torch.randint(3, 48, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_evaluation_under_inference_mode_between_training_steps(mode: str, tiny: Callable[[str], Any]) -> None:
+    results = []
+    for outsourced in (False, True):
+        base = tiny("llama")
+        model = with_adapter(ciphertune.outsource(base, to=mode) if outsourced else base)
+        with torch.inference_mode():
+            before = model(input_ids=IDS).logits.clone()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        with torch.no_grad():
+            after = model(input_ids=IDS).logits
+        results.append((before, gradient, after))
+    for got, want in zip(results[1], results[0], strict=True):
+        assert error(got, want) < 6e-2
+
+
+@pytest.mark.parametrize(("count", "share"), [(100, 0.1), (100, 0.4), (100, 0.7), (10, 0.35), (100, 0.02), (3, 0.1)])
+def test_the_share_that_is_held_out(count: int, share: float) -> None:
+    texts = [str(number) for number in range(count)]
+    train, held = split_texts(texts, share)
+    assert sorted([*train, *held]) == sorted(texts)
+    assert abs(len(held) - share * count) <= max(1.0, 0.1 * share * count)
+    assert train
+    assert held
+
+
+class AddsEnds:
+    """A tokenizer that adds both tokens itself."""
+
+    eos_token_id = 2
+
+    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [1, *(ord(letter) % 90 + 3 for letter in text), 2]}
+
+
+def test_a_tokenizer_that_adds_the_end_token() -> None:
+    ids = rows_of(["ab", "cd", "ef"], AddsEnds(), 3).flatten().tolist()
+    assert ids == [1, 10, 11, 2, 1, 12, 13, 2, 1, 14, 15, 2]
+
+
+def test_json_lines_saved_on_windows_train(project: Path) -> None:
+    lines = "\r\n".join(json.dumps({"text": "the quick brown fox " * 20}) for _ in range(4)) + "\r\n\r\n"
+    (project / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert train(project, source="a.jsonl").exit_code == 0
+    assert (project / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_half_of_an_emoji_in_json_lines(project: Path) -> None:
+    (project / "a.jsonl").write_text('{"text": "whole"}\n{"text": "cut \\ud83d here"}\n')
+    with pytest.raises(ConfigError, match="line 2 of"):
+        train(project, source="a.jsonl")

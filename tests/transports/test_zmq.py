@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -345,6 +346,78 @@ def test_a_message_without_an_end_is_cut(service: Service) -> None:
         bad.close()
         assert good.submit(Message("hello")).result(10).kind == "ok"
         good.close()
+
+
+def test_links_share_a_context_and_leave_nothing_behind(plain: str) -> None:
+    transport = choose(f"mlwe+zmq://{plain}?insecure=1").transport
+    links = list(transport.connect((plain,), None))
+    before = descriptors()
+    for _ in range(20):
+        links += transport.connect((plain,), None)
+    for link in links:
+        assert link.submit(Message("hello", {"versions": [1]})).result(20).kind == "ok"
+    # Both ends of each connection are in this process.
+    assert descriptors() <= before + 20 * 8
+    for link in links[1:]:
+        link.close()
+    end = time.monotonic() + 10
+    while descriptors() > before + 4 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert descriptors() <= before + 4
+    links[0].close()
+
+
+def test_too_few_descriptors_are_an_error_and_not_the_end_of_the_process(plain: str) -> None:
+    code = f"""
+        import os, resource, zmq
+        from ciphertune.client.choice import choose
+        from ciphertune.errors import TransportError
+        from ciphertune.protocol import Message
+        transport = choose("mlwe+zmq://{plain}?insecure=1").transport
+        held, most = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        links = []
+        for spare in range(2, 80, 3):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (held + spare, most))
+            try:
+                links += transport.connect(("{plain}",), None)
+            except TransportError as error:
+                assert "file descriptors" in str(error)
+                print("refused")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 1024), most))
+        links += transport.connect(("{plain}",), None)
+        for link in links:
+            assert link.submit(Message("hello", {{"versions": [1]}})).result(20).kind == "ok"
+        print(len(links), "opened")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "refused" in done.stdout
+    assert int(done.stdout.split()[-2]) > 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_opens_links_of_its_own(plain: str) -> None:
+    code = f"""
+        import os, signal
+        from ciphertune.client.choice import choose
+        from ciphertune.protocol import Message
+        transport = choose("mlwe+zmq://{plain}?insecure=1").transport
+        def ask():
+            (link,) = transport.connect(("{plain}",), None)
+            assert link.submit(Message("hello", {{"versions": [1]}})).result(20).kind == "ok"
+            return link
+        link = ask()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            ask().close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        link.close()
+        ask().close()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_strangers_leave_nothing_behind(service: Service) -> None:

@@ -12,6 +12,7 @@ from ciphertune.errors import ProtocolError, TransportError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, pack, unpack
 from ciphertune.transport import Link, PendingReplies
 from ciphertune_zmq.address import Address
+from ciphertune_zmq.context import shared_context
 from ciphertune_zmq.framing import unwrap, wrap
 from ciphertune_zmq.loop import HANDSHAKE_FAILURES, SocketLoop
 from ciphertune_zmq.receive_limit import ReceiveLimit
@@ -47,7 +48,7 @@ class ZmqLink(Link):
 
 class _ClientLoop(SocketLoop):
     def __init__(self, address: Address, curve: ClientCurve | None, heartbeat: float) -> None:
-        super().__init__(zmq.DEALER, f"ciphertune-zmq-{address}")
+        super().__init__(zmq.DEALER, f"ciphertune-zmq-{address}", shared_context())
         self.pending: PendingReplies[Message] = PendingReplies(str(address))
         self._encrypted = curve is not None
         self._outgoing: collections.deque[tuple[int, list[Frame]]] = collections.deque()

@@ -12,6 +12,8 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from ciphertune_zmq.context import LOOP_DESCRIPTORS, need_descriptors
+
 log = logging.getLogger(__name__)
 
 CONNECTION_EVENTS = (
@@ -32,15 +34,21 @@ HANDSHAKE_FAILURES = (
 
 
 class SocketLoop(abc.ABC):
-    """A thread that owns a ZeroMQ socket, its monitor and its context. Other threads only ``wake`` it.
+    """A thread that owns a ZeroMQ socket and its monitor. Other threads only ``wake`` it.
 
     Args:
         kind: type of the socket.
         name: of the thread.
+        context: to make the socket in; one of its own, which ends with it, if None.
+
+    Raises:
+        TransportError: this process may not open files enough.
     """
 
-    def __init__(self, kind: int, name: str) -> None:
-        self.context = zmq.Context()
+    def __init__(self, kind: int, name: str, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+        need_descriptors(LOOP_DESCRIPTORS if context is not None else 2 * LOOP_DESCRIPTORS)
+        self._shares = context is not None
+        self.context = context if context is not None else zmq.Context()
         self.socket: zmq.Socket[bytes] = self.context.socket(kind)
         self.socket.linger = 0
         self._monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(CONNECTION_EVENTS)
@@ -124,6 +132,7 @@ class SocketLoop(abc.ABC):
         self.socket.disable_monitor()
         self._monitor.close(0)
         self.socket.close(0)
-        self.context.term()
+        if not self._shares:
+            self.context.term()
         self._wake_in.close()
         self._wake_out.close()

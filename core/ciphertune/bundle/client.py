@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ciphertune._support.own_modes import own_modes
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
     CLIENT_MANIFEST,
@@ -32,6 +33,7 @@ from ciphertune.weights import DIGEST_ROWS, LayerInfo
 _DIGEST_BYTES = 32
 
 
+@own_modes()
 def load_client(
     folder: str | os.PathLike[str],
     to: str,

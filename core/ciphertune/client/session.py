@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import Direction, LinearMap, SecurityStatement
 from ciphertune.client.choice import Choice
 from ciphertune.client.connection import Opening
@@ -58,6 +59,7 @@ class Session:
         TransportError, UnknownLayerError, WorkerError, ReplyError: as ``WorkerPool``.
     """
 
+    @own_modes()
     def __init__(
         self,
         choice: Choice,
@@ -114,6 +116,7 @@ class Session:
         """The layers of one group."""
         return self._groups[group].layers
 
+    @own_modes()
     def product(self, group: int, direction: Direction, x: Tensor) -> Tensor:
         """Evaluate one product at the workers.
 
@@ -148,6 +151,7 @@ class Session:
         self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
 
+    @own_modes()
     def close(self) -> None:
         """Close the session at the workers, forget the keys and drop the links. Idempotent."""
         with self._counting:

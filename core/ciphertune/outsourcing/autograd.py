@@ -57,6 +57,4 @@ class OutsourcedProduct(torch.autograd.Function):
                 part.copy_(grad)
             else:
                 torch.mul(grad, layer.scale.to(device), out=part)
-        # A backward pass started under autocast runs under it too.
-        with torch.autocast(device.type, enabled=False):
-            return ctx.session.product(ctx.group, "backward", stacked).contiguous(), None, None
+        return ctx.session.product(ctx.group, "backward", stacked).contiguous(), None, None

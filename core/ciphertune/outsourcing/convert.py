@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
+from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import WeightBits
 from ciphertune.client.choice import Choice, choose
 from ciphertune.client.session import Session
@@ -66,6 +67,7 @@ def outsource(
     return attach(model, chosen, infos, groups, choice, worker, device, manager)
 
 
+@own_modes()
 def quantize_all(
     chosen: Sequence[Candidate], groups: Sequence[tuple[int, ...]], bits: WeightBits | None, *, keep: bool
 ) -> tuple[list[LayerInfo], WeightStore]:
@@ -221,6 +223,7 @@ def _session(layer: OutsourcedLinear) -> Session:
     return layer.group.session
 
 
+@own_modes()
 def _replace(candidate: Candidate, info: LayerInfo, group: LayerGroup, member: int, device: torch.device) -> None:
     old = candidate.module
     like = torch.empty(0, dtype=candidate.weight().dtype, device=device)
@@ -228,6 +231,7 @@ def _replace(candidate: Candidate, info: LayerInfo, group: LayerGroup, member: i
     setattr(candidate.parent, candidate.attribute, new.train(old.training))
 
 
+@own_modes()
 def _clear_linear(layer: OutsourcedLinear, weight: LayerWeight) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     like = layer.weight

@@ -23,10 +23,13 @@ class _Pending:
     source: weakref.ref[Tensor]
     version: int
     differentiable: bool
+    inference: bool
     outputs: dict[int, Tensor]
 
     def belongs_to(self, x: Tensor) -> bool:
-        return self.source() is x and self.version == x._version and self.differentiable == _differentiable(x)
+        modes = self.differentiable, self.inference
+        now = _differentiable(x), torch.is_inference_mode_enabled()
+        return self.source() is x and self.version == x._version and modes == now
 
 
 def _differentiable(x: Tensor) -> bool:
@@ -89,7 +92,8 @@ class LayerGroup:
             return self._evaluate(self.singles[member], x)[0]
         outputs = dict(enumerate(self._evaluate(self.group, x)))
         output = outputs.pop(member)
-        self._pending.last = _Pending(weakref.ref(x), x._version, _differentiable(x), outputs)
+        modes = _differentiable(x), torch.is_inference_mode_enabled()
+        self._pending.last = _Pending(weakref.ref(x), x._version, *modes, outputs)
         return output
 
     def _evaluate(self, group: int, x: Tensor) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 import torch
 
+from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import Backend, Direction, WorkerHalf
 from ciphertune.errors import (
     CipherTuneError,
@@ -111,6 +112,7 @@ class Worker:
             "close": self._close,
         }
 
+    @own_modes()
     def handle(self, request: Message, peer: str = "") -> Message:
         """Answer one request. Never raises; errors are replies of kind ``error``.
 
@@ -142,6 +144,7 @@ class Worker:
         """Number of sessions that one client has open."""
         return sum(session.peer == peer for session in list(self._sessions.values()))
 
+    @own_modes()
     def expire(self) -> int:
         """Close sessions that were idle for too long; return their number."""
         oldest = self._clock() - self.limits.idle_seconds

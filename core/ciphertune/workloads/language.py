@@ -13,7 +13,7 @@ from torch import nn
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import SMOLLM2_FILE, load_causal_model, smollm2_folder
-from ciphertune.workloads.texts import batches_of, language_reference, rows_of, split_articles
+from ciphertune.workloads.texts import batches_of, language_reference, rows_of
 from ciphertune.workloads.workload import Workload
 
 _EXTRA = 'pip install "ciphertune[demo]"'
@@ -42,7 +42,8 @@ def smollm2(*, batches: int, tokens: int, held_out: int, seed: int, rank: int) -
     folder = smollm2_folder()
     base, tokenizer = load_causal_model(str(folder), SMOLLM2_FILE)
     base.config.use_cache = False
-    train_texts, held_texts = split_articles(language_reference(), 0.15)
+    articles = list(language_reference().values())
+    held_texts, train_texts = articles[::7], [text for i, text in enumerate(articles) if i % 7]
     order = torch.randperm(len(train_texts), generator=torch.Generator().manual_seed(seed)).tolist()
     train = rows_of([train_texts[i] for i in order], tokenizer, length)
     held = rows_of(held_texts, tokenizer, length)
