@@ -23,12 +23,13 @@ class Evaluator(Protocol):
     @property
     def to(self) -> str: ...  # noqa: D102 - see the class
 
-    def output(self, member: int, x: Tensor) -> Tensor:
+    def output(self, member: int, x: Tensor, half: bool) -> Tensor:
         """``x Wᵀ`` of one layer, float32, differentiable in x.
 
         Args:
             member: position of the layer among those of this evaluator.
             x: the layer's input, (…, K), any floating dtype.
+            half: whether the output becomes float16, whose gradients may overflow: these are NaN and no error.
         """
         ...
 
@@ -45,14 +46,18 @@ class OutsourcedLinear(nn.Linear):
         group: evaluates the products of this layer and of those that read the same input.
         member: position of this layer in the group.
         like: a tensor whose device and dtype the layer reports as its weight's.
+        tied: whether the weight was tied to another module's. What ties it again has no effect: the values are at the
+            workers.
 
     Attributes:
         info: name, sizes, scale and norms of the layer.
         in_features, out_features: as in ``nn.Linear``.
+        original: what stood here, for ``restore``; None if unknown.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
     weight: Any
+    original: Any = None
 
     def __init__(
         self,
@@ -61,6 +66,8 @@ class OutsourcedLinear(nn.Linear):
         group: Evaluator,
         member: int,
         like: Tensor,
+        *,
+        tied: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.info = info
@@ -72,12 +79,20 @@ class OutsourcedLinear(nn.Linear):
         full = torch.Size((info.out_features, info.in_features))
         self.register_buffer("weight", AbsentTensor.make(info.name, full, like), persistent=False)
         self.register_parameter("bias", bias)
+        self.tied = tied
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another weight, but let ``tie_weights`` do as it always did."""
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif not self.tied:
+            refuse(self.name, "assignment")
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 - the name nn.Linear uses
         """``input Wᵀ + bias``, input of shape (…, K); the result has its dtype, or autocast's where that is on.
 
         Raises:
-            InputError: the last dimension is not K, it is not floating point, is empty, or is not finite.
+            InputError: the last dimension is not K, it is not floating point, or is not finite.
         """
         x = input
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -86,8 +101,9 @@ class OutsourcedLinear(nn.Linear):
             raise InputError(f"{self.name}: expected a floating-point input, got {x.dtype}")
         kind = x.device.type
         dtype = autocast_dtype(kind) or x.dtype
+        half = torch.float16 in (dtype, x.dtype)
         with torch.autocast(kind, enabled=False):
-            y = self.group.output(self.member, x)
+            y = self.group.output(self.member, x, half)
             if self.bias is not None:
                 y = y + self.bias.to(torch.float32)
             return y.to(dtype)

@@ -204,7 +204,7 @@ def test_products_are_scaled_from_the_nearest() -> None:
         (
             {
                 "client": speeds(
-                    client_compute=dataclasses.replace(speeds().client_compute, before={"c_attn forward": Line(0, 0)})
+                    client_compute=dataclasses.replace(speeds().client_compute, before={"c_attn forward": Line(0, 0)})  # type: ignore[type-var]
                 )
             },
             "another mod",

@@ -114,12 +114,12 @@ def test_history_of_a_resumed_run_is_that_of_an_uninterrupted_one(
     checkpoints = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 3}
     first.use(f"history?path={path}")
     with pytest.raises(Stop):
-        trainer_of(first, steps=10, loss_fn=stopping_at(9), **checkpoints).train(BATCHES, BATCHES[:1])
+        trainer_of(first, steps=10, loss_fn=stopping_at(9), **checkpoints).train(BATCHES, BATCHES[:1])  # type: ignore[arg-type]
     assert [int(row["step"]) for row in read(path) if row["kind"] == "step"] == list(range(1, 9))
     # A killed process may leave half a line, and a sick disk anything.
     path.write_bytes(path.read_bytes() + b"garbage,\xff\n" + b'step,7,{"kind": "step", "st')
     second.use(f"history?path={path}")
-    resumed = trainer_of(second, steps=10, **checkpoints)
+    resumed = trainer_of(second, steps=10, **checkpoints)  # type: ignore[arg-type]
     resumed.evaluate(BATCHES)  # of a fresh model: not part of the run
     resumed.train(BATCHES, BATCHES[:1], resume=True)
     keys = ("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "samples", "eval_loss", "bytes_down")

@@ -115,7 +115,9 @@ class AbsentTensor(Tensor):
         asked = owner if name == "__get__" else name
         if asked in _SHAPE and isinstance(args[0], AbsentTensor):
             return _SHAPE[asked](args[0].full, *args[1:], **(kwargs or {}))
-        allowed = owner in _METADATA_PROPERTIES if name == "__get__" else name in _METADATA
+        # Whoever wants a gradient of the weight would wait for it in vain.
+        trained = name == "requires_grad_" and all([*args[1:], *(kwargs or {}).values()])
+        allowed = owner in _METADATA_PROPERTIES if name == "__get__" else not trained and name in _METADATA
         if not allowed:
             refuse(next((a.layer for a in args if isinstance(a, AbsentTensor)), "a layer"), owner or name)
         with torch._C.DisableTorchFunctionSubclass():

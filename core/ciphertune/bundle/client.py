@@ -176,12 +176,12 @@ def _fill(
 
 
 def _tie(model: nn.Module, groups: list[list[str]], outsourced: set[str]) -> None:
-    """Make parameters that were one tensor one parameter again."""
+    """Make parameters that were one tensor one again, outsourced ones too, which are noted as tied."""
     for group in groups:
-        first, *others = [name for name in group if name not in outsourced]
-        for name in others:
+        here = [name for name in group if name not in outsourced]
+        for name in group if here else ():
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, model.get_parameter(first))
+            setattr(model.get_submodule(parent), attribute, model.get_parameter(here[0]))
 
 
 def _companions(model: Any, folder: Path) -> None:

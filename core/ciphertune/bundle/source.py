@@ -15,7 +15,8 @@ from ciphertune.bundle.files import TensorFiles, checkpoint_files
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import load_named_model, smollm2_folder
 from ciphertune.models.skeleton import build, tied_names
-from ciphertune.outsourcing.layers import Candidate, is_conv1d
+from ciphertune.outsourcing.layers import Candidate
+from ciphertune.outsourcing.obstacles import is_conv1d
 
 _TOKENIZER_FILES = (
     "tokenizer*",

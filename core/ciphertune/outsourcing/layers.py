@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,9 @@ from torch import Tensor, nn
 from ciphertune._support.suggestions import closest
 from ciphertune.errors import NothingOutsourcedError, UnknownLayerError, UnsupportedLayerError
 from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.heads import outside_base_models
+from ciphertune.outsourcing.obstacles import is_conv1d, obstacle
+from ciphertune.outsourcing.walk import bare_name, walk
 from ciphertune.plugins.manager import PluginManager
 
 LayerChoice = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -28,8 +30,6 @@ SIBLINGS = (
     ("wi_0", "wi_1"),
 )
 """Names under one parent that usually read the same input. A wrong guess costs one product, never correctness."""
-
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,6 @@ class Candidate:
         return weight.t() if is_conv1d(self.module) else weight
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, a linear layer with its weight stored as (in, out)."""
-    utilities = sys.modules.get("transformers.pytorch_utils")
-    return utilities is not None and isinstance(module, utilities.Conv1D)
-
-
 def linear_layers(model: nn.Module, *, allow_meta: bool = False) -> list[Candidate]:
     """List every linear layer of a model that is not an adapter's own, in module order.
 
@@ -73,10 +67,11 @@ def linear_layers(model: nn.Module, *, allow_meta: bool = False) -> list[Candida
     """
     head = _output_head(model)
     shared = _shared_weights(model)
+    outside = outside_base_models(model)
     parameters = list(model.parameters())
     mixed = any(p.requires_grad for p in parameters) and not all(p.requires_grad for p in parameters)
     found = []
-    for path, parent, attribute, module in _walk(model):
+    for path, parent, attribute, module in walk(model):
         if isinstance(module, OutsourcedLinear) or not (isinstance(module, nn.Linear) or is_conv1d(module)):
             continue
         weight = module.weight
@@ -85,10 +80,12 @@ def linear_layers(model: nn.Module, *, allow_meta: bool = False) -> list[Candida
             stays = "it is the model's output head"
         elif id(weight) in shared:
             stays = "its weight is tied to another module's"
+        elif id(module) in outside:
+            stays = "it is outside of the base model, as a head is that a task trains"
         elif mixed and weight.requires_grad:
             stays = "it is being trained"
-        name = path.removeprefix(_PEFT_PREFIX) if hasattr(model, "peft_config") else path
-        found.append(Candidate(name, parent, attribute, module, _obstacle(module, parent, mixed, allow_meta), stays))
+        name = bare_name(model, path)
+        found.append(Candidate(name, parent, attribute, module, obstacle(module, parent, mixed, allow_meta), stays))
     return found
 
 
@@ -152,38 +149,6 @@ def sibling_groups(candidates: Sequence[Candidate], formats: Sequence[object]) -
     return list(dict.fromkeys(group_of.get(i, (i,)) for i in range(len(candidates))))
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Yield every module once, with its path; of a peft adapter only the base layer, under the adapter's own path."""
-    peft_layer, peft_wrapper = _peft_types()
-    seen: set[int] = set()
-
-    def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-        if id(module) in seen or isinstance(module, peft_wrapper):
-            return
-        seen.add(id(module))
-        # Not named_children, which names a module that hangs in two places of one parent only once.
-        for attribute, child in module._modules.items():
-            if child is None:
-                continue
-            if isinstance(module, peft_layer):
-                if attribute != "base_layer":
-                    continue
-                child_path = path
-            else:
-                child_path = f"{path}.{attribute}" if path else attribute
-            yield child_path, module, attribute, child
-            yield from visit(child_path, child)
-
-    yield from visit("", model)
-
-
-def _peft_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
-    utilities = sys.modules.get("peft.tuners.tuners_utils")
-    other = sys.modules.get("peft.utils.other")
-    wrapper = getattr(other, "AuxiliaryTrainingWrapper", None) or getattr(other, "ModulesToSaveWrapper", None)
-    return (utilities.BaseTunerLayer,) if utilities else (), (wrapper,) if wrapper else ()
-
-
 def _output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
@@ -198,24 +163,6 @@ def _shared_weights(model: nn.Module) -> set[int]:
             if parameter is not None:
                 places[id(parameter)] = places.get(id(parameter), 0) + 1
     return {identity for identity, count in places.items() if count > 1}
-
-
-def _obstacle(module: nn.Module, parent: nn.Module, mixed: bool, allow_meta: bool) -> str | None:
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return f"{type(module).__name__} is a linear layer with a behaviour of its own"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention computes with its weights directly"
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if weight.is_meta and not allow_meta:
-        return "its weight is on the meta device: load the model first"
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        return f"its weight has dtype {weight.dtype}"
-    if mixed and weight.requires_grad:
-        return "its weight is being trained, so it has to stay here: freeze it first"
-    if weight.numel() == 0:
-        return "its weight is empty"
-    return None
 
 
 def _matching(candidates: Sequence[Candidate], choices: Sequence[LayerChoice]) -> list[Candidate]:
