@@ -324,7 +324,11 @@ def raw_peer(address: str) -> socket.socket:
     peer.sendall(b"\xff" + b"\0" * 8 + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" * 32)
     body = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
     peer.sendall(bytes([4, len(body)]) + body)
-    assert len(peer.recv(64, socket.MSG_WAITALL)) == 64
+    left = 64
+    while left:  # With a timeout MSG_WAITALL does not wait for all.
+        received = len(peer.recv(left))
+        assert received, "the worker ended the connection"
+        left -= received
     return peer
 
 
