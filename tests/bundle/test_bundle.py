@@ -345,8 +345,9 @@ _MEMORY = """
 import json, sys, torch
 from pathlib import Path
 import transformers, accelerate
-import ciphertune.bundle
-from ciphertune.plugins import plugin_manager
+import ciphertune
+import ciphertune.bundle.writer
+from ciphertune.plugins.manager import plugin_manager
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return {l.split(":")[0]: int(l.split()[1]) * 1024 for l in lines if l.startswith(("VmHWM", "VmRSS", "RssAnon"))}
@@ -361,7 +362,7 @@ def watch():
         time.sleep(0.005)
 thread = threading.Thread(target=watch)
 thread.start()
-ciphertune.bundle.split(sys.argv[1], sys.argv[2])
+ciphertune.bundle.writer.split(sys.argv[1], sys.argv[2])
 done.set()
 thread.join()
 print(json.dumps(most[0] - before))

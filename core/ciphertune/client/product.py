@@ -55,7 +55,7 @@ class Product:
             # Feature-major, as products come.
             y = torch.empty(whole.out_features, len(x), dtype=torch.float32, device=parts[0].device)
             for piece, part in zip(pieces, parts, strict=True):
-                blocks = part.split([shard.rows for shard in piece.shards])
+                blocks = torch.split(part, [shard.rows for shard in piece.shards])
                 for rows, block in zip(piece.rows, blocks, strict=True):
                     y[rows] = block
             return y.t()
