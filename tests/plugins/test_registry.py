@@ -75,7 +75,8 @@ def test_plugins_load_lazily_and_a_broken_one_disables_nothing(tmp_path: Path) -
         """
         import sys, warnings
         import ciphertune
-        from ciphertune import registry
+        import ciphertune.plugins.manager
+        from ciphertune.plugins import registry
         from ciphertune.errors import PluginError, SelectionError
 
         def plugins():
@@ -132,7 +133,7 @@ def test_choosing_one_backend_loads_no_other(tmp_path: Path) -> None:
     printed = child(
         """
         import sys
-        from ciphertune.session import choose
+        from ciphertune.client.choice import choose
         choose("clear")
         print(*sorted(name for name in sys.modules if name.startswith("ciphertune_")))
         """,
@@ -142,7 +143,7 @@ def test_choosing_one_backend_loads_no_other(tmp_path: Path) -> None:
 
 
 DUPLICATES = """
-from ciphertune import registry
+from ciphertune.plugins import registry
 from ciphertune.errors import PluginError
 try:
     print(registry.installed(registry.BACKENDS)["twin"].target)
