@@ -75,7 +75,6 @@ def test_plugins_load_lazily_and_a_broken_one_disables_nothing(tmp_path: Path) -
         """
         import sys, warnings
         import ciphertune
-        import ciphertune.plugins.manager
         from ciphertune.plugins import registry
         from ciphertune.errors import PluginError, SelectionError
 
@@ -116,7 +115,9 @@ def test_plugins_load_lazily_and_a_broken_one_disables_nothing(tmp_path: Path) -
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            manager = ciphertune.plugins.manager.plugin_manager()
+            from ciphertune.plugins.manager import plugin_manager
+
+            manager = plugin_manager()
         assert sorted(manager.failed) == ["misspelt", "unimportable"], manager.failed
         assert "needs a newer driver" in manager.failed["unimportable"]
         assert "ciphertune_session_openned" in manager.failed["misspelt"]
