@@ -40,7 +40,7 @@ from ciphertune.outsourcing.convert import outsource, session_of
 from ciphertune.plugins import registry
 from ciphertune.selection import Selection
 from ciphertune.worker.process import _base_of, worker_process
-from ciphertune.workloads import load_workload
+from ciphertune.workloads.named import load_workload
 
 HERE = Path(__file__).parent
 TOKENS = {"smollm2": (512, 1024), "mlp": (2048,)}

@@ -42,7 +42,7 @@ def losses(quick: int, model: int) -> dict[str, Any]:
         if not steps:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            result = run_demo(Path(folder), quick=is_quick, steps=steps, say=lambda line: print(line, flush=True))
+            result = run_demo(Path(folder), quick=is_quick, steps=steps, progress=lambda line: print(line, flush=True))
         runs.append(
             {
                 **{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ciphertune
 from ciphertune import hookspecs
 
 DOCS = Path(__file__).parent
@@ -17,9 +19,13 @@ BENCHMARKS = DOCS.parent / "benchmarks"
 PICTURES = DOCS / "images" / "performance"
 sys.path.insert(0, str(BENCHMARKS))
 
+sys.path.insert(0, str(DOCS))
+
 import figures  # noqa: E402
+import floors  # noqa: E402
 import plots  # noqa: E402
 import separate  # noqa: E402
+import settings  # noqa: E402
 
 _HEAD = "<!-- Made by docs/generate.py from {source}; change it there. -->\n\n"
 
@@ -259,6 +265,16 @@ def _where(machine: Any) -> str:
     )
 
 
+def _names() -> str:
+    """What ``import ciphertune`` exports, with the first line of each docstring."""
+    rows = []
+    for name in ciphertune.__all__:
+        if not name.startswith("__"):
+            first = inspect.cleandoc(getattr(ciphertune, name).__doc__ or "").splitlines()[0]
+            rows.append((f"`{name}`", first.replace("``", "`").replace("|", "\\|")))
+    return _table(("name", ""), rows)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {
         "figures": _figures,
@@ -271,6 +287,11 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "cluster": _cluster,
         "separate": _separate,
     },
+    "configuration.md": {
+        "keys": settings.keys,
+        **{name: functools.partial(settings.part, name) for name in settings.options()},
+    },
+    "training.md": {"names": _names},
     "planning.md": {"predicted": _predicted, "validated": _validated},
     "../README.md": {"summary": _summary},
 }
@@ -290,6 +311,7 @@ def filled(page: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "hooks.md": hooks,
+    "images/architecture.svg": floors.draw,
     **{page: (lambda page=page: filled(page)) for page in PARTS},  # type: ignore[misc]
 }
 
@@ -297,6 +319,9 @@ PAGES: dict[str, Callable[[], str]] = {
 if __name__ == "__main__":
     PICTURES.mkdir(parents=True, exist_ok=True)
     for name in plots.present():
-        (PICTURES / f"{name}.svg").write_text(plots.draw(name), encoding="utf-8")
+        picture = PICTURES / f"{name}.svg"
+        # Drawn again only for new measurements: ids within a plot differ from one drawing to the next.
+        if not picture.exists() or not picture.read_text(encoding="utf-8").startswith(plots.made_of(name)):
+            picture.write_text(plots.draw(name), encoding="utf-8")
     for page, make in PAGES.items():
         (DOCS / page).write_text(make(), encoding="utf-8")

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import posixpath
 import re
 from pathlib import Path
@@ -21,49 +23,75 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 _COPIES = "files"
 
-_MODULES = {
-    "convert": "Outsourcing a model",
+# Module of the core → title of its page. Front modules have pages of their own; other modules export public names.
+MODULES = {
+    "outsourcing.convert": "Outsourcing a model",
     "linear": "The outsourced layer",
-    "trainer": "Training",
-    "bundle": "Splitting a model",
-    "session": "Sessions and traffic",
+    "training.trainer": "Training",
+    "interleaving.interleaver": "Interleaving",
+    "bundle.writer": "Splitting a model",
+    "bundle.client": "Loading a client's part",
+    "client.session": "Sessions",
+    "traffic": "Traffic",
     "backend": "Backends",
     "transport": "Transports",
     "protocol": "Messages",
-    "plugins": "Hook plugins",
-    "tracking": "Following a run",
+    "weights": "Weights",
+    "selection": "Selection strings",
+    "key_files": "Key files",
+    "plugins.manager": "Hook plugins",
+    "hookspecs": "What hooks see",
+    "tracker": "Trackers",
     "errors": "Errors",
 }
+FRONT = sorted(path.stem for path in (ROOT / "core" / "ciphertune").glob("*.py") if not path.stem.startswith("__"))
 
 
-def _interface() -> dict[str, tuple[str, tuple[str, str], list[str]]]:
-    """Page → its title, the package that exports the names and the module that has them, and the names."""
+def interface() -> dict[str, tuple[str, list[str]]]:
+    """Page → its title, and the dotted paths of the names on it."""
     import ciphertune
     from ciphertune import testing
 
+    modules = {*ciphertune._PUBLIC, *FRONT, "plugins.manager"}
+    if unknown := modules ^ set(MODULES):
+        raise ValueError(f"docs/site.py: MODULES lacks modules, or has some that export nothing: {sorted(unknown)}")
     pages = {}
-    for module in sorted(ciphertune._PUBLIC, key=lambda m: (*_MODULES, m).index(m)):
-        title = _MODULES.get(module, f"ciphertune.{module}")
-        pages[f"api/{module}.md"] = (title, ("ciphertune", module), list(ciphertune._PUBLIC[module]))
-    pages["api/testing.md"] = ("Testing plugins", ("ciphertune.testing", ""), list(testing.__all__))
+    for module, title in MODULES.items():
+        names = list(ciphertune._PUBLIC.get(module, ()))
+        if module in FRONT or not names:
+            names = public_names(f"ciphertune.{module}")
+        pages[f"api/{module}.md"] = (title, [f"ciphertune.{module}.{name}" for name in names])
+    homes = [f"ciphertune.testing.{testing._HOMES[name]}.{name}" for name in testing.__all__]
+    pages["api/testing.md"] = ("Testing plugins", homes)
     return pages
+
+
+def public_names(path: str) -> list[str]:
+    """Classes and functions that a module defines and does not mark as its own, in their order; no hooks."""
+    module = importlib.import_module(path)
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith(("_", "ciphertune_"))
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == path
+    ]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the pages of the Python interface at the end of the navigation."""
     assert config.nav is not None
-    config.nav[-1]["Reference"].append({"Python": [{title: page} for page, (title, _, _) in _interface().items()]})
+    config.nav[-1]["Reference"].append({"Python": [{title: page} for page, (title, _) in interface().items()]})
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is not in ``docs`` as it is read: the Python interface, notebooks, files that pages link to."""
-    import ciphertune.testing
-
-    for page, (title, (package, module), names) in _interface().items():
-        homes = ciphertune.testing._HOMES if package == "ciphertune.testing" else dict.fromkeys(names, module)
-        lines = [f"# {title}\n\n`from {package} import …`\n"]
-        lines += [f"::: {package}.{homes[name]}.{name}\n" for name in names]
+    for page, (title, paths) in interface().items():
+        module = page.removeprefix("api/").removesuffix(".md")
+        behind = "." in module and module != "plugins.manager"  # a room, whose public names the package exports
+        exported = "ciphertune" if behind else f"ciphertune.{module}"
+        lines = [f"# {title}\n\n`from {exported} import …`\n", *(f"::: {path}\n" for path in paths)]
         files.append(File.generated(config, page, content="\n".join(lines)))
     for file in list(files):
         if file.src_uri.endswith(".ipynb"):

@@ -90,7 +90,7 @@ class Recorder:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt: not so by itself in a background job, which starts with SIGINT ignored."""
+    """SIGINT raises KeyboardInterrupt, in background jobs too, which start with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""What a user must know of Zama's licence, said once per process when one of these backends is first used."""
+"""Notice of Zama's licence, given once a process when one of these backends is first used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import warnings
 
 TERMS = "BSD-3-Clause-Clear, which grants no patent rights: commercial use needs a patent licence from Zama"
-"""In tables."""
+"""The licence in tables."""
 
 
 class LicenceNotice(UserWarning):

@@ -98,7 +98,7 @@ class MLWEBackend(Backend):
 
     @property
     def weight_bits(self) -> WeightBits:
-        """As the option says."""
+        """See ``Backend.weight_bits``: the option of that name."""
         bits: WeightBits = self.options.weight_bits
         return bits
 

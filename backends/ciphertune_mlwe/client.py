@@ -19,7 +19,7 @@ from ciphertune_mlwe.prg import SEED_BYTES
 
 @dataclasses.dataclass(frozen=True)
 class EncryptionState:
-    """What decryption needs: tokens asked for, tokens sent, and the scale per sent token, (sent,) float64."""
+    """State that decryption needs: tokens asked for, tokens sent, and the scale per sent token, (sent,) float64."""
 
     tokens: int
     sent: int

@@ -61,7 +61,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def encrypt(self, x: Tensor, scale: Tensor, seed: bytes, error_seed: bytes, planes: int) -> Tensor:
-        """Ciphertext bodies.
+        """Make ciphertext bodies.
 
         Args:
             x: (tokens, features) float32.
@@ -173,7 +173,7 @@ class NativeEngine(Engine):
 
     @staticmethod
     def fits(key: MasterKey, device: torch.device) -> bool:
-        """Whether the compiled loops are there and made for these parameters."""
+        """Return whether the compiled loops exist and fit these parameters."""
         p = key.parameters
         fits = p.degree == _NATIVE_DEGREE and p.rank <= _NATIVE_MAX_RANK and device.type == "cpu"
         return fits and native.library() is not None

@@ -16,7 +16,7 @@ ERROR_VARIANCE = 10.5
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSet:
-    """One set of Module-LWE parameters over Z_q[X]/(X^degree + 1), q = 2^32, secrets uniform ternary.
+    """A set of Module-LWE parameters over Z_q[X]/(X^degree + 1), q = 2^32, secrets uniform ternary.
 
     Attributes:
         name: as in the ``params`` option and in key files.

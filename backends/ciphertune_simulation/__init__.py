@@ -160,7 +160,7 @@ class SimulationBackend(Backend):
 
     @classmethod
     def options_class(cls, options: Mapping[str, str]) -> type:
-        """Its own options and those of the simulated backend. Raises ``SelectionError`` for one that is not there."""
+        """Options of the simulation and of the simulated backend. Raises ``SelectionError`` for an unknown one."""
         simulated = _simulated(options.get("of", SimulationOptions.of)).Options
         if dataclasses.fields(simulated) == ():
             return SimulationOptions
@@ -173,12 +173,12 @@ class SimulationBackend(Backend):
 
     @property
     def weight_bits(self) -> WeightBits | None:
-        """As the simulated backend."""
+        """That of the simulated backend."""
         return self._simulated.weight_bits
 
     @property
     def noise(self) -> NoiseModel:
-        """As the simulated backend."""
+        """That of the simulated backend."""
         noise = self._simulated.noise
         assert noise is not None
         return noise

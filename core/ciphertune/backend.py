@@ -1,4 +1,4 @@
-"""What a backend is: one way to protect and evaluate the linear maps of outsourced layers.
+"""The backend interface: one way to protect and evaluate the linear maps of outsourced layers.
 
 A backend has two halves that run in different places and trust each other with nothing:
 the client half holds the keys, the worker half holds the weights. They exchange named
@@ -31,7 +31,7 @@ WORST_RELATIVE_ERROR = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class SecurityStatement:
-    """What a backend protects, in words a user reads before choosing it.
+    """Statement of what a backend protects, in words that a user reads before choosing it.
 
     Attributes:
         encrypted: whether a worker sees only ciphertext.
@@ -48,7 +48,7 @@ class SecurityStatement:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the phases of a product grow with, for scaling times that were measured with a smaller one.
+    """Amounts that the phases of a product grow with, to scale times measured with a smaller one.
 
     Attributes:
         encrypt, evaluate, decrypt: amounts, each in a unit of its own.
@@ -63,7 +63,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class LinearMap:
-    """What a client knows of one outsourced product ``y = x Mᵀ``, M of shape (out_features, in_features).
+    """A client's view of one outsourced product ``y = x Mᵀ``, M of shape (out_features, in_features).
 
     Attributes:
         label: the layers and direction, for messages.
@@ -82,7 +82,7 @@ class LinearMap:
 
 @dataclasses.dataclass(frozen=True)
 class NoiseModel:
-    """What a backend's encryption does to a product, for encoding, for the simulation and for predictions.
+    """Model of the errors that encryption adds to a product, for encoding, simulation and predictions.
 
     A token is encoded as ``m = scale_t · x``; decoding divides outputs by scale_t again. This fits any scheme whose
     errors are added to encoded values and whose outputs wrap beyond some size: for one that packs values into a

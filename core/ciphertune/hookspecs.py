@@ -1,10 +1,10 @@
-"""Hook specifications: every place where a plugin may look in, or have a say.
+"""Hook specifications: the points of sessions and training at which plugins are called.
 
 A plugin is a module, an object or a class registered in the ``ciphertune.plugins`` entry-point group whose functions
-are marked with ``hookimpl`` and named as below; each may take fewer arguments than are listed. A hook that raises is
-reported by the plugin's name and stops nothing, except the gates: ``ciphertune_before_request`` and
-``ciphertune_select_layers`` let errors through. Hooks are called on the thread that does what they tell of; those about
-requests may be called on several threads at once.
+are marked with ``ciphertune.hookspecs.hookimpl`` and named as below; each may take fewer arguments than are listed. A
+hook that raises is reported by the plugin's name and stops nothing. The gates ``ciphertune_before_request`` and
+``ciphertune_select_layers`` let errors through. A hook is called on the thread of the event that it reports; hooks
+about requests may be called on several threads at once.
 
 With ``CIPHERTUNE_TRACE_PLUGINS=1`` every call is printed to standard error, with the plugins that it goes to: of its
 arguments whole numbers and texts as they are, of all else the type. No value of a tensor is shown.
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
-from ciphertune.backend import SecurityStatement
-from ciphertune.selection import Selection
-from ciphertune.traffic import Exchange, Traffic
-from ciphertune.weights import LayerInfo
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # at runtime they would import torch, for which `ciphertune --help` would wait
     import click
+
+    from ciphertune.backend import SecurityStatement
+    from ciphertune.selection import Selection
+    from ciphertune.traffic import Exchange, Traffic
+    from ciphertune.weights import LayerInfo
 
 hookspec = pluggy.HookspecMarker("ciphertune")
 hookimpl = pluggy.HookimplMarker("ciphertune")
@@ -69,24 +69,27 @@ def ciphertune_select_layers(model: Any, candidates: Sequence[str]) -> Sequence[
 
 @hookspec
 def ciphertune_session_opened(session: SessionView) -> None:
-    """A client session is open; ``session.layers`` and ``session.security`` say what it carries."""
+    """Called when a session is open; ``session.layers`` and ``session.security`` describe it."""
 
 
 @hookspec
 def ciphertune_sending_key(worker: str, nbytes: int, done: bool) -> None:
-    """A large evaluation key sets out to a worker; then, ``done``, it is there or has failed to be. On any thread."""
+    """Called before a large evaluation key is sent to a worker, and with ``done`` after it arrived or failed.
+
+    On any thread.
+    """
 
 
 @hookspec
 def ciphertune_session_closed(session: SessionView) -> None:
-    """A client session was closed; ``session.traffic`` holds its totals."""
+    """Called when a session was closed; ``session.traffic`` holds its totals."""
 
 
 @hookspec
 def ciphertune_before_request(session: SessionView, exchange: Exchange) -> None:
-    """Gate: a product is about to be sent. Raise ``ciphertune.errors.VetoError`` to refuse it: nothing is sent.
+    """Gate: called before a product is sent. Raise ``ciphertune.errors.VetoError`` to refuse it: nothing is sent.
 
-    In training, the step that asked for it fails and no weight is touched; the run can go on from its last checkpoint.
+    In training, the step that asked for it fails and no weight is touched; the run can resume from its last checkpoint.
 
     Args:
         session: where it would go; ``session.selection`` and ``session.security`` say how.
@@ -96,7 +99,7 @@ def ciphertune_before_request(session: SessionView, exchange: Exchange) -> None:
 
 @hookspec
 def ciphertune_after_reply(session: SessionView, exchange: Exchange) -> None:
-    """A reply was decrypted.
+    """Called when a product was decrypted.
 
     Args:
         session: the session that carried it, whose ``traffic`` already includes it.
@@ -106,9 +109,9 @@ def ciphertune_after_reply(session: SessionView, exchange: Exchange) -> None:
 
 @hookspec
 def ciphertune_training_start(trainer: Any, total_steps: int, start_step: int) -> None:
-    """Training begins, or resumes at ``start_step`` optimizer steps of ``total_steps``.
+    """Called when training begins, or resumes at ``start_step`` optimizer steps of ``total_steps``.
 
-    What an interrupted run did after ``start_step`` is done again: forget it.
+    Steps that an interrupted run did after ``start_step`` are done again: forget them.
 
     Args:
         trainer: a ``ciphertune.LoraTrainer``; ``ciphertune.session_of(trainer.model)`` is its session where layers are
@@ -120,7 +123,7 @@ def ciphertune_training_start(trainer: Any, total_steps: int, start_step: int) -
 
 @hookspec
 def ciphertune_training_step(trainer: Any, step: int, metrics: Mapping[str, float]) -> None:
-    """An optimizer step is done.
+    """Called after an optimizer step.
 
     Args:
         trainer: whose step.
@@ -132,7 +135,7 @@ def ciphertune_training_step(trainer: Any, step: int, metrics: Mapping[str, floa
 
 @hookspec
 def ciphertune_evaluation(trainer: Any, step: int, metrics: Mapping[str, float]) -> None:
-    """An evaluation is done, within training or outside of it.
+    """Called after an evaluation, within training or outside of it.
 
     Args:
         trainer: whose evaluation.
@@ -143,7 +146,7 @@ def ciphertune_evaluation(trainer: Any, step: int, metrics: Mapping[str, float])
 
 @hookspec
 def ciphertune_training_end(trainer: Any, step: int, reason: str) -> None:
-    """Training ended: ``reason`` is ``finished``, ``interrupted`` or ``failed``."""
+    """Called when training ended; ``reason`` is ``finished``, ``interrupted`` or ``failed``."""
 
 
 @hookspec

@@ -1,4 +1,7 @@
-"""Files that hold a secret: of mode 0600, written whole or not at all, refused if others can read them."""
+"""Key files and the folder they are kept in.
+
+A file with a secret has mode 0600, is written whole or not at all, and is refused if others can read it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,23 @@ from typing import Any
 from ciphertune.errors import KeyFileError
 
 _LARGEST = 4096
+
+
+def keys_folder(option: str | None) -> Path:
+    """The folder of key files: what an option names, else ``CIPHERTUNE_KEYS``, else ``~/.ciphertune/keys``."""
+    return Path(option or os.environ.get("CIPHERTUNE_KEYS") or Path.home() / ".ciphertune" / "keys")
+
+
+def make_keys_folder(folder: Path) -> None:
+    """Make a folder for key files, of mode 0700, unless it exists. Folders above it are made too, as usual.
+
+    Raises:
+        KeyFileError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise KeyFileError(f"cannot make the folder {folder} for keys: {error.strerror}") from None
 
 
 def read_key_file(path: str | os.PathLike[str], form: str, *, secret: bool = True) -> dict[str, Any]:

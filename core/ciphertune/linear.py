@@ -1,4 +1,4 @@
-"""The module that stands where a linear layer stood."""
+"""The module that replaces an outsourced linear layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What plugins that record training runs have in common."""
+"""Base class of plugins that record training runs."""
 
 from __future__ import annotations
 

@@ -1,126 +1,41 @@
-"""What a transport is: one way to carry requests to workers and replies back."""
+"""The contract of a transport, which carries requests to workers and replies back, and helpers for writing one."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from ciphertune._support.options import build_options
-from ciphertune.errors import SelectionError
+from ciphertune.errors import CipherTuneError, ProtocolError, ReplyError, SelectionError, TransportError
 from ciphertune.protocol import Frame, Limits, Message
 
-
-class LocalWorker(Protocol):
-    """What answers requests: a ``ciphertune.worker.worker.Worker``, or anything with its ``handle``."""
-
-    def handle(self, request: Message, peer: str = ...) -> Message:
-        """Answer one request of the client known as ``peer``; never raises."""
-        ...
-
-
-Reply = Callable[[list[Frame], Callable[[], None]], None]
-"""Takes a reply's frames and what to call once they have left this process, or never will."""
-
-
-class RequestHandler(Protocol):
-    """What a listener hands requests to: a ``ciphertune.worker.service.Service``."""
-
-    limits: Limits
-    """What a listener need not take from a peer."""
-
-    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
-        """Take a request; ``reply`` is called once, from any thread. Never raises and never blocks for long.
-
-        A request that the listener could not put together is handed over without frames: its sender is owed an error.
-        """
-        ...
-
-
-def settle(future: Future[Any], outcome: Any) -> None:
-    """Give a future its result, or the exception that it fails with; one that was given up is left alone."""
-    # Whoever waited may give up at this very moment.
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-
-
-class Link(abc.ABC):
-    """An open connection to one worker. Safe to use from several threads.
-
-    Attributes:
-        name: where the worker is, for messages.
-    """
-
-    name: str = ""
-
-    @abc.abstractmethod
-    def submit(self, request: Message) -> Future[Message]:
-        """Send a request; the future resolves to its reply.
-
-        The future raises ``TransportError`` as soon as it is known that no reply will come over this connection: the
-        worker is gone, or was never there. It has no deadline of its own: whoever waits sets one, and cancels the
-        future to forget the request. A reply of kind ``error`` is a result, not an exception. After a failure the
-        link connects again by itself, and later requests may succeed.
-        """
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Drop the connection; pending futures fail with ``TransportError``. Idempotent."""
-
-
-class Listener(abc.ABC):
-    """A worker's open door.
-
-    Attributes:
-        address: what clients write after ``://``.
-    """
-
-    address: str = ""
-
-    @abc.abstractmethod
-    def close(self, linger: float = 0.0) -> None:
-        """Stop taking requests, give replies that are ready up to ``linger`` seconds to leave, and let go.
-
-        Idempotent.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class Loopback:
-    """How a worker is tried out on this machine.
-
-    Attributes:
-        address: for ``listen``: on this machine only, on any free port.
-        serve: options of ``listen``.
-        connect: options of a client's selection string.
-    """
-
-    address: str
-    serve: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    connect: Mapping[str, str] = dataclasses.field(default_factory=dict)
+_Answer = TypeVar("_Answer")
 
 
 class Transport(abc.ABC):
-    """A wire. Registered in ``ciphertune.transports``. Knows nothing of encryption or of what layers mean.
+    """A way to carry messages, registered in the entry-point group ``ciphertune.transports``.
 
-    Subclasses set ``name``, ``Options`` (a frozen dataclass), ``remote`` and, where they can serve, ``ServeOptions``.
+    It knows nothing of encryption or layers. Subclasses set ``name``, ``Options`` (a frozen dataclass), ``remote`` and,
+    if workers can be served over it, ``ServeOptions``.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     ServeOptions: ClassVar[type | None] = None
-    """Options of ``listen``, a frozen dataclass; None where workers cannot be served over this transport."""
+    """Options of ``listen``, a frozen dataclass; None if workers cannot be served over this transport."""
     remote: ClassVar[bool] = True
     """Whether requests leave this process; a backend that does not encrypt then needs ``allow_insecure=1``."""
     elastic: ClassVar[bool] = False
-    """Whether workers may come while a session is open; ``joining_workers`` is then asked now and again."""
+    """Whether workers may join while a session is open: ``joining_workers`` is then asked repeatedly."""
+    joining_seconds: ClassVar[float] = 2.0
+    """Seconds between two calls of ``joining_workers``."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()
@@ -134,19 +49,19 @@ class Transport(abc.ABC):
             worker: the embedded worker for a transport that is not remote, else None.
 
         Raises:
-            SelectionError: the endpoints are not what this transport takes.
-            KeyFileError, SecurityError: the link cannot be made as safe as asked for.
+            SelectionError: the endpoints are wrong for this transport.
+            KeyFileError, SecurityError: the connection cannot be protected as asked for.
         """
 
     def joining_workers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> Sequence[Link]:
-        """Links to the workers that have come since, opened as ``connect`` does. May wait for an answer.
+        """Open links to the workers that have joined since, as ``connect`` does. May block.
 
         Args:
             endpoints: as for ``connect``.
-            links: those that are open; a worker with the name of one of them has not joined.
+            links: the open ones; a worker whose name one of them has is not new.
 
         Raises:
-            TransportError: it cannot be said now; the question is asked again later.
+            TransportError: it cannot be found out now; the call is repeated later.
         """
         return ()
 
@@ -155,13 +70,13 @@ class Transport(abc.ABC):
         """Serve at an address, on threads of the transport's own.
 
         Args:
-            handler: where requests go.
+            handler: takes the requests.
             address: in this transport's form.
             options: text or values for ``ServeOptions``.
 
         Raises:
             SelectionError: this transport cannot serve, or the address or an option is wrong.
-            KeyFileError, SecurityError: it cannot be served as safely as asked for.
+            KeyFileError, SecurityError: connections cannot be protected as asked for.
             TransportError: the address cannot be used.
         """
         if cls.ServeOptions is None:
@@ -170,11 +85,11 @@ class Transport(abc.ABC):
 
     @classmethod
     def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
-        """How to serve a worker on this machine for a moment: for benchmarks, the demo and the conformance suite.
+        """Address and options to serve a worker on this machine, for benchmarks, the demo and the conformance suite.
 
         Args:
-            folder: keys and certificates may be made there.
-            options: those that the client's selection string has already, which go before ``connect``.
+            folder: where keys and certificates may be made.
+            options: of the client's selection string; they take precedence over ``Loopback.connect``.
 
         Raises:
             SelectionError: this transport cannot serve.
@@ -186,3 +101,201 @@ class Transport(abc.ABC):
     @classmethod
     def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
         raise NotImplementedError
+
+
+class Link(abc.ABC):
+    """An open connection to one worker. Safe to use from several threads.
+
+    Attributes:
+        name: of the worker in errors and logs, usually its address.
+    """
+
+    name: str = ""
+
+    @abc.abstractmethod
+    def submit(self, request: Message) -> Future[Message]:
+        """Send a request; the future resolves to its reply.
+
+        The future raises ``TransportError`` as soon as it is known that no reply will come over this connection: the
+        worker is gone, or was never there. It has no deadline: the caller sets one, and cancels the future to give the
+        request up. A reply of kind ``error`` is a result, not an exception. After a failure the link connects again by
+        itself, and later requests may succeed.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Drop the connection; pending futures fail with ``TransportError``. Idempotent."""
+
+
+class Listener(abc.ABC):
+    """A worker's side of a transport: takes requests at an address until it is closed.
+
+    Attributes:
+        address: that of the worker in a selection string, after ``://``.
+    """
+
+    address: str = ""
+
+    @abc.abstractmethod
+    def close(self, linger: float = 0.0) -> None:
+        """Stop taking requests, send replies that are ready for up to ``linger`` seconds, and release the address.
+
+        Idempotent.
+        """
+
+
+Reply = Callable[[list[Frame], Callable[[], None]], None]
+"""Sends a reply: takes its frames, and a function to call once they have left this process, or never will."""
+
+
+class RequestHandler(Protocol):
+    """Answers the requests that a listener receives, as ``ciphertune.worker.service.Service`` does."""
+
+    limits: Limits
+    """Bounds on a request. A listener refuses larger ones before it has read them."""
+
+    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
+        """Take a request; ``reply`` is called once, from any thread. Never raises, and does not block for long.
+
+        Args:
+            frames: of the request; none if it was malformed, which is answered with an error.
+            peer: the client's name, by which quotas, sessions and turns go.
+            reply: sends the reply.
+        """
+        ...
+
+
+class LocalWorker(Protocol):
+    """A worker in this process, as ``ciphertune.worker.worker.Worker`` is."""
+
+    def handle(self, request: Message, peer: str = ...) -> Message:
+        """Answer one request of the client known as ``peer``; never raises."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Loopback:
+    """How to serve a worker to clients on this machine alone.
+
+    Attributes:
+        address: for ``listen``, on any free port.
+        serve: options of ``listen``.
+        connect: options of a client's selection string.
+    """
+
+    address: str
+    serve: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    connect: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def opening_links() -> Iterator[list[Link]]:
+    """Give a list for links that are opened one by one; if that fails half-way, the links in it are closed."""
+    links: list[Link] = []
+    try:
+        yield links
+    except BaseException:
+        for link in links:
+            link.close()
+        raise
+
+
+class PendingReplies(Generic[_Answer]):
+    """The requests of a link that have no reply yet. Safe to use from several threads.
+
+    Each request has a number and a future. The future is settled once: with the reply, with an error, or by a caller
+    that cancels it. It is then forgotten, and what arrives for its number later is ignored. Callbacks of a future run
+    on the thread that settles it, with no lock held.
+
+    Args:
+        name: of the worker, with which errors begin.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._numbers = itertools.count(1)
+        self._futures: dict[int, Future[_Answer]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._futures)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._futures
+
+    def add(self) -> tuple[int, Future[_Answer]]:
+        """Register a request; its number, from 1 up, and its future.
+
+        After ``close`` the future has failed already, and the request need not be sent.
+        """
+        future: Future[_Answer] = Future()
+        with self._lock:
+            number = next(self._numbers)
+            closed = self._closed
+            if not closed:
+                self._futures[number] = future
+        if closed:
+            future.set_exception(self._error("the link is closed"))
+        else:
+            future.add_done_callback(lambda _: self._take(number))
+        return number, future
+
+    def answer(self, number: int, reply: _Answer) -> None:
+        """Settle a request with its reply."""
+        self._settle(self._take(number), lambda future: future.set_result(reply))
+
+    def fail(self, number: int, why: BaseException | str) -> None:
+        """Settle a request with an error.
+
+        Args:
+            number: of the request.
+            why: a text or ``OSError`` becomes a ``TransportError`` that names the worker, a ``ProtocolError`` the
+                ``ReplyError`` of a malformed reply; other errors of CipherTune stay as they are.
+        """
+        error = self._error(why)
+        self._settle(self._take(number), lambda future: future.set_exception(error))
+
+    def fail_all(self, why: str) -> None:
+        """Settle all requests with a ``TransportError``. Later ones are taken as before."""
+        self._fail_all(why, close=False)
+
+    def close(self) -> bool:
+        """Settle all requests with a ``TransportError``, and refuse later ones; False if it was closed before."""
+        return self._fail_all("the link is closed", close=True)
+
+    def _take(self, number: int) -> list[Future[_Answer]]:
+        with self._lock:
+            future = self._futures.pop(number, None)
+        return [] if future is None else [future]
+
+    def _fail_all(self, why: str, *, close: bool) -> bool:
+        with self._lock:
+            first = not self._closed
+            self._closed = self._closed or close
+            taken = list(self._futures.values())
+            self._futures.clear()
+        self._settle(taken, lambda future: future.set_exception(self._error(why)))
+        return first
+
+    def _error(self, why: BaseException | str) -> BaseException:
+        if isinstance(why, ProtocolError) and not isinstance(why, ReplyError):
+            return ReplyError(f"{self._name} sent a malformed reply: {why}")
+        if isinstance(why, CipherTuneError):
+            return why
+        if isinstance(why, (str, OSError)):
+            return TransportError(f"{self._name}: {why}")
+        return TransportError(f"{self._name}: unexpected {type(why).__name__}")
+
+    @staticmethod
+    def _settle(futures: Sequence[Future[_Answer]], settle: Callable[[Future[_Answer]], None]) -> None:
+        # A callback that ends the thread (SystemExit, KeyboardInterrupt) leaves no other future unsettled.
+        with contextlib.ExitStack() as stack:
+            for future in reversed(futures):
+                stack.callback(_settle_once, settle, future)
+
+
+def _settle_once(settle: Callable[[Future[Any]], None], future: Future[Any]) -> None:
+    # The caller may have cancelled it a moment ago.
+    with contextlib.suppress(InvalidStateError):
+        settle(future)

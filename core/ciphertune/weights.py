@@ -1,4 +1,4 @@
-"""Weights as workers hold them, and what a client may know of them."""
+"""Quantized weights, and the descriptions of them that both ends share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHUNK_VALUES = 1 << 22
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
-    """What a client knows of one outsourced layer: everything but the weight.
+    """A client's view of one outsourced layer: everything but the weight.
 
     Attributes:
         name: dotted path of the layer in the model.
@@ -67,7 +67,7 @@ class LayerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Rows of one layer that a worker holds; all of them, unless the layer is cut.
+    """Rows of one layer that a worker holds: all of them, unless the layer is cut.
 
     Attributes:
         name: of the layer.
@@ -86,12 +86,12 @@ class Shard:
 
     @property
     def rows(self) -> int:
-        """How many rows these are."""
+        """Number of rows."""
         return self.stop - self.start
 
     @classmethod
     def read(cls, row: Any) -> Shard:
-        """From plain data that came from a peer or a file. Raises ``ProtocolError``."""
+        """Read a shard from plain data that came from a peer or a file. Raises ``ProtocolError``."""
         if not isinstance(row, Mapping):
             raise ProtocolError("a manifest row is not a map")
         name, digest, bits = row.get("name"), row.get("digest"), row.get("weight_bits")
@@ -221,7 +221,7 @@ def code_dtype(bits: WeightBits | None) -> torch.dtype:
 
 
 def holdings_digest(manifest: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    """SHA-256 of what a worker holds, for noticing after a reconnection that it is another one."""
+    """SHA-256 of what a worker holds: after a reconnection it tells whether the worker is another one."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

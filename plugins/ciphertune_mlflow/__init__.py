@@ -140,8 +140,8 @@ def _params(trainer: Any) -> dict[str, str]:
         "learning_rate": optimizer.param_groups[0]["lr"],
         "weight_decay": optimizer.param_groups[0].get("weight_decay"),
         "scheduler": None if trainer.scheduler is None else type(trainer.scheduler).__name__,
-        "accumulation": trainer.accumulation,
-        "max_grad_norm": trainer.max_grad_norm,
+        "accumulation": trainer.settings.accumulation,
+        "max_grad_norm": trainer.settings.max_grad_norm,
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
     try:

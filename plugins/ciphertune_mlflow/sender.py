@@ -36,7 +36,7 @@ class Sender:
 
     @property
     def running(self) -> bool:
-        """Whether ``finish`` is still to come."""
+        """Return whether ``finish`` is still to come."""
         return self._thread is not None
 
     def put(self, values: list[Value]) -> None:

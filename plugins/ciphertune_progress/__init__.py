@@ -99,7 +99,7 @@ def ciphertune_training_step(trainer: Any, step: int, metrics: Mapping[str, floa
 
 @hookimpl
 def ciphertune_training_end(trainer: Any) -> None:
-    """Close it."""
+    """Close the bar."""
     if _bar is not None and _bar.trainer is trainer:
         _close()
 

@@ -86,7 +86,7 @@ class Prometheus(Tracker):
         }
 
     def begin(self, trainer: Any, total_steps: int, start_step: int) -> None:
-        """Listen."""
+        """Start the listener."""
         self._total.set(total_steps)
         self._step.set(start_step)
         self._training = True
@@ -105,14 +105,14 @@ class Prometheus(Tracker):
         self._rest()
 
     def close(self) -> None:
-        """Stop."""
+        """Stop the listener."""
         stop, self._stop, self.port = self._stop, None, None
         if stop is not None:
             stop()
 
     @hookimpl
     def ciphertune_session_opened(self, session: Session) -> None:
-        """Listen."""
+        """Start the listener."""
         self._sessions.add(session)
         self._serve()
 
@@ -124,7 +124,7 @@ class Prometheus(Tracker):
 
     @hookimpl
     def ciphertune_after_reply(self, exchange: Exchange) -> None:
-        """Count."""
+        """Count the exchange."""
         super().ciphertune_after_reply(exchange)
         direction = exchange.direction
         self._requests.labels(direction).inc(exchange.requests)

@@ -1,4 +1,4 @@
-"""Where the bytes and the seconds of a run went: by layers and direction."""
+"""Bytes and seconds of a run, by layers and direction."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Traffic:
 
     @hookimpl
     def ciphertune_after_reply(self, exchange: Exchange) -> None:
-        """Count it."""
+        """Count the exchange."""
         self._by_layer.add(exchange)
         self._news = True
 
     @hookimpl(trylast=True)  # a progress bar has left the terminal then
     def ciphertune_training_end(self) -> None:
-        """Report."""
+        """Report the totals."""
         self._report()
 
     @hookimpl
@@ -64,7 +64,7 @@ class Traffic:
         self._report()
 
     def rows(self) -> list[dict[str, Any]]:
-        """One entry for every group and direction: its layers, and sums named as in ``Exchange``; the largest first."""
+        """One row for every group and direction: its layers, and sums named as in ``Exchange``; the largest first."""
         return self._by_layer.rows()
 
     def _report(self) -> None:

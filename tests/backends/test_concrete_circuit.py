@@ -38,8 +38,7 @@ from ciphertune.protocol import Message
 from ciphertune.testing import BackendSuite
 from ciphertune.testing.backends import Pair
 from ciphertune.weights import LayerWeight
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 try:
     importlib.metadata.version("concrete-python")

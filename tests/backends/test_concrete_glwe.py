@@ -27,9 +27,8 @@ from ciphertune.protocol import Message
 from ciphertune.testing import BackendSuite
 from ciphertune.testing.backends import Pair
 from ciphertune.weights import quantize
+from ciphertune.worker import SessionLimits, WeightStore, Worker
 from ciphertune.worker.process import worker_process
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import SessionLimits, Worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("glwe"), pytest.mark.timeout(300)]
 

@@ -172,6 +172,78 @@ def test_the_chosen_kernel_is_exact_and_a_saturating_one_is_never_chosen(monkeyp
     assert "saturating" not in choose_kernel.__wrapped__(CPU)[1]
 
 
+def confused(w: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """What torch's product is where it misreads strides: of a (1, K) matrix with strides (1, 1), for one."""
+    out = torch.empty(w.shape[0], x.shape[1], dtype=torch.int32) if out is None else out
+    for matrix in (w, x):
+        (rows, columns), strides = matrix.shape, matrix.stride()
+        clear = strides in ((max(strides[0], columns), 1), (1, max(strides[1], rows)))
+        if min(rows, columns) < 2 or not clear:
+            return out.fill_(1 << 20)
+    return out.copy_(w.long() @ x.long())
+
+
+@st.composite
+def matrices(draw: st.DrawFn, rows: int, columns: int) -> torch.Tensor:
+    """An int8 matrix of any strides: rows and columns in order, transposed, apart, repeated."""
+    base = torch.randint(-128, 128, (512,), dtype=torch.int8, generator=torch.Generator().manual_seed(rows + columns))
+    step, apart = st.integers(0, 3), st.integers(0, 20)
+    strides = draw(st.tuples(apart, step) | st.tuples(step, apart))
+    return base.as_strided((rows, columns), strides, draw(st.integers(0, 7)))
+
+
+@pytest.mark.parametrize("kernel", ["int8", "float64"])
+@settings(max_examples=40)
+@given(st.data())
+def test_products_are_exact_for_any_sizes_and_strides(kernel: str, data: st.DataObject) -> None:
+    rows, depth, columns = (data.draw(st.integers(1, 12)) for _ in range(3))
+    w, x = data.draw(matrices(rows, depth)), data.draw(matrices(depth, columns))
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            patch.setattr(torch, "_int_mm", confused)
+        out = torch.empty(rows, columns, dtype=torch.int32)
+        KERNELS[kernel](w, x, out)
+    assert torch.equal(out.long(), w.long() @ x.long())
+
+
+@pytest.mark.parametrize("wrong", [(1, 5), (5, 1), "transposed", "apart"])
+def test_a_kernel_that_errs_on_a_layout_in_use_is_never_chosen(wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def errs(w: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(w.long() @ x.long())
+        (rows, depth), (along, across) = w.shape, w.stride()
+        layout = "transposed" if along == 1 and across > rows > 1 else "apart" if along > depth > 1 == across else ""
+        if wrong == layout or wrong == (min(rows, 5), min(depth, 5)):
+            out.add_(1)
+
+    monkeypatch.setattr(kernels, "KERNELS", {"errs": errs, "float64": KERNELS["float64"]})
+    assert choose_kernel.__wrapped__(CPU)[0] == "float64"
+    assert "errs" not in choose_kernel.__wrapped__(CPU)[1]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("weight_bits", [8, 16])
+@settings(max_examples=40)
+@given(st.data())
+def test_evaluation_is_exact_for_any_sizes(weight_bits: int, direction: str, data: st.DataObject) -> None:
+    rows, features, tokens = (data.draw(st.sampled_from([1, 2, 3, 17])) for _ in range(3))
+    dtype, top = (torch.int8, 127) if weight_bits == 8 else (torch.int16, 32639)
+    weight = torch.randint(-top, top + 1, (rows, features), dtype=dtype)
+    half = worker.MLWEWorker({"parameters": "mlwe-1280", "request_bits": 32, "reply_bits": 32}, CPU)
+    matrix = weight if direction == "forward" else weight.t()
+    b = torch.randint(-128, 128, (matrix.shape[1], 4, tokens), dtype=torch.int8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(half, "_kernel", KERNELS["int8"])
+        patch.setattr(torch, "_int_mm", confused)
+        request = {"seed": torch.zeros(32, dtype=torch.uint8), "b": b}
+        reply = half.evaluate(half.prepare(weight), direction, request)  # type: ignore[arg-type]
+    powers = 256 ** torch.arange(4)
+    got = (reply["b"].long() * powers[:, None]).sum(1)
+    if weight_bits == 16:
+        got = got[: len(matrix)] + 256 * got[len(matrix) :]
+    want = matrix.long() @ (b.long() * powers[:, None]).sum(1)
+    assert torch.equal((got - want) % 2**32, torch.zeros_like(want))
+
+
 def reference_product(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, reply_planes: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from ciphertune.bundle.writer import SplitResult
 from ciphertune.client.placement import place
 from ciphertune.errors import ConfigError, OutsourcedWeightError, UnknownLayerError, UnsupportedLayerError
 from ciphertune.weights import DIGEST_ROWS, read_manifest
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import Worker
 
 Tiny = Callable[[str], nn.Module]
 CLEAR = "clear?weight_bits=8"

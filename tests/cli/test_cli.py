@@ -149,7 +149,7 @@ def test_plugins_with_options_are_active_where_they_are_named(monkeypatch: pytes
     rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
     assert rows["history"]["active"] is True
     assert rows["progress"]["active"] is False
-    assert "must be a int" in rows["prometheus"]["error"]
+    assert "must be a whole number" in rows["prometheus"]["error"]
     assert list(tmp_path.iterdir()) == [], "asking writes nothing"
 
 

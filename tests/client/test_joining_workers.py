@@ -1,4 +1,4 @@
-"""Workers that come while a session is open."""
+"""Workers that join while a session is open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from farm import SECONDS, Farm, Host, never
 from torch import Tensor, nn
 
-from ciphertune.client import pool
 from ciphertune.client.session import Session
 from ciphertune.errors import TransportError
 from ciphertune.transport import Link
@@ -34,8 +33,7 @@ WHOLE = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
 
 
 @pytest.fixture
-def farm(register: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Farm]:
-    monkeypatch.setattr(pool, "JOINING_SECONDS", 0.02)
+def farm(register: Any) -> Iterator[Farm]:
     made = Farm(register, elastic=True)
     yield made
     made.close()
@@ -143,7 +141,7 @@ def test_one_that_does_not_answer_is_asked_again(
     model = copy.deepcopy(base)
     farm.outsource(model, weight_bits=8, connect_timeout=0.2)
     before = step(model, x)
-    host = Host("second", first.held, farm._pool)
+    host = Host("second", first.held, farm.threads)
     host.on("hello", never, always=True)
     farm.hosts["second"] = host
     until(lambda: host.closed > 0)
@@ -187,7 +185,6 @@ def test_no_question_after_the_end(farm: Farm, base: Attention, monkeypatch: pyt
 def test_nobody_is_looked_for_where_none_come(register: Any, base: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
     farm = Farm(register)
     monkeypatch.setattr(farm.transport, "joining_workers", lambda *_: pytest.fail("it was asked"))
-    monkeypatch.setattr(pool, "JOINING_SECONDS", 0.01)
     farm.plant(base, "clear?weight_bits=8", first=WHOLE)
     outsource(farm, base)
     time.sleep(0.1)

@@ -10,6 +10,7 @@ import re
 import select
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections import deque
@@ -27,15 +28,16 @@ from torch import nn
 import ciphertune
 from ciphertune.bundle.writer import split
 from ciphertune.cli import cli
-from ciphertune.cli.top import _screen
-from ciphertune.client.monitor import Own, Watch, WorkerState, transport_of
+from ciphertune.cli.top import screen
+from ciphertune.client.monitor import Watch, WorkerState, transport_of
 from ciphertune.errors import SelectionError, TransportError
 from ciphertune.protocol import Message, pack, spoken_versions, unpack
+from ciphertune.status import ClientUsage, WorkerStatus
 from ciphertune.transport import Link, LocalWorker, Transport
 from ciphertune.weights import quantize
-from ciphertune.worker.service import Service
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import Service, WeightStore, Worker
+from ciphertune.worker.counters import Load
+from ciphertune.worker.disclosure import Disclosure, Totals
 
 WEIGHT = quantize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), 8)
 
@@ -148,8 +150,8 @@ def test_the_rate_is_that_between_looks(farm: list[remote.WorkerProcess]) -> Non
             after = watch.look(20)[0]
     finally:
         ciphertune.session_of(model).close()
-    assert before.own.products is not None
-    assert after.own.products == before.own.products + 8
+    assert before.status.own.products is not None
+    assert after.status.own.products == before.status.own.products + 8
     assert after.products_per_second is not None
     assert after.products_per_second > 0
 
@@ -296,19 +298,20 @@ def test_what_makes_no_sense_is_not_shown(told: Callable[[Any, Any], WorkerState
     state = told(GOOD, Message("ok", fields))
     assert (state.worker, state.state, state.problem) == ("told", "up", "")
     for name in ("sessions", "clients", "queued", "under_way", "layers", "uptime_seconds", "weight_bytes", "device"):
-        assert getattr(state, name) is None, name
-    assert state.busy == 1.0
+        assert getattr(state.status, name) is None, name
+    assert state.status.busy == 1.0
     assert state.latency is not None
     assert state.latency < 99
     assert state.products_per_second is None
-    assert state.own == Own()
-    assert state.version is not None
-    assert state.version.isprintable()
-    assert len(state.version) <= 40
+    assert state.status.own == ClientUsage()
+    assert state.status.version is not None
+    assert state.status.version.isprintable()
+    assert len(state.status.version) <= 40
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(_screen([state], {}, 100, ""))
+    console.print(screen([state], {}, 100, ""))
     assert "\x1b[2J" not in console.export_text()
-    assert told(GOOD, Message("ok", {"own": {"products": -1, "sessions": 2, "bytes_in": "x"}})).own == Own(sessions=2)
+    usage = told(GOOD, Message("ok", {"own": {"products": -1, "sessions": 2, "bytes_in": "x"}})).status.own
+    assert usage == ClientUsage(sessions=2)
 
 
 @pytest.mark.parametrize(
@@ -335,16 +338,15 @@ def test_workers_that_do_not_tell(
 
 
 def states() -> list[WorkerState]:
-    busy = WorkerState(
-        "worker-with-a-long-name.example.internal:5555", "up", latency=0.0123, version="0.1.0", device="cuda:0",
-        layers=210, weight_bytes=10**8, evaluators=1, uptime_seconds=200_000, busy=0.95, sessions=12,
-        clients=9, queued=31, under_way=33, bytes_in_per_second=12e6, bytes_out_per_second=480e6,
-        own=Own(1, 1, 12345, 0, 10**9, 10**11, 99.0),
-        products_per_second=12.3,
+    status = WorkerStatus(
+        version="0.1.0", device="cuda:0", layers=210, weight_bytes=10**8, evaluators=1, draining=False,
+        uptime_seconds=200_000, busy=0.95, sessions=12, clients=9, queued=31, under_way=33,
+        bytes_in_per_second=12e6, bytes_out_per_second=480e6, own=ClientUsage(1, 1, 12345, 0, 10**9, 10**11, 99.0),
     )  # fmt: skip
+    busy = WorkerState("worker-with-a-long-name.example.internal:5555", "up", "", 0.0123, status, 12.3)
     return [
         busy,
-        WorkerState("b:1", "draining", busy=0.0),
+        WorkerState("b:1", "draining", status=WorkerStatus(busy=0.0)),
         WorkerState("c:1", "silent", "[bold]nothing[/bold] answers"),
     ]
 
@@ -352,7 +354,7 @@ def states() -> list[WorkerState]:
 @pytest.mark.parametrize("width", [40, 60, 80, 110, 190])
 def test_it_fits_any_window(width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(_screen(states(), {"b:1": deque([0.0, 0.5, 1.0])}, width, "every 2 s"))
+    console.print(screen(states(), {"b:1": deque([0.0, 0.5, 1.0])}, width, "every 2 s"))
     lines = console.export_text().splitlines()
     assert all(len(line) <= width for line in lines)
     text = "\n".join(lines)
@@ -365,67 +367,107 @@ def test_it_fits_any_window(width: int) -> None:
     assert "[bold]nothing[/bold] answers" in " ".join(text.split()), "a worker's text is no markup"
 
 
-def test_stats_are_for_whom_they_concern() -> None:
-    """A client sees its own use exactly; of another's neither names, nor counts of products, nor sizes."""
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_client_is_told_of_itself_exactly_and_of_others_no_more_than_load() -> None:
+    """Of another client neither names, nor counts of products, nor sizes."""
+    clock = Clock()
     worker = Worker(WeightStore.of({"a": WEIGHT}))
-    service = Service(worker)
+    service = Service(worker, clock=clock)
+
+    def told(peer: str) -> dict[str, Any]:
+        return service.status(peer).fields()
+
     try:
-        first = service.figures("watcher")
+        first = told("watcher")
         for _ in range(7):
             _ask(
                 service,
                 "alice-key",
                 Message("evaluate", {"session": "none"}, {"x": torch.zeros(5000, dtype=torch.uint8)}),
             )
-        _wait(lambda: service.figures("alice-key")["own"]["products"] == 7)
+        _wait(lambda: told("alice-key")["own"]["products"] == 7)
         # However often it is asked, all are told the same for a second.
-        assert {k: v for k, v in service.figures("watcher").items() if k != "own"} == {
+        clock.now += 0.999
+        assert {k: v for k, v in told("watcher").items() if k != "own"} == {
             k: v for k, v in first.items() if k != "own"
         }
-        service._shown = (-1e9, {})
-        seen = service.figures("watcher")
+        clock.now += 0.002
+        seen = told("watcher")
         reply = _ask(service, "watcher", Message("stats"))
+        assert reply.fields == seen
         assert seen["own"] == dict.fromkeys(seen["own"], 0)
         assert b"alice" not in b"".join(bytes(frame) for frame in pack(reply))
         assert (seen["clients"], seen["sessions"], seen["queued"]) == (1, 0, 0)
         # 35 kB in a moment are no megabyte a second on average.
         assert (seen["bytes_in_per_second"], seen["bytes_out_per_second"]) == (0, 0)
-        mine = service.figures("alice-key")["own"]
+        mine = told("alice-key")["own"]
         assert (mine["products"], mine["errors"]) == (7, 7)
         assert 35_000 < mine["bytes_in"] < 37_000
         assert set(seen) == {
             *("version", "device", "layers", "weight_bytes", "evaluators", "draining", "uptime_seconds", "sessions"),
             *("clients", "queued", "under_way", "busy", "bytes_in_per_second", "bytes_out_per_second", "own"),
         }, "whatever is added must be thought of in docs/threat-model.md first"
+        assert set(seen["own"]) == OWN
     finally:
         service.close()
 
 
-def test_rates_are_coarse_and_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    service = Service(Worker(WeightStore.of({"a": WEIGHT})))
-    service.close()
-    now = 1000.0
-    monkeypatch.setattr("ciphertune.worker.service.time.monotonic", lambda: now)
-    service._samples.clear()
-    service._samples.append((now, type(service._done)()))
-    service._shown = (-1e9, {})
+def test_rates_are_coarse_and_of_the_last_seconds() -> None:
+    disclosure = Disclosure(evaluators=1, started=1000.0)
+    totals = Totals(1000.0)
 
-    def pass_(seconds: int, bytes_in: float, busy: float) -> dict[str, Any]:
-        nonlocal now
+    def after(seconds: int, bytes_in: float, busy: float) -> dict[str, Any]:
+        nonlocal totals
         for _ in range(seconds):
-            now += 1
-            service._done.bytes_in += int(bytes_in)
-            service._done.evaluate_seconds += busy
-            found = service.figures("b")
-        return found
+            spent, received = totals.evaluate_seconds + busy, totals.bytes_in + int(bytes_in)
+            totals = Totals(totals.time + 1, spent, received, received // 2)
+            figures = disclosure.figures(totals, Load(0, 0, 0, 0, 0))
+        return figures
 
-    told = pass_(20, 123_456_789, 0.256)
+    told = after(20, 123_456_789, 0.256)
     assert told["bytes_in_per_second"] == 120_000_000
+    assert told["bytes_out_per_second"] == 62_000_000
     assert told["busy"] == pytest.approx(0.26)
-    assert pass_(30, 0, 0.0)["busy"] == 0
-    assert pass_(1, 4_900_000, 0.04)["bytes_in_per_second"] == 0, "a single request is not seen"
-    service._evaluating[1] = now
-    assert pass_(20, 0, 0.0)["busy"] == 1.0, "a long product counts while it is evaluated"
+    assert told["uptime_seconds"] == 20
+    assert after(30, 0, 0.0)["busy"] == 0
+    assert after(1, 4_900_000, 0.04)["bytes_in_per_second"] == 0, "a single request is not seen"
+
+
+def test_a_long_product_counts_while_it_is_evaluated() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    class Slow(Worker):
+        def handle(self, request: Message, peer: str = "") -> Message:
+            if request.kind == "evaluate":
+                begun.set()
+                assert ended.wait(20)
+            return super().handle(request, peer)
+
+    clock = Clock()
+    service = Service(Slow(WeightStore.of({"a": WEIGHT})), clock=clock)
+    try:
+        replies: list[Any] = []
+        service.submit(pack(Message("evaluate")), "a", lambda frames, release: replies.append(frames))
+        assert begun.wait(20)
+        for _ in range(20):
+            clock.now += 1
+            status = service.status("b")
+        assert (status.busy, status.under_way, status.queued, status.own.evaluate_seconds) == (1.0, 1, 0, 0)
+        ended.set()
+        _wait(lambda: bool(replies))
+        assert service.status("a").own.evaluate_seconds == 20
+    finally:
+        ended.set()
+        service.close()
 
 
 def test_a_worker_that_drains_says_so() -> None:

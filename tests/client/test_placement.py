@@ -55,7 +55,8 @@ def test_rows_of_a_group_are_one_piece_at_each_worker() -> None:
     second = [[Q.shard(64), V.shard(64)]]
     (pieces,) = placed([[Q, K, V]], first, second)
     assert [(p.names, p.workers) for p in pieces] == [(("q", "k", "v"), (0,)), (("q", "v"), (1,))]
-    assert [(s.start, s.stop, s.row) for s in pieces[1].segments] == [(64, 128, 64), (64, 70, 128 + 64 + 64)]
+    assert pieces[1].shards == (Q.shard(64), V.shard(64))
+    assert pieces[1].rows == (slice(64, 128), slice(128 + 64 + 64, 262))
     assert [p.forward.out_features for p in pieces] == [192, 70]
 
 
@@ -78,7 +79,7 @@ def test_a_cut_that_leads_nowhere_is_not_taken() -> None:
     # From row 0 the larger part, held twice at that, cannot be gone on from.
     larger = [[LONG.shard(0, 128)]]
     (pieces,) = placed([[LONG]], larger, larger, [[LONG.shard(0, 64)]], [[LONG.shard(64)]])
-    assert [(piece.workers, piece.segments[0].stop) for piece in pieces] == [((2,), 64), ((3,), 150)]
+    assert [(piece.workers, piece.shards[0].stop) for piece in pieces] == [((2,), 64), ((3,), 150)]
 
 
 def test_of_two_cuts_the_one_with_more_replicas_is_taken() -> None:
@@ -188,12 +189,12 @@ def test_a_cover_is_found_if_and_only_if_there_is_one(data: st.DataObject) -> No
             placed([[info]], *workers)
         return
     (pieces,) = placed([[info]], *workers)
-    rows = [row for piece in pieces for s in piece.segments for row in range(s.start, s.stop)]
+    rows = [row for piece in pieces for s in piece.shards for row in range(s.start, s.stop)]
     assert rows == list(range(info.out_features))
     for piece in pieces:
-        (segment,) = piece.segments
+        (shard,) = piece.shards
         assert piece.workers
-        assert all(held[worker] == ((segment.start, segment.stop), True) for worker in piece.workers)
+        assert all(held[worker] == ((shard.start, shard.stop), True) for worker in piece.workers)
 
 
 def test_many_missing_layers_are_counted() -> None:
@@ -231,12 +232,13 @@ def test_every_row_is_evaluated_once_by_workers_that_hold_it(data: st.DataObject
             )
         )
         for piece in pieces:
-            assert piece.forward.out_features == sum(s.stop - s.start for s in piece.segments)
-            for segment in piece.segments:
-                assert segment.row == offsets[segment.layer] + segment.start
-                rows += range(segment.row, segment.row + segment.stop - segment.start)
+            assert piece.forward.out_features == sum(shard.rows for shard in piece.shards)
+            for shard, where in zip(piece.shards, piece.rows, strict=True):
+                offset = offsets[shard.name]
+                assert (where.start, where.stop) == (offset + shard.start, offset + shard.stop)
+                rows += range(where.start, where.stop)
             for worker in piece.workers:
                 flat = [[(s.name, s.start, s.stop) for s in block] for block in blocks[worker]]
-                wanted = [(s.layer, s.start, s.stop) for s in piece.segments]
+                wanted = [(s.name, s.start, s.stop) for s in piece.shards]
                 assert any(wanted == block[i : i + len(wanted)] for block in flat for i in range(len(block)))
         assert sorted(rows) == list(range(sum(info.out_features for info in group)))

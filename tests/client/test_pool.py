@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import ciphertune
 from ciphertune.bundle.worker import load_worker
-from ciphertune.client import pool
 from ciphertune.client.request import PendingRequest
 from ciphertune.client.session import Session
 from ciphertune.client.timeouts import Timeouts
@@ -34,7 +33,7 @@ from ciphertune.errors import (
 )
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
-from ciphertune.protocol import Message, error_message
+from ciphertune.protocol import Message, error_message, spoken_versions
 from ciphertune.weights import LayerWeight, quantize
 from ciphertune_clear import ClearBackend, ClearClient
 
@@ -167,14 +166,14 @@ def test_what_crosses_is_counted_once_for_each_worker(farm: Farm) -> None:
         farm.hosts.clear()
         hosts = farm.plant(model, **{f"{name}{number}": held for name, held in blocks.items()}, o=[["o_proj"]])  # type: ignore[arg-type]
         session = farm.outsource(model)
-        before = [host.worker.stats.bytes_in for host in hosts]
+        before = [host.bytes_in for host in hosts]
         with torch.no_grad():
             model(X)
         traffic = session.traffic
         assert traffic.requests == requests + 1
         assert traffic.bytes_up == requests * X.nbytes + 10 * 390 * 4
         assert traffic.bytes_down == 10 * (390 + 40) * 4
-        assert [h.worker.stats.bytes_in - b for h, b in zip(hosts, before, strict=True)] == [
+        assert [h.bytes_in - b for h, b in zip(hosts, before, strict=True)] == [
             *[X.nbytes] * requests,
             10 * 390 * 4,
         ]
@@ -705,7 +704,7 @@ def test_a_session_that_is_opened_while_closing_is_closed_too(farm: Farm) -> Non
     gate = Gate(first)
     first.restart()
     first.on("open", gate)
-    # While it waits for this farewell, the other worker's answer comes.
+    # While this answer is waited for, the other worker's comes.
     second.on("close", lambda request: gate.open.set())
     session.pool.workers[0].session = None
     with thread(lambda: product(session)) as waiting:
@@ -730,8 +729,8 @@ def test_closing_in_the_back_off(farm: Farm) -> None:
 
 @pytest.mark.parametrize("state", ["gone", "hanging", "raising"])
 def test_closing_at_dead_workers(farm: Farm, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
-    monkeypatch.setattr(pool, "_CLOSE_SECONDS", 0.1)
     session, first, second = both(farm)
+    session.pool.timeouts = Timeouts(timeout=0.1)
     if state == "gone":
         first.crash()
     elif state == "hanging":
@@ -895,7 +894,13 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 START_FAILURES: dict[str, tuple[str, farming.Script, type[Exception], str]] = {
     "no hello": ("hello", never, TransportError, "no answer within 0.2 s from b"),
     "refused hello": ("hello", fail_with("version", "too old"), WorkerError, "b refused .* 'hello': too old"),
-    "hello without its field": ("hello", lambda _: Message("ok"), ReplyError, "b sent .* 'holdings'"),
+    "hello without versions": ("hello", lambda _: Message("ok"), ReplyError, "b: .* does not say which protocol"),
+    "hello without holdings": (
+        "hello",
+        lambda _: Message("ok", {"versions": spoken_versions()}),
+        ReplyError,
+        "b sent .* 'holdings'",
+    ),
     "hello of another kind": ("hello", lambda _: Message("stats"), ReplyError, "b answered a 'hello'"),
     "no manifest": ("manifest", never, TransportError, "no answer within 0.2 s from b"),
     "an empty manifest": ("manifest", lambda _: Message("ok", {"blocks": []}), UnknownLayerError, "o_proj: no worker"),

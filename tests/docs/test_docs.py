@@ -68,10 +68,6 @@ EXCLUDED = {
     ("README.md", "make demo"): "minutes; tests/runs/test_demo.py runs it small",
     ("README.md", "make test"): _MAKE,
     ("README.md", ". .venv/bin/activate"): "the tests run in an environment already",
-    (
-        "README.md",
-        "ciphertune bench train --model smollm2 --to mlwe --tokens 1024",
-    ): "minutes; tests/bench",
     ("performance.md", "ciphertune bench train --model smollm2 --to mlwe --tokens 1024 --steps 5 --json"): "minutes",
     ("plugins.md", "ciphertune new backend NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("plugins.md", "ciphertune new transport NAME"): "NAME stands for a name; tests/cli/test_new.py",
@@ -96,7 +92,7 @@ EXCLUDED = {
         "operations.md",
         "ciphertune top 'zmq://10.0.0.5:5555,10.0.0.6:5555?curve=keys'",
     ): "asks workers that the page does not start; tests/client/test_monitor.py",
-    ("concrete-circuit.md", "pip install 'ciphertune[concrete-circuit]'"): _INSTALL,
+    ("concrete.md", "pip install 'ciphertune[concrete-circuit]'"): _INSTALL,
 }
 
 # What stands for something that a test cannot have or wait for: (pages, or * for all; the text; what it becomes).
@@ -122,10 +118,10 @@ length = 12
 output = "out"
 steps = 2
 """
-GIVEN = {("README.md", "train.toml"): _OWNER, ("remote.md", "train.toml"): _OWNER}
+GIVEN = {("remote.md", "train.toml"): _OWNER}
 
 # Pages on backends whose packages not every platform has.
-NEEDS = {"cluster.md": "ray", "concrete-circuit.md": "concrete"}
+NEEDS = {"cluster.md": "ray", "concrete.md": "concrete"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,14 +15,12 @@ from torch import nn
 import ciphertune
 from ciphertune.client.choice import choose
 from ciphertune.client.session import Session
-from ciphertune.errors import TransportError
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.protocol import Message, pack, unpack
-from ciphertune.transport import Link, LocalWorker, Transport
+from ciphertune.transport import Link, LocalWorker, PendingReplies, Transport
 from ciphertune.weights import Shard, describe, quantize
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 Rows = tuple[str, int, int | None]
 """A layer and the rows of it that are held."""
@@ -56,6 +54,7 @@ class Host:
         up: whether anything listens.
         script: takes requests in the worker's place; it may hand them on to ``answer``.
         seen: kinds of requests that came.
+        bytes_in: of their buffers.
         closed: how often a link to it was closed.
     """
 
@@ -66,8 +65,9 @@ class Host:
         self.up = True
         self.script: Script = self.answer
         self.seen: list[str] = []
+        self.bytes_in = 0
         self.closed = 0
-        self.pending: dict[Future[Message], None] = {}
+        self.pending: PendingReplies[Message] = PendingReplies(name)
         self._pool = pool
         self._lock = threading.Lock()
 
@@ -89,8 +89,7 @@ class Host:
     def crash(self, request: Message | None = None) -> None:
         """Go down; what is under way fails."""
         self.up = False
-        for future in list(self.pending):
-            settle(future, TransportError(f"{self.name}: the connection was lost"))
+        self.pending.fail_all("the connection was lost")
 
     def restart(self, held: WeightStore | None = None) -> None:
         """Come up with no session open, and perhaps with other weights."""
@@ -101,31 +100,22 @@ class Host:
         return self.seen.count(kind)
 
     def take(self, request: Message) -> Future[Message]:
-        future: Future[Message] = Future()
+        number, future = self.pending.add()
         if not self.up:
-            future.set_exception(TransportError(f"{self.name}: nothing answers there"))
+            self.pending.fail(number, "nothing answers there")
             return future
         self.seen.append(request.kind)
-        self.pending[future] = None
-        future.add_done_callback(lambda _: self.pending.pop(future, None))
-        self._pool.submit(self._serve, unpack(pack(request)), future)
+        self.bytes_in += request.nbytes
+        self._pool.submit(self._serve, unpack(pack(request)), number)
         return future
 
-    def _serve(self, request: Message, future: Future[Message]) -> None:
+    def _serve(self, request: Message, number: int) -> None:
         try:
             reply = self.script(request)
             if reply is not None:
-                settle(future, unpack(pack(reply)))
+                self.pending.answer(number, unpack(pack(reply)))
         except Exception as error:
-            settle(future, error)
-
-
-def settle(future: Future[Message], outcome: Message | Exception) -> None:
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+            self.pending.fail(number, error)
 
 
 def never(request: Message) -> None:
@@ -142,8 +132,7 @@ class HostLink(Link):
 
     def close(self) -> None:
         self.host.closed += 1
-        for future in list(self.host.pending):
-            settle(future, TransportError(f"{self.name}: the link is closed"))
+        self.host.pending.fail_all("the link is closed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +143,7 @@ class NoOptions:
 class FarmTransport(Transport):
     name = "farm"
     Options = NoOptions
+    joining_seconds = 0.02
     hosts: Mapping[str, Host]
 
     def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
@@ -166,12 +156,19 @@ class FarmTransport(Transport):
 
 
 class Farm:
-    """Hosts that hold parts of a model, and models outsourced to them."""
+    """Hosts that hold parts of a model, and models outsourced to them.
+
+    Attributes:
+        hosts: by name.
+        sessions: opened through ``outsource``.
+        threads: on which hosts answer.
+        transport: which reaches them.
+    """
 
     def __init__(self, register: Callable[[str, Any], None], elastic: bool = False) -> None:
         self.hosts: dict[str, Host] = {}
         self.sessions: list[Session] = []
-        self._pool = ThreadPoolExecutor(32, "farm")
+        self.threads = ThreadPoolExecutor(32, "farm")
         self.transport = type("Farmed", (FarmTransport,), {"hosts": self.hosts, "elastic": elastic})
         register(registry.TRANSPORTS, self.transport)
 
@@ -182,7 +179,7 @@ class Farm:
 
     def serve(self, **stores: WeightStore) -> list[Host]:
         """A host for each store, by name."""
-        new = [Host(name, held, self._pool) for name, held in stores.items()]
+        new = [Host(name, held, self.threads) for name, held in stores.items()]
         self.hosts.update({host.name: host for host in new})
         return new
 
@@ -209,7 +206,7 @@ class Farm:
                 session.close()
             assert [host.name for host in self.hosts.values() if host.pending] == []
         finally:
-            self._pool.shutdown()
+            self.threads.shutdown()
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from ciphertune.transport import Link, LocalWorker, Transport
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ciphertune-turn")] == []
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ciphertune-task")] == []
 
 
 def waits(name: str, count: int, log: list[str]) -> Callable[[], str]:

@@ -19,9 +19,7 @@ with atheris.instrument_imports(include=["ciphertune", "ciphertune_mlwe", "ciphe
     from ciphertune.client.choice import choose
     from ciphertune.protocol import Limits, Message, pack, unpack
     from ciphertune.weights import describe, group_map, quantize
-    from ciphertune.worker.service import Service
-    from ciphertune.worker.store import WeightStore
-    from ciphertune.worker.worker import SessionLimits, Worker
+    from ciphertune.worker import Service, SessionLimits, WeightStore, Worker
     from ciphertune_zmq.framing import unwrap
 
 torch.set_num_threads(1)
@@ -30,10 +28,13 @@ MAP = group_map([describe("a", WEIGHT)], "forward")
 LIMITS = Limits(buffer_bytes=1 << 22, total_bytes=1 << 23)
 ANSWER_SECONDS = 20
 
-service = Service(
-    Worker(WeightStore.of({"a": WEIGHT}), limits=SessionLimits(sessions=64, all_sessions=64, idle_seconds=1e9)),
-    limits=LIMITS,
+now = 0.0
+worker = Worker(
+    WeightStore.of({"a": WEIGHT}),
+    limits=SessionLimits(sessions=64, all_sessions=64, idle_seconds=600),
+    clock=lambda: now,
 )
+service = Service(worker, limits=LIMITS)
 
 
 def call(frames: list[Any]) -> Message:
@@ -99,7 +100,7 @@ def mutated(rng: random.Random, source: Any) -> list[bytes]:
 
 
 def one_input(data: bytes) -> None:
-    global count
+    global count, now
     count += 1
     source = atheris.FuzzedDataProvider(data)
     if source.ConsumeIntInRange(0, 3) == 0:
@@ -116,11 +117,12 @@ def one_input(data: bytes) -> None:
         raise AssertionError("neither an answer nor an error")
     if service.load.under_way:
         raise AssertionError("something is still under way")
-    if service.stats.errors["internal"]:
+    if service.counters.errors["internal"]:
         raise AssertionError("the worker failed in a way that was not foreseen")
     if count % 1000 == 0:
         # Sessions that mutated openings left behind would fill the quota.
-        service.worker._sessions.clear()
+        now += 601
+        worker.expire()
         for client in CLIENTS:
             client.open()
             client.check()

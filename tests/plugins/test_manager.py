@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from seen import seen_by
 from torch import nn
 
 import ciphertune
@@ -15,6 +16,7 @@ from ciphertune import LoraTrainer
 from ciphertune.errors import NothingOutsourcedError, PluginError, SecurityError, UnknownLayerError, VetoError
 from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins.manager import PluginManager, plugin_manager
+from ciphertune.selection import parse_use
 
 
 def model() -> nn.Sequential:
@@ -64,11 +66,10 @@ def test_veto_stops_the_request(recorder: Any) -> None:
     recorder.plugins.register(Refuser())
     net = ciphertune.outsource(model(), "clear", plugins=recorder.plugins)
     y = net(torch.randn(3, 4, requires_grad=True))
-    worker = ciphertune.session_of(net).worker
-    served = worker.stats.requests
+    seen = seen_by(ciphertune.session_of(net).worker)
     with pytest.raises(VetoError, match="gradients of 1 stay here"):
         y.sum().backward()
-    assert worker.stats.requests == served
+    assert not seen
     assert recorder.products("backward") == []
 
 
@@ -192,7 +193,9 @@ def test_environment_says_what_is_active(monkeypatch: pytest.MonkeyPatch, value:
     assert manager.names() == names
     assert manager.failed == {}
     if "a%2Cb" in (value or ""):
-        assert manager._manager.get_plugin("traffic").path == Path("a,b.json")
+        assert parse_use("traffic?path=a%2Cb.json") == ("traffic", {"path": "a,b.json"})
+        with pytest.raises(PluginError, match="in use with these options already"):
+            manager.use("traffic?path=a%2Cb.json")
 
 
 def test_mistakes_in_the_environment_are_warned_of_and_the_rest_loads(monkeypatch: pytest.MonkeyPatch) -> None:

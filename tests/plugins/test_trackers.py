@@ -110,16 +110,16 @@ def test_history_of_a_resumed_run_is_that_of_an_uninterrupted_one(
     whole, path = tmp_path / f"whole-{name}", tmp_path / name
     with_whole, first, second = PluginManager(), PluginManager(), PluginManager()
     with_whole.use(f"history?path={whole}")
-    trainer_of(with_whole, max_steps=10).train(BATCHES, BATCHES[:1])
-    checkpoints = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 3}
+    trainer_of(with_whole, steps=10).train(BATCHES, BATCHES[:1])
+    checkpoints: dict[str, Any] = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 3}
     first.use(f"history?path={path}")
     with pytest.raises(Stop):
-        trainer_of(first, max_steps=10, loss_fn=stopping_at(9), **checkpoints).train(BATCHES, BATCHES[:1])  # type: ignore[arg-type]
+        trainer_of(first, steps=10, loss_fn=stopping_at(9), **checkpoints).train(BATCHES, BATCHES[:1])
     assert [int(row["step"]) for row in read(path) if row["kind"] == "step"] == list(range(1, 9))
     # A killed process may leave half a line, and a sick disk anything.
     path.write_bytes(path.read_bytes() + b"garbage,\xff\n" + b'step,7,{"kind": "step", "st')
     second.use(f"history?path={path}")
-    resumed = trainer_of(second, max_steps=10, **checkpoints)  # type: ignore[arg-type]
+    resumed = trainer_of(second, steps=10, **checkpoints)
     resumed.evaluate(BATCHES)  # of a fresh model: not part of the run
     resumed.train(BATCHES, BATCHES[:1], resume=True)
     keys = ("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "samples", "eval_loss", "bytes_down")
@@ -353,7 +353,7 @@ def test_tensorboard_has_the_curves_and_nothing_else(tmp_path: Path) -> None:
     for event in found:
         assert event.WhichOneof("what") in ("summary", "file_version", "session_log")
         assert all(value.WhichOneof("value") == "simple_value" for value in event.summary.value)
-    trainer_of(manager, max_steps=7, checkpoint_dir=tmp_path / "c").train(BATCHES, BATCHES[:1], resume=True)
+    trainer_of(manager, steps=7, checkpoint_dir=tmp_path / "c").train(BATCHES, BATCHES[:1], resume=True)
     starts = [event.step for event in events(tmp_path / "runs" / "one") if event.HasField("session_log")]
     assert starts == [1, 6], "TensorBoard drops steps from here on that it read before"
 
@@ -452,7 +452,7 @@ def test_mlflow_has_settings_metrics_and_how_it_ended(store: str, tmp_path: Path
     trainer.evaluate(BATCHES[:1])
     assert len(client.get_metric_history(plugin.run_id, "eval_loss")) == 3
     assert client.get_run(plugin.run_id).info.status == "FINISHED"
-    again = trainer_of(manager, f"mlwe?key={key}", max_steps=6, checkpoint_dir=tmp_path / "c")
+    again = trainer_of(manager, f"mlwe?key={key}", steps=6, checkpoint_dir=tmp_path / "c")
     again.train(BATCHES, BATCHES[:1], resume=True)
     resumed = client.get_run(plugin.run_id)
     assert resumed.info.run_id != run.info.run_id

@@ -100,7 +100,7 @@ def test_a_class_is_not_registered_in_place_of_what_it_makes(manager: PluginMana
         ("conter?start=1", "unknown plugin 'conter'; did you mean 'counter'"),
         ("counter", "plugin 'counter': option start is missing and has no default"),
         ("counter?strat=1", "plugin 'counter': unknown option 'strat'; did you mean 'start'"),
-        ("counter?start=one", "plugin 'counter': option start='one' must be a int"),
+        ("counter?start=one", "plugin 'counter': option start='one' must be a whole number"),
         ("counter?start=1&start=2", "given twice"),
         ("counter?start", "expected name=value"),
         ("counter+zmq://?start=1", "expected name"),

@@ -22,10 +22,10 @@ from torch import nn
 
 import ciphertune
 from ciphertune.errors import ConfigError
-from ciphertune.report.account import Accountant
 from ciphertune.report.chart import Series, chart, nice_ticks
+from ciphertune.report.costs import CostMeter
 from ciphertune.report.page import count, duration, look_up, number, percent, render, size
-from ciphertune.report.redact import HIDDEN, public, toml
+from ciphertune.report.redact import HIDDEN, redacted, toml
 from ciphertune.runs.config import load_config, parse_config
 from ciphertune.runs.demo import run_demo
 from ciphertune.runs.train import read_comparison, run_training
@@ -142,8 +142,8 @@ def test_every_section_is_there_and_named(run: tuple[Page, dict[str, Any]]) -> N
     assert all(values["aria-labelledby"] in page.ids for values in sections)
     assert [values["lang"] for tag, values in page.tags if tag == "html"] == ["en"]
     assert content["security"] in page.text
-    assert content["account"]["versions"]["torch"] in page.text
-    assert content["account"]["machine"]["platform"] in page.text
+    assert content["costs"]["versions"]["torch"] in page.text
+    assert content["costs"]["machine"]["platform"] in page.text
     assert content["adapter"] in page.text
 
 
@@ -185,10 +185,10 @@ def test_figures_are_those_of_result_json(run: tuple[Page, dict[str, Any]]) -> N
         seen.add(key)
     wanted = {
         *("outsourced_fraction", "traffic.requests", "traffic.retries", "traffic.bytes_up", "traffic.bytes_down"),
-        *("account.seconds", "account.outsourced_weights", "account.client_weights"),
-        *("account.outsourced_operations", "account.client_operations"),
-        *(f"account.phases.{name}" for name in ("encrypt", "decrypt", "network", "worker", "rest")),
-        *(f"account.groups.{n}.bytes_up" for n in range(len(content["account"]["groups"]))),
+        *("costs.seconds", "costs.outsourced_weights", "costs.client_weights"),
+        *("costs.outsourced_operations", "costs.client_operations"),
+        *(f"costs.phases.{name}" for name in ("encrypt", "decrypt", "network", "worker", "rest")),
+        *(f"costs.groups.{n}.bytes_up" for n in range(len(content["costs"]["groups"]))),
     }
     if "evaluations" in content:
         wanted |= {"losses.-1", *(f"evaluations.{n}.eval_loss" for n in range(len(content["evaluations"])))}
@@ -228,40 +228,42 @@ def test_curves_have_every_point(run: tuple[Page, dict[str, Any]]) -> None:
         assert y == pytest.approx(bottom + (value - low) / (high - low) * (top - bottom), abs=0.2)
 
 
-def test_the_account_adds_up(run: tuple[Page, dict[str, Any]]) -> None:
+def test_the_costs_add_up(run: tuple[Page, dict[str, Any]]) -> None:
     _, content = run
-    account, traffic = content["account"], content["traffic"]
-    sums = total(account["groups"])
+    costs, traffic = content["costs"], content["traffic"]
+    sums = total(costs["groups"])
     assert {name: sums[name] for name in traffic} == pytest.approx(traffic)
-    assert sum(account["phases"].values()) == pytest.approx(account["seconds"])
-    phases = account["phases"]
+    assert sum(costs["phases"].values()) == pytest.approx(costs["seconds"])
+    phases = costs["phases"]
     assert (phases["encrypt"], phases["decrypt"]) == (traffic["encrypt_seconds"], traffic["decrypt_seconds"])
     assert phases["worker"] == min(traffic["evaluate_seconds"], traffic["wait_seconds"])
     assert phases["worker"] + phases["network"] == pytest.approx(traffic["wait_seconds"])
     assert all(seconds >= 0 for seconds in phases.values())
-    assert account["phases"]["worker"] > 0 < account["phases"]["rest"]
-    weights = account["outsourced_weights"], account["client_weights"]
+    assert costs["phases"]["worker"] > 0 < costs["phases"]["rest"]
+    weights = costs["outsourced_weights"], costs["client_weights"]
     assert weights[0] / sum(weights) == pytest.approx(content["outsourced_fraction"])
-    assert account["outsourced_operations"] > 0 < account["client_operations"]
-    assert account["encrypted"] == (content["security_bits"] is not None)
+    assert costs["outsourced_operations"] > 0 < costs["client_operations"]
+    assert costs["encrypted"] == (content["security_bits"] is not None)
 
 
 def test_a_resumed_run_says_what_it_knows(trained: Path, resumed: Path) -> None:
     whole = json.loads((trained / "out" / "result.json").read_text())
     content = json.loads((resumed / "result.json").read_text())
     page = Page((resumed / "report.html").read_text())
-    assert (whole["account"]["first_step"], content["account"]["first_step"]) == (1, 5)
+    assert (whole["costs"]["first_step"], content["costs"]["first_step"]) == (1, 5)
     assert len(content["losses"]) == len(whole["losses"]) == 8
     assert content["traffic"]["requests"] == whole["traffic"]["requests"] / 2
     assert "A resumed run" in page.text
     assert "from step 5 on" in page.text
+    banners = [values["class"] for tag, values in page.tags if values.get("class", "").startswith("banner")]
+    assert banners == ["banner good", "banner info"]
     assert "resumed" not in Page((trained / "out" / "report.html").read_text()).text
 
 
 def test_a_run_with_nothing_left_to_do_has_a_report_too(trained: Path) -> None:
     content = json.loads((trained / "out" / "result.json").read_text())
-    content["account"] |= {"first_step": 9, "seconds": 0.0, "groups": [], "outsourced_operations": 0}
-    content["account"] |= {"client_operations": 0, "phases": dict.fromkeys(content["account"]["phases"], 0.0)}
+    content["costs"] |= {"first_step": 9, "seconds": 0.0, "groups": [], "outsourced_operations": 0}
+    content["costs"] |= {"client_operations": 0, "phases": dict.fromkeys(content["costs"]["phases"], 0.0)}
     content["evaluations"] = []
     page = Page(render(content))
     assert "not counted in this run" in page.text
@@ -283,8 +285,8 @@ def _hostile(value: Any) -> Any:
 def test_hostile_text_stays_text(run: tuple[Page, dict[str, Any]]) -> None:
     page, content = run
     hostile = _hostile(content)
-    hostile["account"]["versions"][HOSTILE] = HOSTILE
-    hostile["account"]["machine"][HOSTILE] = HOSTILE
+    hostile["costs"]["versions"][HOSTILE] = HOSTILE
+    hostile["costs"]["machine"][HOSTILE] = HOSTILE
     if "config" in hostile:
         hostile["config"]["lora"]["target_modules"] = [HOSTILE, HOSTILE]
     found = Page(render(hostile))
@@ -310,12 +312,12 @@ def test_what_could_be_secret_is_not_shown(trained: Path, option: str) -> None:
 
 @pytest.mark.parametrize("text", ["mlwe", "simulation?seed=1", "mlwe+zmq://10.0.0.5:5555,ipc:///run/w?insecure=1"])
 def test_harmless_selections_are_shown_as_they_are(text: str) -> None:
-    assert public(text) == text
+    assert redacted(text) == text
 
 
 def test_logins_in_addresses_are_hidden_however_they_are_written() -> None:
     for uri in ("http://a:hush@b/x", "http%3A%2F%2Fa%3Ahush%40b", "a:hu/sh@b"):
-        assert "sh" not in public(f"mlflow?uri={uri}").replace("not shown", "").removeprefix("mlflow?uri=a:hu/"), uri
+        assert "sh" not in redacted(f"mlflow?uri={uri}").replace("not shown", "").removeprefix("mlflow?uri=a:hu/"), uri
 
 
 @settings(max_examples=50)
@@ -359,21 +361,21 @@ def test_operations_of_a_step_are_exact(interleave: int) -> None:
     session = ciphertune.session_of(model)
     before = session.plugins.names()
     batches = [(torch.randn(16, 32), torch.randint(10, (16,))) for _ in range(3)]
-    accountant = Accountant(session, ciphertune.share(model))
-    with accountant.following():
+    meter = CostMeter(session, ciphertune.share(model))
+    with meter.measuring():
         trainer = ciphertune.LoraTrainer(model, loss_fn=nn.CrossEntropyLoss(), accumulation=2, interleave=interleave)
         trainer.train(batches[:2])
     session.close()
     assert session.plugins.names() == before
-    account = accountant.account()
-    phases = account.phases
-    assert sum(phases.values()) == pytest.approx(account.seconds)
-    assert (sum(row["turn_seconds"] for row in account.groups) > 0) == (interleave > 1)
+    costs = meter.costs()
+    phases = costs.phases
+    assert sum(phases.values()) == pytest.approx(costs.seconds)
+    assert (sum(row["turn_seconds"] for row in costs.groups) > 0) == (interleave > 1)
     # Two micro-batches of 16. Workers: forward of both layers, backward of the second (the first's input needs none).
-    assert account.outsourced_operations == 2 * 16 * (32 * 64 + 64 * 64 + 64 * 64)
+    assert costs.outsourced_operations == 2 * 16 * (32 * 64 + 64 * 64 + 64 * 64)
     # Client: adapters and their gradients, without that of the first layer's input, and the head twice.
     adapters = (32 * 4 + 4 * 64) + (4 * 64 + 4 * 64 + 32 * 4) + 3 * (64 * 4 + 4 * 64)
-    assert account.client_operations == 2 * 16 * (adapters + 2 * 64 * 10)
+    assert costs.client_operations == 2 * 16 * (adapters + 2 * 64 * 10)
 
 
 def test_counting_changes_no_bit_of_the_training(tiny: Callable[[str], nn.Module]) -> None:
@@ -383,12 +385,12 @@ def test_counting_changes_no_bit_of_the_training(tiny: Callable[[str], nn.Module
     for counted in (False, True):
         model = ciphertune.outsource(with_adapter(tiny("llama")), "simulation?seed=2")
         session = ciphertune.session_of(model)
-        accountant = Accountant(session, ciphertune.share(model))
+        meter = CostMeter(session, ciphertune.share(model))
         trainer = ciphertune.LoraTrainer(model, learning_rate=0.01)
-        with accountant.following() if counted else _nothing():
+        with meter.measuring() if counted else _nothing():
             losses.append(trainer.train(batches(3)).losses)
         session.close()
-        assert (accountant.account().outsourced_operations > 0) == counted
+        assert (meter.costs().outsourced_operations > 0) == counted
     assert losses[0] == losses[1]
 
 
@@ -504,7 +506,7 @@ def test_tables_and_pictures_have_names(run: tuple[Page, dict[str, Any]]) -> Non
 def test_a_browser_shows_it_without_scrolling_sideways(trained: Path, demo: Path, width: int, tmp_path: Path) -> None:
     pages = [trained / "out" / "report.html", demo / "report.html"]
     long = copy.deepcopy(json.loads((trained / "out" / "result.json").read_text()))
-    long["account"]["groups"][0]["layers"] = ["model.layers.0." + "x" * 200]
+    long["costs"]["groups"][0]["layers"] = ["model.layers.0." + "x" * 200]
     long["to"] = "mlwe+zmq://" + ",".join(f"worker-{n}.example.internal:5555" for n in range(12))
     (tmp_path / "long.html").write_text(render(long))
     # Frames stand for windows: a headless one may not be as narrow as a phone.

@@ -40,8 +40,8 @@ def test_defaults_and_conversion() -> None:
     [
         (changed(None, modle={}), "unknown key or section 'modle'; did you mean 'model'"),
         (changed("training", learning_rat=1.0), "unknown key 'training.learning_rat'; did you mean 'learning_rate'"),
-        (changed("training", steps="ten"), "training.steps must be of type int, not str"),
-        (changed("training", steps=True), "training.steps must be of type int, not bool"),
+        (changed("training", steps="ten"), "training.steps must be a whole number, not 'ten'"),
+        (changed("training", steps=True), "training.steps must be a whole number, not True"),
         (changed("training", schedule="square"), "training.schedule must be one of constant, linear, cosine"),
         (changed("lora", target_modules="q_proj"), "lora.target_modules must be a list of strings"),
         (changed("lora", r=0), "lora.r must be 1 or more"),
@@ -57,12 +57,12 @@ def test_defaults_and_conversion() -> None:
         (changed("training", accumulation=0), "training.accumulation must be 1 or more"),
         (
             changed("training", accumulation=2, interleave=3),
-            "training.interleave must be from 1 to training.accumulation",
+            "training.interleave must be from 1 to accumulation, which is 2, not 3",
         ),
         (changed("training", max_grad_norm=0.0), "training.max_grad_norm must be above 0"),
         (changed("training", eval_every=0), "training.eval_every must be 1 or more"),
         (changed("training", checkpoint_dir="c", checkpoint_every=0), "training.checkpoint_every must be 1 or more"),
-        (changed("training", checkpoint_every=5), "checkpoint_every is set but training.checkpoint_dir is not"),
+        (changed("training", checkpoint_every=5), "training.checkpoint_every is set but checkpoint_dir is not"),
         ({**GOOD, "data": 3}, r"\[data\] must be a section"),
         ({k: v for k, v in GOOD.items() if k != "model"}, "model is missing"),
         ({**GOOD, "data": {}}, "data.source is missing"),
@@ -127,6 +127,7 @@ def test_a_run_trains_saves_and_resumes_exactly(project: Path) -> None:
     assert written["losses"] == whole.losses
     assert written["config"]["model"]["name"].endswith("model")
     assert (project / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert {path.name for path in (project / "out").iterdir()} == {"adapter", "loss.png", "report.html", "result.json"}
     base = AutoModelForCausalLM.from_pretrained(project / "model")
     loaded = PeftModel.from_pretrained(base, whole.adapter)
     assert any(p.abs().sum() > 0 for n, p in loaded.named_parameters() if "lora_B" in n)

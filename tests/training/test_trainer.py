@@ -192,8 +192,8 @@ def test_scheduler_steps_once_per_optimizer_step():
     assert len(set(rates)) == 6
 
 
-def test_max_steps_goes_round_as_often_as_needed():
-    trainer = trainer_of(outsourced(), max_steps=7, accumulation=2)
+def test_steps_goes_round_as_often_as_needed():
+    trainer = trainer_of(outsourced(), steps=7, accumulation=2)
     history = trainer.train(tuples(5))
     assert [(entry["step"], entry["epoch"]) for entry in history.steps] == [
         (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2), (7, 3),
@@ -329,8 +329,8 @@ def test_a_comparison_run_in_the_clear_gives_the_same_losses():
         ({"epochs": None}, "epochs"),
         ({"accumulation": 0}, "accumulation"),
         ({"accumulation": 1.5}, "accumulation"),
-        ({"max_steps": -1}, "max_steps"),
-        ({"max_steps": True}, "max_steps"),
+        ({"steps": -1}, "steps"),
+        ({"steps": True}, "steps"),
         ({"eval_every": 0}, "eval_every"),
         ({"keep_checkpoints": 0}, "keep_checkpoints"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
@@ -394,7 +394,7 @@ class Lying(list):
         ({"x": torch.zeros(3, 6)}, "iterable of batches"),
         (3, "iterable of batches"),
         ([], "no batch"),
-        (Stream(tuples(2)), "max_steps"),
+        (Stream(tuples(2)), "steps"),
         (Lying(tuples(3), 4), "4 batches but gave 3"),
         (Lying(tuples(3), 2), "2 batches but gave more"),
         ([torch.zeros(3, 6)], "not a Tensor"),
@@ -408,11 +408,11 @@ def test_data_that_cannot_be_trained_on(data, message):
 
 def test_data_without_a_length():
     stream = DataLoader(Stream(tuples(3)), batch_size=None)
-    history = trainer_of(outsourced(), max_steps=5).train(stream)
-    assert history.losses == trainer_of(outsourced(), max_steps=5).train(tuples(3)).losses
+    history = trainer_of(outsourced(), steps=5).train(stream)
+    assert history.losses == trainer_of(outsourced(), steps=5).train(tuples(3)).losses
     assert [entry["epoch"] for entry in history.steps] == [1, 1, 1, 2, 2]
     with pytest.raises(TrainingError, match="no batch in epoch 1"):
-        trainer_of(outsourced(), max_steps=5).train(Stream([]))
+        trainer_of(outsourced(), steps=5).train(Stream([]))
 
 
 def test_losses_of_the_wrong_form():
@@ -503,9 +503,9 @@ def test_evaluation_errors():
 
 def test_target_counts():
     labels = torch.tensor([[1, 2, -100, 3], [-100, -100, 4, 5]])
-    assert batches._count_targets(labels, shifted=False) == 5
-    assert batches._count_targets(labels, shifted=True) == 4
-    assert batches._count_targets(torch.zeros(3, 2), shifted=False) is None
+    assert batches.count_targets(labels, shifted=False) == 5
+    assert batches.count_targets(labels, shifted=True) == 4
+    assert batches.count_targets(torch.zeros(3, 2), shifted=False) is None
     assert batches.size({"input_ids": labels, "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])}) == (
         "tokens",
         4,
@@ -708,7 +708,7 @@ def test_an_interleaved_step_that_fails_touches_no_weight(fails):
         trainer.train(data)
     assert_same(trainable(model), before)
     assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
-    assert not [t for t in threading.enumerate() if t.name.startswith("ciphertune-turn")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("ciphertune-task")]
 
 
 def test_interleaving_is_refused_where_it_cannot_be():

@@ -146,10 +146,10 @@ def test_actors_and_relays_that_are_killed_are_started_again(
     monkeypatch.setenv("HOSPITAL_TOKEN", "secret-of-this-process")
     (worker,) = deployed("killed")
     run = training("auto/killed", max_inflight_mb=64)
-    bridge = run.session.pool.workers[0].link._bridge
+    link: Any = run.session.pool.workers[0].link
     if sys.platform == "linux":
-        assert b"HOSPITAL" not in Path(f"/proc/{bridge._running._process.pid}/environ").read_bytes()
-    losses = [run.step(), run.step(lambda: bridge._running._process.kill())]
+        assert b"HOSPITAL" not in Path(f"/proc/{link.relay.pid}/environ").read_bytes()
+    losses = [run.step(), run.step(lambda: os.kill(link.relay.pid, signal.SIGKILL))]
     losses += [run.step(lambda: os.kill(worker["pid"], signal.SIGKILL)), run.step()]
     assert losses == expected[:4]
     assert run.session.traffic.retries >= 2

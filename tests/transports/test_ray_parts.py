@@ -20,9 +20,9 @@ import ciphertune
 from ciphertune.bundle.worker import load_worker
 from ciphertune.errors import ConfigError, ProtocolError, SelectionError
 from ciphertune.testing import EchoHandler
-from ciphertune.worker.store import WeightStore
-from ciphertune_ray.bundles import blocks_of, fetched, parts_of
-from ciphertune_ray.pipe import Pipe, pair
+from ciphertune.worker import WeightStore
+from ciphertune_ray.bundles import blocks_of, fetch_and_load, parts_of
+from ciphertune_ray.channel import Channel, socket_pair
 from ciphertune_ray.transport import RayTransport
 
 fsspec: Any = pytest.importorskip("fsspec", reason="the ray transport needs fsspec")
@@ -59,7 +59,7 @@ def test_a_bundle_in_an_object_store(url: str, bundle: Path, tmp_path: Path) -> 
     assert part == "memory://bundle/worker"
     assert blocks_of(part) == [([str(n)], 256) for n in range(4)] == blocks_of(str(bundle / "worker"))
     whole = codes(load_worker(bundle / "worker"))
-    assert all(map(torch.equal, codes(fetched(part, [], load_worker)), whole))
+    assert all(map(torch.equal, codes(fetch_and_load(part, [], load_worker)), whole))
     files = kept(tmp_path)
     assert len(files) == 5
     # It is not asked for again what is here.
@@ -67,22 +67,22 @@ def test_a_bundle_in_an_object_store(url: str, bundle: Path, tmp_path: Path) -> 
     for name in store.find("/bundle/worker"):
         if not name.endswith("manifest.json"):
             store.rm_file(name)
-    assert all(map(torch.equal, codes(fetched(part, [], load_worker)), whole))
+    assert all(map(torch.equal, codes(fetch_and_load(part, [], load_worker)), whole))
 
 
 def test_only_what_a_worker_serves_is_fetched(url: str, tmp_path: Path) -> None:
-    store = fetched(f"{url}/worker", ["1", "3"], lambda folder: load_worker(folder, layers=["1", "3"]))
+    store = fetch_and_load(f"{url}/worker", ["1", "3"], lambda folder: load_worker(folder, layers=["1", "3"]))
     assert sorted(store) == ["1", "3"]
     assert len(kept(tmp_path)) == 3
 
 
 def test_what_was_kept_and_is_damaged_is_fetched_again(url: str, tmp_path: Path) -> None:
-    fetched(f"{url}/worker", [], load_worker)
+    fetch_and_load(f"{url}/worker", [], load_worker)
     damaged = next(file for file in (tmp_path / "cache").rglob("*.safetensors"))
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    fetched(f"{url}/worker", [], load_worker)
+    fetch_and_load(f"{url}/worker", [], load_worker)
     assert damaged.read_bytes() != content
 
 
@@ -93,7 +93,7 @@ def test_what_is_damaged_at_its_origin_is_refused(url: str) -> None:
     content[-1] ^= 1
     store.pipe_file(name, bytes(content))
     with pytest.raises(ConfigError, match="do not have the hash"):
-        fetched(f"{url}/worker", [], load_worker)
+        fetch_and_load(f"{url}/worker", [], load_worker)
 
 
 def test_a_manifest_that_names_files_elsewhere(url: str) -> None:
@@ -143,7 +143,7 @@ def test_a_ray_of_one_process_serves_nobody(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_messages_of_a_pipe() -> None:
-    here, there = map(Pipe, pair())
+    here, there = map(Channel, socket_pair())
     large = bytes(range(256)) * 40000
     sending = threading.Thread(target=here.send, args=({"op": "x", "n": 1}, [b"", b"ab", memoryview(large)]))
     sending.start()
@@ -183,10 +183,10 @@ def test_a_relay_that_says_what_it_may_not(sent: bytes) -> None:
     """Sizes are looked at before memory is taken for them."""
     near, far = socket.socketpair()
     far.sendall(sent)
-    pipe = Pipe(near)
+    channel = Channel(near)
     with pytest.raises(ProtocolError):
-        pipe.receive()
-    pipe.close()
+        channel.receive()
+    channel.close()
     far.close()
 
 
@@ -196,6 +196,6 @@ def test_a_relay_that_ends_in_the_middle(cut: int) -> None:
     head = msgpack.packb({"op": "x", "sizes": [100]})
     far.sendall((struct.pack("<I", len(head)) + head + bytes(100))[:cut])
     far.close()
-    pipe = Pipe(near)
-    assert pipe.receive() is None
-    pipe.close()
+    channel = Channel(near)
+    assert channel.receive() is None
+    channel.close()

@@ -36,11 +36,10 @@ from ciphertune.errors import (
 )
 from ciphertune.plugins import registry
 from ciphertune.protocol import Limits, Message, pack, unpack
-from ciphertune.transport import Link
+from ciphertune.testing import EchoHandler
+from ciphertune.transport import Link, RequestHandler
 from ciphertune.weights import quantize
-from ciphertune.worker.service import Quota, Service
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import Quota, Service, WeightStore, Worker
 
 ZmqTransport = registry.load(registry.TRANSPORTS, "zmq")
 FAST = "connect_timeout=1.5"
@@ -63,7 +62,7 @@ def service() -> Iterator[Service]:
 
 
 @contextlib.contextmanager
-def listening(service: Service, address: str = "127.0.0.1:*", **options: Any) -> Iterator[Any]:
+def listening(service: RequestHandler, address: str = "127.0.0.1:*", **options: Any) -> Iterator[Any]:
     listener = ZmqTransport.listen(service, address, options)
     try:
         yield listener
@@ -121,35 +120,9 @@ def test_products_over_curve_and_plain_tcp_and_unix_sockets(
     assert service.load.under_way == 0
 
 
-class Echo:
-    """A handler that sends back what it gets, when it is told to."""
-
-    limits = Limits(buffer_bytes=100 << 20, total_bytes=100 << 20)
-
-    def __init__(self) -> None:
-        self.kept: list[Any] = []
-        self.hold = False
-        self.peers: list[str] = []
-        self.released = 0
-
-    def submit(self, frames: Any, peer: str, reply: Any) -> None:
-        self.peers.append(peer)
-        self.kept.append((list(frames), reply))
-        if not self.hold:
-            self.answer()
-
-    def answer(self, backwards: bool = False) -> None:
-        for frames, reply in reversed(self.kept) if backwards else self.kept:
-            reply(frames, self._release)
-        self.kept = []
-
-    def _release(self) -> None:
-        self.released += 1
-
-
 @pytest.mark.parametrize("secure", [True, False])
 def test_large_and_empty_buffers(keys: Path, secure: bool) -> None:
-    handler: Any = Echo()
+    handler = EchoHandler()
     options = {"curve": str(keys)} if secure else {"insecure": True}
     with listening(handler, **options) as listener:
         link = link_to(f"mlwe+zmq://{listener.address}?" + (f"curve={keys}" if secure else "insecure=1"))
@@ -166,7 +139,7 @@ def test_large_and_empty_buffers(keys: Path, secure: bool) -> None:
 
 
 def test_many_requests_are_answered_in_any_order() -> None:
-    handler: Any = Echo()
+    handler = EchoHandler()
     handler.hold = True
     with listening(handler, insecure=True) as listener:
         link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
@@ -201,7 +174,7 @@ def test_only_authorised_clients_are_served(curved: str, keys: Path, tmp_path: P
     ZmqTransport.make_keys(strangers, ("client",), worker=True)
     with pytest.raises(TransportError, match="key"):
         products(f"mlwe+zmq://{curved}?curve={strangers}&{FAST}")
-    # The right worker's key, but a client that nobody put in clients/.
+    # The right worker's key, but a client that is not in clients/.
     (strangers / "worker.pub").unlink()
     (strangers / "worker.pub").write_bytes((keys / "worker.pub").read_bytes())
     with pytest.raises(TransportError, match="refused this client|nothing answers|no answer|lost"):
@@ -304,8 +277,8 @@ def test_errors_of_endpoints_and_options(service: Service, plain: str) -> None:
         ZmqTransport.listen(service, plain, {"colour": "red"})
 
 
-def test_closing_answers_whoever_waits(plain: str) -> None:
-    handler: Any = Echo()
+def test_closing_fails_pending_requests(plain: str) -> None:
+    handler = EchoHandler()
     handler.hold = True
     with listening(handler, insecure=True) as listener:
         link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
@@ -356,7 +329,7 @@ def raw_peer(address: str) -> socket.socket:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a connection received")
 def test_a_message_without_an_end_is_cut(service: Service) -> None:
-    with listening(service, insecure=True, max_backlog=20 << 20) as listener:
+    with listening(service, insecure=True, max_incomplete_bytes=20 << 20) as listener:
         good = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
         bad = raw_peer(listener.address)
         frame = b"\x03" + struct.pack(">Q", 1 << 20) + bytes(1 << 20)
@@ -414,7 +387,7 @@ def test_messages_that_are_none(plain: str, parts: list[bytes]) -> None:
     peer.connect(f"tcp://{plain}")
     try:
         peer.send_multipart(parts)
-        if len(parts[0]) >= 8:  # An answer is owed to whoever gave a number.
+        if len(parts[0]) >= 8:  # A request with a number is answered.
             assert peer.poll(10_000)
             number, *frames = peer.recv_multipart()
             assert number[:8] == b"12345678"

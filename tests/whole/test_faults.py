@@ -48,18 +48,22 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], nn.Mo
 
 
 class At:
-    """Calls something right before the n-th product is sent."""
+    """A hook plugin that calls something right before the n-th product from now is sent.
+
+    Attributes:
+        countdown: products until then; set it for another call.
+    """
 
     def __init__(self, number: int, action: Callable[[], Any]) -> None:
-        self._countdown = number
+        self.countdown = number
         self._action = action
         self.plugins = PluginManager()
         self.plugins.register(self, "at")
 
     @hookimpl
     def ciphertune_before_request(self, exchange: Exchange) -> None:
-        self._countdown -= 1
-        if self._countdown == 0:
+        self.countdown -= 1
+        if self.countdown == 0:
             self._action()
 
 
@@ -162,7 +166,7 @@ def test_a_cut_link_is_mended(bundle: Path, reference: tuple[list[float], int]) 
         def strike() -> None:
             link.cut()
             if next(cuts, None) is not None:
-                at._countdown = 10
+                at.countdown = 10
 
         at = At(5, strike)
         model = client(bundle, CLEAR.format(link.address) + "&deadline=30", at.plugins)

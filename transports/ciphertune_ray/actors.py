@@ -1,4 +1,4 @@
-"""What runs in the cluster: an actor with a worker."""
+"""The actor with a worker that runs in the cluster."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from ciphertune.protocol import Frame
 
 
-def carried(frames: Sequence[Frame]) -> list[Any]:
-    """Frames in the form in which Ray carries them: arrays go through the object store without being copied again."""
+def to_ray(frames: Sequence[Frame]) -> list[Any]:
+    """Convert frames to values that Ray carries; arrays go through its object store without another copy."""
     return [frame if isinstance(frame, bytes) else np.frombuffer(frame, dtype=np.uint8) for frame in frames]
 
 
-def frames_of(values: Sequence[Any]) -> list[Frame]:
-    """The other way. What is neither bytes nor an array of them is left out, and then missed."""
+def from_ray(values: Sequence[Any]) -> list[Frame]:
+    """Convert Ray's values back to frames. What is neither bytes nor an array of them is left out."""
     return [
         value if isinstance(value, bytes) else value.data
         for value in values
@@ -28,7 +28,7 @@ def frames_of(values: Sequence[Any]) -> list[Frame]:
 
 
 class WorkerActor:
-    """A worker over some layers of a bundle. Ray starts it again where it died, without its sessions.
+    """A worker with some layers of a bundle. After it has died Ray starts it again, without its sessions.
 
     Args:
         spec: a ``Spec`` as plain data.
@@ -40,15 +40,14 @@ class WorkerActor:
 
         from ciphertune.bundle.worker import load_worker
         from ciphertune.plugins import registry
-        from ciphertune.worker.service import Quota, Service
-        from ciphertune.worker.worker import SessionLimits, Worker
-        from ciphertune_ray.bundles import fetched
+        from ciphertune.worker import Quota, Service, SessionLimits, Worker
+        from ciphertune_ray.bundles import fetch_and_load
 
         torch.set_num_threads(spec["threads"] or max(1, int(spec["cpus"])))
         device = "cuda" if spec["gpus"] else "cpu"
         part, layers = spec["parts"][index % len(spec["parts"])]
         self._spec, self._index = spec, index
-        store = fetched(part, layers, lambda folder: load_worker(folder, device=device, layers=layers or None))
+        store = fetch_and_load(part, layers, lambda folder: load_worker(folder, device=device, layers=layers or None))
         self._service = Service(
             Worker(store, device, SessionLimits(idle_seconds=spec["idle_seconds"])),
             Quota(spec["max_requests"], spec["max_client_mb"] << 20),
@@ -66,16 +65,16 @@ class WorkerActor:
         answered: asyncio.Future[tuple[list[Frame], Callable[[], None]]] = loop.create_future()
 
         def reply(out: list[Frame], release: Callable[[], None]) -> None:
-            loop.call_soon_threadsafe(_settle, answered, (out, release))
+            loop.call_soon_threadsafe(_set_result, answered, (out, release))
 
-        self._service.submit(frames_of(frames), peer, reply)
+        self._service.submit(from_ray(frames), peer, reply)
         out, release = await answered
-        # Ray copies them into the object store when this returns.
+        # Ray copies the frames into its object store when this returns.
         release()
-        return carried(out)
+        return to_ray(out)
 
     async def describe(self) -> dict[str, Any]:
-        """Where it is and what it holds, as plain data."""
+        """Describe where it runs and which layers it holds, as plain data."""
         import ray
 
         worker = self._service.worker
@@ -94,13 +93,13 @@ class WorkerActor:
         }
 
     def _address(self) -> str:
-        """Where clients that are no part of the cluster find it."""
+        """Its address for clients outside the cluster; empty if it does not listen."""
         import ray
 
         port = self._spec["port"] + self._index
         return f"{ray.util.get_node_ip_address()}:{port}" if self._listener is not None else ""
 
 
-def _settle(future: asyncio.Future[Any], value: Any) -> None:
+def _set_result(future: asyncio.Future[Any], value: Any) -> None:
     if not future.done():
         future.set_result(value)

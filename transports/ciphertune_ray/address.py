@@ -1,4 +1,4 @@
-"""Addresses as users write them."""
+"""Addresses of clusters, deployments and workers, as users write them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Address:
 
     @property
     def named(self) -> Address:
-        """The same, with the name that stands for none."""
+        """The address with the default name where none is given."""
         return dataclasses.replace(self, name=self.name or DEFAULT_NAME)
 
     def worker(self, index: int) -> Address:
-        """One worker of the deployment."""
+        """The address of one worker of the deployment."""
         return dataclasses.replace(self, index=index)
 
     @property
@@ -49,7 +49,7 @@ class Address:
 
     @property
     def ray(self) -> str | None:
-        """The cluster as Ray writes it; None to start one."""
+        """The cluster's address in Ray's form; None to start one."""
         if self.cluster == "local":
             return None
         if self.cluster == "auto":
@@ -58,7 +58,7 @@ class Address:
 
 
 def actor_name(deployment: str, index: int) -> str:
-    """What a worker's actor is called."""
+    """The name of a worker's actor."""
     return f"{deployment}/{index}"
 
 
@@ -71,7 +71,7 @@ def parse(text: str) -> Address:
     ('bank/2', '10.0.0.1:6379', 'ray://head:10001')
 
     Raises:
-        SelectionError: it has another form.
+        SelectionError: the text has another form.
     """
     prefix = "gcs://" if text.startswith("gcs://") else ""
     cluster, *rest = text.removeprefix(prefix).split("/")
@@ -90,5 +90,5 @@ def parse(text: str) -> Address:
 
 
 def absolute(bundle: str) -> str:
-    """A bundle's address that other processes understand: a path from the root, or a URL as it is."""
+    """A bundle's address for other processes: an absolute path, or a URL as it is."""
     return bundle if "://" in bundle else str(Path(bundle).absolute())

@@ -1,4 +1,4 @@
-"""A worker's part of a bundle, on a path that the machines share or in an object store that fsspec reaches."""
+"""Reading a worker's part of a bundle, from a path that the machines share or an object store that fsspec reaches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parts_of(url: str) -> list[str]:
 
 
 def blocks_of(url: str) -> list[Block]:
-    """What a worker's folder holds, block by block.
+    """List the blocks in a worker's folder.
 
     Raises:
         ConfigError: it cannot be read, or is damaged.
@@ -61,8 +61,8 @@ def blocks_of(url: str) -> list[Block]:
     ]
 
 
-def fetched(url: str, layers: Sequence[str], load: Callable[[Path], _Loaded]) -> _Loaded:
-    """Have the files of some layers here, and load them.
+def fetch_and_load(url: str, layers: Sequence[str], load: Callable[[Path], _Loaded]) -> _Loaded:
+    """Fetch the files of some layers to this machine if need be, and load them.
 
     Files from an object store are kept in ``~/.cache/ciphertune``, or where ``CIPHERTUNE_CACHE`` says. If loading finds
     them damaged they are fetched once more.
@@ -70,7 +70,7 @@ def fetched(url: str, layers: Sequence[str], load: Callable[[Path], _Loaded]) ->
     Args:
         url: a worker's folder.
         layers: names; all if empty.
-        load: given the folder.
+        load: called with the folder on this machine.
 
     Raises:
         ConfigError: the folder cannot be read, or is damaged.
@@ -86,7 +86,7 @@ def fetched(url: str, layers: Sequence[str], load: Callable[[Path], _Loaded]) ->
     except ConfigError:
         if not store.remote:
             raise
-        log.warning("what was kept of %s is damaged and is fetched again", url)
+        log.warning("the kept copy of %s is damaged and is fetched again", url)
         for name in names:
             (folder / name).unlink(missing_ok=True)
             store.local(name)
@@ -94,7 +94,7 @@ def fetched(url: str, layers: Sequence[str], load: Callable[[Path], _Loaded]) ->
 
 
 class _Store:
-    """A folder somewhere."""
+    """A folder on this machine or in an object store."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -110,11 +110,11 @@ class _Store:
                 raise ConfigError(f"the bundle {url} cannot be reached: {error}") from error
 
     def join(self, name: str) -> str:
-        """The address of what lies in it."""
+        """The address of a file or folder in it."""
         return f"{self._url.rstrip('/')}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether it has a file of this name."""
         if self._folder is not None and not self.remote:
             return (self._folder / name).is_file()
         try:
@@ -123,13 +123,13 @@ class _Store:
             raise ConfigError(f"the bundle {self._url} cannot be reached: {type(error).__name__}: {error}") from error
 
     def local(self, name: str) -> Path:
-        """Have a file here; the folder that it lies in. The manifest comes first."""
+        """Fetch a file to this machine if need be; the folder there. The manifest is fetched first."""
         if not self.remote:
             assert self._folder is not None
             return self._folder
         if self._folder is None:
             raw = self._read(WORKER_MANIFEST)
-            # Another bundle under the same address is another folder here.
+            # Named by the manifest, so that another bundle at the same address gets another folder.
             self._folder = _cache() / hashlib.sha256(raw).hexdigest()
             _write(self._folder / WORKER_MANIFEST, lambda file: file.write_bytes(raw))
         target = self._folder / name
@@ -159,7 +159,7 @@ def _cache() -> Path:
 
 
 def _write(target: Path, write: Callable[[Path], Any]) -> None:
-    """Make a file that is whole or not there; several workers of one machine may do so at once."""
+    """Write a file whole or not at all; several workers of one machine may do so at once."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.parent / f".{target.name}.{secrets.token_hex(8)}"
     try:

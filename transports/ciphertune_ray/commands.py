@@ -1,4 +1,4 @@
-"""``ciphertune ray``: deployments on a cluster. Ray is imported when a command runs."""
+"""The command ``ciphertune ray``: deployments on a cluster. Ray is imported when a command runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ciphertune.plugins import registry
 
 @hookimpl
 def ciphertune_register_commands(cli: click.Group) -> None:
-    """Add the group."""
+    """Add the group ``ray``."""
     cli.add_command(ray)
 
 
@@ -134,7 +134,7 @@ def up(
 @click.option("--name", default=None, help="Of one deployment.  [default: all]")
 @_JSON
 def status(address: str, name: str | None, as_json: bool) -> None:
-    """What is deployed, and where."""
+    """List deployments, their workers, and where those run."""
     with _joined(address, name) as deployment:
         names = deployment.deployments() if name is None else [name]
         found = {each: deployment.describe(each) for each in names}
@@ -161,7 +161,7 @@ def down(address: str, name: str, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _joined(address: str, name: str | None) -> Iterator[Any]:
-    """Part of the cluster meanwhile; the module with what can be done there."""
+    """Join the cluster, give the module of what can be done there, and leave."""
     from ciphertune_ray.address import parse
 
     where = parse(address)
@@ -169,20 +169,20 @@ def _joined(address: str, name: str | None) -> Iterator[Any]:
         raise SelectionError(f"--address is a cluster that runs already, as in auto or HOST:10001, not {address!r}")
     if name is not None:
         parse(f"{address}/{name}")
-    # Ray prints what the cluster has to say, where a reader of JSON expects none of it.
+    # Ray prints messages of the cluster to stdout, where only JSON may stand.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             import ray
 
             from ciphertune_ray import deployment
-            from ciphertune_ray.relay import join, told
+            from ciphertune_ray.relay import join, one_line
         except ImportError as error:
             raise PluginError('the ray commands need Ray: pip install "ciphertune[ray]"') from error
         try:
             try:
                 join(where.ray)
             except Exception as error:
-                raise TransportError(f"the cluster {address} cannot be joined: {told(error)}") from error
+                raise TransportError(f"the cluster {address} cannot be joined: {one_line(error)}") from error
             yield deployment
         finally:
             ray.shutdown()
@@ -217,7 +217,7 @@ def _show(address: str, found: dict[str, list[dict[str, Any]]], as_json: bool) -
 
 
 def _plain(worker: dict[str, Any]) -> dict[str, Any]:
-    """Without the layers' names, which are many."""
+    """Replace the names of layers, which are many, by their number."""
     if "spec" not in worker:
         return worker
     parts = [{"folder": folder, "layers": len(layers)} for folder, layers in worker["spec"]["parts"]]

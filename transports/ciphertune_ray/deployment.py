@@ -1,7 +1,7 @@
 """Workers of a bundle on a cluster: placed by the memory they need, spread over its nodes, started again by Ray.
 
 A deployment is what its actors are: they carry its name, and each knows its specification, so nothing is lost with the
-process that started it. All of this runs where Ray does: in a relay, or in a command.
+process that started it. This module runs in processes that import Ray: a relay, or a command.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Part = tuple[str, list[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a deployment is made from.
+    """The specification of a deployment.
 
     Attributes:
         bundle: a path that all nodes share, or a URL for fsspec.
@@ -75,7 +75,7 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What a user asks for; the rest is found out.
+    """The part of a specification that a user gives; ``plan`` finds out the rest.
 
     Attributes:
         bundle: a bundle, or a worker's folder of one.
@@ -114,7 +114,7 @@ def deployments() -> list[str]:
 
 
 def plan(wanted: Wanted) -> Spec:
-    """Find out what the workers of a bundle need.
+    """Make the specification of a deployment from what the user wants and what the bundle and the nodes are.
 
     The bundle is read on the cluster, which may see paths that this machine does not.
 
@@ -193,7 +193,7 @@ def grow(name: str, spec: Spec, count: int, *, shared: bool, seconds: float) -> 
 
 
 def shrink(name: str, count: int) -> list[int]:
-    """Stop workers until there are ``count``; which ones. A reservation goes with the last worker in it."""
+    """Stop workers until there are ``count``; the numbers of those. A reservation ends with its last worker."""
     gone = members(name)[count:]
     for index in gone:
         with contextlib.suppress(ValueError):  # it is gone already
@@ -207,7 +207,7 @@ def shrink(name: str, count: int) -> list[int]:
 
 
 def describe(name: str, indices: Iterable[int] | None = None) -> list[dict[str, Any]]:
-    """What the workers of a deployment say of themselves; ``state`` is what keeps one from saying anything."""
+    """Ask the workers of a deployment to describe themselves; ``state`` tells of those that do not answer."""
     found: list[dict[str, Any]] = []
     asked = []
     for index in members(name) if indices is None else indices:
@@ -265,7 +265,7 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def _fewest(blocks: Sequence[Block], room: float) -> int:
-    """The fewest shards of which each fits."""
+    """The smallest number of shards each of which fits."""
     for count in range(1, len(blocks) + 1):
         if max(sum(size for _, size in of) for of in _cut(blocks, count)) <= room:
             return count
@@ -273,7 +273,7 @@ def _fewest(blocks: Sequence[Block], room: float) -> int:
 
 
 def _cut(blocks: Sequence[Block], count: int) -> list[list[Block]]:
-    """Blocks in so many runs of about equal bytes.
+    """Cut blocks into ``count`` runs of about equal bytes.
 
     >>> _cut([(["a"], 5), (["b"], 1), (["c"], 4)], 2)
     [[(['a'], 5)], [(['b'], 1), (['c'], 4)]]
@@ -336,7 +336,7 @@ def _wait(actors: Sequence[Any], seconds: float) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of what Ray tells of an actor's end, which names the error in it."""
+    """The last line of Ray's report on an actor's end that names an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "Error" in line.partition(":")[0]]
     return (told or lines or [type(error).__name__])[-1]

@@ -1,8 +1,8 @@
-"""The process that speaks to a cluster in another one's place: ``python -m ciphertune_ray.relay DESCRIPTOR``.
+"""The relay process between a client or worker and a Ray cluster: ``python -m ciphertune_ray.relay DESCRIPTOR``.
 
-Whoever is part of a Ray cluster can be made to run code by any other part of it: its messages are pickles. The process
-with the keys and the data must not be. So this one is, holds neither, and passes on frames that are checked where they
-arrive, as those of any other wire.
+Ray's messages are pickles, so every process of a cluster can run code in every other one. A process with keys, data or
+weights must not be part of one. The relay is, holds none of them, and passes frames on, which are checked where they
+arrive, as those of any other transport.
 """
 
 from __future__ import annotations
@@ -18,45 +18,45 @@ from typing import Any
 
 from ciphertune.errors import CipherTuneError
 from ciphertune.protocol import Frame
-from ciphertune_ray.pipe import Pipe
+from ciphertune_ray.channel import Channel
 
-_TAKES = 4
-"""Requests asked for at a time on behalf of a worker that runs elsewhere."""
+_REQUESTS_AHEAD = 4
+"""Requests that are fetched at a time from the proxy of a worker outside the cluster."""
 _REACH_SECONDS = 10.0
-_GOODBYE_SECONDS = 5.0
+_SHUTDOWN_SECONDS = 5.0
 
 
 class Relay:
-    """See the module.
+    """Carries out the requests of the process that started it.
 
     Args:
-        pipe: to the process that it serves.
-        most: bytes of requests under way; more wait.
+        channel: to that process.
+        max_inflight: bytes of requests under way; more wait.
     """
 
-    def __init__(self, pipe: Pipe, most: int) -> None:
-        self._pipe = pipe
-        self._most = most
+    def __init__(self, channel: Channel, max_inflight: int) -> None:
+        self._channel = channel
+        self._max_inflight = max_inflight
         self._nbytes = 0
         self._room = threading.Condition()
         self._actors: dict[str, Any] = {}
-        self._hosted: dict[str, Any] = {}
-        self._kept: list[Any] = []
+        self._proxies: dict[str, Any] = {}
+        self._own_workers: list[Any] = []
         self._pool = ThreadPoolExecutor(8, "ciphertune-relay")
-        # Ray calls back on a thread of its own, which must not wait for the other end to read.
+        # Ray's callbacks run on a thread of Ray, which must not wait for the other end to read.
         self._sender = ThreadPoolExecutor(1, "ciphertune-send")
         self._operations: dict[str, Callable[[dict[str, Any], list[Frame]], None]] = {
             "call": self._call,
             "members": self._members,
             "deploy": self._deploy,
-            "host": self._host,
-            "give": self._give,
-            "unhost": self._unhost,
+            "register": self._register,
+            "reply": self._reply,
+            "unregister": self._unregister,
         }
 
     def run(self) -> None:
-        """Serve until the other end hangs up."""
-        while (message := self._pipe.receive()) is not None:
+        """Serve until the other end is closed."""
+        while (message := self._channel.receive()) is not None:
             head, frames = message
             try:
                 self._operations[head["op"]](head, frames)
@@ -64,12 +64,12 @@ class Relay:
                 self._fail(head, error)
 
     def _call(self, head: dict[str, Any], frames: list[Frame]) -> None:
-        """A request to a worker. Its answer is sent on when it is there."""
-        from ciphertune_ray.actors import carried, frames_of
+        """Send a request to a worker, and pass its reply on."""
+        from ciphertune_ray.actors import from_ray, to_ray
 
         nbytes = sum(len(frame) for frame in frames)
         with self._room:
-            self._room.wait_for(lambda: self._nbytes == 0 or self._nbytes + nbytes <= self._most)
+            self._room.wait_for(lambda: self._nbytes == 0 or self._nbytes + nbytes <= self._max_inflight)
             self._nbytes += nbytes
 
         def send(future: Future[Any]) -> None:
@@ -77,14 +77,14 @@ class Relay:
                 self._nbytes -= nbytes
                 self._room.notify()
             try:
-                self._tell({"id": head["id"]}, frames_of(future.result()))
+                self._send({"id": head["id"]}, from_ray(future.result()))
             except Exception as error:
                 # The name may be another actor's by now.
                 self._actors.pop(head["actor"], None)
                 self._fail(head, error)
 
         try:
-            future = self._actor(head["actor"]).answer.remote(head["peer"], *carried(frames)).future()
+            future = self._actor(head["actor"]).answer.remote(head["peer"], *to_ray(frames)).future()
         except BaseException:
             with self._room:
                 self._nbytes -= nbytes
@@ -107,10 +107,10 @@ class Relay:
     def _members(self, head: dict[str, Any], frames: list[Frame]) -> None:
         from ciphertune_ray.deployment import members
 
-        self._later(head, lambda: {"members": members(head["name"])})
+        self._in_pool(head, lambda: {"members": members(head["name"])})
 
     def _deploy(self, head: dict[str, Any], frames: list[Frame]) -> None:
-        """Start workers of a bundle, or more of those that are there."""
+        """Start workers of a bundle, or more workers of a deployment."""
 
         def deploy() -> dict[str, Any]:
             from ciphertune_ray.deployment import Wanted, grow, members, plan, spec_of
@@ -118,7 +118,8 @@ class Relay:
             name, count, shared = head["name"], head["workers"], head["shared"]
             if not shared:
                 spec = plan(Wanted(**head["wanted"]))
-                self._kept += grow(name, spec, max(count, len(spec.parts)), shared=False, seconds=head["seconds"])
+                count = max(count, len(spec.parts))
+                self._own_workers += grow(name, spec, count, shared=False, seconds=head["seconds"])
             elif members(name):
                 known = spec_of(name)
                 if known is None:
@@ -126,79 +127,79 @@ class Relay:
                 grow(name, known, count, shared=True, seconds=head["seconds"])
             return {"members": members(name)}
 
-        self._later(head, deploy)
+        self._in_pool(head, deploy)
 
-    def _host(self, head: dict[str, Any], frames: list[Frame]) -> None:
-        """Take requests for a worker of the other end."""
+    def _register(self, head: dict[str, Any], frames: list[Frame]) -> None:
+        """Start a proxy that takes requests for a worker of the other end."""
         import ray
 
         from ciphertune_ray.deployment import NAMESPACE
-        from ciphertune_ray.mailbox import mailbox_class
+        from ciphertune_ray.proxy_actor import worker_proxy_class
 
-        def host() -> dict[str, Any]:
+        def start() -> dict[str, Any]:
             name = head["actor"]
-            kind = ray.remote(mailbox_class())
-            mailbox = kind.options(name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=0).remote()
-            ray.get(mailbox.describe.remote(), timeout=60)
-            self._hosted[name] = mailbox
-            for _ in range(_TAKES):
-                self._take(name, mailbox, head["most"])
+            kind = ray.remote(worker_proxy_class())
+            proxy = kind.options(name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=0).remote()
+            ray.get(proxy.describe.remote(), timeout=60)
+            self._proxies[name] = proxy
+            for _ in range(_REQUESTS_AHEAD):
+                self._forward_next(name, proxy, head["max_bytes"])
             return {}
 
-        self._later(head, host)
+        self._in_pool(head, start)
 
-    def _take(self, name: str, mailbox: Any, most: int) -> None:
-        """Wait for a request, and for the next one. What is too large is passed on without its frames."""
-        from ciphertune_ray.actors import frames_of
+    def _forward_next(self, name: str, proxy: Any, max_bytes: int) -> None:
+        """Pass on the proxy's next request, and so on; one larger than ``max_bytes`` goes without its frames."""
+        from ciphertune_ray.actors import from_ray
 
         def taken(future: Future[Any]) -> None:
-            if self._hosted.get(name) is not mailbox:
+            if self._proxies.get(name) is not proxy:
                 return
             try:
                 number, peer, *frames = future.result()
             except Exception:
-                self._hosted.pop(name, None)
-                self._tell({"op": "lost", "actor": name, "why": "its actor is gone"}, [])
+                self._proxies.pop(name, None)
+                self._send({"op": "lost", "actor": name, "why": "its actor is gone"}, [])
                 return
-            self._take(name, mailbox, most)
+            self._forward_next(name, proxy, max_bytes)
             head = {"op": "request", "actor": name, "number": number, "peer": peer}
-            kept = frames_of(frames)
-            self._sender.submit(self._tell, head, kept if sum(map(len, kept)) <= most else [])
+            kept = from_ray(frames)
+            self._sender.submit(self._send, head, kept if sum(map(len, kept)) <= max_bytes else [])
 
-        mailbox.take.remote().future().add_done_callback(taken)
+        proxy.next_request.remote().future().add_done_callback(taken)
 
-    def _give(self, head: dict[str, Any], frames: list[Frame]) -> None:
-        from ciphertune_ray.actors import carried
+    def _reply(self, head: dict[str, Any], frames: list[Frame]) -> None:
+        from ciphertune_ray.actors import to_ray
 
-        if (mailbox := self._hosted.get(head["actor"])) is not None:
-            mailbox.give.remote(head["number"], *carried(frames))
+        if (proxy := self._proxies.get(head["actor"])) is not None:
+            proxy.reply.remote(head["number"], *to_ray(frames))
 
-    def _unhost(self, head: dict[str, Any], frames: list[Frame]) -> None:
+    def _unregister(self, head: dict[str, Any], frames: list[Frame]) -> None:
         import ray
 
-        if (mailbox := self._hosted.pop(head["actor"], None)) is not None:
-            ray.kill(mailbox)
-        self._tell({"id": head["id"]}, [])
+        if (proxy := self._proxies.pop(head["actor"], None)) is not None:
+            ray.kill(proxy)
+        self._send({"id": head["id"]}, [])
 
-    def _later(self, head: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
+    def _in_pool(self, head: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
         def run() -> None:
             try:
-                self._tell({"id": head["id"], **work()}, [])
+                self._send({"id": head["id"], **work()}, [])
             except Exception as error:
                 self._fail(head, error)
 
         self._pool.submit(run)
 
     def _fail(self, head: dict[str, Any], error: Exception) -> None:
-        self._tell({"id": head.get("id"), "error": told(error), "kind": type(error).__name__}, [])
+        self._send({"id": head.get("id"), "error": one_line(error), "kind": type(error).__name__}, [])
 
-    def _tell(self, head: dict[str, Any], frames: list[Frame]) -> None:
+    def _send(self, head: dict[str, Any], frames: list[Frame]) -> None:
         with contextlib.suppress(OSError):  # the other end is gone, which ends this process
-            self._pipe.send(head, frames)
+            self._channel.send(head, frames)
 
 
-def told(error: Exception) -> str:
-    """An error in one line. Ray's own begin with what happened; what follows is a trace."""
+def one_line(error: Exception) -> str:
+    """Put an error in one line. The first line of Ray's own errors says what happened; a trace follows."""
     if isinstance(error, (CipherTuneError, LookupError)) and error.args:
         return str(error.args[0])
     first = str(error).strip().partition("\n")[0][:300]
@@ -206,10 +207,10 @@ def told(error: Exception) -> str:
 
 
 def join(cluster: str | None) -> None:
-    """Become part of a cluster, or start one of this machine alone.
+    """Make this process part of a cluster, or start a cluster on this machine.
 
     Raises:
-        OSError: nobody listens there, which Ray would take long to say.
+        OSError: nothing listens at the address, which Ray would take long to report.
         Exception: whatever Ray raises.
     """
     import logging
@@ -227,28 +228,29 @@ def join(cluster: str | None) -> None:
 
 
 def main() -> None:
-    """Serve the process at the other end of the descriptor."""
-    pipe = Pipe(socket.socket(fileno=int(sys.argv[1])))
-    message = pipe.receive()
+    """Join the cluster and serve the process at the other end of the descriptor."""
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    message = channel.receive()
     if message is None:
         return
     head = message[0]
     try:
         join(head["cluster"])
     except BaseException as error:
-        pipe.send({"op": "failed", "error": told(error) if isinstance(error, Exception) else type(error).__name__})
+        why = one_line(error) if isinstance(error, Exception) else type(error).__name__
+        channel.send({"op": "failed", "error": why})
         return
-    pipe.send({"op": "joined"})
-    Relay(pipe, head["most"]).run()
+    channel.send({"op": "joined"})
+    Relay(channel, head["max_inflight"]).run()
 
-    def leave() -> None:
+    def shut_down() -> None:
         import ray
 
         ray.shutdown()
 
-    leaving = threading.Thread(target=leave, daemon=True)
-    leaving.start()
-    leaving.join(_GOODBYE_SECONDS)
+    shutdown = threading.Thread(target=shut_down, daemon=True)
+    shutdown.start()
+    shutdown.join(_SHUTDOWN_SECONDS)
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""The transport."""
+"""The ray transport: its options, and links to the workers of a cluster."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ciphertune.errors import PluginError, SelectionError, TransportError
-from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport
+from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport, opening_links
 
 if TYPE_CHECKING:
     from ciphertune_ray.address import Address
-    from ciphertune_ray.bridge import Bridge
+    from ciphertune_ray.relay_client import RelayClient
 
 _ANSWER_SECONDS = 60.0
 
@@ -35,7 +35,7 @@ class RayOptions:
         memory_gb: of each worker that is started; what its weights need if not given.
         threads: CPU threads of a product; as many as ``cpus`` if not given.
         start_timeout: seconds to wait for room in the cluster, and again for workers that start.
-        max_inflight_mb: megabytes of requests that are under way at most; more wait here.
+        max_inflight_mb: megabytes of requests under way at most; more wait in this process.
     """
 
     workers: int | None = None
@@ -78,7 +78,7 @@ class RayServeOptions:
 
 
 class RayTransport(Transport):
-    """One link an actor. Ray runs in a process of its own, so that nothing it unpickles can reach keys and data."""
+    """A link for each actor. Ray runs in a relay process, so that nothing it unpickles can reach keys and data."""
 
     name = "ray"
     Options = RayOptions
@@ -88,7 +88,7 @@ class RayTransport(Transport):
     def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
         """See ``Transport.connect``. Endpoints are ``CLUSTER[/NAME[/NUMBER]]``; see ``ciphertune_ray.address``.
 
-        The workers of a deployment are asked for at the cluster, and those of a bundle started, which is waited for.
+        The cluster is asked for the workers of a deployment; workers of a bundle are started, and waited for.
 
         Raises:
             TransportError: the cluster cannot be joined, or has no such deployment, or no room.
@@ -104,8 +104,7 @@ class RayTransport(Transport):
         addresses = [parse(endpoint) for endpoint in endpoints]
         if self.options.bundle is not None and (len(addresses) > 1 or addresses[0].name is not None):
             raise SelectionError("workers of a bundle are this client's own: name one cluster, and no deployment")
-        links: list[Link] = []
-        try:
+        with opening_links() as links:
             for address in addresses:
                 if address.index is not None:
                     links.append(self._link(address))
@@ -113,10 +112,6 @@ class RayTransport(Transport):
                     links += self._own(address)
                 else:
                     links += self._shared(address)
-        except BaseException:
-            for link in links:
-                link.close()
-            raise
         return links
 
     def joining_workers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> list[Link]:
@@ -127,14 +122,14 @@ class RayTransport(Transport):
             return []
         known = {link.name for link in links}
         addresses = [address.named for address in map(parse, endpoints) if address.index is None]
-        crews = [address.worker(index) for address in addresses for index in self._present(address)]
-        return [self._link(each) for each in crews if str(each) not in known]
+        workers = [address.worker(index) for address in addresses for index in self._present(address)]
+        return [self._link(each) for each in workers if str(each) not in known]
 
     @classmethod
     def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
         """See ``Transport.loopback``: in the cluster that ``RAY_ADDRESS`` names.
 
-        One that is started for the moment lets no other process in: Ray gives it a token that only its starter has.
+        A cluster started here for the moment would take no client: only its starter has the token that Ray asks for.
         """
         if not os.environ.get("RAY_ADDRESS"):
             raise SelectionError(
@@ -157,7 +152,7 @@ class RayTransport(Transport):
         return RayListener(handler, where.named.worker(where.index or 0), options.max_inflight_mb << 20)
 
     def _shared(self, address: Address) -> list[Link]:
-        """Links to the workers of a deployment, which grows where it is too small."""
+        """Links to the workers of a deployment; it is made larger if it has fewer than asked for."""
         address = address.named
         name, found = address.name, self._present(address)
         if found and self.options.workers is not None and len(found) < self.options.workers:
@@ -171,10 +166,10 @@ class RayTransport(Transport):
         return [self._link(address.worker(index)) for index in found]
 
     def _own(self, address: Address) -> list[Link]:
-        """Links to workers that are started for this client, and go with it."""
+        """Links to workers that are started for this client and end with it."""
         from ciphertune_ray.address import absolute
-        from ciphertune_ray.bridge import Bridge
         from ciphertune_ray.link import RayLink
+        from ciphertune_ray.relay_client import RelayClient
 
         options = self.options
         name = f"own-{secrets.token_hex(8)}"
@@ -182,44 +177,43 @@ class RayTransport(Transport):
         wanted |= {"shards": options.shards or 0, "threads": options.threads or 0}
         wanted |= {"memory": int((options.memory_gb or 0) * 1e9)}
         head = {"op": "deploy", "name": name, "shared": False, "workers": options.workers or 1, "wanted": wanted}
-        most = options.max_inflight_mb << 20
-        bridge = Bridge(address.ray, most).hold()
+        relay = RelayClient(address.ray, options.max_inflight_mb << 20).acquire()
         try:
-            found = _members(bridge, {**head, "seconds": options.start_timeout}, self._deploy_seconds)
-            crew = [dataclasses.replace(address, name=name).worker(index) for index in found]
-            return [RayLink(str(each), each.actor, secrets.token_hex(16), bridge.hold()) for each in crew]
+            found = _members(relay, {**head, "seconds": options.start_timeout}, self._deploy_seconds)
+            workers = [dataclasses.replace(address, name=name).worker(index) for index in found]
+            return [RayLink(str(each), each.actor, secrets.token_hex(16), relay.acquire()) for each in workers]
         finally:
-            bridge.release()
+            relay.release()
 
     def _link(self, address: Address) -> Link:
         from ciphertune_ray.link import RayLink
 
-        return RayLink(str(address), address.actor, secrets.token_hex(16), self._bridge(address))
+        return RayLink(str(address), address.actor, secrets.token_hex(16), self._relay(address))
 
     def _present(self, address: Address) -> list[int]:
         """The numbers of a deployment's workers."""
         return self._ask(address, {"op": "members", "name": address.name}, _ANSWER_SECONDS)
 
     def _ask(self, address: Address, head: dict[str, Any], seconds: float) -> list[int]:
-        bridge = self._bridge(address)
+        relay = self._relay(address)
         try:
-            return _members(bridge, head, seconds)
+            return _members(relay, head, seconds)
         finally:
-            bridge.release()
+            relay.release()
 
-    def _bridge(self, address: Address) -> Bridge:
-        from ciphertune_ray.bridge import shared_bridge
+    def _relay(self, address: Address) -> RelayClient:
+        from ciphertune_ray.relay_client import shared_relay
 
-        return shared_bridge(address.ray, self.options.max_inflight_mb << 20)
+        return shared_relay(address.ray, self.options.max_inflight_mb << 20)
 
     @property
     def _deploy_seconds(self) -> float:
         return 2 * float(self.options.start_timeout) + _ANSWER_SECONDS
 
 
-def _members(bridge: Bridge, head: dict[str, Any], seconds: float) -> list[int]:
+def _members(relay: RelayClient, head: dict[str, Any], seconds: float) -> list[int]:
     try:
-        answer, _ = bridge.ask(head).result(seconds)
+        answer, _ = relay.request(head).result(seconds)
     except FutureTimeoutError:
         raise TransportError(f"the cluster did not answer within {seconds:g} s") from None
     found = answer.get("members")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ciphertune.errors import PluginError, SelectionError
-from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport
+from ciphertune.key_files import make_keys_folder
+from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport, opening_links
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +21,9 @@ class ZmqOptions:
             ``CIPHERTUNE_KEYS`` or ``~/.ciphertune/keys`` if not given.
         client: name of the client's key in that folder.
         insecure: plain TCP, to workers on this machine only.
-        no_authentication: plain TCP to any machine: whoever can reach the link can read it (what the backend encrypts
-            stays encrypted), alter it unnoticed, and pose as the worker.
-        heartbeat: seconds between signs of life; a worker silent for three times as long is given up.
+        no_authentication: plain TCP to any machine: anyone on the network between can read what the backend does not
+            encrypt, alter messages unnoticed, and pose as the worker.
+        heartbeat: seconds between heartbeats; after three without one the connection counts as lost.
     """
 
     curve: str | None = None
@@ -44,21 +45,21 @@ class ZmqServeOptions:
         insecure: plain TCP, on a loopback address only.
         no_authentication: plain TCP on any address: anyone who can reach it can use this worker.
         heartbeat: as for clients.
-        max_backlog: bytes of unfinished messages that all connections together may make this process hold.
+        max_incomplete_bytes: bytes of incomplete messages, of all connections together.
     """
 
     curve: str | None = None
     insecure: bool = False
     no_authentication: bool = False
     heartbeat: float = 5.0
-    max_backlog: int = 4 << 30
+    max_incomplete_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
         _check_heartbeat(self.heartbeat)
 
 
 class ZmqTransport(Transport):
-    """One DEALER socket a worker; workers listen on a ROUTER socket."""
+    """A DEALER socket for each worker; workers listen on a ROUTER socket."""
 
     name = "zmq"
     Options = ZmqOptions
@@ -75,14 +76,9 @@ class ZmqTransport(Transport):
             raise SelectionError("the zmq transport needs the workers' addresses: backend+zmq://HOST:PORT[,HOST:PORT…]")
         addresses = [parse(endpoint) for endpoint in endpoints]
         curves = [client_curve(address, self.options) for address in addresses]
-        links: list[Link] = []
-        try:
+        with opening_links() as links:
             for address, curve in zip(addresses, curves, strict=True):
                 links.append(ZmqLink(address, curve, self.options.heartbeat))
-        except BaseException:
-            for link in links:
-                link.close()
-            raise
         return links
 
     @staticmethod
@@ -101,9 +97,10 @@ class ZmqTransport(Transport):
             KeyFileError: a file exists, or cannot be written.
         """
         _need_zmq()
-        from ciphertune_zmq.keys import make_folder, make_pair
+        from ciphertune_zmq.keys import make_pair
 
-        make_folder(folder)
+        make_keys_folder(folder)
+        make_keys_folder(folder / "clients")
         made: dict[str, str] = {}
         if worker:
             make_pair(folder / "worker.key", folder / "worker.pub")

@@ -1,4 +1,4 @@
-"""Addresses as users write them."""
+"""Addresses of workers, as users write them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ciphertune.errors import SelectionError
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where a worker listens.
+    """The address of a worker.
 
     Attributes:
         scheme: ``tcp`` or ``ipc``.
@@ -28,7 +28,7 @@ class Address:
 
     @property
     def zmq(self) -> str:
-        """As ZeroMQ writes it."""
+        """The address in ZeroMQ's form."""
         return f"ipc://{self.path}" if self.scheme == "ipc" else f"tcp://{self.host}:{self.port}"
 
     @property
@@ -51,7 +51,7 @@ def parse(text: str) -> Address:
     ('ipc:///run/worker.sock', True)
 
     Raises:
-        SelectionError: it is neither.
+        SelectionError: the text has another form.
     """
     scheme, separator, rest = text.partition("://")
     if not separator:

@@ -1,12 +1,11 @@
-"""CURVE key pairs (Curve25519, as ZeroMQ's RFC 26 uses them) and the folder they lie in.
+"""CURVE key pairs (Curve25519, as in ZeroMQ's RFC 26) and their files.
 
-``worker.key`` and ``client.key`` are secret; ``worker.pub`` goes to clients, ``clients/*.pub`` lie at the worker.
+``worker.key`` and ``client.key`` are secret; ``worker.pub`` goes to clients, ``clients/*.pub`` stay at the worker.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 from ciphertune.errors import KeyFileError
@@ -23,20 +22,6 @@ class KeyPair:
 
     public: bytes
     secret: bytes = dataclasses.field(repr=False)
-
-
-def keys_folder(folder: str | None) -> Path:
-    """The folder that an option names, else ``CIPHERTUNE_KEYS``, else ``~/.ciphertune/keys``."""
-    return Path(folder or os.environ.get("CIPHERTUNE_KEYS") or Path.home() / ".ciphertune" / "keys")
-
-
-def make_folder(folder: Path) -> None:
-    """The keys' folder, for its owner alone, with ``clients`` in it. Raises ``KeyFileError``."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (folder / "clients").mkdir(exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise KeyFileError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
 def make_pair(secret_file: Path, public_file: Path) -> None:

@@ -1,25 +1,25 @@
-"""A client's end of one connection."""
+"""The link of a zmq client to one worker."""
 
 from __future__ import annotations
 
 import collections
-import itertools
 import struct
 from concurrent.futures import Future
 
 import zmq
 
-from ciphertune.errors import ProtocolError, ReplyError, TransportError
+from ciphertune.errors import ProtocolError, TransportError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, pack, unpack
-from ciphertune.transport import Link, settle
+from ciphertune.transport import Link, PendingReplies
 from ciphertune_zmq.address import Address
-from ciphertune_zmq.framing import NUMBER_BYTES, unwrap, wrap
-from ciphertune_zmq.guard import Backlog
+from ciphertune_zmq.framing import unwrap, wrap
 from ciphertune_zmq.loop import HANDSHAKE_FAILURES, SocketLoop
+from ciphertune_zmq.receive_limit import ReceiveLimit
 from ciphertune_zmq.security import ClientCurve
 
-_GUARD_SECONDS = 0.25
+_CHECK_SECONDS = 0.25
 _CONNECT_SECONDS = 5.0
+_NUMBER = struct.Struct("<Q")
 
 
 class ZmqLink(Link):
@@ -28,7 +28,7 @@ class ZmqLink(Link):
     Args:
         address: the worker's.
         curve: keys, or None for a connection without.
-        heartbeat: seconds between signs of life.
+        heartbeat: seconds between heartbeats.
     """
 
     def __init__(self, address: Address, curve: ClientCurve | None, heartbeat: float) -> None:
@@ -41,22 +41,21 @@ class ZmqLink(Link):
 
     def close(self) -> None:
         """See ``Link.close``."""
+        self._loop.pending.close()
         self._loop.stop()
 
 
 class _ClientLoop(SocketLoop):
     def __init__(self, address: Address, curve: ClientCurve | None, heartbeat: float) -> None:
         super().__init__(zmq.DEALER, f"ciphertune-zmq-{address}")
-        self._address = address
-        self._cut = curve is not None
-        self._numbers = itertools.count(1)
-        self._outgoing: collections.deque[tuple[bytes, list[Frame]]] = collections.deque()
-        self._pending: dict[bytes, Future[Message]] = {}
-        self._backlog = Backlog(DEFAULT_LIMITS.total_bytes)
+        self.pending: PendingReplies[Message] = PendingReplies(str(address))
+        self._encrypted = curve is not None
+        self._outgoing: collections.deque[tuple[int, list[Frame]]] = collections.deque()
+        self._limit = ReceiveLimit(DEFAULT_LIMITS.total_bytes)
         self._connected = False
         self._descriptor = -1
         options = {
-            zmq.IMMEDIATE: 1,  # Requests wait here, where they can fail, not in the socket.
+            zmq.IMMEDIATE: 1,  # Requests wait in this process, where they can fail, and not in the socket.
             zmq.HEARTBEAT_IVL: int(1000 * heartbeat),
             zmq.HEARTBEAT_TIMEOUT: int(3000 * heartbeat),
             zmq.CONNECT_TIMEOUT: int(1000 * _CONNECT_SECONDS),
@@ -76,63 +75,56 @@ class _ClientLoop(SocketLoop):
         except zmq.ZMQError as error:
             self.stop()
             raise TransportError(f"cannot connect to {address}: {error}") from error
-        self.begin()
+        self.start()
 
     def submit(self, frames: list[Frame]) -> Future[Message]:
-        future: Future[Message] = Future()
-        number = struct.pack("<Q", next(self._numbers))
-        self._pending[number] = future
-        # However it ends, answered, failed or cancelled, it is forgotten.
-        future.add_done_callback(lambda _: self._pending.pop(number, None))
-        self._outgoing.append((number, frames))
-        if self.stopping:
-            self._fail_all("the link is closed")
-        else:
+        number, reply = self.pending.add()
+        if not reply.done():
+            self._outgoing.append((number, frames))
             self.wake()
-        return future
+        return reply
 
     def poll_seconds(self) -> float:
-        return _GUARD_SECONDS if self._pending else 60.0
+        return _CHECK_SECONDS if self.pending else 60.0
 
     def work(self, readable: bool) -> None:
         if readable:
             self._receive()
         if self._connected:
             self._send()
-        if self._pending and self._backlog.enforce():
+        if self.pending and self._limit.enforce():
             self._lost("it sent more than a reply can be")
 
     def connection_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_CONNECTED:
             self._descriptor = value
-            self._backlog.opened(value)
+            self._limit.watch(value)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._connected = True
             self._send()
         elif event == zmq.EVENT_DISCONNECTED:
-            self._backlog.closed(value)
+            self._limit.forget(value)
             self._lost("the connection was lost")
         elif event in HANDSHAKE_FAILURES:
             self._lost(
-                "it refused this client: its key is not among those authorised there, or the worker's own key is not "
-                "the one this client has"
+                "it refused this client: the client's key is not authorised there, or the worker has another key than "
+                "the one in this client's folder"
             )
         elif event == zmq.EVENT_CONNECT_RETRIED:
             self._lost("nothing answers there")
 
     def ended(self) -> None:
-        self._fail_all("the link is closed")
+        self.pending.close()
 
     def _send(self) -> None:
         while self._outgoing:
             number, frames = self._outgoing.popleft()
-            future = self._pending.get(number)
-            if future is None:
+            if number not in self.pending:
                 continue
             try:
-                self.socket.send_multipart(wrap(number, frames, self._cut), zmq.NOBLOCK, copy=False)
+                self.socket.send_multipart(wrap(_NUMBER.pack(number), frames, self._encrypted), zmq.NOBLOCK, copy=False)
             except zmq.ZMQError as error:
-                settle(future, TransportError(f"{self._address}: the request could not be sent: {error}"))
+                self.pending.fail(number, f"the request could not be sent: {error}")
 
     def _receive(self) -> None:
         while True:
@@ -140,21 +132,18 @@ class _ClientLoop(SocketLoop):
                 frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self._backlog.delivered(self._descriptor)
+            self._limit.message_complete(self._descriptor)
             envelope = frames[0].bytes
-            future = self._pending.get(envelope[:NUMBER_BYTES])
-            if future is None:
+            number = _NUMBER.unpack_from(envelope)[0] if len(envelope) >= _NUMBER.size else 0
+            if number not in self.pending:
                 continue
             try:
-                settle(future, unpack(unwrap(envelope, [frame.buffer for frame in frames[1:]])))
+                self.pending.answer(number, unpack(unwrap(envelope, [frame.buffer for frame in frames[1:]])))
             except ProtocolError as error:
-                settle(future, ReplyError(f"{self._address} sent a malformed reply: {error}"))
+                self.pending.fail(number, error)
 
     def _lost(self, why: str) -> None:
         self._connected = False
-        self._fail_all(why)
-
-    def _fail_all(self, why: str) -> None:
+        # In this order: a request that is submitted in between fails. In the other it would be dropped unanswered.
         self._outgoing.clear()
-        for future in list(self._pending.values()):
-            settle(future, TransportError(f"{self._address}: {why}"))
+        self.pending.fail_all(why)

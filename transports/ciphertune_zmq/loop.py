@@ -1,4 +1,4 @@
-"""What both ends share: a thread that owns the sockets, and a way to wake it."""
+"""A thread that owns a ZeroMQ socket, which link and listener derive from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HANDSHAKE_FAILURES = (
 
 
 class SocketLoop(abc.ABC):
-    """One thread that owns a ZeroMQ socket, its monitor and its context. Other threads only ``wake`` it.
+    """A thread that owns a ZeroMQ socket, its monitor and its context. Other threads only ``wake`` it.
 
     Args:
         kind: type of the socket.
@@ -50,18 +50,18 @@ class SocketLoop(abc.ABC):
         self.stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Start the thread, once the socket is set up."""
         self._thread.start()
 
     def wake(self) -> None:
-        """Have the thread look at what there is to do."""
-        # A full pipe means that it is about to.
+        """Have the thread call ``work`` soon."""
+        # If the buffer is full it is awake already.
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_out.send(b"x")
 
     def stop(self) -> None:
-        """End the thread and let go of everything. Idempotent; not from the thread itself."""
+        """End the thread and release its resources. Idempotent; not to be called on the thread itself."""
         self.stopping = True
         self.wake()
         if self._thread.is_alive():
@@ -71,19 +71,19 @@ class SocketLoop(abc.ABC):
 
     @abc.abstractmethod
     def poll_seconds(self) -> float:
-        """How long the thread may sleep if nothing happens."""
+        """Seconds that the thread may sleep if nothing happens."""
 
     @abc.abstractmethod
     def work(self, readable: bool) -> None:
-        """Receive, if there is something, and send."""
+        """Send what waits, after receiving if the socket is ``readable``."""
 
     @abc.abstractmethod
     def connection_event(self, event: int, value: int) -> None:
-        """A connection was made, lost or refused; ``value`` as in ``zmq_socket_monitor``."""
+        """Handle a connection that was made, lost or refused; ``value`` as in ``zmq_socket_monitor``."""
 
     @abc.abstractmethod
     def ended(self) -> None:
-        """The thread ends: answer whoever waits."""
+        """Settle what still waits; called when the thread ends."""
 
     def _run(self) -> None:
         try:
@@ -107,7 +107,7 @@ class SocketLoop(abc.ABC):
             if wake in events:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_in.recv(4096)
-            # Replies that came before the connection was lost count.
+            # Before the monitor: replies that came before the connection was lost count.
             self.work(self.socket in events)
             if self._monitor in events:
                 self._read_monitor()

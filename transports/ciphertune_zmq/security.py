@@ -1,4 +1,4 @@
-"""What protects a connection: CURVE keys, a Unix socket's permissions, or, if the user insists, nothing."""
+"""The protection of a connection: CURVE keys, a Unix socket's permissions, or, if the user insists, none."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ciphertune.errors import KeyFileError, SecurityError
+from ciphertune.key_files import keys_folder
 from ciphertune_zmq.address import Address
-from ciphertune_zmq.keys import KeyPair, keys_folder, read_pair, read_public
+from ciphertune_zmq.keys import KeyPair, read_pair, read_public
 
 if TYPE_CHECKING:
     from ciphertune_zmq import ZmqOptions, ZmqServeOptions
@@ -25,8 +26,8 @@ class ClientCurve:
     server: bytes
 
 
-class Authorised:
-    """Public keys of the clients that a worker serves, read anew when a client connects.
+class AuthorisedClients:
+    """The public keys of the clients that a worker serves, read again when a client connects.
 
     Args:
         folder: of ``*.pub`` files; a file added or removed counts for the next connection.
@@ -42,20 +43,20 @@ class Authorised:
                 if read_public(file) == key:
                     return True
             except KeyFileError as error:
-                log.warning("skipped: %s", error)
+                log.warning("a client's key is skipped: %s", error)
         return False
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerCurve:
-    """A worker's key and whom it lets in."""
+    """A worker's key and the clients it serves."""
 
     pair: KeyPair
-    clients: Authorised
+    clients: AuthorisedClients
 
 
 def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
-    """Keys for a worker, or None where none are used.
+    """Read a client's keys for a worker; None for a connection without CURVE.
 
     The worker's public key is the first that exists of ``HOST_PORT.pub``, ``HOST.pub`` and ``worker.pub`` in the keys'
     folder.
@@ -74,14 +75,14 @@ def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
 
 
 def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | None:
-    """A worker's key and authorised clients, or None where none are used. Raises as ``client_curve``."""
+    """Read a worker's key and its clients; None for connections without CURVE. Raises as ``client_curve``."""
     if _plain(address, options.insecure, options.no_authentication):
         if address.scheme == "tcp" and not address.loopback:
             log.warning("%s is served without authentication: anyone who can reach it can use this worker", address)
         return None
     folder = keys_folder(options.curve)
     pair = read_pair(_existing(folder / "worker.key"))
-    clients = Authorised(folder / "clients")
+    clients = AuthorisedClients(folder / "clients")
     if not any(clients.folder.glob("*.pub")):
         raise KeyFileError(f"no client is authorised: put clients' public keys in {clients.folder}")
     return ServerCurve(pair, clients)

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where circuits are kept, made with mode 0700 if need be: ``$XDG_CACHE_HOME/ciphertune/concrete-circuit``.
+    """Folder of compiled circuits, made with mode 0700 if missing: ``$XDG_CACHE_HOME/ciphertune/concrete-circuit``.
 
     Circuits hold weights, and are libraries that this process executes.
 

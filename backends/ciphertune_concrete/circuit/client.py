@@ -105,7 +105,7 @@ class CircuitClient(ClientHalf[Tensor]):
 
 
 def _strips(values: NDArray[Any]) -> list[NDArray[Any]]:
-    """Values in pieces of ``STRIP``, the last one filled up with zeros."""
+    """Values in strips of ``STRIP``, the last one filled up with zeros."""
     missing = -len(values) % STRIP
     padded = np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)]) if missing else values
     return list(padded.reshape(-1, STRIP, *values.shape[1:]))

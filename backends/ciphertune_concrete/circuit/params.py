@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ciphertune.errors import PluginError
-from ciphertune_concrete.circuit.library import fhe, prepare_thread, signals_kept
+from ciphertune_concrete.circuit.library import fhe, signals_kept
+from ciphertune_concrete.threads import prepare_thread
 
 Words = NDArray[np.uint64]
 Mode = Literal["execute", "simulate"]
@@ -30,7 +31,7 @@ BITS = range(16, 33)
 MAX_NORM = 8192
 """Largest Euclidean norm of a row of weight codes: 4096 of the largest 8-bit code, 127, stay below."""
 MAX_FEATURES = 4096
-"""Of either side: the largest that was compiled (docs/concrete-circuit.md); longer rows could exceed ``MAX_NORM``."""
+"""Of either side: the largest that was compiled (docs/concrete.md); longer rows could exceed ``MAX_NORM``."""
 FAILURE = 2.0**-40
 """Probability that one output is not exact; it is then off by a unit or so of the accumulator."""
 SECURITY_BITS = 128
@@ -48,7 +49,7 @@ COMPILING = threading.RLock()
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What both sides must agree on.
+    """Parameters that both sides must agree on.
 
     Attributes:
         bits: width of inputs and outputs, two's complement.
@@ -87,7 +88,7 @@ class Frame:
         return cls(serialized[:head], serialized[end:], words)
 
     def is_like(self, other: Frame) -> bool:
-        """Whether it takes as many bytes around the words as another one."""
+        """Return whether the layout has as many bytes around the words as another one."""
         return (len(self.head), len(self.tail)) == (len(other.head), len(other.tail))
 
     def fill(self, words: Words) -> Any:
@@ -253,7 +254,7 @@ def _gate(only: Any) -> tuple[Any, ...]:
 
 
 def _head(words: int, first: bytes, second: bytes) -> int:
-    """Where the words begin: two encryptions of the same differ in all of them, and nowhere else."""
+    """Offset of the words: two encryptions of one value differ in all of them, and nowhere else."""
     apart = np.flatnonzero(np.frombuffer(first, np.uint64) != np.frombuffer(second, np.uint64))
     if len(first) != len(second) or apart.size == 0 or apart[-1] - apart[0] + 1 != words:
         raise PluginError(UNKNOWN_FORM)

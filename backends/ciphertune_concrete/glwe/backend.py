@@ -19,6 +19,7 @@ from ciphertune.backend import (
     WorkerHalf,
 )
 from ciphertune.errors import PluginError
+from ciphertune.key_files import keys_folder
 from ciphertune_concrete.glwe.params import (
     DEVIATION,
     ESTIMATES,
@@ -35,7 +36,7 @@ from ciphertune_concrete.glwe.params import (
 from ciphertune_concrete.licence import TERMS
 
 _SECONDS_AN_OUTPUT = 0.05
-"""What one output of one token may take on a slow machine: several times what two cores of a server took."""
+"""Seconds of one output of one token on a slow machine: several times what two cores of a server took."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +96,9 @@ class GlweBackend(Backend):
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half with the key of the keys folder. Raises ``KeyFileError`` and ``PluginError``."""
         from ciphertune_concrete.glwe.client import GlweClient
-        from ciphertune_concrete.glwe.keys import folder, key_pair
+        from ciphertune_concrete.glwe.keys import key_pair
 
-        return GlweClient(key_pair(folder(self.options.keys)), self.noise, device)
+        return GlweClient(key_pair(keys_folder(self.options.keys)), self.noise, device)
 
     @classmethod
     def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> WorkerHalf:
@@ -109,14 +110,14 @@ class GlweBackend(Backend):
     def diagnose(self, device: torch.device) -> Mapping[str, Any]:
         """The library's version, what it evaluates on, and whether there is a key."""
         from ciphertune_concrete.glwe import library
-        from ciphertune_concrete.glwe.keys import FILE, folder
+        from ciphertune_concrete.glwe.keys import FILE
 
         try:
             found = library.load(notice=False)
         except PluginError as error:
             return {"not usable": str(error)}
         cuda = found.is_cuda_enabled() and found.is_cuda_available()
-        file = folder(self.options.keys) / FILE
+        file = keys_folder(self.options.keys) / FILE
         return {
             library.PACKAGE: library.version() or "unknown",
             "evaluates on": "CUDA" if cuda else "the processor",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.errors import KeyFileError
-from ciphertune.key_files import refuse_shared, write_parts
+from ciphertune.key_files import make_keys_folder, refuse_shared, write_parts
 from ciphertune_concrete.glwe import wire
 from ciphertune_concrete.glwe.library import load, other_layout, panics_are
 from ciphertune_concrete.glwe.params import KEY_WORDS, NAME, PARAMETERS, PARAMETERS_JSON, SECRET_BYTES
@@ -30,11 +30,6 @@ _FILE_BYTES = _HEADER_BYTES + SECRET_BYTES + 8 * KEY_WORDS
 # One pair in memory serves all sessions of a process. Known by what the file system says of the file.
 _loaded: weakref.WeakValueDictionary[tuple[Any, ...], KeyPair] = weakref.WeakValueDictionary()
 _loading = threading.Lock()
-
-
-def folder(option: str | None) -> Path:
-    """Where keys are kept: the option, or ``CIPHERTUNE_KEYS``, or ``~/.ciphertune/keys``."""
-    return Path(option or os.environ.get("CIPHERTUNE_KEYS") or Path.home() / ".ciphertune" / "keys")
 
 
 class KeyPair:
@@ -76,10 +71,7 @@ def key_pair(keys: Path) -> KeyPair:
 
 def _make(file: Path) -> None:
     log.warning("making a key for concrete-glwe, kept in %s: this takes some seconds, once", file)
-    try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise KeyFileError(f"cannot make the folder {file.parent} for keys: {type(error).__name__}") from None
+    make_keys_folder(file.parent)
     library = load()
     with panics_are(KeyFileError, "concrete-ml-extensions could not make a key"):
         private, compression = library.cpu_create_private_key(

@@ -16,7 +16,7 @@ INSTALL = 'pip install "ciphertune[concrete-glwe]"'
 
 
 def load(*, notice: bool = True) -> Any:
-    """The library.
+    """Import the library.
 
     Args:
         notice: whether to say what its licence asks for.

@@ -23,7 +23,7 @@ N_BITS = range(2, 9)
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """How both halves quantize; public.
+    """Public parameters of how both halves quantize.
 
     Attributes:
         mode: Concrete ML's own word for how a product is evaluated.
@@ -38,12 +38,12 @@ class Quantization:
 
     @property
     def by_module(self) -> bool:
-        """Whether a quantized module evaluates, and not the GLWE executor."""
+        """Return whether a quantized module evaluates, and not the GLWE executor."""
         return self.mode == "simulate" or (self.mode == "disable" and not self.dynamic)
 
     @property
     def per_channel(self) -> bool:
-        """Whether weights have a range for every output channel. Those of quantized modules have one for all."""
+        """Return whether weights have a range for every output channel. Those of quantized modules have one for all."""
         return self.dynamic and not self.by_module
 
     @property
@@ -58,7 +58,7 @@ class Quantization:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Quantization:
-        """From what a client sent. Raises ``ProtocolError``."""
+        """Read the quantization that a client sent. Raises ``ProtocolError``."""
         mode, n_bits, dynamic = fields.get("mode"), fields.get("n_bits"), fields.get("dynamic")
         if mode not in MODES:
             raise ProtocolError(f"the mode must be one of {', '.join(MODES)}")
@@ -108,13 +108,13 @@ def executor(quantization: Quantization) -> Any:
 
 
 def bits_only(quantization: Quantization) -> Any:
-    """What the executor's quantizers read of a quantized module: the bits of its input quantizer."""
+    """Stand-in for a quantized module of which the executor reads the bits of the input quantizer alone."""
     options = require("concrete.ml.quantization.quantizers").QuantizationOptions(quantization.n_bits)
     return types.SimpleNamespace(input_quantizers=[types.SimpleNamespace(quant_options=options)])
 
 
 def largest_sum(parameters: Mapping[str, Any]) -> int:
-    """What sums of products of codes must stay below, either way: beyond it the library wraps around."""
+    """Bound of sums of products of codes, either way: beyond it the library wraps around."""
     return 1 << (int(parameters["bits_reserved_for_computation"]) - 1)
 
 

@@ -25,6 +25,7 @@ from ciphertune_concrete.ml.library import (
     require,
 )
 from ciphertune_concrete.ml.wire import request_tokens
+from ciphertune_concrete.threads import prepare_thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +195,7 @@ def _as_module(matrix: Tensor, quantization: Quantization) -> Quantized:
     that of the codes, and for a circuit those inputs that give the largest and the smallest sum there can be.
     """
     compiler = require("concrete.ml.torch.compile")
-    # Concrete makes its stack of tags for the thread that imports it, and requests come on others.
-    context = require("concrete.fhe.extensions.tag").tag_context
-    if not hasattr(context, "stack"):
-        context.stack = []
+    prepare_thread()
     linear = require("concrete.ml.torch.hybrid_backprop_linear").BackwardModuleLinear(matrix)
     extremes = matrix.clamp_min(0).sum(0).argmax(), matrix.clamp_max(0).sum(0).argmin()
     signs = torch.stack([torch.where(matrix[:, column] > 0, 1.0, -1.0) for column in extremes])

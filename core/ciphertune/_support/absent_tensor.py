@@ -1,4 +1,4 @@
-"""A stand-in for a tensor that is elsewhere."""
+"""A tensor without elements in place of a weight that is at the workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ciphertune.errors import OutsourcedWeightError
 
-# What a module tree may ask of a weight without wanting its values.
+# Functions that read no values of a weight.
 _METADATA = frozenset(
     {
         "__get__",
@@ -87,11 +87,11 @@ _SHAPE: dict[str, Callable[..., Any]] = {
 
 
 class AbsentTensor(Tensor):
-    """A weight that is at the workers: a shape, a device and a dtype, no elements, and an error for anything else.
+    """A weight that is at the workers. It has a shape, a device and a dtype; reading its values is an error.
 
-    Libraries look at ``layer.weight`` for its device, dtype and shape; whoever wants its values (merging an adapter,
-    DoRA, a model or a loss that computes with the weight itself) is told which layer it is. The shape is the one that
-    the values would have: a loop over the rows of an empty tensor would do nothing, and say nothing.
+    Libraries read the device, dtype and shape of ``layer.weight``. What needs its values (merging an adapter, DoRA, a
+    model or a loss that computes with the weight itself) gets an error that names the layer. The shape is that of the
+    values, since a loop over the rows of an empty tensor would silently do nothing.
     """
 
     layer: str
@@ -99,7 +99,7 @@ class AbsentTensor(Tensor):
 
     @staticmethod
     def make(layer: str, full: torch.Size, like: Tensor) -> AbsentTensor:
-        """An absent weight of shape ``full`` with the device and dtype of ``like``."""
+        """Make an absent weight of shape ``full`` with the device and dtype of ``like``."""
         absent = torch.empty(0, dtype=like.dtype, device=like.device).as_subclass(AbsentTensor)
         absent.layer, absent.full = layer, full
         return absent
@@ -109,7 +109,7 @@ class AbsentTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let questions about metadata through, refuse the rest."""
+        """Allow functions that read metadata only; raise ``OutsourcedWeightError`` for others."""
         name = getattr(func, "__name__", "")
         owner = getattr(getattr(func, "__self__", None), "__name__", "")
         asked = owner if name == "__get__" else name

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DRAFT_PREFIX = ".draft-"
-"""How the name of a directory begins that is being written or removed."""
+"""Prefix of the name of a file or directory that is being written or removed."""
 
 
 @contextlib.contextmanager
 def atomic_directory(final: Path, mode: int = 0o777) -> Iterator[Path]:
-    """An empty directory to write into, beside ``final`` and renamed to it on success; removed on any exception.
+    """Make an empty directory beside ``final``, renamed to it on success and removed on any exception.
 
     Args:
         final: must not exist yet. Missing parents are made.
@@ -34,7 +34,7 @@ def atomic_directory(final: Path, mode: int = 0o777) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def draft_directory(beside: Path, mode: int = 0o777) -> Iterator[Path]:
-    """An empty directory in the same parent as ``beside``, removed at the end if it is still there."""
+    """Make an empty directory in the parent of ``beside``, removed at the end if it is still there."""
     draft = _draft_beside(beside)
     try:
         draft.mkdir(mode=mode)
@@ -57,7 +57,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Wait until a directory and all below it are on the disk."""
+    """Flush a directory and everything below it to the disk."""
     for path in directory.rglob("*"):
         _sync(path)
     _sync(directory)
@@ -71,7 +71,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_drafts(directory: Path) -> None:
-    """Remove what a killed process left behind."""
+    """Remove the drafts that a killed process left in a directory."""
     for path in directory.glob(DRAFT_PREFIX + "*"):
         shutil.rmtree(path, ignore_errors=True)
 

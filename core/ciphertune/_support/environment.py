@@ -1,4 +1,4 @@
-"""What a run ran on: versions and the machine."""
+"""Versions of packages, and properties of the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, CipherTune and the packages that it works with; None for one that is not installed."""
+    """Versions of Python, CipherTune and the packages that it works with; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "ciphertune": __version__}
     for package in PACKAGES:
         try:
@@ -38,7 +38,7 @@ def versions() -> dict[str, str | None]:
 
 
 def memory() -> tuple[float | None, float | None]:
-    """Memory of the machine and what of it is available, in GB; None where the system does not say."""
+    """Whole and available memory of the machine in GB; None where the system does not tell."""
     try:
         whole = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
     except (AttributeError, OSError, ValueError):
@@ -52,7 +52,7 @@ def memory() -> tuple[float | None, float | None]:
 
 
 def machine() -> dict[str, str | int | float]:
-    """The machine, without its name: system, processor, threads, memory, accelerator."""
+    """Properties of the machine: system, processor, threads, memory and accelerator. Its name is left out."""
     import torch
 
     whole, _ = memory()

@@ -1,15 +1,14 @@
-"""Option dataclasses made from text."""
+"""Options of selection strings and sections of TOML files, as dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from ciphertune._support.builders import TextBuilder, TomlBuilder
 from ciphertune._support.suggestions import closest
-from ciphertune.errors import SelectionError
+from ciphertune.errors import ConfigError, SelectionError
 
 OptionsT = TypeVar("OptionsT")
 
@@ -18,7 +17,7 @@ def split_options(options: Mapping[str, str], *owners: type) -> list[dict[str, s
     """Hand each option to the first of ``owners`` (options dataclasses) that has a field of its name.
 
     Raises:
-        SelectionError: an option that none of them knows.
+        SelectionError: an option that none of them has.
     """
     shares: list[dict[str, str]] = [{} for _ in owners]
     fields = [{field.name for field in dataclasses.fields(owner)} for owner in owners]
@@ -33,48 +32,21 @@ def split_options(options: Mapping[str, str], *owners: type) -> list[dict[str, s
 
 
 def build_options(cls: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
-    """Make an options dataclass from text values; its annotations say how each is read.
-
-    Supported annotations: bool, int, float, str, Path, Literal of ints or strings, and each of them ``| None``.
+    """Make an options dataclass from text values. The text ``none`` is None where the annotation has ``| None``.
 
     Raises:
         SelectionError: an unknown option, one that is missing and has no default, or a value of the wrong form.
     """
-    hints = typing.get_type_hints(cls)
-    unknown = [name for name in values if name not in hints]
-    if unknown:
-        raise SelectionError(f"unknown option {unknown[0]!r}; {closest(unknown[0], hints)}")
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if required(field) and field.name not in values:
-            raise SelectionError(f"option {field.name} is missing and has no default")
-    return cls(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
+    return TextBuilder(SelectionError).build(cls, values)
 
 
-def required(field: dataclasses.Field[Any]) -> bool:
-    """Whether an option has no default."""
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def build_section(cls: type[OptionsT], content: Any) -> OptionsT:
+    """Make a dataclass from the content of a TOML file.
 
+    A dataclass that checks its own values raises a ``CipherTuneError`` whose message begins with the field's name.
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        choices = [part for part in typing.get_args(hint) if part is not type(None)]
-        if value is None or str(value).lower() == "none":
-            return None
-        hint = choices[0]
-    text = str(value)
-    if typing.get_origin(hint) is Literal:
-        for choice in typing.get_args(hint):
-            if text == str(choice):
-                return choice
-        listed = ", ".join(str(choice) for choice in typing.get_args(hint))
-        raise SelectionError(f"option {name}={text!r} must be one of: {listed}")
-    if hint is bool:
-        if text.lower() in ("1", "true", "yes", "on"):
-            return True
-        if text.lower() in ("0", "false", "no", "off"):
-            return False
-        raise SelectionError(f"option {name}={text!r} must be 1 or 0")
-    try:
-        return hint(text)
-    except ValueError as error:
-        raise SelectionError(f"option {name}={text!r} must be a {hint.__name__}") from error
+    Raises:
+        ConfigError: a section or key is unknown, missing, of the wrong type, or refused by its dataclass. The message
+            names it as ``section.key``.
+    """
+    return TomlBuilder(ConfigError).build(cls, content)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Text that lists the known names and, where one is near, suggests it.
+    """Text that lists the known names and suggests the closest, for error messages.
 
     >>> closest("mlew", ["clear", "mlwe"])
     "did you mean 'mlwe'? Known: clear, mlwe"

@@ -1,4 +1,4 @@
-"""What older releases of torch call by other names, and what keeps its compiler out."""
+"""Compatibility with older releases of torch and with its compiler."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def uncompiled(function: _Function) -> _Function:
-    """A function that ``torch.compile`` calls and never looks into.
+    """Wrap a function so that ``torch.compile`` calls it without compiling it.
 
-    What a session does (keys, randomness, requests, counts) is no computation on tensors that could be recorded once
-    and repeated. The compiler is imported at the first call, not with ciphertune: it takes a second, and every
-    optimizer of torch imports it anyway.
+    The work of a session (keys, randomness, requests, counts) cannot be traced once and repeated. The compiler is
+    imported at the first call, since the import takes a second.
     """
     disabled: list[Callable[..., Any]] = []
 
@@ -31,10 +30,10 @@ def uncompiled(function: _Function) -> _Function:
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """The dtype that autocast computes in on this type of device, or None where it is off."""
+    """The dtype that autocast computes in on this type of device; None where autocast is off."""
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    # torch 2.3 asks by a function per type of device, and knows these two.
+    # torch 2.3 has one function for each of these two types of device.
     if kind == "cpu":
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
     if kind == "cuda":
@@ -43,5 +42,5 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 
 
 def scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
-    """The scheduler's state dict. In torch 2.3, that of ``OneCycleLR`` holds a function which it has anyway."""
+    """The scheduler's state dict. In torch 2.3, that of ``OneCycleLR`` also holds a function, which is left out."""
     return {name: value for name, value in scheduler.state_dict().items() if name != "anneal_func"}

@@ -18,7 +18,7 @@ import torch
 from ciphertune.errors import ConfigError
 from ciphertune.interleaving.interleaver import Interleaver
 from ciphertune.outsourcing.convert import outsource, session_of
-from ciphertune.workloads import load_workload
+from ciphertune.workloads.named import load_workload
 
 
 def steps(

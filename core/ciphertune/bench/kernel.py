@@ -1,4 +1,4 @@
-"""One product, encrypted and in the clear, in turn."""
+"""Benchmark of one product, encrypted and in the clear, in turn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from ciphertune.client.choice import choose
 from ciphertune.client.session import Session
 from ciphertune.errors import ConfigError
 from ciphertune.weights import describe, quantize
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 
 def bench_kernel(

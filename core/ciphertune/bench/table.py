@@ -10,7 +10,7 @@ Table = tuple[str, Sequence[str], list[tuple[str, ...]], list[str]]
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """One table of what every backend was measured with, one of the large product, and perhaps those that cannot run.
+    """Tables of a comparison: every backend on one product, the large product, and the backends that cannot run here.
 
     Args:
         result: of ``bench_compare``.
@@ -96,7 +96,7 @@ def _large(rows: Sequence[Mapping[str, Any]], product: str) -> Table:
 
 
 def security(row: Mapping[str, Any]) -> str:
-    """What a row says of security, in few words."""
+    """Describe the security of a row in few words."""
     if not row["encrypted"]:
         return "none"
     return "encrypted" if row["security_bits"] is None else f"{row['security_bits']:.0f} bits"

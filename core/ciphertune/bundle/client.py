@@ -94,7 +94,7 @@ def load_client(
 
 
 def is_client_folder(folder: str | os.PathLike[str]) -> bool:
-    """Whether this is the client's part of a bundle."""
+    """Return whether a folder is the client's part of a bundle."""
     return (Path(folder) / CLIENT_MANIFEST).is_file()
 
 

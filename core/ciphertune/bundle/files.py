@@ -68,7 +68,7 @@ def open_tensors(file: Path) -> Any:
 
 
 def read_tensor(handle: Any, file: Path, name: str) -> Tensor:
-    """One tensor of an open file. Raises ``ConfigError``."""
+    """Read one tensor of an open file. Raises ``ConfigError``."""
     import safetensors
 
     try:

@@ -1,4 +1,4 @@
-"""Where the weights of a model to split come from: a module in memory, or a checkpoint that is read as it goes."""
+"""Sources of the weights of a model to split: a module in memory, or a checkpoint read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.optional_imports import need
+from ciphertune._support.optional_imports import import_optional
 from ciphertune.bundle.files import TensorFiles, checkpoint_files
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import load_named_model, smollm2_folder
@@ -150,7 +150,7 @@ class CheckpointSource(Source):
         if missing:
             raise ConfigError(
                 f"{len(missing)} tensors of the model, {missing[0]!r} among them, are not in {self._folder} under a "
-                "name that can be told, so it cannot be read piece by piece: split it in memory (--in-memory)"
+                "name that can be told, so it cannot be read tensor by tensor: split it in memory (--in-memory)"
             )
         return found
 
@@ -161,7 +161,7 @@ def open_source(model: str | nn.Module, gguf_file: str | None, in_memory: bool) 
     Args:
         model: a folder, a hub name, the built-in ``smollm2``, or a module.
         gguf_file: file within the folder, for models in GGUF form.
-        in_memory: load it whole even where it could be read piece by piece.
+        in_memory: load it whole even where it could be read tensor by tensor.
 
     Raises:
         ConfigError: it cannot be found or read.
@@ -185,7 +185,7 @@ def _swap(loaded: tuple[Any, Any], name: str) -> tuple[Any, str, Any]:
 
 
 def _download(name: str) -> Path:
-    hub = need("huggingface_hub", 'pip install "ciphertune[hf]"')
+    hub = import_optional("huggingface_hub", 'pip install "ciphertune[hf]"')
     try:
         return Path(hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How a model is split over workers."""
+"""Rules by which a model is split over workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Spread = Literal["layers", "rows", "replicas"]
 
 
 def rows_of_worker(by: Spread, rows: int, worker: int, workers: int, place: float) -> tuple[int, int]:
-    """Which rows of a layer a worker gets; the first and the one after the last, the same where it gets none.
+    """Return which rows of a layer a worker gets: the first, and the one after the last; equal where it gets none.
 
     Args:
         by: how the model is split.
@@ -31,5 +31,5 @@ def rows_of_worker(by: Spread, rows: int, worker: int, workers: int, place: floa
 
 
 def _cut(rows: int, part: int, parts: int) -> int:
-    """Where a part of a layer's rows begins, at a multiple of ``DIGEST_ROWS``."""
+    """Return the first row of a part of a layer, at a multiple of ``DIGEST_ROWS``."""
     return rows if part == parts else round(rows * part / parts / DIGEST_ROWS) * DIGEST_ROWS

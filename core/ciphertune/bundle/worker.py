@@ -56,7 +56,7 @@ def load_worker(
 
 
 def read_blocks(folder: Path) -> list[tuple[Path, list[Shard]]]:
-    """What a worker's folder holds: each block's file, and the shards in it from the top. No weight is read.
+    """List what a worker's folder holds: each block's file, and the shards in it from the top. Reads no weight.
 
     Raises:
         ConfigError: the folder is no worker's folder, or its manifest is damaged.

@@ -42,7 +42,7 @@ _CLIENT_FILE_BYTES = 256 << 20
 
 @dataclasses.dataclass(frozen=True)
 class SplitResult:
-    """What was written.
+    """Sizes of the bundle that ``split`` wrote.
 
     Attributes:
         client: the client's folder.
@@ -95,7 +95,7 @@ def split(
         replicas: worker folders with all layers; they share the disk's space.
         weight_bits: 8 or 16 bits a weight.
         gguf_file: file within the folder, for models in GGUF form.
-        in_memory: load the model whole, for checkpoints that cannot be read piece by piece.
+        in_memory: load the model whole, for checkpoints that cannot be read tensor by tensor.
         force: replace ``out``.
         progress: called as weights are written.
 

@@ -1,4 +1,4 @@
-"""``ciphertune keys``."""
+"""The command ``ciphertune keys``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ciphertune top``."""
+"""The command ``ciphertune top``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from ciphertune.client.monitor import WorkerState
+    from ciphertune.status import WorkerStatus
 
 _HISTORY = 24
 _NAME = 24
@@ -64,7 +65,7 @@ def top(ctx: click.Context, url: str, interval: float, timeout: float, once: boo
             from rich.console import Console
 
             states = watch.look(timeout)
-            Console().print(_screen(states, {}, Console().width, ""))
+            Console().print(screen(states, {}, Console().width, ""))
         else:
             _live(watch.look, interval, timeout)
             return
@@ -73,7 +74,13 @@ def top(ctx: click.Context, url: str, interval: float, timeout: float, once: boo
 
 
 def _document(states: Sequence[WorkerState]) -> dict[str, Any]:
-    return {"time": round(time.time(), 3), "workers": [dataclasses.asdict(state) for state in states]}
+    workers = []
+    for state in states:
+        row = dataclasses.asdict(state)
+        status = row.pop("status")
+        del status["draining"]  # its state says so
+        workers.append({**row, **status})
+    return {"time": round(time.time(), 3), "workers": workers}
 
 
 def _live(look: Callable[[float], list[WorkerState]], interval: float, timeout: float) -> None:
@@ -112,9 +119,9 @@ def _live(look: Callable[[float], list[WorkerState]], interval: float, timeout: 
                         raise states
                     for state in states:
                         past = history.setdefault(state.worker, collections.deque(maxlen=_HISTORY))
-                        past.append(state.busy or 0.0)
+                        past.append(state.status.busy or 0.0)
                     # The window may have another size by now.
-                    live.update(_screen(states, history, console.width, every), refresh=True)
+                    live.update(screen(states, history, console.width, every), refresh=True)
         finally:
             ended.set()
 
@@ -156,9 +163,17 @@ def _keys() -> Iterator[Callable[[float], str]]:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
-def _screen(
+def screen(
     states: Sequence[WorkerState], history: dict[str, collections.deque[float]], width: int, every: str
 ) -> RenderableType:
+    """Picture of the workers' states for a terminal.
+
+    Args:
+        states: of the workers.
+        history: past shares of busy time by worker, drawn where there is room.
+        width: columns of the terminal.
+        every: note on the interval, for the last line; empty for a picture that is shown once.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -209,14 +224,14 @@ def _busy(state: WorkerState, before: Sequence[float]) -> Text:
 
     if state.state == "silent":
         return Text("no answer", style="red")
-    if state.busy is None:
+    if state.status.busy is None:
         return Text("?")
-    colour = "green" if state.busy < 0.7 else "yellow" if state.busy < 0.9 else "red"
-    full = round(10 * state.busy)
+    colour = "green" if state.status.busy < 0.7 else "yellow" if state.status.busy < 0.9 else "red"
+    full = round(10 * state.status.busy)
     text = Text.assemble(("█" * full, colour), ("░" * (10 - full), "dim"))
     if state.state == "draining":
         text = Text("draining".ljust(10), style="yellow")
-    text.append(f" {100 * state.busy:3.0f}%")
+    text.append(f" {100 * state.status.busy:3.0f}%")
     if before:
         drawn = "".join(_BLOCKS[min(8, int(8.999 * b))] for b in before)
         text.append(" " + drawn.rjust(_HISTORY), style=colour)
@@ -225,6 +240,11 @@ def _busy(state: WorkerState, before: Sequence[float]) -> Text:
 
 def _count(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
+
+
+def _running(status: WorkerStatus) -> int | None:
+    """Requests that are under way and no longer wait."""
+    return None if status.under_way is None or status.queued is None else status.under_way - status.queued
 
 
 def _rate(value: float | None) -> str:
@@ -242,7 +262,7 @@ def _size(value: float | None) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    """Short.
+    """A time, short.
 
     >>> _time(59), _time(3700), _time(200000)
     ('59s', '1h01m', '2d07h')
@@ -261,18 +281,18 @@ def _time(seconds: float | None) -> str:
 _COLUMNS: tuple[tuple[int, tuple[str, Any]], ...] = (
     (0, ("WORKER", lambda s: s.worker)),
     (0, ("BUSY", lambda s: "")),
-    (0, ("SESS", lambda s: _count(s.sessions))),
-    (60, ("CLI", lambda s: _count(s.clients))),
-    (0, ("QUEUE", lambda s: _count(s.queued))),
-    (60, ("RUN", lambda s: _count(None if s.under_way is None or s.queued is None else s.under_way - s.queued))),
-    (60, ("IN MB/s", lambda s: _rate(s.bytes_in_per_second))),
-    (60, ("OUT MB/s", lambda s: _rate(s.bytes_out_per_second))),
+    (0, ("SESS", lambda s: _count(s.status.sessions))),
+    (60, ("CLI", lambda s: _count(s.status.clients))),
+    (0, ("QUEUE", lambda s: _count(s.status.queued))),
+    (60, ("RUN", lambda s: _count(_running(s.status)))),
+    (60, ("IN MB/s", lambda s: _rate(s.status.bytes_in_per_second))),
+    (60, ("OUT MB/s", lambda s: _rate(s.status.bytes_out_per_second))),
     (90, ("MY PROD/s", lambda s: "" if s.products_per_second is None else f"{s.products_per_second:.1f}")),
-    (140, ("MY PRODUCTS", lambda s: _count(s.own.products))),
-    (140, ("MY IN", lambda s: _size(s.own.bytes_in))),
-    (140, ("MY OUT", lambda s: _size(s.own.bytes_out))),
+    (140, ("MY PRODUCTS", lambda s: _count(s.status.own.products))),
+    (140, ("MY IN", lambda s: _size(s.status.own.bytes_in))),
+    (140, ("MY OUT", lambda s: _size(s.status.own.bytes_out))),
     (140, ("MS", lambda s: "" if s.latency is None else f"{1000 * s.latency:.0f}")),
-    (76, ("UP", lambda s: _time(s.uptime_seconds))),
-    (100, ("DEVICE", lambda s: s.device or "")),
-    (100, ("VERSION", lambda s: s.version or "")),
+    (76, ("UP", lambda s: _time(s.status.uptime_seconds))),
+    (100, ("DEVICE", lambda s: s.status.device or "")),
+    (100, ("VERSION", lambda s: s.status.version or "")),
 )

@@ -34,15 +34,15 @@ _SLOWEST_LINK = 1 << 18
 _LARGE_KEY = 1 << 20
 
 KeyWatch = Callable[[str, int, bool], None]
-"""Told the worker's name, a large key's bytes, and whether it has arrived or failed to, rather than sets out."""
+"""Called with a worker's name, a large key's bytes, and False as it sets out, True once it has arrived or failed."""
 
 
 class Retry(Exception):  # noqa: N818 - not an error: the reason to try again
-    """An attempt failed in a way that another one, later or elsewhere, may not."""
+    """Failure of one attempt that another one, later or elsewhere, may not meet."""
 
 
 class UnknownSession(Retry):
-    """The worker was restarted, or closed a session that was idle."""
+    """A session that the worker does not know: it was restarted, or closed what was idle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +87,12 @@ class Opening:
 
 
 class WorkerConnection:
-    """One worker: how to reach it, the session that is open there, and how it has done so far.
+    """Connection to one worker, with the session that is open there and the worker's health.
 
     Args:
         link: the connection.
         longest_backoff: seconds that a failing worker is left alone at most.
+        clock: seconds, as ``time.monotonic``; by it ``not_before`` is set.
 
     Attributes:
         link: the connection.
@@ -107,7 +108,12 @@ class WorkerConnection:
         last_problem: what went wrong last.
     """
 
-    def __init__(self, link: Link, longest_backoff: float = LONGEST_BACKOFF_SECONDS) -> None:
+    def __init__(
+        self,
+        link: Link,
+        longest_backoff: float = LONGEST_BACKOFF_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.link = link
         self.version: int | None = None
         self.holdings = ""
@@ -120,20 +126,21 @@ class WorkerConnection:
         self.not_before = 0.0
         self.last_problem = "no worker answers"
         self._longest_backoff = longest_backoff
+        self._clock = clock
         self._opened = 0  # groups that the open session knows
-        self._forgot_before = False
+        self._forgotten_before = False
         self._opening = threading.Lock()
         self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
-        """Where the worker is, for messages."""
+        """Address of the worker, for messages."""
         return self.link.name
 
     # Requests and replies.
 
     def submit(self, request: Message) -> Future[Message]:
-        """A future of the reply, failed where the link fails to take the request."""
+        """Send a request; the future of its reply has failed where the link does not take it."""
         request.version = HELLO_VERSION if request.kind == "hello" or self.version is None else self.version
         try:
             return self.link.submit(request)
@@ -198,7 +205,7 @@ class WorkerConnection:
         return reply
 
     def text(self, reply: Message, field: str) -> str:
-        """A field of a reply. Raises ``ReplyError`` where it is no text."""
+        """Read a text field of a reply. Raises ``ReplyError`` where it is no text."""
         value = reply.fields.get(field)
         if not isinstance(value, str):
             raise ReplyError(f"{self.name} sent a reply without the field {field!r}")
@@ -207,7 +214,7 @@ class WorkerConnection:
     # The session.
 
     def open(self, opening: Opening, seconds: float, group: int, closed: threading.Event) -> str:
-        """The worker's session, opened where none knows a group yet.
+        """Return the worker's session that knows a group, and open one where there is none.
 
         Args:
             opening: the request.
@@ -222,7 +229,7 @@ class WorkerConnection:
         seconds += opening.upload_seconds
         if (session := self.session) is not None and group < self._opened:
             return session
-        begun = time.monotonic()
+        begun = self._clock()
         if not self._opening.acquire(timeout=seconds):
             raise Retry(f"no session within {seconds:.3g} s")
         try:
@@ -234,7 +241,7 @@ class WorkerConnection:
                 raise Retry(self.last_problem)
             groups = [list(names) for names in list(self.groups)]
             fields = {**opening.fields, "groups": groups, "holdings": self.holdings}
-            left = max(0.0, begun + seconds - time.monotonic())
+            left = max(0.0, begun + seconds - self._clock())
             with opening.sending(self.name):
                 future = self.submit(Message("open", fields, dict(opening.key)))
                 session = self.text(self.reply(future, left, "open"), "session")
@@ -250,7 +257,7 @@ class WorkerConnection:
         return session
 
     def close_session(self, session: str | None) -> Future[Message] | None:
-        """Tell the worker that a session is closed; None where there is none to close."""
+        """Ask the worker to close a session; None where there is none to close."""
         return None if session is None else self.submit(Message("close", {"session": session}))
 
     # Health.
@@ -259,7 +266,7 @@ class WorkerConnection:
         """Record a failure and back off."""
         with self._lock:
             self.last_problem = problem
-            now = time.monotonic()
+            now = self._clock()
             # Requests that fail together tell of one failure.
             if now >= self.not_before:
                 self.failures += 1
@@ -270,7 +277,7 @@ class WorkerConnection:
         """Record a good answer."""
         with self._lock:
             self.failures = 0
-            self._forgot_before = False
+            self._forgotten_before = False
 
     def mark_forgotten(self, session: str, problem: str) -> None:
         """Record that the worker does not know a session."""
@@ -278,7 +285,7 @@ class WorkerConnection:
             if self.session != session:
                 return  # Another thread has noticed already.
             self.session = None
-            again, self._forgot_before = self._forgot_before, True
+            again, self._forgotten_before = self._forgotten_before, True
         # One that was restarted, or closed what was idle, is asked for another session at once. One that forgets
         # session after session is not, or this would never end.
         if again:

@@ -1,14 +1,13 @@
-"""Ask workers how they are: what ``ciphertune top`` shows."""
+"""Connections that ask workers for their status: what ``ciphertune top`` shows."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any
 
 from ciphertune._support.options import build_options, split_options
+from ciphertune._support.printable import printable
 from ciphertune._support.suggestions import closest
 from ciphertune.client.choice import SessionOptions
 from ciphertune.client.connection import Retry, WorkerConnection
@@ -21,43 +20,20 @@ from ciphertune.errors import (
 from ciphertune.plugins import registry
 from ciphertune.protocol import Message
 from ciphertune.selection import Selection
+from ciphertune.status import WorkerStatus
 from ciphertune.transport import Link, Transport
-
-_TEXT = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Own:
-    """What this client itself uses of a worker; sums begin when it comes, or comes again after a long absence.
-
-    Attributes:
-        sessions, under_way: now.
-        products, errors, bytes_in, bytes_out, evaluate_seconds: sums.
-    """
-
-    sessions: int | None = None
-    under_way: int | None = None
-    products: int | None = None
-    errors: int | None = None
-    bytes_in: int | None = None
-    bytes_out: int | None = None
-    evaluate_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerState:
-    """One worker at one moment. What it did not say, or said in a form that makes no sense, is None.
+    """One worker at one moment.
 
     Attributes:
         worker: its address.
         state: ``up``, ``draining``, or ``silent`` where it does not answer.
         problem: why it is silent.
         latency: seconds that its answer took.
-        version, device, layers, weight_bytes, evaluators, uptime_seconds: of the worker.
-        busy: share of the last seconds in which it evaluated, 0 to 1.
-        sessions, clients, queued, under_way: of all clients.
-        bytes_in_per_second, bytes_out_per_second: of all clients, in whole megabytes.
-        own: of this client alone.
+        status: what it said.
         products_per_second: of this client alone, since the last time it was asked.
     """
 
@@ -65,20 +41,7 @@ class WorkerState:
     state: str
     problem: str = ""
     latency: float | None = None
-    version: str | None = None
-    device: str | None = None
-    layers: int | None = None
-    weight_bytes: int | None = None
-    evaluators: int | None = None
-    uptime_seconds: float | None = None
-    busy: float | None = None
-    sessions: int | None = None
-    clients: int | None = None
-    queued: int | None = None
-    under_way: int | None = None
-    bytes_in_per_second: float | None = None
-    bytes_out_per_second: float | None = None
-    own: Own = dataclasses.field(default_factory=Own)
+    status: WorkerStatus = dataclasses.field(default_factory=WorkerStatus)
     products_per_second: float | None = None
 
 
@@ -91,7 +54,7 @@ class _Watched:
 
 
 class Watch:
-    """Connections to workers, to ask them how they are. Opens no session and sends no data.
+    """Connections to workers that ask for their status. No session is opened and no data sent.
 
     Args:
         url: ``transport://[endpoint,…][?option=value&…]``, or a selection string as for training, whose backend's
@@ -108,7 +71,7 @@ class Watch:
 
     @property
     def names(self) -> list[str]:
-        """Where the workers are."""
+        """Addresses of the workers."""
         return [worker.connection.name for worker in self._workers]
 
     def look(self, timeout: float = 2.0) -> list[WorkerState]:
@@ -138,7 +101,7 @@ class Watch:
                 found.append(_state(worker, *replies[worker]))
             else:
                 worker.connection.version = worker.before = None  # it may be another one when it comes back
-                problem = plain(problems.get(worker, "no answer"), 200)
+                problem = printable(problems.get(worker, "no answer"), 200)
                 found.append(WorkerState(worker.connection.name, "silent", problem))
         return found
 
@@ -155,38 +118,24 @@ class Watch:
 
 
 def _ask(worker: _Watched) -> Future[Message]:
-    """Ask which version to speak and, once that is agreed, for figures."""
+    """Ask which version to speak and, once that is agreed, for the status."""
     connection = worker.connection
     return connection.hello() if connection.version is None else connection.submit(Message("stats"))
 
 
 def _state(worker: _Watched, reply: Message, latency: float) -> WorkerState:
-    fields = reply.fields
-    told = fields.get("own")
-    own = Own(**_figures(Own, _names(Own), told if isinstance(told, dict) else {}))
-    rate, now = None, time.monotonic()
-    if own.products is not None:
-        if worker.before is not None and own.products >= worker.before[1] and now > worker.before[0]:
-            rate = (own.products - worker.before[1]) / (now - worker.before[0])
-        worker.before = now, own.products
-    known = _figures(WorkerState, _TOLD, fields)
-    if "busy" in known:
-        known["busy"] = min(1.0, known["busy"])
-    for name in ("version", "device"):
-        text = fields.get(name)
-        known[name] = plain(text, _TEXT) if isinstance(text, str) else None
-    return WorkerState(
-        worker=worker.connection.name,
-        state="draining" if fields.get("draining") is True else "up",
-        latency=latency,
-        own=own,
-        products_per_second=rate,
-        **known,
-    )
+    status = WorkerStatus.read(reply.fields)
+    rate, now, products = None, time.monotonic(), status.own.products
+    if products is not None:
+        if worker.before is not None and products >= worker.before[1] and now > worker.before[0]:
+            rate = (products - worker.before[1]) / (now - worker.before[0])
+        worker.before = now, products
+    state = "draining" if status.draining else "up"
+    return WorkerState(worker.connection.name, state, "", latency, status, rate)
 
 
 def transport_of(url: str) -> tuple[Transport, tuple[str, ...]]:
-    """The transport that a URL names, with its options, and the endpoints.
+    """Find the transport that a URL names, with its options, and the endpoints.
 
     Raises:
         SelectionError, PluginError: see ``Watch``.
@@ -216,16 +165,6 @@ def transport_of(url: str) -> tuple[Transport, tuple[str, ...]]:
     return cls(build_options(cls.Options, of_transport)), selection.endpoints
 
 
-def plain(text: str, limit: int) -> str:
-    r"""Text from a stranger as it may go to a terminal: printable, on one line, and not too long.
-
-    >>> plain("1.0\x1b[2J" + 50 * "x", 12)
-    '1.0�[2Jxxxx…'
-    """
-    shown = "".join(c if c.isprintable() else "�" for c in text[: limit + 1])
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
-
-
 def _remote_transports() -> list[str]:
     names = []
     for name, row in registry.installed(registry.TRANSPORTS).items():
@@ -235,26 +174,3 @@ def _remote_transports() -> list[str]:
         except PluginError:  # which its user is told when naming it
             names.append(name)
     return names
-
-
-def _names(cls: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))
-
-
-_TOLD = (
-    *("layers", "weight_bytes", "evaluators", "uptime_seconds", "busy"),
-    *("sessions", "clients", "queued", "under_way", "bytes_in_per_second", "bytes_out_per_second"),
-)
-"""Figures that a worker tells of itself."""
-
-
-def _figures(cls: type, names: Iterable[str], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the names that have a finite number, not below 0, and whole where the dataclass says so."""
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-    known = {}
-    for name in names:
-        value = fields.get(name)
-        whole = kinds[name].startswith("int")
-        if isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and 0 <= value < 2**63:
-            known[name] = value
-    return known

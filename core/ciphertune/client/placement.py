@@ -1,9 +1,10 @@
-"""Which worker evaluates which part of which product. Pure functions of what workers say they hold."""
+"""Placement: which workers evaluate which part of a product. Pure functions of what workers say they hold."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from ciphertune.backend import Direction, LinearMap
 from ciphertune.errors import UnknownLayerError
@@ -14,33 +15,19 @@ Holdings = Sequence[Sequence[Shard]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
-    """Rows of a group's stacked matrix that come from one layer.
-
-    Attributes:
-        layer: its name.
-        start, stop: rows of the layer.
-        row: where the first of them stands in the group.
-    """
-
-    layer: str
-    start: int
-    stop: int
-    row: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Piece:
     """A part of a group that one worker evaluates as one product.
 
     Attributes:
-        segments: its rows, in the order in which its workers hold them.
+        shards: its rows, in the order in which its workers hold them.
+        rows: where each shard stands in the group's stacked matrix.
         workers: indices of the workers that hold all of it: replicas of each other.
         forward, backward: the maps of this part.
         whole: whether it is all of the group, in the group's order.
     """
 
-    segments: tuple[Segment, ...]
+    shards: tuple[Shard, ...]
+    rows: tuple[slice, ...]
     workers: tuple[int, ...]
     forward: LinearMap
     backward: LinearMap
@@ -48,8 +35,8 @@ class Piece:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The layers, in order."""
-        return tuple(segment.layer for segment in self.segments)
+        """Names of the layers, in order."""
+        return tuple(shard.name for shard in self.shards)
 
     def map(self, direction: Direction) -> LinearMap:
         """The map of one direction."""
@@ -76,15 +63,15 @@ def place(
     placed = []
     problems: dict[str, str] = {}
     for group in groups:
-        segments: list[tuple[Segment, frozenset[int]]] = []
+        parts: list[_Part] = []
         row = 0
         for layer in group:
             shards = index.cover(layer)
             if not shards:
                 problems[layer.name] = index.why_not(layer, names)
-            segments += [(Segment(s.name, s.start, s.stop, row + s.start), holders) for s, holders in shards]
+            parts += [_Part(shard, slice(row + shard.start, row + shard.stop), held) for shard, held in shards]
             row += layer.out_features
-        placed.append(_pieces(group, segments, index))
+        placed.append(_pieces(group, parts, index))
     if problems:
         shown = "; ".join(f"{name}: {why}" for name, why in list(problems.items())[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -94,8 +81,16 @@ def place(
     return placed
 
 
+class _Part(NamedTuple):
+    """A shard, where it stands in its group, and the workers that hold it."""
+
+    shard: Shard
+    rows: slice
+    workers: frozenset[int]
+
+
 class _Index:
-    """What is held where, by layer."""
+    """Shards by layer, with the workers that hold them and their places there."""
 
     def __init__(self, workers: Mapping[int, Holdings]) -> None:
         self._holders: dict[Shard, set[int]] = {}
@@ -113,7 +108,7 @@ class _Index:
                     row += shard.rows
 
     def cover(self, layer: LayerInfo) -> list[tuple[Shard, frozenset[int]]]:
-        """Shards of this very weight that together are the layer, from the top; empty where there are none."""
+        """Find shards of this very weight that together are the layer, from the top; empty where there are none."""
         fitting = [s for s in self._by_layer.get(layer.name, ()) if _fits(s, layer)]
         for shard in fitting:
             if shard.rows == layer.out_features:
@@ -143,10 +138,10 @@ class _Index:
         held = ", ".join(f"{s.start} to {s.stop}" for s in sorted(shards, key=lambda s: s.start))
         return f"only rows {held} of {layer.out_features} are held"
 
-    def follow(self, first: Segment, second: Segment, worker: int) -> bool:
-        """Whether a worker holds the second segment right below the first, or the first is its whole shard."""
-        block, row = self._places[worker, first.layer]
-        return self._places[worker, second.layer] == (block, row + first.stop - first.start)
+    def follow(self, first: Shard, second: Shard, worker: int) -> bool:
+        """Whether a worker holds the second shard right below the first."""
+        block, row = self._places[worker, first.name]
+        return self._places[worker, second.name] == (block, row + first.rows)
 
 
 def _fits(shard: Shard, layer: LayerInfo) -> bool:
@@ -155,30 +150,27 @@ def _fits(shard: Shard, layer: LayerInfo) -> bool:
     return aligned and shard.stop <= layer.out_features and shard == layer.shard(shard.start, shard.stop)
 
 
-def _pieces(
-    group: Sequence[LayerInfo], segments: Sequence[tuple[Segment, frozenset[int]]], index: _Index
-) -> tuple[Piece, ...]:
-    """Segments of the same workers, put together where each of them holds one below the other."""
-    runs: list[tuple[list[Segment], frozenset[int]]] = []
-    for segment, holders in segments:
-        for run, of in runs:
+def _pieces(group: Sequence[LayerInfo], parts: Sequence[_Part], index: _Index) -> tuple[Piece, ...]:
+    """Parts of the same workers, put together where each of them holds one below the other."""
+    runs: list[list[_Part]] = []
+    for part in parts:
+        for run in runs:
             # A worker holds one shard of a layer, and its shards in the order of the group.
-            if of == holders and all(index.follow(run[-1], segment, worker) for worker in holders):
-                run.append(segment)
+            last = run[-1]
+            if last.workers == part.workers and all(index.follow(last.shard, part.shard, w) for w in part.workers):
+                run.append(part)
                 break
         else:
-            runs.append(([segment], holders))
+            runs.append([part])
     layers = {layer.name: layer for layer in group}
     total = sum(layer.out_features for layer in group)
     pieces = []
-    for run, holders in runs:
-        parts = [
-            dataclasses.replace(layers[s.layer], out_features=s.stop - s.start, scale=None, row_digests=b"")
-            for s in run
-        ]
-        whole = sum(part.out_features for part in parts) == total
-        maps = group_map(parts, "forward"), group_map(parts, "backward")
-        pieces.append(Piece(tuple(run), tuple(sorted(holders)), *maps, whole))
+    for run in runs:
+        shards = tuple(part.shard for part in run)
+        cut = [dataclasses.replace(layers[s.name], out_features=s.rows, scale=None, row_digests=b"") for s in shards]
+        whole = sum(shard.rows for shard in shards) == total
+        maps = group_map(cut, "forward"), group_map(cut, "backward")
+        pieces.append(Piece(shards, tuple(part.rows for part in run), tuple(sorted(run[0].workers)), *maps, whole))
     return tuple(pieces)
 
 

@@ -20,12 +20,10 @@ from ciphertune.weights import LayerInfo
 log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 2.0
-"""How long workers have to take notice of the end of a session."""
-JOINING_SECONDS = 2.0
-"""How often a transport is asked for joining workers."""
+"""Time that workers have to take notice of the end of a session; less where ``Timeouts.timeout`` is less."""
 
 JoiningWorkers = Callable[[Sequence[Link]], Sequence[Link]]
-"""Given the open links, opens those to workers that have come since."""
+"""Opens links to workers that have joined, given the links that are open."""
 
 
 class WorkerPool:
@@ -36,7 +34,9 @@ class WorkerPool:
         groups: the layers of each group of the client's session.
         opening: what opens a session.
         timeouts: how long to wait for workers.
-        joining: asked for workers that have come, on a thread of its own; None where none ever do.
+        joining: asked for workers that have joined, on a thread of its own; None where none ever do.
+        joining_seconds: how often it is asked.
+        clock: seconds, as ``time.monotonic``; by it failing workers are left alone.
 
     Attributes:
         workers: those known so far; ``Piece.workers`` are indices into them.
@@ -56,10 +56,13 @@ class WorkerPool:
         opening: Opening,
         timeouts: Timeouts,
         joining: JoiningWorkers | None = None,
+        joining_seconds: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.opening = opening
         self.timeouts = timeouts
         self.closed = threading.Event()
+        self._clock = clock
         self.workers = [self._connection(link) for link in links]
         self._groups = groups
         self._choosing = threading.Lock()
@@ -78,10 +81,12 @@ class WorkerPool:
             self._close_sessions()
             raise
         if joining is not None:
-            threading.Thread(target=self._take_in, args=(joining,), name="ciphertune-joining", daemon=True).start()
+            threading.Thread(
+                target=self._take_in, args=(joining, joining_seconds), name="ciphertune-joining", daemon=True
+            ).start()
 
     def pieces(self, group: int) -> tuple[Piece, ...]:
-        """How a group is cut."""
+        """Pieces of a group, each with the workers that hold it."""
         return self._pieces[group]
 
     def replicas(self, piece: Piece) -> list[WorkerConnection]:
@@ -91,14 +96,14 @@ class WorkerPool:
     def reserve(
         self, piece: Piece, excluding: Collection[WorkerConnection], *, with_session: bool = False
     ) -> WorkerConnection | None:
-        """The worker to ask next for a piece, counted as busy until it is released; None where there is none now.
+        """Choose the worker to ask next for a piece and count it as busy until ``release``; None where there is none.
 
         Args:
             piece: what is to be evaluated.
             excluding: workers that are not to be asked.
             with_session: ask only workers at which a session is open.
         """
-        now = time.monotonic()
+        now = self._clock()
         ready = [
             worker
             for worker in self.replicas(piece)
@@ -116,9 +121,9 @@ class WorkerPool:
         with self._choosing:
             worker.in_flight -= 1
 
-    def next_retry(self, piece: Piece) -> float:
-        """When a worker that holds a piece may be asked again, by ``time.monotonic``."""
-        return min(worker.not_before for worker in self.replicas(piece))
+    def retry_seconds(self, piece: Piece) -> float:
+        """Seconds until a worker that holds a piece may be asked again; not above 0 where one may be asked now."""
+        return min(worker.not_before for worker in self.replicas(piece)) - self._clock()
 
     def close(self) -> None:
         """Close the session at every worker that still listens, and drop the links. Idempotent."""
@@ -131,15 +136,15 @@ class WorkerPool:
 
     def _connection(self, link: Link) -> WorkerConnection:
         # However short the deadline, a worker that comes back in time is noticed.
-        return WorkerConnection(link, min(LONGEST_BACKOFF_SECONDS, self.timeouts.deadline / 8))
+        return WorkerConnection(link, min(LONGEST_BACKOFF_SECONDS, self.timeouts.deadline / 8), self._clock)
 
     def _close_sessions(self) -> None:
         self.closed.set()
         closing = [future for worker in self.workers if (future := worker.close_session(worker.session))]
-        wait(closing, timeout=_CLOSE_SECONDS)
+        wait(closing, timeout=min(_CLOSE_SECONDS, self.timeouts.timeout))
 
     def _place(self) -> None:
-        """Cut the groups into pieces that workers hold. What pieces are known stay known, for requests under way."""
+        """Cut the groups into pieces that workers hold. Pieces that are known stay known, for requests under way."""
         held = {index: worker.blocks for index, worker in enumerate(self.workers) if worker.blocks is not None}
         pieces = place(self._groups, held, {index: self.workers[index].name for index in held})
         for piece in (piece for parts in pieces for piece in parts):
@@ -201,7 +206,7 @@ class WorkerPool:
             log.warning("no session at %s, going on without it: %s", worker.name, problem)
 
     def _open(self, worker: WorkerConnection) -> Exception | None:
-        """Open a session, however often it takes until the time is up; why it could not be had."""
+        """Open a session, with retries until the time is up; return the error where there is none."""
         end = time.monotonic() + self.timeouts.connect_timeout
         while True:
             try:
@@ -216,8 +221,8 @@ class WorkerPool:
 
     # Workers that join later.
 
-    def _take_in(self, joining: JoiningWorkers) -> None:
-        while not self.closed.wait(JOINING_SECONDS):
+    def _take_in(self, joining: JoiningWorkers, seconds: float) -> None:
+        while not self.closed.wait(seconds):
             try:
                 found = joining([worker.link for worker in self.workers])
                 if found:
@@ -228,7 +233,7 @@ class WorkerPool:
                 log.warning("joining workers could not be taken in: %s", reason)
 
     def _join(self, links: Sequence[Link]) -> None:
-        """Take in workers that have come: they share in the products from now on."""
+        """Take in workers that have joined: they share in the products from now on."""
         came = [self._connection(link) for link in links]
         with contextlib.ExitStack() as stack:
             for link in links:

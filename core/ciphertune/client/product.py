@@ -55,11 +55,9 @@ class Product:
             # Feature-major, as products come.
             y = torch.empty(whole.out_features, len(x), dtype=torch.float32, device=parts[0].device)
             for piece, part in zip(pieces, parts, strict=True):
-                row = 0
-                for segment in piece.segments:
-                    rows = segment.stop - segment.start
-                    y[segment.row : segment.row + rows] = part[row : row + rows]
-                    row += rows
+                blocks = torch.split(part, [shard.rows for shard in piece.shards])
+                for rows, block in zip(piece.rows, blocks, strict=True):
+                    y[rows] = block
             return y.t()
 
     def backward(self, pieces: Sequence[Piece], g: Tensor) -> Tensor:
@@ -77,7 +75,7 @@ class Product:
             for piece in pieces:
                 columns = g
                 if not piece.whole:
-                    columns = torch.cat([g[:, s.row : s.row + s.stop - s.start] for s in piece.segments], dim=1)
+                    columns = torch.cat([g[:, rows] for rows in piece.rows], dim=1)
                 encrypted = self._encrypt(columns, piece.backward)
                 request = self._send(piece, "backward", encrypted.buffers, stack)
                 sent.append((request, encrypted.state, piece.backward))

@@ -83,7 +83,8 @@ class Session:
             fields = {"backend": choice.selection.backend, "public": dict(self._client.open_fields())}
             opening = Opening(fields, self._client.evaluation_key(), self._watch_key)
             members = [group.layers for group in self._groups]
-            self.pool = WorkerPool(links, members, opening, choice.options, self._joining())
+            seconds = choice.transport.joining_seconds
+            self.pool = WorkerPool(links, members, opening, choice.options, self._joining(), seconds)
         except BaseException:
             with contextlib.ExitStack() as stack:
                 stack.callback(self._client.close)
@@ -114,7 +115,7 @@ class Session:
         return self._groups[group].layers
 
     def product(self, group: int, direction: Direction, x: Tensor) -> Tensor:
-        """One outsourced product.
+        """Evaluate one product at the workers.
 
         Args:
             group: index into the groups the session was opened with.

@@ -1,1 +1,1 @@
-"""Tasks that share a process: one computes while others wait for workers."""
+"""Interleaved tasks: one computes while the others wait for workers."""

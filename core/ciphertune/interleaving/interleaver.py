@@ -1,7 +1,8 @@
-"""Tasks that take turns: while one waits for a worker's reply, the others compute.
+"""Cooperative scheduling of tasks: while one waits for a worker's reply, the others compute.
 
-One task computes at any time. It hands over only where a reply is awaited, in a fixed order, and goes on when the
-reply is there and its turn has come again. What is computed, and in which order, therefore never depends on timing.
+One task computes at any time. It yields only where it waits for a reply, to the next in a fixed order (round robin),
+and goes on when the reply is there and its turn has come again. What is computed, and in which order, therefore never
+depends on timing.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _here = threading.local()
 def interleave(tasks: Iterable[Callable[[], ResultT]]) -> list[ResultT]:
     """Run tasks such that one computes while the others wait for workers.
 
-    Each runs on a thread of its own, one at a time: it hands over where it waits for the reply to a product, and goes
-    on when its turn comes again, in the order of the tasks. Grad mode, inference mode, autocast, torch's modes and
+    Each runs on a thread of its own, one at a time: it yields where it waits for the reply to a product, and goes on
+    when its turn comes again, in the order of the tasks. Grad mode, inference mode, autocast, torch's modes and
     context variables are those of the caller. Each task draws from a random stream of its own (the first from the
     caller's), so that results repeat from the same seed.
 
     Gradients of a parameter add up in ``.grad`` in the order in which they are computed, the same in every run.
-    On a GPU, backward passes do not hand over, because all of them run on one thread of torch's.
+    On a GPU, backward passes do not yield, because all of them run on one thread of torch's.
 
     Args:
         tasks: functions without arguments; a forward and backward pass each, as a rule.
@@ -45,27 +46,27 @@ def interleave(tasks: Iterable[Callable[[], ResultT]]) -> list[ResultT]:
             result. No thread is left.
     """
     functions = list(tasks)
-    with Interleaver(max(1, len(functions))) as turns:
-        return turns.run(functions)
+    with Interleaver(max(1, len(functions))) as interleaver:
+        return interleaver.run(functions)
 
 
 def wait_for_reply(blocking: Callable[[], ResultT]) -> tuple[ResultT, float]:
-    """Call what blocks. Within a task, after the other tasks had their turns.
+    """Call a function that blocks; within a task, after the other tasks had their turns.
 
     Args:
-        blocking: called on the thread that runs the tasks, which alone can be interrupted.
+        blocking: called on the thread that runs the tasks, the only one that can be interrupted.
 
     Returns:
-        What it returned, and the seconds that others computed before; 0 outside of a task.
+        Its result, and the seconds that other tasks computed before; 0 outside of a task.
     """
     thread: _TaskThread | None = getattr(_here, "thread", None)
     return (blocking(), 0.0) if thread is None else thread.wait(blocking)
 
 
 class Interleaver:
-    """Threads for tasks that take turns. Kept from call to call, for threads that run torch are costly to start.
+    """A scheduler of interleaved tasks and its threads, which are kept from call to call since they are slow to start.
 
-    A context manager: its end is that of the threads. Tasks may themselves use others.
+    It is a context manager that ends the threads. Tasks may use interleavers of their own.
 
     Args:
         width: tasks that are under way at once, 1 or more.
@@ -76,9 +77,9 @@ class Interleaver:
 
     def __init__(self, width: int) -> None:
         self.current: int | None = None
-        self._handed_back: SimpleQueue[None] = SimpleQueue()
+        self._yielded: SimpleQueue[None] = SimpleQueue()
         # A single task needs no thread of its own.
-        self._threads = [_TaskThread(number, self._handed_back) for number in range(width if width > 1 else 0)]
+        self._threads = [_TaskThread(number, self._yielded) for number in range(width if width > 1 else 0)]
 
     def __enter__(self) -> Interleaver:
         return self
@@ -95,7 +96,7 @@ class Interleaver:
                 thread.join()
 
     def run(self, tasks: Sequence[Callable[[], ResultT]]) -> list[ResultT]:
-        """Run tasks, as many at once as there are threads; one that ends makes room for the next.
+        """Run tasks, as many at once as there are threads; when one ends, the next begins.
 
         Args, returns and errors are those of ``interleave``.
         """
@@ -114,7 +115,7 @@ class Interleaver:
                             rotation.popleft()
                             continue
                         thread.take(to_start.popleft())
-                    # One that ends hands over to its successor first: a reply of the next in turn is still under way.
+                    # After the end of a task, the next task on its thread begins at once: others still wait.
                     if self._turn(thread, streams):
                         rotation.rotate(-1)
             except BaseException:
@@ -132,7 +133,7 @@ class Interleaver:
             self.current = None
 
     def _turn(self, thread: _TaskThread, streams: RandomStreams) -> bool:
-        """Let a thread compute up to its next wait or its end; whether there is more to come."""
+        """Let a thread compute up to its next wait or the end of its task; returns whether the task goes on."""
         job = thread.job
         assert job is not None
         thread.answer()
@@ -147,7 +148,7 @@ class Interleaver:
             thread.compute()
 
     def _stop(self, streams: RandomStreams) -> None:
-        """End every task where it waits, one after the other."""
+        """End every task at its present wait, one after the other."""
         for thread in self._threads:
             thread.stopping = True
             while (job := thread.job) is not None:
@@ -156,11 +157,11 @@ class Interleaver:
 
 
 class _Stopped(BaseException):
-    """Ends a task because of what happened elsewhere; no ``Exception``, so that no task takes it for a failed wait."""
+    """Ends a task because another failed. It is no ``Exception``, so that no task handles it as a failed wait."""
 
 
 class _Job(Generic[ResultT]):
-    """One task, and what came of it."""
+    """One task with its result or error."""
 
     def __init__(self, number: int, task: Callable[[], ResultT], state: ThreadState) -> None:
         self.number = number
@@ -171,14 +172,14 @@ class _Job(Generic[ResultT]):
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Run it on this thread."""
+        """Run the task on this thread."""
         try:
             self._results.append(self._context.run(self._in_state))
         except BaseException as error:
             self._error = error
 
     def check(self) -> None:
-        """Raise what it raised."""
+        """Raise the error of the task, if it failed."""
         error, self._error = self._error, None
         try:
             if error is not None:
@@ -187,7 +188,7 @@ class _Job(Generic[ResultT]):
             del error  # whose traceback leads back to this frame
 
     def result(self) -> ResultT:
-        """What it returned."""
+        """The result of the task."""
         return self._results[0]
 
     def _in_state(self) -> ResultT:
@@ -196,17 +197,17 @@ class _Job(Generic[ResultT]):
 
 
 class _TaskThread(threading.Thread):
-    """A thread that computes when it is told to.
+    """A thread that computes only in its turns.
 
-    The two threads tell each other by plain attributes, and wake each other by tokens, which may be too many: whoever
-    is interrupted between two lines finds out from the attributes how things stand.
+    It shares its state with the scheduling thread in plain attributes. Tokens in queues wake either thread. There may
+    be more tokens than turns, so a thread that wakes reads the attributes.
     """
 
-    def __init__(self, number: int, handed_back: SimpleQueue[None]) -> None:
-        super().__init__(name=f"ciphertune-turn-{number}", daemon=True)
+    def __init__(self, number: int, yielded: SimpleQueue[None]) -> None:
+        super().__init__(name=f"ciphertune-task-{number}", daemon=True)
         self.job: _Job[Any] | None = None
         self.stopping = False
-        self._handed_back = handed_back
+        self._yielded = yielded
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._computing = False
         self._quitting = False
@@ -217,13 +218,13 @@ class _TaskThread(threading.Thread):
     # On the thread that runs the tasks.
 
     def take(self, job: _Job[Any]) -> None:
-        """Begin with a job at the next turn."""
+        """Set the job that the thread begins at its next turn."""
         if self.ident is None:
             self.start()
         self.job = job
 
     def answer(self) -> None:
-        """Do what the thread waits for, if it does."""
+        """Call the blocking function that the thread waits for, if it waits."""
         blocking, self._blocking = self._blocking, None
         if blocking is None:
             return
@@ -236,45 +237,45 @@ class _TaskThread(threading.Thread):
             self._answer = lambda: (value, seconds + more)
 
     def compute(self) -> None:
-        """Give it the turn and wait until it gives it back."""
+        """Give the thread its turn, and wait until it yields."""
         self._computing = True
         self._wake.put(None)
         while self._computing:
-            self._handed_back.get()
+            self._yielded.get()
 
     def quit(self) -> None:
-        """End the thread, and what it may still be doing at its next wait."""
+        """End the thread; a task that it still runs ends at its next wait."""
         self._quitting = True
         self._wake.put(None)
 
     # On its own thread.
 
     def run(self) -> None:
-        """See the class."""
+        """Run one job after the other, each in the thread's turns."""
         _here.thread = self
-        while self._turn_comes():
+        while self._await_turn():
             if self.job is not None:
                 self.job.run()
             self.job = None
-            self._give_back()
+            self._yield_turn()
 
     def wait(self, blocking: Callable[[], ResultT]) -> tuple[ResultT, float]:
-        """Give the turn back until ``blocking`` was done and the turn comes again."""
+        """Yield until ``blocking`` was called and the turn comes again."""
         if not self.stopping:
             self._blocking, self._since = blocking, time.perf_counter()
-            self._give_back()
-            self._turn_comes()
+            self._yield_turn()
+            self._await_turn()
         answer, self._answer = self._answer, None
         if answer is None or self.stopping or self._quitting:
             self._blocking = None
             raise _Stopped
         return answer()
 
-    def _give_back(self) -> None:
+    def _yield_turn(self) -> None:
         self._computing = False
-        self._handed_back.put(None)
+        self._yielded.put(None)
 
-    def _turn_comes(self) -> bool:
+    def _await_turn(self) -> bool:
         while not (self._computing or self._quitting):
             self._wake.get()
         return not self._quitting

@@ -1,4 +1,4 @@
-"""A stream of torch's random numbers for each of several tasks that take turns."""
+"""A stream of torch's random numbers for each of several interleaved tasks."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from ciphertune._support.torch_rng import capture_states, restore_states
+
 _State = tuple[Tensor, ...]
-"""Of torch's generator on the CPU, then of those on the GPUs that are in use."""
+"""States of torch's generator on the CPU, then of those on the GPUs that are in use."""
 
 
 class RandomStreams:
-    """Swaps the state of torch's generators, so that what one task draws, or replays, does not touch another.
+    """Random streams of interleaved tasks: what one task draws, or draws again, does not change another's numbers.
 
-    Replaying is what gradient checkpointing does: it sets the generators back while it computes once more. The first
-    stream is the process's own, the others are seeded from its state. In the end the process goes on with the stream
-    of the last task that drew; so it does not move where none did. Python's and NumPy's generators stay shared.
+    Gradient checkpointing draws again: it sets the generators back to recompute a forward pass. The first stream is
+    the process's own; the others are seeded from its state. At the end the process continues the stream of the last
+    task that drew, or its own where none did. The generators of Python and NumPy are shared by all tasks.
 
     Args:
         count: streams, 1 or more.
     """
 
     def __init__(self, count: int) -> None:
-        start = _capture()
+        start = capture_states()
         self._starts = [start, *(_derived(start, number) for number in range(1, count))]
         self._states = list(self._starts)
 
@@ -35,31 +37,20 @@ class RandomStreams:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         drew = [now for now, start in zip(self._states, self._starts, strict=True) if not _same(now, start)]
-        _restore(drew[-1] if drew else self._starts[0])
+        restore_states(drew[-1] if drew else self._starts[0])
 
     @contextlib.contextmanager
     def of(self, number: int) -> Iterator[None]:
-        """A turn of one task."""
-        _restore(self._states[number])
+        """Use the stream of one task within a ``with`` block."""
+        restore_states(self._states[number])
         try:
             yield
         finally:
-            self._states[number] = _capture()
-
-
-def _capture() -> _State:
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return (torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else ()))
-
-
-def _restore(state: _State) -> None:
-    torch.set_rng_state(state[0])
-    for device, cuda in enumerate(state[1:]):
-        torch.cuda.set_rng_state(cuda, device)
+            self._states[number] = capture_states()
 
 
 def _derived(state: _State, number: int) -> _State:
-    """The state of generators with another seed, that no other number and no other state leads to."""
+    """The state of generators with a seed of their own for this number and state, by SHA-256."""
     digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in state) + number.to_bytes(8, "big")).digest()
     seed = int.from_bytes(digest[:7], "big")
     devices = ["cpu", *(f"cuda:{index}" for index in range(len(state) - 1))]

@@ -1,4 +1,4 @@
-"""What torch keeps for each thread, carried over to a thread that works for another."""
+"""The state that torch keeps for each thread, carried over to another thread."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import overrides
 from torch.utils import _python_dispatch
 
 from ciphertune._support.torch_compat import autocast_dtype
+from ciphertune._support.torch_rng import cuda_in_use
 
 
 @dataclasses.dataclass(frozen=True)
 class ThreadState:
     """Grad and inference mode, autocast, the mode stacks, the CUDA stream and the number of threads of one thread.
 
-    Saved-tensor hooks are not among them: torch does not tell which are set.
+    Saved-tensor hooks are not included: torch has no function that lists them.
     """
 
     grad: bool
@@ -32,9 +33,8 @@ class ThreadState:
 
     @staticmethod
     def here() -> ThreadState:
-        """Those of the calling thread."""
+        """The state of the calling thread."""
         dtypes = {kind: autocast_dtype(kind) for kind in ("cpu", "cuda")}
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return ThreadState(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
@@ -42,13 +42,13 @@ class ThreadState:
             torch.is_autocast_cache_enabled(),
             overrides._get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
             _python_dispatch._get_current_dispatch_mode_stack(),
-            torch.cuda.current_stream() if cuda else None,
+            torch.cuda.current_stream() if cuda_in_use() else None,
             torch.get_num_threads(),
         )
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Have them on this thread."""
+        """Set this state on the calling thread within a ``with`` block."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         with contextlib.ExitStack() as stack:

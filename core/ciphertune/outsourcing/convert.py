@@ -26,8 +26,7 @@ from ciphertune.outsourcing.layers import (
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.transport import LocalWorker
 from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -70,7 +69,7 @@ def outsource(
 def quantize_all(
     chosen: Sequence[Candidate], groups: Sequence[tuple[int, ...]], bits: WeightBits | None, *, keep: bool
 ) -> tuple[list[LayerInfo], WeightStore]:
-    """What a client knows of layers, and what a worker holds of them.
+    """Quantize layers: return what a client knows of them, and a store for the worker.
 
     Args:
         chosen: the layers.
@@ -173,7 +172,7 @@ def session_of(model: nn.Module) -> Session:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """How much of a model is at the workers.
+    """Share of a model that is at the workers.
 
     Attributes:
         outsourced: weights of outsourced layers.
@@ -238,7 +237,7 @@ def _clear_linear(layer: OutsourcedLinear, weight: LayerWeight) -> nn.Linear:
 
 
 def _untie(model: nn.Module, chosen: Sequence[Candidate]) -> None:
-    """Keep ``tie_weights`` from hanging the embedding on a head that was outsourced."""
+    """Keep ``tie_weights`` from putting the embedding on a head that was outsourced."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     if head is None or all(candidate.module is not head for candidate in chosen):
@@ -252,7 +251,7 @@ def _untie(model: nn.Module, chosen: Sequence[Candidate]) -> None:
 
 
 def _refuse_full_save(model: Any) -> None:
-    """A full model saved without its weights would load as random ones without a word; adapters save as ever."""
+    """Refuse to save the full model, which would load with random weights silently; adapters save as before."""
     base = _base(model)
     if hasattr(base, "save_pretrained"):
         base.save_pretrained = _refuse_save

@@ -70,7 +70,7 @@ class LayerGroup:
 
     @uncompiled
     def output(self, member: int, x: Tensor) -> Tensor:
-        """``x Wᵀ`` of one member, float32.
+        """Return ``x Wᵀ`` of one member, float32.
 
         Args:
             member: position of the layer in the group.

@@ -1,4 +1,4 @@
-"""Which layers of a model can be outsourced, and which of them a caller means."""
+"""Choice of the layers that are outsourced: which can be, and which of them a caller means."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def linear_layers(model: nn.Module, *, allow_meta: bool = False) -> list[Candidate]:
-    """Every linear layer of a model that is not an adapter's own, in module order.
+    """List every linear layer of a model that is not an adapter's own, in module order.
 
     Args:
         model: any module.
@@ -99,7 +99,7 @@ def choose_layers(
     *,
     allow_meta: bool = False,
 ) -> list[Candidate]:
-    """The layers that a caller means.
+    """Choose the layers that a caller means.
 
     Args:
         model: any module.
@@ -135,7 +135,7 @@ def choose_layers(
 
 
 def sibling_groups(candidates: Sequence[Candidate], formats: Sequence[object]) -> list[tuple[int, ...]]:
-    """Indices of layers that read the same input by the names they have; every layer is in exactly one group.
+    """Group indices of layers that read the same input by the names they have; every layer is in exactly one group.
 
     Args:
         candidates: the chosen layers.
@@ -153,7 +153,7 @@ def sibling_groups(candidates: Sequence[Candidate], formats: Sequence[object]) -
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Every module once, with its path; below a peft adapter only the base layer, without the adapter in its path."""
+    """Yield every module once, with its path; of a peft adapter only the base layer, under the adapter's own path."""
     peft_layer, peft_wrapper = _peft_types()
     seen: set[int] = set()
 

@@ -1,4 +1,4 @@
-"""Line charts as numbers for a template: paths in a square of 1000, labels in per cent of it.
+"""Layout of line charts for a template: paths in a square of 1000, labels in per cent of it.
 
 The page draws paths in an SVG that is stretched to its frame, and sets labels beside it as text, so that lines keep
 their width and text its size on any screen.
@@ -53,7 +53,7 @@ class Tick:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """What to draw."""
+    """A laid-out chart: lines to draw, and labels of both axes."""
 
     lines: tuple[Line, ...]
     x_ticks: tuple[Tick, ...]
@@ -61,7 +61,7 @@ class Chart:
 
 
 def chart(series: Sequence[Series], *, from_zero: bool = False) -> Chart | None:
-    """Lay out curves; None where there is no point to draw.
+    """Lay out curves in a chart; None where there is no point to draw.
 
     Args:
         series: curves; those without points are left out.
@@ -112,7 +112,7 @@ def nice_ticks(low: float, high: float, *, count: int = 5, whole: bool = False) 
 
 
 def _label(value: float) -> str:
-    """Short, for there is little room beside a chart.
+    """Format the label of a tick, which has little room.
 
     >>> _label(0.0002), _label(2500), _label(25000)
     ('0.0002', '2500', '25k')
@@ -124,7 +124,7 @@ def _label(value: float) -> str:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Low and high, never the same."""
+    """The least and the greatest value, moved apart where they are almost the same."""
     low, high = min(values), max(values)
     # Closer than this, labels would not differ.
     least = 1e-6 * max(abs(low), abs(high)) or 1.0
@@ -132,7 +132,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
-    """The points, or of many the least and greatest of every stretch."""
+    """The points; of too many, the least and the greatest of every stretch."""
     points = list(zip(x, y, strict=True))
     if len(points) <= _POINTS:
         return points

@@ -1,4 +1,4 @@
-"""Plots, written whole or not at all."""
+"""The plot of the training loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ciphertune._support.atomic import replace_file
-from ciphertune._support.optional_imports import need
+from ciphertune._support.optional_imports import import_optional
 
 _STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#8a8f98", "linewidth": 5, "alpha": 0.55},
@@ -22,7 +22,7 @@ def plot_losses(path: Path, curves: Mapping[str, Sequence[float]], title: str) -
     Raises:
         ConfigError: matplotlib is missing.
     """
-    need("matplotlib", 'pip install "ciphertune[demo]"')
+    import_optional("matplotlib", 'pip install "ciphertune[demo]"')
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

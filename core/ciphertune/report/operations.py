@@ -1,4 +1,4 @@
-"""How much of a training step's arithmetic the workers take over."""
+"""The share of a training step's arithmetic that the workers do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StepOperations:
     those of encryption. At the workers: tokens times weights of every product, as it would be in the clear.
 
     Args:
-        session: whose products; those of other sessions are left out.
+        session: the session whose products are counted; those of others are left out.
 
     Attributes:
         at_workers, at_client: multiply-adds. Both are 0 until the step is done, and stay so where an operation of it
@@ -48,14 +48,14 @@ class StepOperations:
 
     @hookimpl(trylast=True)
     def ciphertune_training_start(self, trainer: Any) -> None:
-        """Begin to count."""
+        """Begin to count the operations of the first run."""
         if self._trainer is None:
             self._trainer, self._mode = trainer, _Counting()
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     @hookimpl(tryfirst=True)
     def ciphertune_training_step(self, trainer: Any) -> None:
-        """The first step is done: count no more, for it costs time."""
+        """Stop counting after the first step, since counting takes time."""
         if trainer is self._trainer and self._mode is not None:
             if not self._mode.unknown:
                 self.at_client, self.at_workers = self._mode.multiply_adds, self._outsourced
@@ -63,19 +63,19 @@ class StepOperations:
 
     @hookimpl(tryfirst=True)
     def ciphertune_training_end(self, trainer: Any) -> None:
-        """A run that did no step."""
+        """Stop counting where a run ended before its first step."""
         if trainer is self._trainer:
             self._stop()
 
     @hookimpl(trylast=True)
     def ciphertune_before_request(self) -> None:
-        """What encryption computes is not the model's."""
+        """Pause counting on this thread: encryption is no operation of the model."""
         if self._mode is not None:
             self._mode.paused.here = True
 
     @hookimpl(tryfirst=True)
     def ciphertune_after_reply(self, session: Session, exchange: Exchange) -> None:
-        """Count the product in place of it."""
+        """Resume counting, and add the product's multiply-adds."""
         if self._mode is None:
             return
         self._mode.paused.here = False
@@ -125,7 +125,7 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **
     return flop_counter.sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
 
 
-# torch knows no formula for these.
+# torch has no formula for these.
 _ON_CPU: dict[str, Callable[..., Any]] = {
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,

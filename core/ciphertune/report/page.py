@@ -1,4 +1,4 @@
-"""The page: what ``result.json`` says, for people."""
+"""The report page, made from the content of ``result.json``."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 from ciphertune._support.atomic import replace_file
 from ciphertune.report.chart import Series, chart
-from ciphertune.report.redact import public, toml
+from ciphertune.report.redact import redacted, toml
 from ciphertune.traffic import add_to, by_kind, kind_of, total, zero
 
 _PHASES = ("encrypt", "decrypt", "network", "worker", "rest")
 _ROWS = 400
-"""Of one table; of more, every second, third … is shown."""
+"""Rows of one table; of more, every second, third … is shown."""
 
 
 def write_report(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the page, whole or not at all; ``content`` as for ``render``."""
+    """Write the report page, whole or not at all; ``content`` as for ``render``."""
     replace_file(path, render(content).encode())
 
 
 def render(content: Mapping[str, Any]) -> str:
-    """The page of a run.
+    """Make the report page of a run.
 
     Args:
         content: what ``result.json`` of ``ciphertune train`` or ``ciphertune demo`` holds. Every text in it is shown
@@ -43,39 +43,39 @@ def render(content: Mapping[str, Any]) -> str:
     )
 
     def figure(key: str, form: Any, value: Any = None) -> Markup:
-        """A figure of ``result.json``: a dotted key, and how it is written for people."""
+        """Format the figure of ``result.json`` at a dotted key."""
         value = look_up(content, key) if value is None else value
         return Markup('<data value="{}" data-key="{}">{}</data>').format(value, key, form(value))
 
     def name(text: str) -> Markup:
-        """A dotted name that may be broken after dots."""
+        """Format a dotted name so that lines may break after dots."""
         return Markup(".<wbr>").join(text.split("."))
 
     source = resources.files("ciphertune.report").joinpath("page.html").read_text(encoding="utf-8")
     forms = {"size": size, "duration": duration, "count": count, "percent": percent, "number": number}
     demo = "plaintext" in content
     view = _demo(content) if demo else _train(content)
-    account = content["account"]
+    costs = content["costs"]
     return environment.from_string(source).render(
         r=content,
-        account=account,
+        costs=costs,
         view=view,
         demo=demo,
         figure=figure,
         name=name,
-        to=public(content["to"]),
-        network="network" if account["remote"] else "handing over",
-        phases=_phases(account),
-        kinds=_kinds(account["groups"]),
-        groups=_groups(account["groups"]),
-        sums=total(account["groups"]),
-        public=public,
+        to=redacted(content["to"]),
+        network="network" if costs["remote"] else "call overhead",
+        phases=_phases(costs),
+        kinds=_kinds(costs["groups"]),
+        groups=_groups(costs["groups"]),
+        sums=total(costs["groups"]),
+        redacted=redacted,
         **forms,
     )
 
 
 def look_up(content: Any, key: str) -> Any:
-    """What stands at a dotted key; parts are names, or places in a list, from 0 or, below 0, from its end.
+    """Look up the value at a dotted key; parts are names, or indices of a list, which may be negative.
 
     >>> look_up({"losses": [3.0, 2.5]}, "losses.-1")
     2.5
@@ -86,7 +86,7 @@ def look_up(content: Any, key: str) -> Any:
 
 
 def size(value: float) -> str:
-    """Bytes for people, in steps of 1000."""
+    """Format a number of bytes, with units in steps of 1000."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= 0.9995 * limit:
             return f"{value / limit:.3g} {unit}" if value < 999.5 * limit else f"{value / limit:,.0f} {unit}"
@@ -94,7 +94,7 @@ def size(value: float) -> str:
 
 
 def duration(value: float) -> str:
-    """Seconds for people."""
+    """Format a number of seconds."""
     if value >= 5400:
         return f"{value / 3600:.1f} h"
     if value >= 600:
@@ -105,7 +105,7 @@ def duration(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """A number of things.
+    """Format a number of things.
 
     >>> count(12345), count(3.2e9)
     ('12,345', '3.20 billion')
@@ -117,12 +117,12 @@ def count(value: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A share."""
+    """Format a share as a percentage."""
     return f"{100 * fraction:.1f}%"
 
 
 def number(value: float) -> str:
-    """Any figure, to four digits."""
+    """Format a figure to four digits."""
     return "infinite" if math.isinf(value) else f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
 
 
@@ -130,16 +130,16 @@ def _train(content: Mapping[str, Any]) -> dict[str, Any]:
     history, config = content["history"], content["config"]
     steps = [entry["step"] for entry in history]
     unit = "samples" if history and "samples" in history[0] else "tokens"
-    curves = [Series(f"training, {public(content['to'])}", "own", steps, content["losses"])]
+    curves = [Series(f"training, {redacted(content['to'])}", "own", steps, content["losses"])]
     other = content.get("comparison")
     if other:
         losses = other["losses"]
-        curves.insert(0, Series(f"training, {public(other['to'])}", "other", range(1, len(losses) + 1), losses))
+        curves.insert(0, Series(f"training, {redacted(other['to'])}", "other", range(1, len(losses) + 1), losses))
     held = [e for e in content["evaluations"] if math.isfinite(e["eval_loss"])]
     if held:
         places = [e["step"] for e in held], [e["eval_loss"] for e in held]
         curves.append(Series("held out", "held", *places, marks=True))
-    mine = [e for e in history if e["step"] >= content["account"]["first_step"]]
+    mine = [e for e in history if e["step"] >= content["costs"]["first_step"]]
     rates = [entry[unit] / entry["seconds"] for entry in history]
     return {
         "title": f"Fine-tuning {Path(config['model']['name']).name}",
@@ -163,7 +163,9 @@ def _train(content: Mapping[str, Any]) -> dict[str, Any]:
                 for i, entry in enumerate(history)
             ]
         ),
-        "file": toml({**config, "to": public(config["to"]), "plugins": [public(text) for text in config["plugins"]]}),
+        "file": toml(
+            {**config, "to": redacted(config["to"]), "plugins": [redacted(text) for text in config["plugins"]]}
+        ),
         "seed": config["training"]["seed"],
     }
 
@@ -173,7 +175,7 @@ def _demo(content: Mapping[str, Any]) -> dict[str, Any]:
     steps = range(1, content["steps"] + 1)
     unit = content["unit"]
     speeds = [[content["per_step"] / s for s in run["seconds"]] for run in (plain, own)]
-    name = public(content["to"])
+    name = redacted(content["to"])
     command = ["ciphertune", "demo", "--to", name, "--steps", str(content["steps"]), "--seed", str(content["seed"])]
     if content["quick"]:
         command.insert(2, "--quick")
@@ -203,32 +205,32 @@ def _demo(content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _phases(account: Mapping[str, Any]) -> list[dict[str, Any]]:
-    network = "network and queues" if account["remote"] else "handing over"
+def _phases(costs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    network = "network and queues" if costs["remote"] else "call overhead"
     names = {
         "encrypt": ("client: encrypt", "encoding, encrypting"),
         "decrypt": ("client: decrypt", "decrypting, decoding"),
-        "network": (network, "from sending a request to its reply, less what the worker says it computed"),
-        "worker": ("worker: evaluate", "the products themselves, as the worker says"),
+        "network": (network, "from sending a request to its reply, less the worker's computing time"),
+        "worker": ("worker: evaluate", "the products, as the worker reports"),
         "rest": (
             "client: the rest",
             "embeddings, norms, attention, output head, adapters, loss, optimizer, reading data",
         ),
     }
-    seconds = account["seconds"]
+    seconds = costs["seconds"]
     return [
         {
             "key": key,
             "name": names[key][0],
             "what": names[key][1],
-            "share": account["phases"][key] / seconds if seconds else 0.0,
+            "share": costs["phases"][key] / seconds if seconds else 0.0,
         }
         for key in _PHASES
     ]
 
 
 def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row's time by phase."""
+    """The time of a row by phase."""
     worker = min(row["evaluate_seconds"], row["wait_seconds"])
     crypto = row["encrypt_seconds"] + row["decrypt_seconds"]
     return {
@@ -240,7 +242,7 @@ def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _kinds(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for kinds of layers, and below each its directions."""
+    """Rows of the table by kind of layer, with the directions of each."""
     groups = list(groups)
     names: dict[str, list[str]] = {}
     for row in groups:
@@ -262,7 +264,7 @@ def _kinds(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _name(kind: str, layers: Sequence[str]) -> str:
-    """A kind's name, or its layers where that says more."""
+    """The name of a kind of layers, or the layers' own names where these say more."""
     return ", ".join(layers) if len(layers) == 1 or (len(layers) <= 8 and not kind.strip("*.{,}")) else kind
 
 

@@ -1,4 +1,4 @@
-"""A run's settings as they may be shown: without what could be a secret, and as TOML."""
+"""Settings of a run for display: without values that could be secret, and as TOML."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SECRET = re.compile(r"key|token|secret|pass|auth|cred|curve|cert|cookie|signatu
 _HARMLESS = re.compile(r"(?:0|1|true|false|yes|no|on|off|none)?\Z", re.I)
 
 
-def public(text: str) -> str:
-    """A selection string, or how a plugin is named, without values that could be secret.
+def redacted(text: str) -> str:
+    """Remove the values that could be secret from a selection string or from a plugin's name with its options.
 
-    Left out are values of options whose names tell of keys, tokens or passwords, be they the secret or the file that
-    holds it, and whatever stands before an @ in an address.
+    Removed are the values of options whose names suggest keys, tokens or passwords, whether the value is the secret or
+    a file that holds it, and the part of an address before an @.
 
-    >>> public("mlwe+zmq://10.0.0.5:5555?curve=keys&reply_bits=24")
+    >>> redacted("mlwe+zmq://10.0.0.5:5555?curve=keys&reply_bits=24")
     'mlwe+zmq://10.0.0.5:5555?curve=(not shown)&reply_bits=24'
-    >>> public("mlwe+http://me:word@10.0.0.5:5555?no_authentication=1")
+    >>> redacted("mlwe+http://me:word@10.0.0.5:5555?no_authentication=1")
     'mlwe+http://(not shown)@10.0.0.5:5555?no_authentication=1'
     """
     head, mark, query = text.partition("?")
@@ -39,9 +39,9 @@ def _without_login(text: str) -> str:
 
 
 def toml(content: Mapping[str, Any]) -> str:
-    """A training configuration (``dataclasses.asdict`` of a ``TrainConfig``) as the file that says the same.
+    """The TOML file of a training configuration, which is ``dataclasses.asdict`` of a ``TrainConfig``.
 
-    Keys that are None are left out, which is how the file says so; a norm without a limit is one of infinity there.
+    Keys that are None are left out, as in a file; ``max_grad_norm`` without a limit is infinity.
     """
     lines = [f"{name} = {_value(value)}" for name, value in content.items() if _plain(value)]
     for section, values in content.items():

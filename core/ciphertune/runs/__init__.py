@@ -1,1 +1,1 @@
-"""What ``ciphertune train`` and ``ciphertune demo`` do."""
+"""The runs of ``ciphertune train`` and ``ciphertune demo``."""

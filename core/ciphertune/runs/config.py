@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-from ciphertune._support.options import required
-from ciphertune._support.suggestions import closest
+from ciphertune._support.options import build_section
+from ciphertune._support.ranges import AT_LEAST_ONE, AT_LEAST_TWO, BELOW_ONE, NOT_EMPTY, POSITIVE, check_fields
 from ciphertune.errors import ConfigError
 from ciphertune.plugins.manager import anchored
+from ciphertune.training.settings import TrainingSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-SectionT = TypeVar("SectionT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +35,22 @@ class ModelSection:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSection:
-    """``[lora]``: as in ``peft.LoraConfig``."""
+    """``[lora]``: as in ``peft.LoraConfig``.
+
+    Attributes:
+        r: rank of the adapters.
+        alpha: scale of the adapters, divided by the rank.
+        dropout: probability of dropping an adapter's input, in training.
+        target_modules: names of the layers that get adapters.
+    """
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self) -> None:
+        check_fields(self, ConfigError, r=AT_LEAST_ONE, alpha=POSITIVE, dropout=BELOW_ONE, target_modules=NOT_EMPTY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class DataSection:
     Attributes:
         source: a text file, a folder of ``.txt`` and ``.md`` files, a ``.jsonl`` file with one object a line, or the
             built-in ``language-reference``.
-        text_field: of the objects of a ``.jsonl`` file.
+        text_field: field of the objects of a ``.jsonl`` file that holds the text.
         length: tokens of one sequence.
         batch_size: sequences of one micro-batch.
         held_out: share of the texts, or of a single text's sequences, that is kept for evaluation; 0 for none.
@@ -66,35 +72,26 @@ class DataSection:
     batch_size: int = 4
     held_out: float = 0.1
 
+    def __post_init__(self) -> None:
+        check_fields(self, ConfigError, length=AT_LEAST_TWO, batch_size=AT_LEAST_ONE, held_out=BELOW_ONE)
 
-@dataclasses.dataclass(frozen=True)
-class TrainingSection:
-    """``[training]``: as in ``LoraTrainer``, with where to put the results.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSection(TrainingSettings):
+    """``[training]``: the attributes of ``TrainingSettings``, and these.
 
     Attributes:
-        output: folder for the adapter, the history and the loss plot.
-        schedule: learning rate over the run.
-        seed: of adapters and the order of batches.
+        output: folder for the adapter, ``result.json``, the report and the loss plot.
+        seed: seed of the adapters and of the order of batches.
     """
 
     output: str
-    steps: int | None = None
-    epochs: int = 1
-    learning_rate: float = 2e-4
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    accumulation: int = 1
-    interleave: int = 1
-    max_grad_norm: float | None = 1.0
     seed: int = 0
-    eval_every: int | None = None
-    checkpoint_dir: str | None = None
-    checkpoint_every: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A whole file. ``to``, ``layers`` and ``plugins`` stand before the sections.
+    """A configuration file. ``to``, ``layers`` and ``plugins`` stand before the sections.
 
     Attributes:
         to: selection string.
@@ -142,77 +139,14 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def parse_config(content: Mapping[str, Any]) -> TrainConfig:
-    """Check and convert a parsed file. Raises ``ConfigError``."""
-    config = _build(TrainConfig, content, "")
-    t = config.training
-    # All before a model is loaded, which may take minutes.
-    checks = [
-        ("lora.r", config.lora.r >= 1, "1 or more"),
-        ("lora.alpha", 0 < config.lora.alpha < math.inf, "a finite number above 0"),
-        ("lora.dropout", 0 <= config.lora.dropout < 1, "from 0 to below 1"),
-        ("lora.target_modules", len(config.lora.target_modules) > 0, "one name or more"),
-        ("data.length", config.data.length >= 2, "2 or more"),
-        ("data.batch_size", config.data.batch_size >= 1, "1 or more"),
-        ("data.held_out", 0 <= config.data.held_out < 1, "from 0 to below 1"),
-        ("training.steps", t.steps is None or t.steps >= 1, "1 or more"),
-        ("training.epochs", t.epochs >= 1, "1 or more"),
-        ("training.learning_rate", 0 < t.learning_rate < math.inf, "a finite number above 0"),
-        ("training.weight_decay", 0 <= t.weight_decay < math.inf, "a finite number from 0"),
-        ("training.accumulation", t.accumulation >= 1, "1 or more"),
-        ("training.interleave", 1 <= t.interleave <= t.accumulation, "from 1 to training.accumulation"),
-        ("training.max_grad_norm", t.max_grad_norm is None or t.max_grad_norm > 0, "above 0"),
-        ("training.eval_every", t.eval_every is None or t.eval_every >= 1, "1 or more"),
-        ("training.checkpoint_every", t.checkpoint_every is None or t.checkpoint_every >= 1, "1 or more"),
-    ]
-    for name, right, expected in checks:
-        if not right:
-            raise ConfigError(f"{name} must be {expected}")
-    if t.checkpoint_every is not None and t.checkpoint_dir is None:
-        raise ConfigError("training.checkpoint_every is set but training.checkpoint_dir is not")
-    return config
+    """Check and convert a parsed file.
+
+    Raises:
+        ConfigError: a section or key is unknown, missing, of the wrong type or out of its range.
+    """
+    return build_section(TrainConfig, content)
 
 
 def _beside(folder: Path, text: str) -> str:
-    """A path relative to the file where something is there, else the text: a built-in or a hub name."""
+    """The path below ``folder`` where it exists, else the text, which is a built-in or a hub name."""
     return str(folder / text) if (folder / text).exists() else text
-
-
-def _build(cls: type[SectionT], content: Any, where: str) -> SectionT:
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"[{where}] must be a section")
-    hints = typing.get_type_hints(cls)
-    prefix = f"{where}." if where else ""
-    for name in content:
-        if name not in hints:
-            raise ConfigError(
-                f"unknown {'key' if where else 'key or section'} {prefix + name!r}; {closest(name, hints)}"
-            )
-    values = {name: _value(value, hints[name], prefix + name) for name, value in content.items()}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if required(field) and field.name not in values:
-            raise ConfigError(f"{prefix}{field.name} is missing")
-    return cls(**values)
-
-
-def _value(value: Any, hint: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, name)  # type: ignore[arg-type]
-    if typing.get_origin(hint) is types.UnionType:
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
-        return value
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            return tuple(value)
-        raise ConfigError(f"{name} must be a list of strings, not {value!r}")
-    if hint is float and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise ConfigError(f"{name} is too large a number") from error
-    if type(value) is not hint:
-        raise ConfigError(f"{name} must be of type {hint.__name__}, not {type(value).__name__}")
-    return value

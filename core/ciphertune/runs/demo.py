@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ciphertune._support.atomic import replace_file
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.convert import outsource, session_of, share
-from ciphertune.report.account import Account, Accountant
-from ciphertune.report.loss_plot import plot_losses
-from ciphertune.report.page import write_report
+from ciphertune.report.costs import CostMeter
+from ciphertune.runs.results import OutputFolder, Progress, Result, common_figures
 from ciphertune.training.trainer import LoraTrainer
-from ciphertune.workloads import Workload, load_workload
 from ciphertune.workloads.local_worker import serving
-
-Say = Callable[[str], None]
+from ciphertune.workloads.named import load_workload
+from ciphertune.workloads.workload import Workload
 
 
 @dataclasses.dataclass
@@ -46,30 +40,29 @@ class Run:
     held_out_loss: float
 
 
-@dataclasses.dataclass
-class DemoResult:
-    """What the demo measured; ``result.json`` holds the same.
+@dataclasses.dataclass(kw_only=True)
+class DemoResult(Result):
+    """The figures of the demo; ``result.json`` holds the same.
 
     Attributes:
-        model, data, to, metric, unit: what was trained on what, how, and how it is counted.
+        model: name of the model.
+        data: what it was trained on.
+        metric: name of the metric on held-out data.
+        unit: ``tokens`` or ``samples``.
         quick: whether it was the small network.
-        steps, per_step, seed: optimizer steps, tokens or samples of each, and the seed of both runs.
+        steps: optimizer steps of each run.
+        per_step: tokens or samples of a step.
+        seed: of both runs.
         held_out_before: the metric before training, in the clear.
         plaintext, encrypted: the two runs.
-        traffic: totals of the encrypted run: requests, bytes and seconds by phase.
-        outsourced_fraction: share of the model's weights that were at the worker.
         outsourced_layers: number of outsourced layers.
-        security: the backend's statement.
-        security_bits: None where nothing is encrypted.
-        crossed, stayed: what left the client, and what did not.
-        account: what the encrypted run cost, and where.
-        adapter, plot, report: files written.
+        crossed: what left the client, in words.
+        stayed: what did not.
         seconds: of the whole demo.
     """
 
     model: str
     data: str
-    to: str
     metric: str
     unit: str
     quick: bool
@@ -79,17 +72,9 @@ class DemoResult:
     held_out_before: float
     plaintext: Run
     encrypted: Run
-    traffic: dict[str, Any]
-    outsourced_fraction: float
     outsourced_layers: int
-    security: str
-    security_bits: float | None
     crossed: list[str]
     stayed: list[str]
-    account: Account
-    adapter: str
-    plot: str
-    report: str
     seconds: float
 
 
@@ -100,7 +85,7 @@ def run_demo(
     quick: bool = False,
     steps: int | None = None,
     seed: int = 0,
-    say: Say | None = None,
+    progress: Progress | None = None,
 ) -> DemoResult:
     """Fine-tune in the clear and under ``to``, from the same adapters and on the same batches, and compare.
 
@@ -111,20 +96,21 @@ def run_demo(
         quick: a small network on digits instead of a language model.
         steps: optimizer steps of each run; 10, or 80 for the quick one.
         seed: of adapters and data.
-        say: called with a line at every stage.
+        progress: called with a line at every stage.
 
     Raises:
         ConfigError: a package is missing or an argument is wrong.
         SelectionError, PluginError, SecurityError: about ``to``.
     """
     begin = time.perf_counter()
-    say = say or (lambda line: None)
+    progress = progress or (lambda line: None)
     steps = steps if steps is not None else (80 if quick else 10)
     if steps < 1:
         raise ConfigError(f"steps must be 1 or more, not {steps}")
     output.mkdir(parents=True, exist_ok=True)
+    files = OutputFolder(output)
     per_step = 128 if quick else 512
-    say("Loading the model and the data …")
+    progress("Loading the model and the data …")
     work = load_workload(
         "mlp" if quick else "smollm2", batches=steps, tokens=per_step, held_out=4 if quick else 3, seed=seed
     )
@@ -132,7 +118,7 @@ def run_demo(
     metric_name, metric = work.metric
     trainer = _trainer(work, work.model, clear=True)
     before = metric(work.model, work.held_out, trainer.evaluate(work.held_out))
-    say(f"Held-out {metric_name} before training: {before:.2f}. Fine-tuning in the clear, for comparison …")
+    progress(f"Held-out {metric_name} before training: {before:.2f}. Fine-tuning in the clear, for comparison …")
     plaintext = _run(work, work.model, trainer, seed)
     with torch.no_grad():
         for name, parameter in work.model.named_parameters():
@@ -142,28 +128,20 @@ def run_demo(
         model = outsource(work.model, served)
         session = session_of(model)
         part = share(model)
-        say(f"Fine-tuning with {part.layers} layers outsourced to {to}: {session.security.summary} …")
+        progress(f"Fine-tuning with {part.layers} layers outsourced to {to}: {session.security.summary} …")
         try:
             trainer = _trainer(work, model, clear=False)
-            accountant = Accountant(session, part)
-            with accountant.following():
+            meter = CostMeter(session, part)
+            with meter.measuring():
                 encrypted = _run(work, model, trainer, seed)
         finally:
             session.close()
-    adapter, plot, report = output / "adapter", output / "loss.png", output / "report.html"
-    trainer.save_adapter(adapter)
-    names = (f"encrypted ({to})" if session.security.encrypted else to, "in the clear")
-    plot_losses(
-        plot,
-        {names[1]: plaintext.losses, names[0]: encrypted.losses},
-        title=f"{work.name}: fine-tuning in the clear and through {to}",
-    )
-    traffic = dataclasses.asdict(copy.copy(session.traffic))
+    trainer.save_adapter(files.adapter)
     crossed, stayed = _boundary(session.security.encrypted, part.fraction)
     result = DemoResult(
+        **common_figures(to, session, part, meter, files),
         model=work.name,
         data=work.data,
-        to=to,
         metric=metric_name,
         unit=work.unit,
         quick=quick,
@@ -173,22 +151,17 @@ def run_demo(
         held_out_before=before,
         plaintext=plaintext,
         encrypted=encrypted,
-        traffic=traffic,
-        outsourced_fraction=part.fraction,
         outsourced_layers=part.layers,
-        security=session.security.summary,
-        security_bits=session.security.bits,
         crossed=crossed,
         stayed=stayed,
-        account=accountant.account(),
-        adapter=str(adapter),
-        plot=str(plot),
-        report=str(report),
         seconds=time.perf_counter() - begin,
     )
-    content = dataclasses.asdict(result)
-    replace_file(output / "result.json", json.dumps(content, indent=2).encode())
-    write_report(report, content)
+    own = f"encrypted ({to})" if session.security.encrypted else to
+    files.write(
+        dataclasses.asdict(result),
+        {"in the clear": plaintext.losses, own: encrypted.losses},
+        title=f"{work.name}: fine-tuning in the clear and through {to}",
+    )
     return result
 
 
@@ -213,7 +186,7 @@ def _run(work: Workload, model: nn.Module, trainer: LoraTrainer, seed: int) -> R
 
 
 def _boundary(encrypted: bool, fraction: float) -> tuple[list[str], list[str]]:
-    """What left the client and what did not, in words."""
+    """Lists of what left the client and of what stayed there, in words."""
     form = "encrypted" if encrypted else "IN THE CLEAR"
     crossed = [
         f"inputs of the outsourced layers, {form}, and gradients at their outputs, {form}",

@@ -1,30 +1,25 @@
-"""Carry out a training run that a configuration describes."""
+"""The training run that a configuration describes."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
 from torch.utils.data import DataLoader
 
-from ciphertune._support.atomic import replace_file
 from ciphertune.bundle.client import is_client_folder, load_client
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import load_named_model, load_tokenizer
 from ciphertune.outsourcing.convert import outsource, session_of, share
 from ciphertune.plugins.manager import plugin_manager
-from ciphertune.report.account import Account, Accountant
-from ciphertune.report.loss_plot import plot_losses
-from ciphertune.report.page import write_report
+from ciphertune.report.costs import CostMeter
 from ciphertune.runs.config import DataSection, TrainConfig
+from ciphertune.runs.results import OutputFolder, Progress, Result, common_figures
 from ciphertune.training.trainer import LoraTrainer
 from ciphertune.workloads.language import add_lora
 from ciphertune.workloads.texts import batches_of, language_reference, rows_of, split_articles
@@ -32,28 +27,32 @@ from ciphertune.workloads.texts import batches_of, language_reference, rows_of, 
 
 @dataclasses.dataclass
 class Comparison:
-    """Another run to draw beside this one: its selection string, and its loss at every step."""
+    """A run to draw beside this one.
+
+    Attributes:
+        to: its selection string.
+        losses: its training loss of every step.
+    """
 
     to: str
     losses: list[float]
 
 
-@dataclasses.dataclass
-class RunResult:
-    """What a run did; ``result.json`` in its output folder holds the same with the history."""
+@dataclasses.dataclass(kw_only=True)
+class RunResult(Result):
+    """The figures of a training run; ``result.json`` holds the same with the history and the configuration.
 
-    to: str
+    Attributes:
+        steps: optimizer steps done, those before a resume included.
+        losses: training loss of every step.
+        evaluations: as in ``ciphertune.training.history.History``.
+        comparison: the run drawn beside this one.
+    """
+
     steps: int
     losses: list[float]
     evaluations: list[dict[str, float]]
-    traffic: dict[str, Any]
-    outsourced_fraction: float
-    security: str
-    security_bits: float | None
-    account: Account
     comparison: Comparison | None
-    adapter: str
-    report: str
 
 
 def run_training(
@@ -61,15 +60,15 @@ def run_training(
     *,
     resume: bool = False,
     compare: Path | None = None,
-    say: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> RunResult:
-    """Load, adapt, outsource, train, save, report.
+    """Load a model and data, outsource the model, train its adapters, and write the results.
 
     Args:
         config: see ``ciphertune.runs.config``.
         resume: go on from the last checkpoint in ``training.checkpoint_dir``.
         compare: ``result.json`` of another run, to draw its losses beside this one's.
-        say: called with a line at every stage.
+        progress: called with a line at every stage.
 
     Raises:
         ConfigError: the model or data, or the run to compare with, cannot be loaded.
@@ -78,16 +77,16 @@ def run_training(
     """
     comparison = None if compare is None else read_comparison(compare)
     with plugin_manager().using(*config.plugins):
-        return _run(config, resume, comparison, say or (lambda line: None))
+        return _run(config, resume, comparison, progress or (lambda line: None))
 
 
-def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: Callable[[str], None]) -> RunResult:
+def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progress: Progress) -> RunResult:
     t = config.training
     if resume and t.checkpoint_dir is None:
         raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")
-    # Texts first: they are quickly read, and what is wrong with them should not wait for a model.
+    # Before the model, which takes minutes: texts are read quickly, and may be wrong.
     texts = read_texts(config.data)
-    say(f"Loading {config.model.name} …")
+    progress(f"Loading {config.model.name} …")
     client = is_client_folder(config.model.name)
     if client and config.layers is not None:
         raise ConfigError("layers were chosen when the model was split: leave 'layers' out")
@@ -110,60 +109,38 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: 
         outsource(model, config.to, config.layers)
     session = session_of(model)
     part = share(model)
-    say(
+    progress(
         f"{part.layers} layers with {100 * part.fraction:.1f}% of the weights outsourced to {config.to}: "
         f"{session.security.summary}. {len(train)} sequences to train on, {len(held)} held out"
     )
-    trainer = LoraTrainer(
-        model,
-        scheduler=_scheduler(t.schedule, t.learning_rate),
-        learning_rate=t.learning_rate,
-        weight_decay=t.weight_decay,
-        epochs=t.epochs,
-        max_steps=t.steps,
-        accumulation=t.accumulation,
-        interleave=t.interleave,
-        max_grad_norm=t.max_grad_norm,
-        eval_every=t.eval_every,
-        checkpoint_dir=t.checkpoint_dir,
-        checkpoint_every=t.checkpoint_every,
-    )
+    trainer = LoraTrainer(model, t)
     generator = torch.Generator().manual_seed(t.seed)
     sequences: Any = train
     loader: DataLoader[Any] = DataLoader(
         sequences, batch_size=config.data.batch_size, shuffle=True, generator=generator, collate_fn=_collate
     )
     torch.manual_seed(t.seed)
-    accountant = Accountant(session, part)
-    with accountant.following():
+    meter = CostMeter(session, part)
+    with meter.measuring():
         history = trainer.train(loader, batches_of(held, config.data.batch_size) if len(held) else None, resume=resume)
-    output = Path(t.output)
-    output.mkdir(parents=True, exist_ok=True)
-    trainer.save_adapter(output / "adapter")
+    output = OutputFolder(Path(t.output))
+    trainer.save_adapter(output.adapter)
     result = RunResult(
-        to=config.to,
+        **common_figures(config.to, session, part, meter, output),
         steps=trainer.step,
         losses=history.losses,
         evaluations=history.evaluations,
-        traffic=dataclasses.asdict(session.traffic),
-        outsourced_fraction=part.fraction,
-        security=session.security.summary,
-        security_bits=session.security.bits,
-        account=accountant.account(),
         comparison=comparison,
-        adapter=str(output / "adapter"),
-        report=str(output / "report.html"),
     )
     session.close()
     content = {**dataclasses.asdict(result), "history": history.steps, "config": dataclasses.asdict(config)}
-    replace_file(output / "result.json", json.dumps(content, indent=2).encode())
-    write_report(output / "report.html", content)
-    plot_losses(output / "loss.png", {config.to: history.losses}, title=f"{config.model.name} through {config.to}")
+    title = f"{config.model.name} through {config.to}"
+    output.write(content, {config.to: history.losses}, title)
     return result
 
 
 def read_comparison(path: Path) -> Comparison:
-    """The losses of another run.
+    """Read the losses of another run.
 
     Raises:
         ConfigError: it is not a ``result.json`` that ``ciphertune train`` wrote.
@@ -182,7 +159,7 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def read_texts(data: DataSection) -> list[str]:
-    """The texts of a data source.
+    """Read the texts of a data source.
 
     Raises:
         ConfigError: it does not exist, cannot be read, or holds no text.
@@ -219,7 +196,9 @@ def _field(line: str, name: str, path: Path, number: int) -> str:
 
 
 def split_rows(texts: list[str], tokenizer: Any, data: DataSection) -> tuple[Tensor, Tensor]:
-    """Sequences to train on and to hold out, (rows, length) int64 each, split by text where there are several.
+    """Cut texts into sequences to train on and to hold out, (rows, length) int64 each.
+
+    Where there are several texts, whole texts are held out.
 
     Raises:
         ConfigError: the text does not fill one sequence.
@@ -241,13 +220,3 @@ def split_rows(texts: list[str], tokenizer: Any, data: DataSection) -> tuple[Ten
 
 def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
     return batches_of(torch.stack(rows), len(rows))[0]
-
-
-def _scheduler(kind: str, rate: float) -> Callable[[Optimizer, int], LRScheduler] | None:
-    if kind == "linear":
-        return lambda optimizer, total: PolynomialLR(optimizer, total_iters=total)
-    if kind == "cosine":
-        return lambda optimizer, total: OneCycleLR(
-            optimizer, max_lr=rate, total_steps=total + 1, pct_start=0.1, cycle_momentum=False
-        )
-    return None

@@ -1,4 +1,4 @@
-"""What every backend has to do, as tests."""
+"""Conformance suite of backends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 
 
 def _carried(buffers: Buffers) -> Buffers:
-    """What the other side gets: the buffers through their wire form."""
+    """Pass buffers through their wire form, as the other side gets them."""
     return unpack([bytes(frame) for frame in pack(Message("ok", {}, buffers))]).buffers
 
 
@@ -202,7 +202,7 @@ class BackendSuite:
         assert float((answers[0] - answers[1]).square().mean().sqrt()) <= 0.25 * size
 
     def test_the_same_bits_again(self, pair: Callable[..., Pair]) -> None:
-        """Where the suite declares it, a session's products are those of any other session."""
+        """Products of two sessions are equal bit for bit where the suite declares it."""
         if not self.deterministic:
             pytest.skip("this backend is not declared deterministic")
         inputs = [torch.randn(4, 40, generator=torch.Generator().manual_seed(n)) for n in range(3)]
@@ -360,7 +360,7 @@ class BackendSuite:
         assert outsourced == pytest.approx(at_client, rel=0.1)
 
     def test_a_model_trains_over_a_wire(self, tmp_path: Path) -> None:
-        """The same with the weights at a worker behind a transport, which the backend must not notice."""
+        """A model trains to the same losses with its weights at a worker behind a transport."""
         choice = choose(self.selection)
         with ServedWorker(self._network(), self.wire, tmp_path, weight_bits=choice.backend.weight_bits) as served:
             options = dict(choice.selection.options)

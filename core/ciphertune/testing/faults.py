@@ -1,18 +1,19 @@
-"""A link that does wrong on command: around any transport's own, for tests of what depends on it."""
+"""Fault injection: links around those of any transport that lose, delay and damage messages on command."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Literal
 
-from ciphertune.errors import ProtocolError, ReplyError, TransportError
+from ciphertune.errors import ProtocolError
 from ciphertune.plugins import registry
 from ciphertune.protocol import Message, pack, unpack
-from ciphertune.transport import Link, LocalWorker, Transport, settle
+from ciphertune.transport import Link, LocalWorker, PendingReplies, Transport
 
 Fault = Literal["drop", "delay", "duplicate", "corrupt", "reorder"]
 
@@ -27,29 +28,29 @@ class _Order:
 
 
 class Faults:
-    """What the links of a faulty transport do wrong, ordered by the test. Orders apply to the next requests, in turn.
+    """The faults of the links of a transport, as a test orders them. Orders apply to the next requests, in turn.
 
     Args:
         register: adds a transport class to the registry under its name.
 
     Attributes:
         done: faults so far, by name.
-        sent: requests that were handed to the wire, by kind.
+        sent: requests that the real links sent, by kind.
     """
 
     def __init__(self, register: Callable[[str, Any], None]) -> None:
         self._register = register
         self._orders: list[_Order] = []
-        self._kept: list[tuple[Future[Message], Message | Exception]] = []
+        self._kept: list[Callable[[], None]] = []
         self._wanted = 0
         self._cut = False
-        self._pending: dict[Future[Message], Link] = {}
+        self._links: list[PendingReplies[Message]] = []
         self._lock = threading.RLock()
         self.done: collections.Counter[str] = collections.Counter()
         self.sent: collections.Counter[str] = collections.Counter()
 
     def over(self, transport: str = "local") -> str:
-        """Put a faulty link around an installed transport; the name to use in its place in a selection string."""
+        """Register a faulty variant of an installed transport; its name in a selection string."""
         inner: type[Transport] = registry.load(registry.TRANSPORTS, transport)
         name = f"faulty-{transport}"
         self._register(
@@ -58,54 +59,56 @@ class Faults:
         return name
 
     def drop(self, count: int = 1, kind: str = "evaluate") -> None:
-        """Requests get lost: they are never sent, and never answered."""
+        """Lose requests: they are not sent, and never answered."""
         self._order(_Order("drop", kind, count))
 
     def delay(self, seconds: float, count: int = 1, kind: str = "evaluate") -> None:
-        """Replies are late."""
+        """Deliver replies late, by a number of seconds."""
         self._order(_Order("delay", kind, count, seconds=seconds))
 
     def duplicate(self, count: int = 1, kind: str = "evaluate") -> None:
-        """Requests are sent twice, as by a wire that repeats what it was not told has arrived."""
+        """Send requests twice, as a network does that retransmits."""
         self._order(_Order("duplicate", kind, count))
 
     def corrupt(self, count: int = 1, kind: str = "evaluate", where: Literal["header", "buffers"] = "header") -> None:
-        """Replies come damaged: a byte of their header, or the last byte of every buffer, is another."""
+        """Damage replies: a byte of the header, or the last byte of every buffer, is changed."""
         self._order(_Order("corrupt", kind, count, where=where))
 
     def reorder(self, count: int = 2, kind: str = "evaluate") -> None:
-        """The replies of the next requests are kept until all are there, or ``release``, and then come in reverse."""
+        """Keep the replies of the next requests until all are there, or ``release``, and deliver them in reverse."""
         with self._lock:
             self._wanted += count
         self._order(_Order("reorder", kind, count))
 
     def cut(self) -> None:
-        """The connection is lost: what is under way fails, and so does everything until ``heal``."""
+        """Lose the connection: pending requests fail, and so do all others until ``heal``."""
         with self._lock:
             self._cut = True
             self.done["cut"] += 1
-        self._fail(None, "the connection was lost")
+            links = list(self._links)
+        for pending in links:
+            pending.fail_all("the connection was lost")
 
     def heal(self) -> None:
-        """The connection can be had again, and no order is left."""
+        """Restore the connection, and cancel all orders."""
         with self._lock:
             self._cut = False
             self._orders.clear()
         self.release()
 
     def release(self) -> None:
-        """Let go of the replies that ``reorder`` keeps, the last one first."""
+        """Deliver the replies that ``reorder`` keeps, the last one first."""
         with self._lock:
             kept, self._kept, self._wanted = self._kept, [], 0
-        for future, outcome in reversed(kept):
-            settle(future, outcome)
+        for deliver in reversed(kept):
+            deliver()
 
-    def _fail(self, link: Link | None, why: str) -> None:
-        """Fail what is under way over a link, or over all."""
+    def _open(self, name: str) -> PendingReplies[Message]:
+        """Make the table of a new link's pending requests, which ``cut`` fails."""
+        pending: PendingReplies[Message] = PendingReplies(name)
         with self._lock:
-            failed = [(future, its) for future, its in self._pending.items() if link is None or its is link]
-        for future, its in failed:
-            settle(future, TransportError(f"{its.name}: {why}"))
+            self._links.append(pending)
+        return pending
 
     def _order(self, order: _Order) -> None:
         with self._lock:
@@ -122,43 +125,41 @@ class Faults:
                     return order
             return None
 
-    def _carry(self, link: Link, request: Message) -> Future[Message]:
+    def _carry(self, link: Link, pending: PendingReplies[Message], request: Message) -> Future[Message]:
         """Send a request over the real link, or do what was ordered."""
-        future: Future[Message] = Future()
-        with self._lock:
-            if self._cut:
-                future.set_exception(TransportError(f"{link.name}: the connection was lost"))
-                return future
-            self._pending[future] = link
-        future.add_done_callback(lambda _: self._pending.pop(future, None))
+        number, reply = pending.add()
+        if self._cut:
+            pending.fail(number, "the connection was lost")
+        if reply.done():
+            return reply
         order = self._next(request.kind)
         if order is not None and order.fault == "drop":
-            return future
+            return reply
         self.sent[request.kind] += 1
         if order is not None and order.fault == "duplicate":
             self.sent[request.kind] += 1
             link.submit(request)
         inner = link.submit(request)
-        future.add_done_callback(lambda _: inner.cancel())
-        inner.add_done_callback(lambda _: self._answered(future, inner, order))
-        return future
+        reply.add_done_callback(lambda _: inner.cancel())
+        inner.add_done_callback(lambda _: self._answered(pending, number, inner, order))
+        return reply
 
-    def _answered(self, future: Future[Message], inner: Future[Message], order: _Order | None) -> None:
+    def _answered(
+        self, pending: PendingReplies[Message], number: int, inner: Future[Message], order: _Order | None
+    ) -> None:
         if inner.cancelled():
             return
-        error = inner.exception()
-        outcome: Message | Exception = inner.result() if error is None else _as_exception(error)
-        if order is None or order.fault == "duplicate":
-            settle(future, outcome)
+        where = order.where if order is not None and order.fault == "corrupt" else None
+        deliver = functools.partial(_deliver, pending, number, inner, where)
+        if order is None or order.fault in ("duplicate", "corrupt"):
+            deliver()
         elif order.fault == "delay":
-            timer = threading.Timer(order.seconds, settle, (future, outcome))
+            timer = threading.Timer(order.seconds, deliver)
             timer.daemon = True
             timer.start()
-        elif order.fault == "corrupt":
-            settle(future, _damaged(outcome, order.where))
         else:
             with self._lock:
-                self._kept.append((future, outcome))
+                self._kept.append(deliver)
                 complete = len(self._kept) >= self._wanted
             if complete:
                 self.release()
@@ -169,12 +170,13 @@ class _FaultyLink(Link):
         self._link = link
         self._faults = faults
         self.name = link.name
+        self._pending = faults._open(link.name)
 
     def submit(self, request: Message) -> Future[Message]:
-        return self._faults._carry(self._link, request)
+        return self._faults._carry(self._link, self._pending, request)
 
     def close(self) -> None:
-        self._faults._fail(self._link, "the link is closed")
+        self._pending.close()
         self._link.close()
 
 
@@ -185,18 +187,27 @@ def _connecting(faults: Faults, inner: type[Transport]) -> Callable[..., list[Li
     return connect
 
 
-def _damaged(outcome: Message | Exception, where: Literal["header", "buffers"]) -> Message | Exception:
-    if isinstance(outcome, Exception):
-        return outcome
-    frames = [bytearray(frame) for frame in pack(outcome)]
+def _deliver(
+    pending: PendingReplies[Message],
+    number: int,
+    inner: Future[Message],
+    where: Literal["header", "buffers"] | None,
+) -> None:
+    """Settle a request as the real link settled its own, with the reply damaged at ``where``."""
+    error = inner.exception()
+    try:
+        if error is not None:
+            pending.fail(number, error)
+        else:
+            pending.answer(number, inner.result() if where is None else _damaged(inner.result(), where))
+    except ProtocolError as malformed:
+        pending.fail(number, malformed)
+
+
+def _damaged(reply: Message, where: Literal["header", "buffers"]) -> Message:
+    """A reply as it is read after some bytes of it have changed. Raises ``ProtocolError``."""
+    frames = [bytearray(frame) for frame in pack(reply)]
     for frame in frames[:1] if where == "header" else frames[1:]:
         # The header's first byte says what it is; a buffer's last one is the top of a number.
         frame[0 if where == "header" else -1] ^= 0x55
-    try:
-        return unpack(frames)
-    except ProtocolError as error:
-        return ReplyError(f"a malformed reply: {error}")
-
-
-def _as_exception(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else TransportError(f"{type(error).__name__}")
+    return unpack(frames)

@@ -1,4 +1,4 @@
-"""What every hook plugin has to do, as tests."""
+"""Conformance suite of hook plugins."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STEPS = 4
 
 @dataclasses.dataclass
 class Life:
-    """What came of a session with a training run.
+    """Results of a session with a training run.
 
     Attributes:
         losses: of all steps.
@@ -44,7 +44,7 @@ class Life:
     alive: list[weakref.ref[Any]]
 
     def same_as(self, other: Life) -> bool:
-        """Whether two lives ended in the same bits."""
+        """Return whether two runs ended in the same bits."""
         return (
             self.losses == other.losses
             and all(torch.equal(a, b) for a, b in zip(self.weights, other.weights, strict=True))
@@ -112,7 +112,7 @@ def live(
         model,
         loss_fn=loss_of,
         learning_rate=0.05,
-        max_steps=steps,
+        steps=steps,
         eval_every=2,
         checkpoint_dir=checkpoints,
         checkpoint_every=None if checkpoints is None else 1,
@@ -148,7 +148,7 @@ class PluginSuite:
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
-        """Where the plugin may write."""
+        """Folder that the plugin may write to."""
         folder = tmp_path / "plugin"
         folder.mkdir()
         return folder
@@ -177,7 +177,7 @@ class PluginSuite:
         return [str(warning.message) for warning in caught if "'tested'" in str(warning.message)]
 
     def test_its_hooks_exist(self, folder: Path) -> None:
-        """Whatever is named like a hook is one, and is marked as one."""
+        """Every function named like a hook is one, and is marked as an implementation."""
         plugin = self.plugin(folder)
         named = [name for name in dir(plugin) if name.startswith("ciphertune_")]
         assert named, "it implements no hook"
@@ -205,7 +205,7 @@ class PluginSuite:
     def test_a_run_that_stops_and_goes_on(
         self, stop: BaseException, folder: Path, tmp_path: Path, caught: list[warnings.WarningMessage]
     ) -> None:
-        """Its end is seen, and what resumes, in another process as it were, ends as if nothing had happened."""
+        """A run that is interrupted and resumed, as if in another process, ends as one that never stopped."""
         alone = live(PluginManager())
         first = self.plugin(folder)
         stopped = live(self._watched_by(first), tmp_path / "checkpoints", stop=stop)
@@ -259,7 +259,7 @@ class PluginSuite:
         assert self._failures(caught) == []
 
     def test_one_that_comes_and_goes_in_the_middle(self, folder: Path, caught: list[warnings.WarningMessage]) -> None:
-        """It may see the end of what it did not see begin, and the other way round."""
+        """A plugin may be registered or removed in the middle of a run."""
         trainer = LoraTrainer(_network(), require_outsourced=False, plugins=PluginManager())
         metrics = {"step": 1, "epoch": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0, "seconds": 0.0}
         model = ciphertune.outsource(_network(), "clear")

@@ -1,1 +1,1 @@
-"""A training loop for people who have none: accumulation, clipping, evaluation, checkpoints and exact resume."""
+"""LoRA training: settings, the loop, gradient accumulation, evaluation, checkpoints and exact resume."""

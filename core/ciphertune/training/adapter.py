@@ -1,4 +1,4 @@
-"""A peft model's adapter: switching it off, and saving it."""
+"""The adapter of a peft model: disabled for a while, and saved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_peft(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Without the adapter; which parameters are trainable is as before afterwards.
+    """Disable the adapter within a ``with`` block. The same parameters are trainable afterwards.
 
     Raises:
         NoAdapterError: the model is not a peft model.
@@ -50,7 +50,7 @@ def save(model: nn.Module, path: Path) -> None:
         with atomic_directory(path) as draft:
             _write(peft_model, draft)
         return
-    # What else is in a directory that exists is not ours to remove, so it cannot be replaced as a whole.
+    # Other files of an existing directory are kept, so it cannot be replaced as a whole.
     with draft_directory(path) as draft:
         _write(peft_model, draft)
         sync_tree(draft)
@@ -64,13 +64,13 @@ def save(model: nn.Module, path: Path) -> None:
 
 def _write(peft_model: Any, directory: Path) -> None:
     with warnings.catch_warnings():
-        # peft wonders whether the vocabulary grew where the base model has no config file, as in GGUF form.
+        # peft warns that the vocabulary may have grown where the base model has no config file, as in GGUF form.
         warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
         peft_model.save_pretrained(directory, save_embedding_layers=_save_embeddings(peft_model))
 
 
 def _save_embeddings(peft_model: Any) -> bool | str:
-    """Whether the vocabulary grew; peft would ask a model hub for the original's size, which a bundle knows."""
+    """Whether the vocabulary grew: peft would ask a model hub for the original's size, which a bundle states."""
     base = peft_model.get_base_model()
     original = getattr(base, "vocabulary_in_bundle", None)
     return "auto" if original is None else bool(base.get_input_embeddings().num_embeddings != original)

@@ -1,4 +1,4 @@
-"""Batches: moving them, running a model on them, and counting what is in them."""
+"""Batches: their form, their loss, and the number of tokens or samples in them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ciphertune.errors import TrainingError
 
 LossFunction = Callable[[Any, Any], Tensor]
 IGNORED_LABEL = -100
-"""The label that losses skip, in torch and transformers alike."""
+"""Label that the losses of torch and transformers skip."""
 
 LanguageModel = Literal["shifted", "aligned"]
-"""How a language model's own loss reads ``labels``: against the output one position earlier, or at the same one."""
+"""Output that a language model's own loss holds a label against: one position earlier, or at the same position."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A batch that went through the model.
+class BatchLoss:
+    """The loss of a batch.
 
     Attributes:
         loss: scalar.
-        weight: how many targets the loss is the mean of.
+        weight: number of targets that the loss is the mean of.
     """
 
     loss: Tensor
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def check_data(data: Any, name: str) -> None:
-    """Check that data can be read as batches, time and again.
+    """Check that data can be read as batches more than once.
 
     Raises:
         TrainingError: it is no iterable of batches, or can be read only once.
@@ -76,25 +76,25 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def run(model: nn.Module, batch: Any, loss_fn: LossFunction | None, device: torch.device) -> Outcome:
-    """The loss of a batch.
+def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> BatchLoss:
+    """Compute the loss of a batch, on the device of the model's first parameter.
 
     Args:
         model: called with ``**batch`` for a mapping, with all but the last element for a tuple or list.
         batch: mapping, or tuple or list ``(inputs…, targets)``.
         loss_fn: called with the outputs and the targets (of a tuple) or the whole batch (of a mapping); None to
             take the loss from the model's outputs.
-        device: where to move the batch.
 
     Raises:
         TrainingError: the batch has another form, or no scalar loss comes out.
     """
+    device = next(model.parameters()).device
     if isinstance(batch, Mapping):
         batch = to_device(batch, device)
         outputs = model(**batch)
         loss = _model_loss(outputs, batch) if loss_fn is None else loss_fn(outputs, batch)
         shifted = loss_fn is None and language_model(model) == "shifted"
-        weight = _count_targets(batch.get("labels"), shifted)
+        weight = count_targets(batch.get("labels"), shifted)
     elif isinstance(batch, (tuple, list)):
         if len(batch) < 2:
             raise TrainingError(f"a tuple batch must be (inputs…, targets), but this one has {len(batch)} elements")
@@ -105,7 +105,7 @@ def run(model: nn.Module, batch: Any, loss_fn: LossFunction | None, device: torc
             )
         *inputs, targets = to_device(batch, device)
         loss = loss_fn(model(*inputs), targets)
-        weight = _count_targets(targets, False)
+        weight = count_targets(targets, False)
     else:
         raise TrainingError(
             f"a batch must be a tuple (inputs…, targets) or a mapping of model arguments, not a {type(batch).__name__}"
@@ -113,11 +113,11 @@ def run(model: nn.Module, batch: Any, loss_fn: LossFunction | None, device: torc
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise TrainingError(f"the loss must be a tensor of one number, got {got}: average it over the batch")
-    return Outcome(loss.reshape(()), _samples(batch) if weight is None else weight)
+    return BatchLoss(loss.reshape(()), _samples(batch) if weight is None else weight)
 
 
 def size(batch: Any) -> tuple[Literal["tokens", "samples"], int]:
-    """What a batch holds: tokens that are not padding where it has ``input_ids``, else samples."""
+    """The size of a batch: tokens that are not padding where it has ``input_ids``, else samples."""
     if isinstance(batch, Mapping):
         tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
         if isinstance(tokens, Tensor):
@@ -128,7 +128,7 @@ def size(batch: Any) -> tuple[Literal["tokens", "samples"], int]:
 
 
 def language_model(model: nn.Module) -> LanguageModel | None:
-    """How a transformers language model's own loss reads its labels, None for any other model."""
+    """The way a transformers language model's own loss reads its labels; None for any other model."""
     getter = getattr(model, "get_base_model", None)
     base = getter() if callable(getter) else model
     names = " ".join(kind.__name__ for kind in type(base).__mro__)
@@ -139,7 +139,7 @@ def language_model(model: nn.Module) -> LanguageModel | None:
 
 
 def digest(batch: Any) -> str:
-    """Eight hex digits that tell one batch from another, too few to tell what is in it."""
+    """Eight hex digits that distinguish batches; too few to reveal their content."""
     state = hashlib.sha256()
     for part in _parts(batch):
         state.update(part)
@@ -157,8 +157,8 @@ def _model_loss(outputs: Any, batch: Mapping[str, Any]) -> Any:
     return loss
 
 
-def _count_targets(targets: Any, shifted: bool) -> int | None:
-    """Targets that a mean loss is the mean of, None where they are not class indices."""
+def count_targets(targets: Any, shifted: bool) -> int | None:
+    """Number of targets that a mean loss is the mean of; None where they are not class indices."""
     if not isinstance(targets, Tensor) or targets.dim() == 0 or targets.is_floating_point() or targets.is_complex():
         return None
     counted = targets[..., 1:] if shifted else targets

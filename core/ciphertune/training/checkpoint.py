@@ -2,7 +2,7 @@
 
 ``trainable.safetensors`` holds trainable parameters and persistent buffers by their names in the model,
 ``state.json`` everything else with its tensors in ``state.safetensors``, and ``adapter/``, for a peft model, the
-adapter as peft saves it. A checkpoint says more about the private data than the adapter alone: keep it at the client.
+adapter as peft saves it. A checkpoint reveals more about the private data than the adapter: keep it at the client.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Checkpoint:
     Attributes:
         step: optimizer steps done.
         trainable: trainable parameters and persistent buffers by name.
-        state: nested plain values and tensors, whatever the trainer needs to go on.
+        state: nested plain values and tensors that a resumed run needs.
     """
 
     step: int
@@ -121,7 +121,7 @@ def prune(directory: Path, keep: int | None) -> None:
 
 
 def unusable(file: Path, error: Exception) -> CheckpointError:
-    """The error for a checkpoint file that is damaged or was tampered with."""
+    """Make the error for a checkpoint file that is damaged or was tampered with."""
     return CheckpointError(
         f"{file} cannot be used: {type(error).__name__}: {error}. Nothing was changed. "
         f"Move {file.parent} away to resume from the checkpoint before it"

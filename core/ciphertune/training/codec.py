@@ -1,4 +1,4 @@
-"""Nested plain values and tensors as JSON plus named tensors, and back; no pickle."""
+"""Encoding of nested plain values and tensors as JSON plus named tensors, without pickle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TAGS = frozenset({"tensor", "tuple", "dict", "counter", "float"})
 
 
 def encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
-    """What JSON can hold of ``value``; tensors are added to ``tensors`` under names that end with ``place``.
+    """Encode a value as JSON can hold it; tensors are added to ``tensors`` under names that end with ``place``.
 
     A value that JSON lacks becomes a one-entry object ``{"$tag": …}``.
 
@@ -54,7 +54,7 @@ def encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
 
 
 def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What ``encode`` was given.
+    """Decode what ``encode`` returned.
 
     Raises:
         KeyError, TypeError, ValueError: it did not come from ``encode`` or a tensor is missing.
@@ -67,7 +67,7 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not tags:
         return {key: decode(item, tensors) for key, item in value.items()}
     if len(value) != 1 or tags[0][1:] not in _TAGS:
-        raise ValueError(f"unknown mark {tags[0]!r}")
+        raise ValueError(f"unknown tag {tags[0]!r}")
     ((tag, content),) = value.items()
     if tag == "$tensor":
         return tensors[content]

@@ -1,4 +1,4 @@
-"""What happened in a training run, step by step."""
+"""Metrics of a training run by step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass
 class History:
-    """Metrics of a run; a resumed run carries on the history of the one it resumes.
+    """Metrics of a run; those of a resumed run include the run that it resumes.
 
     Attributes:
         steps: one entry per optimizer step: ``step`` and ``epoch`` (both from 1), ``loss`` (mean over the step's

@@ -1,4 +1,4 @@
-"""Using a model between training steps without disturbing the training."""
+"""Inference with a model that is being trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's own mode is restored afterwards."""
+    """Set evaluation mode and no gradients within a ``with`` block; each module's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -24,7 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class InferenceModel(nn.Module):
-    """A model for inference only: each call runs in evaluation mode without gradients and leaves no trace.
+    """A model for inference only: each call runs in evaluation mode without gradients, and modes are restored.
 
     Attributes of the model are reached through it. Its own ``train`` does nothing.
 
@@ -48,7 +48,7 @@ class InferenceModel(nn.Module):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> InferenceModel:
-        """Nothing: the model's mode belongs to the training loop."""
+        """Leave the mode as it is: it belongs to the training loop."""
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -10,33 +10,27 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from ciphertune._support.torch_rng import capture_states, restore_states
+
 
 def capture() -> dict[str, Any]:
-    """A copy of the random states, as tensors and plain values."""
+    """Copy the random states as tensors and plain values."""
     kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": (kind, tuple(keys.tolist()), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+    cpu, *gpus = capture_states()
+    state = {"python": random.getstate(), "numpy": (kind, tuple(keys.tolist()), *rest), "torch": cpu}
+    return {**state, "cuda": gpus} if gpus else state
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put back what ``capture`` gave."""
+    """Set the random states to those that ``capture`` returned."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    for device, cuda in enumerate(state.get("cuda", ())):
-        if device < torch.cuda.device_count():
-            torch.cuda.set_rng_state(cuda, device)
+    restore_states((state["torch"], *state.get("cuda", ())))
 
 
 def check(state: Any) -> None:
-    """Try a state that was read from a file on throw-away generators.
+    """Check a state that was read from a file by setting generators that nothing else uses.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: it is no random state.
@@ -52,7 +46,7 @@ def check(state: Any) -> None:
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """Leave the random states as they were, so that looking at a run does not change it."""
+    """Restore the random states at the end of a ``with`` block, so that evaluating a run does not change it."""
     state = capture()
     try:
         yield

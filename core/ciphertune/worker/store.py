@@ -13,10 +13,10 @@ from ciphertune.weights import LayerWeight, Shard, code_dtype, describe
 
 
 class WeightStore:
-    """The weights one worker serves. One copy in memory serves every unit and session.
+    """The weights one worker serves. One copy in memory serves every group and session.
 
-    Weights are held in blocks: layers that are evaluated together lie one below the other in one matrix, so that
-    the unit they form is a view of it, as is each layer alone.
+    Weights are held in blocks: the layers of a group lie one below the other in one matrix, so that
+    the group's codes are a view of it, as is each layer alone.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class WeightStore:
         return self.matrix((name,))
 
     def add(self, shards: Sequence[Shard], codes: Tensor) -> None:
-        """Hold a block.
+        """Add a block.
 
         Args:
             shards: what lies in it, from the top.
@@ -88,13 +88,13 @@ class WeightStore:
         for place, start, shard in places:
             if (place, start) != (block, row):
                 raise ProtocolError(
-                    f"layers {', '.join(names)} do not lie one below the other at this worker, so they are not a unit"
+                    f"layers {', '.join(names)} do not lie one below the other at this worker, so they are no group"
                 )
             row += shard.rows
         return self._blocks[block][1][first:row]
 
     def manifest(self) -> list[list[dict[str, Any]]]:
-        """What is held, as plain data: for each block its shards from the top."""
+        """Return the shards of each block from the top, as plain data."""
         return [[dataclasses.asdict(shard) for shard in shards] for shards, _ in self._blocks]
 
     def _place(self, name: str) -> tuple[int, int, Shard]:

@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class SessionLimits:
-    """What clients may open.
+    """Bounds on the sessions that clients may open.
 
     Attributes:
         sessions: of one client at a time.
@@ -69,35 +70,32 @@ class _WorkerSession:
     busy: int = 0
 
 
-@dataclasses.dataclass
-class WorkerStats:
-    """Counters of one worker since it started. Seconds are of evaluation alone."""
-
-    requests: int = 0
-    errors: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    evaluate_seconds: float = 0.0
-
-
 class Worker:
-    """Serves the layers of a weight store to any number of sessions.
+    """Worker that serves the layers of a weight store to any number of sessions.
 
     Every message is answered; a request that cannot be served gets an ``error`` reply and changes nothing.
 
     Args:
         weights: the layers this worker serves; what it holds must not change any more.
         device: where products are evaluated.
-        limits: what clients may open.
+        limits: bounds on clients' sessions.
+        clock: seconds, as ``time.monotonic``; by it sessions expire.
+
+    Attributes:
+        weights, device, limits: as given.
     """
 
     def __init__(
-        self, weights: WeightStore, device: torch.device | str = "cpu", limits: SessionLimits | None = None
+        self,
+        weights: WeightStore,
+        device: torch.device | str = "cpu",
+        limits: SessionLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.weights = weights
         self.device = torch.device(device)
         self.limits = limits if limits is not None else SessionLimits()
-        self.stats = WorkerStats()
+        self._clock = clock
         self._blocks = weights.manifest()
         self._holdings = holdings_digest(self._blocks)
         self._sessions: dict[str, _WorkerSession] = {}
@@ -111,7 +109,6 @@ class Worker:
             "open": self._open,
             "evaluate": self._evaluate,
             "close": self._close,
-            "stats": self._stats,
         }
 
     def handle(self, request: Message, peer: str = "") -> Message:
@@ -129,11 +126,6 @@ class Worker:
         except Exception as error:
             reply = _error_reply(request.kind, error)
         reply.version = HELLO_VERSION if request.kind == "hello" else request.version
-        with self._lock:
-            self.stats.requests += 1
-            self.stats.errors += reply.kind == "error"
-            self.stats.bytes_in += request.nbytes
-            self.stats.bytes_out += reply.nbytes
         return reply
 
     @property
@@ -151,8 +143,8 @@ class Worker:
         return sum(session.peer == peer for session in list(self._sessions.values()))
 
     def expire(self) -> int:
-        """Close sessions that were idle for longer than they may be; how many there were."""
-        oldest = time.monotonic() - self.limits.idle_seconds
+        """Close sessions that were idle for too long; return their number."""
+        oldest = self._clock() - self.limits.idle_seconds
         with self._lock:
             idle = [name for name, session in self._sessions.items() if session.used < oldest and not session.busy]
             closed = [self._sessions.pop(name) for name in idle]
@@ -196,7 +188,7 @@ class Worker:
         nbytes = max(request.nbytes, half.nbytes)
         with self._lock:
             self._refuse_more(peer, nbytes)
-            self._sessions[session_id] = _WorkerSession(peer, half, prepared, time.monotonic(), nbytes)
+            self._sessions[session_id] = _WorkerSession(peer, half, prepared, self._clock(), nbytes)
         return Message("ok", {"session": session_id})
 
     def _refuse_more(self, peer: str, nbytes: int) -> None:
@@ -241,8 +233,7 @@ class Worker:
             seconds = time.perf_counter() - start
             with self._lock:
                 session.busy -= 1
-                session.used = time.monotonic()
-                self.stats.evaluate_seconds += seconds
+                session.used = self._clock()
         return Message("ok", {"seconds": seconds}, buffers)
 
     def _close(self, request: Message, peer: str) -> Message:
@@ -251,10 +242,6 @@ class Worker:
             self._sessions.pop(_field(request, "session", str), None)
         session.half.close()
         return Message("ok")
-
-    def _stats(self, request: Message, peer: str) -> Message:
-        with self._lock:
-            return Message("ok", {**dataclasses.asdict(self.stats), "sessions": len(self._sessions)})
 
     def _session(self, request: Message, peer: str) -> _WorkerSession:
         session = self._sessions.get(_field(request, "session", str))

@@ -1,4 +1,4 @@
-"""SmolLM2-135M on the Python language reference: a real language model and real text, both from packages."""
+"""SmolLM2-135M on the Python language reference: a language model and a text, both from packages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ciphertune._support.optional_imports import need
+from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import SMOLLM2_FILE, load_causal_model, smollm2_folder
-from ciphertune.workloads import Workload
 from ciphertune.workloads.texts import batches_of, language_reference, rows_of, split_articles
+from ciphertune.workloads.workload import Workload
 
 _EXTRA = 'pip install "ciphertune[demo]"'
 ROW = 256
@@ -22,8 +22,8 @@ ROW = 256
 
 
 def add_lora(model: nn.Module, *, seed: int, rank: int, targets: Sequence[str] | str, **options: Any) -> nn.Module:
-    """Fresh LoRA adapters from a seed, by peft."""
-    peft = need("peft", _EXTRA)
+    """Add LoRA adapters to a model with peft, initialised from a seed."""
+    peft = import_optional("peft", _EXTRA)
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, target_modules=targets, **options)
     with warnings.catch_warnings():
@@ -34,7 +34,7 @@ def add_lora(model: nn.Module, *, seed: int, rank: int, targets: Sequence[str] |
 
 
 def smollm2(*, batches: int, tokens: int, held_out: int, seed: int, rank: int) -> Workload:
-    """See ``load_workload``. LoRA on q and v of all 30 layers; articles in random order from the seed."""
+    """Load the workload ``smollm2``: LoRA on q and v of all 30 layers, articles in an order drawn from the seed."""
     length = min(ROW, tokens)
     if tokens < 2 or tokens % length:
         raise ConfigError(f"tokens must be below {ROW} or a multiple of it, not {tokens}")

@@ -19,7 +19,7 @@ def _base_of(model: str | nn.Module) -> str | nn.Module:
     if model != "mlp":
         return model
     # Its weights come from a short training, always the same.
-    from ciphertune.workloads import load_workload
+    from ciphertune.workloads.named import load_workload
 
     adapted: Any = load_workload("mlp", batches=1, tokens=1, held_out=1).model
     base: nn.Module = adapted.unload()
@@ -28,15 +28,14 @@ def _base_of(model: str | nn.Module) -> str | nn.Module:
 
 @contextlib.contextmanager
 def serving(model: str | nn.Module, to: str) -> Iterator[str]:
-    """A selection as a user wrote it, with a worker behind it: one is started if it names none.
+    """Start a worker for a selection string that names none, for as long as the context lasts.
 
     Args:
-        model: what to split for it: a built-in workload's name, or a module.
-        to: a selection string; with a remote transport and no endpoint, such as ``mlwe+zmq://``, a worker is started
-            for as long as this context lasts.
+        model: the model that the worker serves: a built-in workload's name, or a module.
+        to: a selection string. A worker is started for a remote transport without an endpoint, as ``mlwe+zmq://``.
 
     Yields:
-        The selection string to use.
+        The selection string to use, which names the worker.
     """
     selection = Selection.parse(to)
     transport = registry.load(registry.TRANSPORTS, selection.transport)

@@ -1,4 +1,4 @@
-"""Texts as rows of tokens, and batches of rows."""
+"""Texts cut into rows of tokens, and batches of rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def language_reference() -> dict[str, str]:
 
 
 def rows_of(texts: Sequence[str], tokenizer: Any, length: int) -> Tensor:
-    """Texts one after the other, cut into rows of ``length`` tokens; what does not fill a row is left out.
+    """Join texts and cut them into rows of ``length`` tokens; the rest that fills no row is left out.
 
     Returns:
         (rows, length) int64.
@@ -31,14 +31,14 @@ def rows_of(texts: Sequence[str], tokenizer: Any, length: int) -> Tensor:
 
 
 def batches_of(rows: Tensor, size: int) -> list[dict[str, Tensor]]:
-    """Batches for causal language modelling, labels being the inputs."""
+    """Make batches for causal language modelling, whose labels are the inputs."""
     return [
         {"input_ids": part, "labels": part, "attention_mask": torch.ones_like(part)} for part in torch.split(rows, size)
     ]
 
 
 def split_articles(articles: Mapping[str, str], fraction: float) -> tuple[list[str], list[str]]:
-    """Articles for training and a held-out part, spread evenly over the alphabet."""
+    """Split articles into those for training and a held-out part, spread evenly over the alphabet."""
     every = max(2, round(1 / fraction))
     names = list(articles)
     held = set(names[::every])

@@ -1,4 +1,4 @@
-"""What both halves know: the ring, and how ciphertexts look on the wire. Neither keys nor weights."""
+"""The ring, and the wire form of ciphertexts: what both halves know, without keys or weights."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ciphertune import SecurityError, SelectionError
-from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport
+from ciphertune.errors import SecurityError, SelectionError
+from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport, opening_links
 
 __version__ = "0.1.0"
 
@@ -48,10 +48,10 @@ class HttpServeOptions:
 
 
 def read_address(text: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``.
+    """Split ``HOST:PORT``.
 
     Raises:
-        SelectionError: it is not that.
+        SelectionError: the text has another form.
     """
     try:
         parts = urlsplit(f"//{text}")
@@ -73,7 +73,7 @@ def _is_loopback(host: str) -> bool:
 
 
 class HttpTransport(Transport):
-    """Without TLS, on this machine only: for tests, or behind a proxy on the same machine that ends TLS."""
+    """HTTP without TLS, on this machine only: for tests, or behind a proxy on this machine that terminates TLS."""
 
     name = "http"
     Options = HttpOptions
@@ -89,14 +89,13 @@ class HttpTransport(Transport):
         if self.options.token is None:
             raise SelectionError(f"the {self.name} transport needs the option token=FILE")
         token = read_token(self.options.token)
-        for endpoint in endpoints:
-            self._allow(read_address(endpoint)[0])
-        return [
-            HttpLink(
-                f"{self.name}://{endpoint}", token, self.options.ca, direct=_is_loopback(read_address(endpoint)[0])
-            )
-            for endpoint in endpoints
-        ]
+        hosts = [read_address(endpoint)[0] for endpoint in endpoints]
+        for host in hosts:
+            self._allow(host)
+        with opening_links() as links:
+            for endpoint, host in zip(endpoints, hosts, strict=True):
+                links.append(HttpLink(f"{self.name}://{endpoint}", token, self.options.ca, direct=_is_loopback(host)))
+        return links
 
     @classmethod
     def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
@@ -125,7 +124,7 @@ class HttpTransport(Transport):
 
 
 class HttpsTransport(HttpTransport):
-    """With TLS, to workers anywhere."""
+    """HTTPS, to workers anywhere."""
 
     name = "https"
 

@@ -1,11 +1,11 @@
-"""``python -m ciphertune_http NAME``: a token for a client, and its hash for the worker."""
+"""The command ``python -m ciphertune_http NAME``: make a token for a client, and its hash for the worker."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ciphertune import CipherTuneError
+from ciphertune.errors import CipherTuneError
 from ciphertune_http.tokens import make_token
 
 

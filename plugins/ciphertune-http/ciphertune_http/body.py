@@ -19,7 +19,7 @@ def most_bytes(limits: Limits) -> int:
 
 
 def chunks(frames: Sequence[Frame]) -> Iterator[bytes]:
-    """A body in pieces of at most 1 MiB."""
+    """A body in chunks of at most 1 MiB."""
     yield struct.pack(f"<I{len(frames)}Q", len(frames), *(len(frame) for frame in frames))
     for frame in frames:
         view = memoryview(frame).cast("B")

@@ -1,10 +1,9 @@
-"""A certificate for trying workers out where there is no authority to ask."""
+"""Self-signed certificates, for trials without a certificate authority."""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 from pathlib import Path
 
 from cryptography import x509
@@ -12,8 +11,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from ciphertune.key_files import write_parts
+
 _DAYS = 30
-# Strict verification, the default from Python 3.13 on, asks an authority what it is for.
+# Strict verification, the default from Python 3.13 on, requires an authority's key usage.
 _USAGE = x509.KeyUsage(
     digital_signature=True,
     key_cert_sign=True,
@@ -57,5 +58,4 @@ def self_signed(pem: Path, certificate: Path, address: str) -> None:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     certificate.write_bytes(public)
-    with os.fdopen(os.open(pem, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(public + private)
+    write_parts(pem, [public, private])

@@ -1,4 +1,4 @@
-"""A client's connections to one worker."""
+"""The link of an HTTP client to one worker."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import asyncio
 import contextlib
 import ssl
 import threading
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import httpx
 
-from ciphertune import KeyFileError, TransportError
-from ciphertune.errors import ProtocolError, ReplyError
+from ciphertune.errors import KeyFileError, ReplyError, TransportError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, error_message, pack, unpack
-from ciphertune.transport import Link
+from ciphertune.transport import Link, PendingReplies
 from ciphertune_http import body
 
 _CONNECT_SECONDS = 5.0
@@ -23,13 +23,13 @@ _CONNECTIONS = httpx.Limits(max_connections=128, max_keepalive_connections=16, k
 
 
 class HttpLink(Link):
-    """Every request is a POST of its own, on a connection of a pool; an event loop in a thread runs them.
+    """A POST for each request, on connections of a pool; an event loop on a thread of the link runs them.
 
     Args:
         url: scheme, host and port.
         token: sent with every request.
         ca: file with certificates to trust instead of the system's.
-        direct: ignore the environment's proxies.
+        direct: whether to ignore the environment's proxies.
 
     Raises:
         KeyFileError: the file of certificates cannot be used.
@@ -49,10 +49,7 @@ class HttpLink(Link):
             limits=_CONNECTIONS,
             trust_env=not direct,
         )
-        self._pending: set[Future[Message]] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._lock = threading.Lock()
-        self._closed = False
+        self._pending: PendingReplies[Message] = PendingReplies(url)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ciphertune-http", daemon=True)
         self._thread.start()
@@ -60,61 +57,46 @@ class HttpLink(Link):
     def submit(self, request: Message) -> Future[Message]:
         """See ``Link.submit``. Buffers are read until the request has left, so they must not be changed."""
         frames = pack(request)
-        future: Future[Message] = Future()
-        with self._lock:
-            if self._closed:
-                future.set_exception(TransportError(f"{self.name}: the link is closed"))
-                return future
-            self._pending.add(future)
-            self._loop.call_soon_threadsafe(self._begin, frames, future)
-        return future
+        number, reply = self._pending.add()
+        self._call(self._start, number, frames, reply)
+        return reply
 
     def close(self) -> None:
         """See ``Link.close``."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            pending = list(self._pending)
-        for future in pending:
-            _settle(future, TransportError(f"{self.name}: the link is closed"))
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        if not self._pending.close():
+            return
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    async def _end(self) -> None:
-        for task in self._tasks:
+    async def _stop(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.aclose()
-        # Sockets that were told to close do so in the loop's next rounds.
+        # Sockets close in the next rounds of the loop.
         for _ in range(_ROUNDS):
             await asyncio.sleep(0)
 
-    def _begin(self, frames: list[Frame], future: Future[Message]) -> None:
-        task = self._loop.create_task(self._run(frames, future))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _call(self, function: Callable[..., object], *arguments: Any) -> None:
+        # After close the loop has ended, and all pending replies have failed.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
 
-        def done(_: Future[Message]) -> None:
-            with self._lock:
-                self._pending.discard(future)
-                if not self._closed:
-                    self._loop.call_soon_threadsafe(task.cancel)
+    def _start(self, number: int, frames: list[Frame], reply: Future[Message]) -> None:
+        if number in self._pending:
+            task = self._loop.create_task(self._run(number, frames))
+            reply.add_done_callback(lambda _: self._call(task.cancel))
 
-        future.add_done_callback(done)
-
-    async def _run(self, frames: list[Frame], future: Future[Message]) -> None:
+    async def _run(self, number: int, frames: list[Frame]) -> None:
         try:
-            result: Message | Exception = await self._exchange(frames)
-        except (ProtocolError, TransportError) as error:
-            result = error
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            result = TransportError(f"{self.name}: {type(error).__name__}: {error}")
+            self._pending.answer(number, await self._exchange(frames))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            self._pending.fail(number, f"{type(error).__name__}: {error}")
         except Exception as error:
-            result = TransportError(f"{self.name}: unexpected {type(error).__name__}")
-        _settle(future, result)
+            self._pending.fail(number, error)
 
     async def _exchange(self, frames: Sequence[Frame]) -> Message:
         async def content() -> AsyncIterator[bytes]:
@@ -136,16 +118,4 @@ class HttpLink(Link):
                 received += chunk
                 if len(received) > body.most_bytes(DEFAULT_LIMITS):
                     raise ReplyError(f"{self.name} sent more than a reply can be")
-        try:
-            return unpack(body.split(received, DEFAULT_LIMITS))
-        except ProtocolError as error:
-            raise ReplyError(f"{self.name} sent a malformed reply: {error}") from error
-
-
-def _settle(future: Future[Message], result: Message | Exception) -> None:
-    """Whoever settles a future first wins: an answer, a cancellation, or the link's end."""
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(result, Exception):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
+        return unpack(body.split(received, DEFAULT_LIMITS))

@@ -1,14 +1,14 @@
-"""Bearer tokens: 256 random bits at the client, their hashes at the worker."""
+"""Bearer tokens: 256 random bits at the client, and their hash at the worker."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import secrets
-import stat
 from pathlib import Path
 
-from ciphertune import KeyFileError
+from ciphertune.errors import KeyFileError
+from ciphertune.key_files import refuse_shared, write_parts
 
 _LONGEST = 200
 
@@ -22,9 +22,8 @@ def make_token(token: Path, tokens: Path, name: str) -> None:
     if not name or len(name.split()) != 1 or not name.isprintable():
         raise KeyFileError(f"{name!r}: a client's name is one word")
     text = secrets.token_urlsafe(32)
+    write_parts(token, [f"{text}\n".encode("ascii")])
     try:
-        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text + "\n")
         with os.fdopen(os.open(tokens, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
             file.write(f"{name} {_digest(text)}\n")
     except OSError as error:
@@ -32,14 +31,13 @@ def make_token(token: Path, tokens: Path, name: str) -> None:
 
 
 def read_token(path: str) -> str:
-    """A client's token.
+    """Read a client's token.
 
     Raises:
         KeyFileError: the file is missing, open to others, or holds no token.
     """
     try:
-        if stat.S_IMODE(Path(path).stat().st_mode) & 0o077:
-            raise KeyFileError(f"{path} can be read by others; chmod 600 it")
+        refuse_shared(Path(path), Path(path).stat())
         text = Path(path).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise KeyFileError(f"{path} cannot be read as a token: {type(error).__name__}") from error
@@ -48,8 +46,8 @@ def read_token(path: str) -> str:
     return text
 
 
-class Authorised:
-    """The clients that a worker lets in.
+class AuthorisedClients:
+    """The clients that a worker serves, by the hashes of their tokens.
 
     Raises:
         KeyFileError: the list is missing, empty or malformed.
@@ -72,9 +70,9 @@ class Authorised:
             raise KeyFileError(f"{path} lists no client")
 
     def name(self, header: bytes) -> str | None:
-        """Whose ``Authorization`` header this is, or None.
+        """The name of the client with this ``Authorization`` header, or None.
 
-        The lookup is by hash of 256 random bits, so that its time tells nothing of a token.
+        The lookup is by hash of 256 random bits, so that its time reveals nothing of a token.
         """
         kind, _, token = header.partition(b" ")
         if kind.lower() != b"bearer" or len(token) > _LONGEST:

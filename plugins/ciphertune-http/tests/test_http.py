@@ -21,7 +21,7 @@ from ciphertune import KeyFileError, SecurityError, SelectionError, TransportErr
 from ciphertune.protocol import Limits, Message
 from ciphertune.testing import EchoHandler, ServedWorker, TransportSuite
 from ciphertune_http import HttpOptions, HttpsTransport, HttpTransport, body, read_address
-from ciphertune_http.tokens import Authorised, make_token, read_token
+from ciphertune_http.tokens import AuthorisedClients, make_token, read_token
 
 
 class TestHttp(TransportSuite):
@@ -153,7 +153,7 @@ def test_token_files(tmp_path: Path) -> None:
     secret = path.read_text().strip()
     listed = (tmp_path / "tokens.txt").read_text()
     assert secret not in listed
-    assert Authorised(str(tmp_path / "tokens.txt")).name(f"Bearer {secret}".encode()) == "client"
+    assert AuthorisedClients(str(tmp_path / "tokens.txt")).name(f"Bearer {secret}".encode()) == "client"
     with pytest.raises(KeyFileError):
         make_token(path, tmp_path / "tokens.txt", "ward-7")
     with pytest.raises(KeyFileError, match="one word"):
@@ -168,7 +168,7 @@ def test_token_files(tmp_path: Path) -> None:
     for text in ("", "name", "name abc"):
         (tmp_path / "bad.txt").write_text(text)
         with pytest.raises(KeyFileError):
-            Authorised(str(tmp_path / "bad.txt"))
+            AuthorisedClients(str(tmp_path / "bad.txt"))
 
 
 def test_tokens_from_the_command_line(tmp_path: Path) -> None:

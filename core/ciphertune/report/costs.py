@@ -1,4 +1,4 @@
-"""What a run cost, and where: what its report tells beside its losses."""
+"""The costs of a run by phase and by layer, for its report."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class Account:
-    """What a run cost in this process, the last one if it was resumed.
+class RunCosts:
+    """Costs of a run in this process; of a resumed run, in its last process.
 
     Attributes:
         started: date and time, UTC.
         seconds: of training and evaluations.
         phases: those seconds by phase: ``encrypt``, ``decrypt``, ``worker``, ``network`` and ``rest``. They add up.
-            Where several workers evaluate at the same time, ``worker`` is at most the time that was waited for them.
+            Where several workers evaluate at the same time, ``worker`` is at most the time spent waiting for them.
         groups: a row for every group and direction, as ``ciphertune.traffic.TrafficByLayer`` has them.
         first_step: of this process; above 1 where the run was resumed.
         outsourced_weights, client_weights: numbers of them, adapters at the client included.
@@ -54,8 +54,8 @@ class Account:
     machine: dict[str, str | int | float]
 
 
-class Accountant:
-    """Follows what one session carries, from ``following`` on."""
+class CostMeter:
+    """A hook plugin that measures the costs of one session within ``measuring``."""
 
     def __init__(self, session: Session, share: Share) -> None:
         self._session = session
@@ -67,8 +67,8 @@ class Accountant:
         self._first_step = 1
 
     @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        """Measure what happens within."""
+    def measuring(self) -> Iterator[None]:
+        """Measure within a ``with`` block."""
         plugins = self._session.plugins
         with contextlib.ExitStack() as stack:
             for plugin, name in ((self, "report"), (self._operations, "report-operations")):
@@ -82,17 +82,17 @@ class Accountant:
 
     @hookimpl
     def ciphertune_training_start(self, start_step: int) -> None:
-        """Note where this process begins."""
+        """Store the first step of this process."""
         self._first_step = start_step + 1
 
     @hookimpl
     def ciphertune_after_reply(self, session: Session, exchange: Exchange) -> None:
-        """Count it."""
+        """Add a product to the costs of its layers."""
         if session is self._session:
             self._by_layer.add(exchange)
 
-    def account(self) -> Account:
-        """What was measured."""
+    def costs(self) -> RunCosts:
+        """The costs measured so far."""
         traffic, security = self._session.traffic, self._session.security
         worker = min(traffic.evaluate_seconds, traffic.wait_seconds)
         phases = {
@@ -102,7 +102,7 @@ class Accountant:
             "network": traffic.wait_seconds - worker,
         }
         phases["rest"] = max(0.0, self._seconds - sum(phases.values()))
-        return Account(
+        return RunCosts(
             started=self._started.isoformat(timespec="seconds"),
             seconds=self._seconds,
             phases=phases,

@@ -1,4 +1,4 @@
-"""Messages between a process and its relay: a msgpack map and raw frames, over a socket pair."""
+"""Messages between a process and its relay over a socket pair: a msgpack map, then raw frames."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _PREFIX = struct.Struct("<I")
 _BUFFER = 4 << 20
 
 
-def pair() -> tuple[socket.socket, socket.socket]:
-    """Two connected ends."""
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets with large buffers."""
     ends = socket.socketpair()
     for end in ends:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -28,10 +28,13 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return ends
 
 
-class Pipe:
-    """One end. Sending is safe from several threads; receiving is for one.
+class Channel:
+    """One end of the socket pair. Several threads may send, and one may receive.
 
-    What is received is checked before memory is allocated for it: a relay speaks to machines that are not trusted.
+    Sizes are checked before memory is allocated for them: a relay speaks to machines that are not trusted.
+
+    Args:
+        end: one of ``socket_pair``.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -48,10 +51,10 @@ class Pipe:
                 self._socket.sendall(view)
 
     def receive(self) -> tuple[dict[str, Any], list[Frame]] | None:
-        """The next message; None once the other end is gone.
+        """Wait for the next message; None once the other end is gone.
 
         Raises:
-            ProtocolError: what came is no message within the limits of the protocol.
+            ProtocolError: it is malformed, or larger than the protocol allows.
         """
         try:
             prefix = self._read(_PREFIX.size)
@@ -71,7 +74,7 @@ class Pipe:
         return head, frames
 
     def close(self) -> None:
-        """Hang up; whoever receives at either end is told."""
+        """Close this end; ``receive`` returns None at both."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -88,14 +91,14 @@ class Pipe:
             sizes = head["sizes"]
             fits = len(sizes) <= limits.buffers + 1 and all(type(n) is int and n >= 0 for n in sizes)
         except Exception as error:
-            raise ProtocolError(f"the relay sent a head that is none: {type(error).__name__}") from error
+            raise ProtocolError(f"the relay sent a malformed head: {type(error).__name__}") from error
         most = limits.total_bytes + limits.header_bytes
         if not fits or sum(sizes) > most or max(sizes, default=0) > limits.buffer_bytes:
             raise ProtocolError("the relay announced more than a message may hold")
         return dict(head)
 
     def _read(self, size: int) -> Frame | None:
-        """So many bytes, or None if the other end is gone before."""
+        """Read ``size`` bytes; None if the other end is gone before they are there."""
         view = np.empty(size, dtype=np.uint8).data
         done = 0
         while done < size:

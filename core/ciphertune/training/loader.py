@@ -1,4 +1,4 @@
-"""Reading data in steps, epoch after epoch, from a place that can be found again."""
+"""A loader of the micro-batches of each optimizer step, whose position can be stored and restored."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ciphertune.training.batches import digest, length_of
 _END = object()
 
 
-class Reader:
-    """Gives the micro-batches of one optimizer step after the other.
+class ResumableLoader:
+    """Loads the micro-batches of one optimizer step after the other, epoch after epoch.
 
-    A shuffling loader draws its order from random states when an epoch begins. The reader keeps those states, so
-    that the same order can be drawn again and read up to the same place.
+    A shuffling loader draws its order from random states when an epoch begins. Those states are kept here, so that
+    the same order can be drawn again and read up to the same position.
 
     Args:
         data: re-iterable of batches.
         accumulation: micro-batches per step; an epoch's last step takes what is left.
 
     Attributes:
-        length: batches per epoch, None where data does not say.
+        length: batches per epoch; None where data has no length.
         epoch: the epoch being read, from 1; 0 before the first.
-        consumed: batches of it that were given out.
+        consumed: batches of the epoch that were read.
     """
 
     def __init__(self, data: Iterable[Any], accumulation: int) -> None:
@@ -45,11 +45,11 @@ class Reader:
 
     @property
     def epoch_complete(self) -> bool:
-        """Whether every batch of the epoch was given out; False where data has no length."""
+        """Whether every batch of the epoch was read; False where data has no length."""
         return self.length is not None and self.consumed == self.length
 
-    def next(self) -> list[Any]:
-        """The micro-batches of the next step, at least one; starts the next epoch where one ended.
+    def next_step(self) -> list[Any]:
+        """Read the micro-batches of the next step, at least one; begin the next epoch where one ended.
 
         Raises:
             TrainingError: an epoch has no batches, or more or fewer than ``len(data)``.
@@ -66,9 +66,9 @@ class Reader:
             ended = len(self._last) < self.accumulation or (self.epoch_complete and next(self._iterator, _END) is _END)
             if self.length is not None and (ended != self.epoch_complete or self.consumed > self.length):
                 raise TrainingError(
-                    f"epoch {self.epoch}: the data says it has {self.length} batches but gave "
+                    f"epoch {self.epoch}: the data has a length of {self.length} batches but gave "
                     f"{self.consumed if ended else 'more'}; make its length true, or give the data without a length "
-                    "and max_steps"
+                    "and steps"
                 )
             if self.consumed == 0:
                 raise TrainingError(f"the data has no batch in epoch {self.epoch}")
@@ -78,17 +78,17 @@ class Reader:
                 return self._last
 
     def capture(self) -> dict[str, Any]:
-        """The random states that training and the order of the data depend on."""
+        """Copy the random states that training and the order of the data depend on."""
         return {"process": rng.capture(), "loader": [g.get_state() for g in self._generators]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what ``capture`` gave."""
+        """Set the random states to those that ``capture`` returned."""
         rng.restore(state["process"])
         for generator, value in zip(self._generators, state["loader"], strict=True):
             generator.set_state(value)
 
     def state(self) -> dict[str, Any]:
-        """Where reading is: plain values and tensors."""
+        """The position, as plain values and tensors."""
         return {
             "epoch": self.epoch,
             "consumed": self.consumed,
@@ -104,14 +104,14 @@ class Reader:
         """Check a state read from a file.
 
         Raises:
-            CheckpointError: the data has not the random generators that it had.
-            KeyError, TypeError, ValueError, RuntimeError: it is not what ``state`` gives.
+            CheckpointError: the data has another number of random generators.
+            KeyError, TypeError, ValueError, RuntimeError: it is not what ``state`` returns.
         """
         epoch, consumed, last = state["epoch"], state["consumed"], state["last"]
         if not all(type(n) is int for n in (epoch, consumed, last)) or not (epoch > 0 and 0 < last <= consumed):
-            raise ValueError("the position is no position")
+            raise ValueError("the position is not one that a run can be at")
         if type(state["ended"]) is not bool or type(state["digest"]) is not str:
-            raise TypeError("the position is no position")
+            raise TypeError("the position is not one that a run can be at")
         for key in ("at_start", "before_last", "now"):
             rng.check(state[key]["process"])
             if len(state[key]["loader"]) != len(self._generators):
@@ -123,12 +123,12 @@ class Reader:
                 torch.Generator().set_state(value)
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go to where ``state`` was taken, reading the epoch's batches up to there again.
+        """Go to a stored position by reading the epoch's batches up to it again.
 
-        The random states are left as reading left them; ``restore(state["now"])`` when training goes on.
+        The random states are left as reading left them; call ``restore(state["now"])`` when training goes on.
 
         Raises:
-            CheckpointError: the data does not give the batches that it gave then.
+            CheckpointError: the batch at the position is not the one that was read there.
         """
         self.epoch, self.consumed = state["epoch"], state["consumed"]
         if state["ended"]:
@@ -148,20 +148,21 @@ class Reader:
             )
 
     def _iterate(self) -> Iterator[Any]:
-        for holder in _holders(self.data):
-            set_epoch = getattr(holder, "set_epoch", None)
+        for source in _order_sources(self.data):
+            set_epoch = getattr(source, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(self.epoch - 1)
         return iter(self.data)
 
 
-def _holders(data: Any) -> list[Any]:
-    """The objects that may decide the order of a loader's batches, each once."""
+def _order_sources(data: Any) -> list[Any]:
+    """The objects that may decide the order of the batches, each once."""
     batch_sampler = getattr(data, "batch_sampler", None)
     found = [data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    return list({id(holder): holder for holder in found if holder is not None}.values())
+    return list({id(source): source for source in found if source is not None}.values())
 
 
 def _generators(data: Any) -> list[torch.Generator]:
-    found = [getattr(holder, "generator", None) for holder in _holders(data)]
+    """The random generators of these objects, each once."""
+    found = [getattr(source, "generator", None) for source in _order_sources(data)]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

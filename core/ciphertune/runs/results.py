@@ -1,0 +1,107 @@
+"""Results of a run: the figures that every run has, and the files of its output folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ciphertune._support.atomic import replace_file
+from ciphertune.client.session import Session
+from ciphertune.outsourcing.convert import Share
+from ciphertune.report.costs import CostMeter, RunCosts
+from ciphertune.report.loss_plot import plot_losses
+from ciphertune.report.page import write_report
+
+Progress = Callable[[str], None]
+"""Function that is called with a line of text at every stage of a run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputFolder:
+    """Paths of the results in a run's output folder.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        """Directory of the adapter, as peft saves it."""
+        return self.path / "adapter"
+
+    @property
+    def result(self) -> Path:
+        """All figures as JSON."""
+        return self.path / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """The report, an HTML page."""
+        return self.path / "report.html"
+
+    @property
+    def plot(self) -> Path:
+        """Training loss over optimizer steps, a PNG."""
+        return self.path / "loss.png"
+
+    def write(self, content: Mapping[str, Any], curves: Mapping[str, Sequence[float]], title: str) -> None:
+        """Write ``result.json``, the report and the plot, each whole or not at all.
+
+        Args:
+            content: the figures, as ``ciphertune.report.page.render`` takes them.
+            curves: for ``plot_losses``.
+            title: of the plot.
+
+        Raises:
+            ConfigError: matplotlib is missing.
+            OSError: a file cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_file(self.result, json.dumps(content, indent=2).encode())
+        write_report(self.report, content)
+        plot_losses(self.plot, curves, title)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Result:
+    """The figures that every run has; ``result.json`` holds the same.
+
+    Attributes:
+        to: selection string.
+        traffic: totals of the run: requests, bytes and seconds by phase.
+        outsourced_fraction: share of the model's weights that were at the workers.
+        security: the backend's statement.
+        security_bits: None where nothing is encrypted.
+        costs: cost of the run by phase and layer.
+        adapter, report, plot: paths of the files written.
+    """
+
+    to: str
+    traffic: dict[str, Any]
+    outsourced_fraction: float
+    security: str
+    security_bits: float | None
+    costs: RunCosts
+    adapter: str
+    report: str
+    plot: str
+
+
+def common_figures(to: str, session: Session, share: Share, meter: CostMeter, output: OutputFolder) -> dict[str, Any]:
+    """The attributes of ``Result`` by name, at the end of a run."""
+    return {
+        "to": to,
+        "traffic": dataclasses.asdict(session.traffic),
+        "outsourced_fraction": share.fraction,
+        "security": session.security.summary,
+        "security_bits": session.security.bits,
+        "costs": meter.costs(),
+        "adapter": str(output.adapter),
+        "report": str(output.report),
+        "plot": str(output.plot),
+    }

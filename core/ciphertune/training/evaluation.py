@@ -1,0 +1,46 @@
+"""The loss on held-out data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ciphertune.errors import NonFiniteLossError, TrainingError
+from ciphertune.training import rng
+from ciphertune.training.batches import LossFunction, batch_loss, language_model
+from ciphertune.training.inference import evaluating
+
+
+def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFunction | None) -> dict[str, float]:
+    """Compute the mean loss over data in evaluation mode, with every target counting the same.
+
+    Modules' modes and random states are left as they were.
+
+    Returns:
+        ``eval_loss`` and, for a language model with its own loss, ``perplexity``.
+
+    Raises:
+        NonFiniteLossError: a batch's loss is NaN or infinite.
+        TrainingError: there is no target in the data, or a batch has the wrong form.
+    """
+    total, weight = 0.0, 0
+    with rng.preserved(), evaluating(model):
+        for index, batch in enumerate(data):
+            result = batch_loss(model, batch, loss_fn)
+            if result.weight == 0:  # a mean over no target is NaN by definition
+                continue
+            loss = float(result.loss)
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(f"evaluation: the loss of batch {index + 1} is {loss}")
+            total += loss * result.weight
+            weight += result.weight
+    if weight == 0:
+        raise TrainingError("the evaluation data has no batch, or no label other than -100 in any batch")
+    mean = total / weight
+    metrics = {"eval_loss": mean}
+    if loss_fn is None and language_model(model) is not None:
+        metrics["perplexity"] = math.exp(mean) if mean < 709 else math.inf
+    return metrics

@@ -1,0 +1,108 @@
+"""The settings of a training run, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from ciphertune._support.ranges import ABOVE_ZERO, AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, check_fields
+from ciphertune.errors import TrainingError
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Settings of ``LoraTrainer`` and of the ``[training]`` section of a configuration file.
+
+    Attributes:
+        learning_rate: learning rate of AdamW, the optimizer that is made where none is given.
+        weight_decay: weight decay of AdamW.
+        schedule: learning rate over the run: ``constant``, ``linear`` down to 0, or ``cosine``, which rises for the
+            first tenth of the steps and then falls to almost 0.
+        epochs: passes over the data.
+        steps: optimizer steps to train for, however many epochs that takes; decides instead of ``epochs``.
+        accumulation: micro-batches per optimizer step, each with the same weight. The last step of an epoch averages
+            over the micro-batches that are left.
+        interleave: micro-batches of a step that are under way at once, from 1 to ``accumulation``: while one waits for
+            a worker, another is computed. Losses and gradients are the same but for dropout, where each micro-batch
+            draws from a random stream of its own. Memory grows with it, as with larger batches.
+        max_grad_norm: Euclidean norm that gradients are scaled down to; None to leave them.
+        eval_every: optimizer steps between evaluations; by default there is one at the end of each epoch.
+        checkpoint_dir: directory for checkpoints; None for none.
+        checkpoint_every: optimizer steps between checkpoints; by default there is one at the end of each epoch. The
+            end of training always has one.
+        keep_checkpoints: number of the latest checkpoints to keep; None for all.
+
+    Raises:
+        TrainingError: a value has the wrong type or is out of its range.
+    """
+
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    schedule: Schedule = "constant"
+    epochs: int = 1
+    steps: int | None = None
+    accumulation: int = 1
+    interleave: int = 1
+    max_grad_norm: float | None = 1.0
+    eval_every: int | None = None
+    checkpoint_dir: str | Path | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: int | None = 2
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            TrainingError,
+            learning_rate=POSITIVE,
+            weight_decay=NOT_NEGATIVE,
+            epochs=AT_LEAST_ONE,
+            steps=AT_LEAST_ONE,
+            accumulation=AT_LEAST_ONE,
+            interleave=AT_LEAST_ONE,
+            max_grad_norm=ABOVE_ZERO,
+            eval_every=AT_LEAST_ONE,
+            checkpoint_every=AT_LEAST_ONE,
+            keep_checkpoints=AT_LEAST_ONE,
+        )
+        if self.interleave > self.accumulation:
+            raise TrainingError(
+                f"interleave must be from 1 to accumulation, which is {self.accumulation}, not {self.interleave}: "
+                "a step has no more micro-batches"
+            )
+        if self.checkpoint_every is not None and self.checkpoint_dir is None:
+            raise TrainingError("checkpoint_every is set but checkpoint_dir is not: say where to write checkpoints")
+
+    def compared_at_resume(self, *, own_optimizer: bool) -> dict[str, Any]:
+        """The settings that a resumed run must share with the run it resumes, by name.
+
+        The others may change: how long to train, and when to evaluate and to write checkpoints.
+
+        Args:
+            own_optimizer: whether the optimizer is made from these settings.
+        """
+        names = ["accumulation", "max_grad_norm"]
+        if self.interleave > 1:  # the number of random streams that dropout draws from
+            names.append("interleave")
+        if own_optimizer:
+            names += ["learning_rate", "weight_decay"]
+        return {name: getattr(self, name) for name in names}
+
+
+class SettingsArguments(TypedDict, total=False):
+    """The attributes of ``TrainingSettings`` as keyword arguments; a test holds the two equal."""
+
+    learning_rate: float
+    weight_decay: float
+    schedule: Schedule
+    epochs: int
+    steps: int | None
+    accumulation: int
+    interleave: int
+    max_grad_norm: float | None
+    eval_every: int | None
+    checkpoint_dir: str | Path | None
+    checkpoint_every: int | None
+    keep_checkpoints: int | None

@@ -1,0 +1,135 @@
+"""Products of many clients in one queue: quotas, and turns by evaluation time. Knows no threads and no clock."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+from ciphertune.protocol import Message
+from ciphertune.transport import Reply
+from ciphertune.worker.counters import Counters
+
+
+@dataclasses.dataclass(frozen=True)
+class Quota:
+    """Bounds on what one client may have under way at a time, replies that it has not taken included.
+
+    Attributes:
+        requests: number of them.
+        nbytes: bytes of requests and replies together. A single request is always taken, within ``Limits``.
+    """
+
+    requests: int = 64
+    nbytes: int = 2 << 30
+
+
+@dataclasses.dataclass
+class Job:
+    """A request, its bytes, where its reply goes, and when it arrived."""
+
+    request: Message
+    nbytes: int
+    reply: Reply
+    arrived: float
+
+
+@dataclasses.dataclass
+class Client:
+    """A client's queue, what it has under way, and its sums.
+
+    Attributes:
+        peer: who it is, as the transport authenticated it.
+        jobs: products that wait.
+        requests, nbytes: under way.
+        virtual_time: its share of the evaluators' time so far.
+        last_seen: when its last request arrived.
+        counters: its own sums.
+    """
+
+    peer: str
+    jobs: collections.deque[Job] = dataclasses.field(default_factory=collections.deque)
+    requests: int = 0
+    nbytes: int = 0
+    virtual_time: float = 0.0
+    last_seen: float = 0.0
+    counters: Counters = dataclasses.field(default_factory=Counters)
+
+
+class FairQueue:
+    """A queue of products whose next one is that of the client that used least evaluation time so far.
+
+    Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996, section 2): a client with many requests, or large ones,
+    delays others by one product at most. Calls are not synchronized: the caller holds a lock.
+
+    Args:
+        quota: of every client.
+
+    Attributes:
+        clients: by peer.
+        under_way: requests of all clients that are admitted and not yet released.
+    """
+
+    def __init__(self, quota: Quota) -> None:
+        self.quota = quota
+        self.clients: dict[str, Client] = {}
+        self.under_way = 0
+        self._virtual_time = 0.0
+
+    def __len__(self) -> int:
+        return sum(len(client.jobs) for client in self.clients.values())
+
+    def __bool__(self) -> bool:
+        return any(client.jobs for client in self.clients.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all clients that are under way."""
+        return sum(client.nbytes for client in self.clients.values())
+
+    def client(self, peer: str, now: float) -> Client:
+        """The client of that name, known from now on."""
+        client = self.clients.setdefault(peer, Client(peer))
+        client.last_seen = now
+        return client
+
+    def refusal(self, client: Client, nbytes: int) -> str:
+        """Why a client's quota has no room for a request of so many bytes; empty where it has."""
+        if client.requests >= self.quota.requests:
+            return f"{client.requests} requests of this client are under way, and no more may be"
+        if client.requests and client.nbytes + nbytes > self.quota.nbytes:
+            return f"requests of this client hold {client.nbytes} bytes, of {self.quota.nbytes} it may have"
+        return ""
+
+    def admit(self, client: Client, nbytes: int) -> None:
+        """Count a request against its client's quota, until ``release``."""
+        client.requests += 1
+        client.nbytes += nbytes
+        self.under_way += 1
+
+    def release(self, client: Client, nbytes: int) -> None:
+        """Count a request, of which so many bytes are left, no more."""
+        client.requests -= 1
+        client.nbytes -= nbytes
+        self.under_way -= 1
+
+    def push(self, client: Client, job: Job) -> None:
+        """Queue a product of an admitted request."""
+        if not client.jobs:
+            # Who was away saves up no time to use at once.
+            client.virtual_time = max(client.virtual_time, self._virtual_time)
+        client.jobs.append(job)
+
+    def pop(self) -> tuple[Client, Job]:
+        """The next product, of the client whose turn it is. Raises ``ValueError`` where none waits."""
+        client = min((c for c in self.clients.values() if c.jobs), key=lambda c: c.virtual_time)
+        self._virtual_time = client.virtual_time
+        return client, client.jobs.popleft()
+
+    def charge(self, client: Client, seconds: float) -> None:
+        """Add evaluation time to a client's share."""
+        client.virtual_time += seconds
+
+    def forget(self, before: float) -> None:
+        """Forget clients that have nothing under way and were not seen since."""
+        for peer in [c.peer for c in self.clients.values() if not c.requests and c.last_seen < before]:
+            del self.clients[peer]
