@@ -22,7 +22,7 @@ from ciphertune.traffic import Exchange
 pytest_plugins = ["ciphertune.testing.fixtures"]
 
 # Run by hand (`make fuzz`, `make soak`), with packages that the tests do not install.
-collect_ignore = ["fuzz_worker.py", "soak.py"]
+collect_ignore = ["long"]
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("ciphertune", deadline=None)

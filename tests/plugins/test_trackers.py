@@ -111,15 +111,15 @@ def test_history_of_a_resumed_run_is_that_of_an_uninterrupted_one(
     with_whole, first, second = PluginManager(), PluginManager(), PluginManager()
     with_whole.use(f"history?path={whole}")
     trainer_of(with_whole, steps=10).train(BATCHES, BATCHES[:1])
-    checkpoints = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 3}
+    checkpoints: dict[str, Any] = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 3}
     first.use(f"history?path={path}")
     with pytest.raises(Stop):
-        trainer_of(first, steps=10, loss_fn=stopping_at(9), **checkpoints).train(BATCHES, BATCHES[:1])  # type: ignore[arg-type]
+        trainer_of(first, steps=10, loss_fn=stopping_at(9), **checkpoints).train(BATCHES, BATCHES[:1])
     assert [int(row["step"]) for row in read(path) if row["kind"] == "step"] == list(range(1, 9))
     # A killed process may leave half a line, and a sick disk anything.
     path.write_bytes(path.read_bytes() + b"garbage,\xff\n" + b'step,7,{"kind": "step", "st')
     second.use(f"history?path={path}")
-    resumed = trainer_of(second, steps=10, **checkpoints)  # type: ignore[arg-type]
+    resumed = trainer_of(second, steps=10, **checkpoints)
     resumed.evaluate(BATCHES)  # of a fresh model: not part of the run
     resumed.train(BATCHES, BATCHES[:1], resume=True)
     keys = ("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "samples", "eval_loss", "bytes_down")
