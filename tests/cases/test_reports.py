@@ -137,3 +137,70 @@ def test_half_of_an_emoji_in_json_lines(project: Path) -> None:
     (project / "a.jsonl").write_text('{"text": "whole"}\n{"text": "cut \\ud83d here"}\n')
     with pytest.raises(ConfigError, match="line 2 of"):
         train(project, source="a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda w: w[0].zero_(), id="a zero row"),
+        pytest.param(lambda w: w.zero_(), id="all zero"),
+        pytest.param(lambda w: w.mul_(1e-42), id="subnormal"),
+        pytest.param(lambda w: w[1].mul_(1e-42), id="one subnormal row"),
+        pytest.param(lambda w: w.mul_(1e-30), id="1e-30"),
+        pytest.param(lambda w: w.mul_(1e30), id="1e+30"),
+    ],
+)
+@pytest.mark.parametrize("mode", [*MODES, "mlwe?weight_bits=16"])
+def test_zero_and_tiny_weights(mode: str, change: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    plain = toy(16, 8)
+    with torch.no_grad():
+        change(plain[0].weight)
+        plain[0].bias.zero_()
+    weight = plain[0].weight.detach().clone()
+    model = ciphertune.outsource(plain, to=mode, layers="all")
+    given = x.clone().requires_grad_()
+    y = model(given)
+    y.sum().backward()
+    assert given.grad is not None
+    # Relative to the weight, so that of a zero weight zeros come out, to the last bit forward.
+    assert (y.detach() - x @ weight.t()).norm() <= 2e-2 * (x @ weight.t()).norm() + 1e-42
+    assert (y.detach()[:, (weight == 0).all(1)] == 0).all()
+    want = weight.sum(0).expand_as(x)
+    assert (given.grad - want).norm() <= 3e-2 * weight.norm() * len(x) + 1e-20
+    ciphertune.session_of(model).close()
+
+
+def test_a_model_folder_with_an_adapter_in_it(project: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(project / "model")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(project / "model")
+    for in_memory in (False, True):
+        with pytest.raises(ConfigError, match=r"holds an adapter .* merge it"):
+            ciphertune.split(str(project / "model"), project / "bundle", in_memory=in_memory)
+    assert not (project / "bundle").exists()
+    with pytest.raises(ConfigError, match=r"holds an adapter .* merge it"):
+        train(project)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "RemBert"])
+def test_an_encoder_is_not_trained_as_a_causal_language_model(project: Path, kind: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(project / "model")
+    with pytest.raises(ConfigError, match=rf"is an encoder: in {kind}\w+ .* causal language models"):
+        train(project)
+
+
+def test_a_classifier_is_not_trained_with_a_random_head(project: Path) -> None:
+    from transformers import AutoConfig, LlamaForSequenceClassification
+
+    LlamaForSequenceClassification(AutoConfig.from_pretrained(project / "model")).save_pretrained(project / "model")
+    with pytest.raises(ConfigError, match=r"lacks 1 tensors of a LlamaForCausalLM, 'lm_head.weight'"):
+        train(project)

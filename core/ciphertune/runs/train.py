@@ -19,6 +19,7 @@ from ciphertune._support.atomic import replace_file
 from ciphertune.bundle.client import is_client_folder, load_client
 from ciphertune.data.read import read_texts
 from ciphertune.errors import ConfigError
+from ciphertune.models.causal import refuse_encoder
 from ciphertune.models.load import load_named_model, load_tokenizer
 from ciphertune.outsourcing.convert import outsource, session_of, share
 from ciphertune.plugins.manager import plugin_manager
@@ -96,6 +97,7 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: 
         base, tokenizer = load_client(config.model.name, config.to), load_tokenizer(config.model.name)
     else:
         base, tokenizer = load_named_model(config.model.name, config.model.gguf_file)
+    refuse_encoder(base, config.model.name, outsourced=client)
     base.config.use_cache = False
     train, held = split_rows(texts, tokenizer, config.data)
     lora = config.lora
