@@ -27,7 +27,7 @@ class KeyPair:
 
 def keys_folder(folder: str | None) -> Path:
     """The folder that an option names, else ``CIPHERTUNE_KEYS``, else ``~/.ciphertune/keys``."""
-    return Path(folder or os.environ.get("CIPHERTUNE_KEYS") or Path.home() / ".ciphertune" / "keys")
+    return Path(folder or os.environ.get("CIPHERTUNE_KEYS") or "~/.ciphertune/keys").expanduser()
 
 
 def make_folder(folder: Path) -> None:
