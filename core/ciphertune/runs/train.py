@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader
 from ciphertune._support.atomic import replace_file
 from ciphertune.bundle.client import is_client_folder, load_client
 from ciphertune.data.read import read_texts
-from ciphertune.errors import ConfigError
+from ciphertune.errors import ConfigError, TrainingError
 from ciphertune.models.causal import refuse_encoder
 from ciphertune.models.load import load_named_model, load_tokenizer
 from ciphertune.outsourcing.convert import outsource, session_of, share
@@ -89,6 +91,10 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: 
         raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")
     # Texts first: they are quickly read, and what is wrong with them should not wait for a model.
     texts = texts_of(config.data)
+    output = Path(t.output)
+    for name, folder in (("output", output), ("checkpoint_dir", t.checkpoint_dir)):
+        if folder is not None:
+            _check_writable(f"training.{name}", Path(folder))
     say(f"Loading {config.model.name} …")
     client = is_client_folder(config.model.name)
     if client and config.layers is not None:
@@ -98,6 +104,7 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: 
     else:
         base, tokenizer = load_named_model(config.model.name, config.model.gguf_file)
     refuse_encoder(base, config.model.name, outsourced=client)
+    _check_length(config.data.length, base)
     base.config.use_cache = False
     train, held = split_rows(texts, tokenizer, config.data)
     lora = config.lora
@@ -140,9 +147,8 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: 
     accountant = Accountant(session, part)
     with accountant.following():
         history = trainer.train(loader, batches_of(held, config.data.batch_size) if len(held) else None, resume=resume)
-    output = Path(t.output)
-    output.mkdir(parents=True, exist_ok=True)
-    trainer.save_adapter(output / "adapter")
+    with _writing(output):
+        trainer.save_adapter(output / "adapter")
     result = RunResult(
         to=config.to,
         steps=trainer.step,
@@ -159,10 +165,38 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, say: 
     )
     session.close()
     content = {**dataclasses.asdict(result), "history": history.steps, "config": dataclasses.asdict(config)}
-    replace_file(output / "result.json", json.dumps(content, indent=2).encode())
-    write_report(output / "report.html", content)
-    plot_losses(output / "loss.png", {config.to: history.losses}, title=f"{config.model.name} through {config.to}")
+    with _writing(output):
+        replace_file(output / "result.json", json.dumps(content, indent=2).encode())
+        write_report(output / "report.html", content)
+        plot_losses(output / "loss.png", {config.to: history.losses}, title=f"{config.model.name} through {config.to}")
     return result
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Make a folder for results, or say now rather than after the training that it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot write to {folder}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"the training is done, but its results cannot be written to {output}: {error.strerror or error}. With "
+            "checkpoint_dir set, make room and run it again with --resume"
+        ) from error
+
+
+def _check_length(length: int, model: Any) -> None:
+    most = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        raise ConfigError(f"data.length is {length}, and the model takes {most} tokens at most: lower data.length")
 
 
 def read_comparison(path: Path) -> Comparison:
