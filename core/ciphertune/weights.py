@@ -143,9 +143,10 @@ def quantize(weight: Tensor, bits: WeightBits | None) -> LayerWeight:
             continue
         top = float(_LARGEST_CODE[bits])
         unit = values.abs().amax(dim=1) / top
-        # An all-zero row, or one so small that its scale underflows, quantizes to zeros.
-        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+        # An all-zero row, or one so small that its scale underflows, quantizes to zeros; a scale of zero takes the
+        # noise of such an output with it.
         scale[part] = unit
+        unit = torch.where(unit > 0, unit, torch.full_like(unit, torch.inf))
         codes[part] = torch.div(values, unit[:, None]).round_().clamp_(-top, top).to(codes.dtype)
     return LayerWeight(codes, scale)
 

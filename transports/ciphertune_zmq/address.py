@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import os
+import sys
 
 from ciphertune.errors import SelectionError
+
+# What the system's structure for addresses holds, less the zero at the end.
+_LONGEST_PATH = 107 if sys.platform == "linux" else 103
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +61,9 @@ def parse(text: str) -> Address:
     scheme, separator, rest = text.partition("://")
     if not separator:
         scheme, rest = "tcp", text
-    if scheme == "ipc" and rest and len(rest.encode()) < 100:
+    if scheme == "ipc" and rest:
+        if (size := len(os.fsencode(rest))) > _LONGEST_PATH:
+            raise SelectionError(f"{text!r} is too long: a Unix socket's path takes {_LONGEST_PATH} bytes, not {size}")
         return Address("ipc", path=rest)
     host, colon, port = rest.rpartition(":")
     if scheme == "tcp" and colon and host and (port == "*" or (port.isdecimal() and int(port) < 65536)):

@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader
 from ciphertune.bundle.client import is_client_folder, load_client
 from ciphertune.data.read import read_texts
 from ciphertune.errors import ConfigError
+from ciphertune.models.causal import refuse_encoder
 from ciphertune.models.load import load_named_model, load_tokenizer
 from ciphertune.outsourcing.convert import outsource, session_of, share
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.report.costs import CostMeter
 from ciphertune.runs.config import DataSection, TrainConfig
-from ciphertune.runs.results import OutputFolder, Progress, Result, common_figures
+from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
 from ciphertune.training.trainer import LoraTrainer
 from ciphertune.workloads.language import add_lora
 from ciphertune.workloads.texts import batches_of, language_reference, rows_of, split_texts
@@ -87,6 +88,10 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progr
         raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")
     # Before the model, which takes minutes: texts are read quickly, and may be wrong.
     texts = texts_of(config.data)
+    output = OutputFolder(Path(t.output))
+    for name, folder in (("output", output.path), ("checkpoint_dir", t.checkpoint_dir)):
+        if folder is not None:
+            check_writable(f"training.{name}", Path(folder))
     progress(f"Loading {config.model.name} …")
     client = is_client_folder(config.model.name)
     if client and config.layers is not None:
@@ -95,6 +100,8 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progr
         base, tokenizer = load_client(config.model.name, config.to), load_tokenizer(config.model.name)
     else:
         base, tokenizer = load_named_model(config.model.name, config.model.gguf_file)
+    refuse_encoder(base, config.model.name, outsourced=client)
+    _check_length(config.data.length, base)
     base.config.use_cache = False
     train, held = split_rows(texts, tokenizer, config.data)
     lora = config.lora
@@ -124,8 +131,8 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progr
     meter = CostMeter(session, part)
     with meter.measuring():
         history = trainer.train(loader, batches_of(held, config.data.batch_size) if len(held) else None, resume=resume)
-    output = OutputFolder(Path(t.output))
-    trainer.save_adapter(output.adapter)
+    with output.writing():
+        trainer.save_adapter(output.adapter)
     result = RunResult(
         **common_figures(config.to, session, part, meter, output),
         steps=trainer.step,
@@ -135,9 +142,15 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progr
     )
     session.close()
     content = {**dataclasses.asdict(result), "history": history.steps, "config": dataclasses.asdict(config)}
-    title = f"{config.model.name} through {config.to}"
-    output.write(content, {config.to: history.losses}, title)
+    with output.writing():
+        output.write(content, {config.to: history.losses}, title=f"{config.model.name} through {config.to}")
     return result
+
+
+def _check_length(length: int, model: Any) -> None:
+    most = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        raise ConfigError(f"data.length is {length}, and the model takes {most} tokens at most: lower data.length")
 
 
 def read_comparison(path: Path) -> Comparison:
