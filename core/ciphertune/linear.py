@@ -12,6 +12,8 @@ from ciphertune._support.torch_compat import autocast_dtype
 from ciphertune.errors import InputError, OutsourcedWeightError
 from ciphertune.weights import LayerInfo
 
+_ANCHOR = "anchor_of_device"
+
 
 class Evaluator(Protocol):
     """Evaluates the products of layers that are outsourced together.
@@ -107,6 +109,24 @@ class OutsourcedLinear(nn.Linear):
             if self.bias is not None:
                 y = y + self.bias.to(torch.float32)
             return y.to(dtype)
+
+    def anchor(self) -> None:
+        """Hold a frozen parameter without elements, which is never saved.
+
+        For a model with no other: libraries ask the first parameter for the device and the dtype.
+        """
+        like = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
+        self.register_parameter(_ANCHOR, nn.Parameter(like, requires_grad=False))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + _ANCHOR, None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        held = self._parameters.pop(_ANCHOR, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if held is not None:
+            self._parameters[_ANCHOR] = held
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise OutsourcedWeightError(

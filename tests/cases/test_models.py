@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +172,79 @@ def test_weight_norm_is_refused() -> None:
         ciphertune.outsource(model, to="clear", layers=["0", "2"])
     ciphertune.outsource(model, to="clear", layers="all")
     assert [name for name, _ in model.named_parameters()] == [name for name in names if name != "2.weight"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fork_after_use() -> None:
+    code = """
+        import os, signal, torch, ciphertune
+        model = ciphertune.outsource(torch.nn.Sequential(torch.nn.Linear(64, 64)), to="mlwe", layers="all")
+        model(torch.randn(300, 64))
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            try:
+                model(torch.randn(300, 64))
+            except ciphertune.CipherTuneError as error:
+                print("refused:", error, flush=True)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0, "the child hung or died"
+        model(torch.randn(300, 64))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "another process" in done.stdout
+
+
+def test_frozen_parameter_from_birth() -> None:
+    import transformers
+
+    model = transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            vocab_size=96,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            num_mel_bins=8,
+            max_source_positions=16,
+            max_target_positions=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        )
+    )
+    ciphertune.outsource(model, to="clear")
+    assert ciphertune.share(model).layers >= 10
+
+
+def test_weight_that_is_read() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, state_size=4)
+    ).eval()
+    wanted = model(input_ids=small.ids()).logits.detach()
+    with pytest.warns(UserWarning, match=r"backbone.layers.0.mixer.dt_proj"):
+        ciphertune.outsource(model, to="clear")
+    close(model(input_ids=small.ids()).logits.detach(), wanted)
+    assert ciphertune.share(model).layers == 3
+
+
+def test_nothing_left_for_lora_is_said() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = ciphertune.outsource(nn.Sequential(nn.Linear(16, 16, bias=False)), to="clear", layers="all")
+    assert list(model.state_dict()) == []
+    model.load_state_dict({})
+    model = get_peft_model(model, LoraConfig(target_modules=["0"], r=2))
+    model(torch.randn(2, 16)).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+    assert list(ciphertune.restore(model.unload()).state_dict()) == ["0.weight"]

@@ -130,7 +130,7 @@ def _read_layers(folder: Path, manifest: dict[str, Any]) -> tuple[list[LayerInfo
 
 
 def _candidates(model: nn.Module, infos: list[LayerInfo], folder: Path) -> list[Candidate]:
-    by_name = {candidate.name: candidate for candidate in linear_layers(model, allow_meta=True)}
+    by_name = {candidate.name: candidate for candidate in linear_layers(model, allow_meta=True, trial=False)}
     chosen = []
     for info in infos:
         candidate = by_name.get(info.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import threading
 from collections.abc import Sequence
 
@@ -75,6 +76,7 @@ class Session:
         self.device = device
         self.traffic = Traffic()
         self.closed = False
+        self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
         self._groups = [self._group(tuple(self.layers[i] for i in group)) for group in groups]
         self._client = choice.backend.client(device)
@@ -131,10 +133,17 @@ class Session:
         Raises:
             PrecisionError: the backend cannot evaluate this map well enough. Nothing was sent.
             InputError: x is empty, of the wrong shape, or not finite. Nothing was sent.
+            SecurityError: the session is closed, or of another process. Nothing was sent.
             VetoError: a plugin refused the request. Nothing was sent.
             TransportError, WorkerError, ReplyError: the product could not be had.
         """
         linear_map = self._groups[group].maps[direction]
+        # Before anything is computed: a forked process can hang in that, and has this one's keys and connections.
+        if os.getpid() != self._process:
+            raise SecurityError(
+                f"the session was opened in another process, of which this is a fork; {linear_map.label} cannot be "
+                "evaluated here. Start processes by 'spawn', and outsource or load the model in each"
+            )
         _check_input(x, linear_map)
         if self.closed:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")

@@ -26,6 +26,7 @@ from ciphertune.outsourcing.layers import (
 )
 from ciphertune.outsourcing.replacing import Restorer, originals, replace
 from ciphertune.outsourcing.trained_whole import guard
+from ciphertune.outsourcing.trial import frozen_from_birth
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.transport import LocalWorker
 from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
@@ -128,6 +129,8 @@ def attach(
         handle = LayerGroup(session, evaluated.index(group), [evaluated.index((i,)) for i in group])
         for member, i in enumerate(group):
             replace(chosen[i], kept[i], infos[i], handle, member, device)
+    if next(model.parameters(), None) is None:
+        outsourced_layers(model)[0].anchor()
     guard()
     _refuse_full_save(model)
     return model
@@ -149,7 +152,8 @@ def restore(model: ModelT) -> ModelT:
     held = {session: session.worker.weights for session in sessions if isinstance(session.worker, Worker)}
     if len(held) != len(sessions):
         raise OutsourcedWeightError("the weights are on other machines: load the original model instead")
-    restorer = Restorer(model, frozen=any(not parameter.requires_grad for parameter in model.parameters()))
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad and p.numel() > 0}
+    restorer = Restorer(model, frozen=bool(frozen) and not frozen <= frozen_from_birth(model))
     for parent in list(model.modules()):
         for attribute, module in list(parent._modules.items()):
             if isinstance(module, OutsourcedLinear):

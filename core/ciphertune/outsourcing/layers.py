@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from ciphertune.errors import NothingOutsourcedError, UnknownLayerError, Unsuppo
 from ciphertune.linear import OutsourcedLinear
 from ciphertune.outsourcing.heads import outside_base_models
 from ciphertune.outsourcing.obstacles import is_conv1d, obstacle
+from ciphertune.outsourcing.trial import frozen_from_birth, weights_read
 from ciphertune.outsourcing.walk import bare_name, walk
 from ciphertune.plugins.manager import PluginManager
 
@@ -58,18 +60,24 @@ class Candidate:
         return weight.t() if is_conv1d(self.module) else weight
 
 
-def linear_layers(model: nn.Module, *, allow_meta: bool = False) -> list[Candidate]:
+_READ = "the model's own code reads its weight"
+
+
+def linear_layers(model: nn.Module, *, allow_meta: bool = False, trial: bool = True) -> list[Candidate]:
     """List every linear layer of a model that is not an adapter's own, in module order.
 
     Args:
         model: any module.
         allow_meta: take layers without weights, on the meta device, as well.
+        trial: find out which weights the model's own code reads.
     """
     head = _output_head(model)
     shared = _shared_weights(model)
     outside = outside_base_models(model)
     parameters = list(model.parameters())
-    mixed = any(p.requires_grad for p in parameters) and not all(p.requires_grad for p in parameters)
+    frozen = {id(p) for p in parameters if not p.requires_grad}
+    mixed = 0 < len(frozen) < len(parameters) and not frozen <= frozen_from_birth(model)
+    read = weights_read(model) if trial else set()
     found = []
     for path, parent, attribute, module in walk(model):
         if isinstance(module, OutsourcedLinear) or not (isinstance(module, nn.Linear) or is_conv1d(module)):
@@ -84,6 +92,8 @@ def linear_layers(model: nn.Module, *, allow_meta: bool = False) -> list[Candida
             stays = "it is outside of the base model, as a head is that a task trains"
         elif mixed and weight.requires_grad:
             stays = "it is being trained"
+        elif id(module) in read:
+            stays = _READ
         name = bare_name(model, path)
         found.append(Candidate(name, parent, attribute, module, obstacle(module, parent, mixed, allow_meta), stays))
     return found
@@ -114,6 +124,10 @@ def choose_layers(
     possible = [c for c in candidates if c.obstacle is None]
     if choice is None:
         free = [c for c in possible if c.stays is None]
+        read = [c.name for c in possible if c.stays == _READ]
+        if read:
+            more = f" and {len(read) - 3} more" if len(read) > 3 else ""
+            warnings.warn(f"left at the client: {', '.join(read[:3])}{more}: {_READ}", UserWarning, stacklevel=3)
         answer = plugins.gate("ciphertune_select_layers", model=model, candidates=[c.name for c in free])
         answer = [answer] if isinstance(answer, str) else answer
         chosen = free if answer is None else _matching(candidates, list(answer))
