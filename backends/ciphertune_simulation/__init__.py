@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +33,8 @@ class SimulationOptions:
 
     Attributes:
         of: the backend to simulate; it must declare a noise model.
-        seed: of the simulated noise; the same seed and the same sequence of products give the same results.
+        seed: of the simulated noise; the same seed and the same product give the same result, in whatever order
+            products come, so that a run that is resumed goes on as if it had never stopped.
     """
 
     of: str = "mlwe"
@@ -80,13 +82,30 @@ class SimulationClient(ClientHalf[Tensor]):
         return y
 
 
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A matrix, its noise per output, and what sets its products apart from those of others."""
+
+    matrix: Tensor
+    deviation: Tensor
+    label: bytes
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 class SimulationWorker(WorkerHalf):
     """A float32 product with integer codes, plus Gaussian noise of the simulated backend's variance."""
 
     def __init__(self, fields: Mapping[str, Any], device: torch.device) -> None:
         values: list[Any] = [fields.get(name) for name in ("input_variance", "output_variance")]
         seed, correlation, period = (fields.get(name) for name in ("seed", "correlation", "period"))
-        if not isinstance(seed, int) or not all(isinstance(v, float) and 0 <= v < 1e30 for v in values):
+        if (
+            not isinstance(seed, int)
+            or not 0 <= seed < 1 << 63
+            or not all(isinstance(v, float) and 0 <= v < 1e30 for v in values)
+        ):
             raise ProtocolError("expected the fields seed, input_variance and output_variance")
         if not isinstance(correlation, float) or not isinstance(period, int) or not 0 <= correlation <= 1:
             raise ProtocolError("expected the fields correlation and period")
@@ -97,18 +116,21 @@ class SimulationWorker(WorkerHalf):
         self._own_variance = (1 - correlation) * self._output_variance
         self._period = period
         self._device = device
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._seed = seed
 
-    def prepare(self, weight: Tensor) -> dict[Direction, tuple[Tensor, Tensor]]:
+    def prepare(self, weight: Tensor) -> dict[Direction, _Prepared]:
         """See ``WorkerHalf.prepare``: the codes, and the noise per output for either direction."""
         values = weight.to(torch.float32)
-        return {"forward": (weight, self._deviation(values)), "backward": (weight.t(), self._deviation(values.t()))}
+        found: dict[Direction, _Prepared] = {}
+        directions: tuple[Direction, ...] = ("forward", "backward")
+        for direction, matrix, floats in zip(directions, (weight, weight.t()), (values, values.t()), strict=True):
+            deviation = self._deviation(floats)
+            found[direction] = _Prepared(matrix, deviation, direction.encode() + bytes(_bytes(deviation)))
+        return found
 
-    def evaluate(
-        self, prepared: dict[Direction, tuple[Tensor, Tensor]], direction: Direction, request: Buffers
-    ) -> Buffers:
+    def evaluate(self, prepared: dict[Direction, _Prepared], direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``."""
-        matrix, deviation = prepared[direction]
+        matrix, deviation = prepared[direction].matrix, prepared[direction].deviation
         x, scale = request.get("x"), request.get("scale")
         if x is None or x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != matrix.shape[1]:
             raise ProtocolError(f"expected a float32 buffer 'x' of shape (tokens, {matrix.shape[1]})")
@@ -116,19 +138,27 @@ class SimulationWorker(WorkerHalf):
             raise ProtocolError("expected a float64 buffer 'scale' of shape (tokens,)")
         y = torch.nn.functional.linear(x.to(self._device), matrix.to(torch.float32))
         unit = scale.to(self._device).reciprocal().to(torch.float32)
-        noise = self._normal(*y.shape).mul_(deviation)
+        draw = self._generator(prepared[direction].label, x, scale)
+        noise = self._normal(draw, *y.shape).mul_(deviation)
         if self._shared_deviation:
-            noise.add_(self._along(*y.shape), alpha=self._shared_deviation)
+            noise.add_(self._along(draw, *y.shape), alpha=self._shared_deviation)
         return {"y": y.add_(noise.mul_(unit[:, None]))}
 
     def _deviation(self, matrix: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(matrix, dim=1)
         return torch.sqrt(self._input_variance * norm**2 + self._own_variance)
 
-    def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self._device)
+    def _generator(self, label: bytes, x: Tensor, scale: Tensor) -> torch.Generator:
+        """What draws the noise of one product, seeded from all that the product is."""
+        digest = hashlib.blake2b(self._seed.to_bytes(8, "little") + label, digest_size=7)
+        digest.update(_bytes(scale))
+        digest.update(_bytes(x))
+        return torch.Generator(self._device).manual_seed(int.from_bytes(digest.digest(), "little"))
 
-    def _along(self, tokens: int, outputs: int) -> Tensor:
+    def _normal(self, draw: torch.Generator, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float32, device=self._device)
+
+    def _along(self, draw: torch.Generator, tokens: int, outputs: int) -> Tensor:
         """Normal values whose correlation falls linearly along the outputs, from 1 to -1 a period on.
 
         As in the scheme: half the sum of a period's roundings, of which those behind an output count with the other
@@ -137,8 +167,8 @@ class SimulationWorker(WorkerHalf):
         parts = []
         for start in range(0, outputs, self._period):
             count = min(self._period, outputs - start)
-            sums = self._normal(tokens, count).mul_(2 / math.sqrt(self._period)).cumsum(1)
-            rest = self._normal(tokens, 1).mul_(2 * math.sqrt((self._period - count) / self._period))
+            sums = self._normal(draw, tokens, count).mul_(2 / math.sqrt(self._period)).cumsum(1)
+            rest = self._normal(draw, tokens, 1).mul_(2 * math.sqrt((self._period - count) / self._period))
             parts.append(sums - (sums[:, -1:] + rest) / 2)
         return torch.cat(parts, dim=1)
 

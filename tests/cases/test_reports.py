@@ -28,6 +28,7 @@ from ciphertune.weights import quantize
 from ciphertune.worker.service import Service
 from ciphertune.worker.store import WeightStore
 from ciphertune.worker.worker import Worker
+from ciphertune.workloads.language import add_lora
 from ciphertune.workloads.texts import rows_of, split_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -342,3 +343,35 @@ def test_mistakes_on_the_command_line(project: Path, capsys: pytest.CaptureFixtu
          "--metrics-host", "203.0.113.1"),
     ):  # fmt: skip
         assert said(arguments, capsys).strip(), arguments
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.randint(48, (12,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mode", ["clear", "simulation", "simulation?of=concrete-glwe"])
+def test_a_run_resumed_with_a_loader_that_shuffles(
+    mode: str, workers: int, tiny: Callable[[str], Any], tmp_path: Path
+) -> None:
+    def run(folder: str, steps: int, resume: bool) -> list[float]:
+        torch.manual_seed(3)
+        model = ciphertune.outsource(tiny("llama"), to=mode)
+        model = add_lora(model, seed=3, rank=2, targets=["q_proj", "v_proj"], lora_dropout=0.2)
+        data = torch.utils.data.DataLoader(
+            Rows(), batch_size=2, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+        )
+        torch.manual_seed(9)
+        trainer = ciphertune.LoraTrainer(
+            model, learning_rate=1e-2, max_steps=steps, checkpoint_dir=tmp_path / folder, checkpoint_every=4
+        )
+        return trainer.train(data, resume=resume).losses
+
+    whole = run("whole", 8, False)
+    run("cut", 4, False)
+    assert run("cut", 8, True) == whole
