@@ -368,7 +368,7 @@ def test_a_run_resumed_with_a_loader_that_shuffles(
         )
         torch.manual_seed(9)
         trainer = ciphertune.LoraTrainer(
-            model, learning_rate=1e-2, max_steps=steps, checkpoint_dir=tmp_path / folder, checkpoint_every=4
+            model, learning_rate=1e-2, steps=steps, checkpoint_dir=tmp_path / folder, checkpoint_every=4
         )
         return trainer.train(data, resume=resume).losses
 
