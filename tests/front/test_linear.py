@@ -103,8 +103,8 @@ def test_overflown_gradients_of_float16_are_nan_row_by_row(recorder: Any, bad: i
     model(x).backward(gradient)
     assert bool(x.grad[:bad].isnan().all())
     torch.testing.assert_close(x.grad[bad:], whole[bad:])
-    sent = [exchange.tokens for exchange in recorder.answered if exchange.direction == "backward"]
-    assert sent == [3 - bad] * (bad < 3)
+    # What is sent must not tell how many rows overflowed.
+    assert [exchange.tokens for exchange in recorder.answered if exchange.direction == "backward"] == [3]
 
 
 @pytest.mark.parametrize("enclosed_backward", [False, True])
