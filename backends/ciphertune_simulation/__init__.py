@@ -149,10 +149,11 @@ class SimulationWorker(WorkerHalf):
         return torch.sqrt(self._input_variance * norm**2 + self._own_variance)
 
     def _generator(self, label: bytes, x: Tensor, scale: Tensor) -> torch.Generator:
-        """What draws the noise of one product, seeded from all that the product is."""
+        """Generator of the noise of one product, seeded from the weight, the direction and the input."""
         digest = hashlib.blake2b(self._seed.to_bytes(8, "little") + label, digest_size=7)
         digest.update(_bytes(scale))
-        digest.update(_bytes(x))
+        # Sums of the bit patterns, since hashing every value would take as long as the product.
+        digest.update(_bytes(x.contiguous().view(torch.int32).sum(dim=0, dtype=torch.int64)))
         return torch.Generator(self._device).manual_seed(int.from_bytes(digest.digest(), "little"))
 
     def _normal(self, draw: torch.Generator, *shape: int) -> Tensor:
