@@ -248,3 +248,75 @@ def test_nothing_left_for_lora_is_said() -> None:
     model(torch.randn(2, 16)).sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
     assert list(ciphertune.restore(model.unload()).state_dict()) == ["0.weight"]
+
+
+def embedded(bundle: Any) -> Any:
+    """The model of a bundle, its worker in this process."""
+    from ciphertune.bundle.worker import load_worker
+    from ciphertune.worker.worker import Worker
+
+    return ciphertune.load_client(
+        bundle.client, to="clear?weight_bits=16", worker=Worker(load_worker(bundle.workers[0]))
+    )
+
+
+def vit() -> tuple[Any, dict[str, Tensor]]:
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+    )
+    return transformers.ViTModel(config), {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)}
+
+
+def wav2vec2() -> tuple[Any, dict[str, Tensor]]:
+    import transformers
+
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(16, 16),
+        conv_kernel=(4, 4),
+        conv_stride=(2, 2),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    return transformers.Wav2Vec2Model(config), {"input_values": torch.linspace(-1, 1, 400).sin().view(2, 200)}
+
+
+def gpt_neox() -> tuple[Any, dict[str, Tensor]]:
+    changes = {"bos_token_id": 1, "eos_token_id": 2}
+    return small.model("GPTNeoXForCausalLM", **changes), {"input_ids": small.ids()}
+
+
+def mixtral() -> tuple[Any, dict[str, Tensor]]:
+    changes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    return small.model("MixtralForCausalLM", **changes), {"input_ids": small.ids()}
+
+
+# peft's own settings for mixtures of experts, of which these targets match some.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("make", [vit, wav2vec2, gpt_neox, mixtral])
+def test_bundles_of_models_whose_tensors_are_renamed(make: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model, inputs = make()
+    model.eval().save_pretrained(tmp_path / "model")
+    bundle = ciphertune.split(str(tmp_path / "model"), tmp_path / "bundle", weight_bits=16)
+    client = embedded(bundle)
+    with torch.no_grad():
+        close(client(**inputs)[0], model(**inputs)[0], 1e-3)
+    assert bundle.layers == len(ciphertune.outsourced_layers(client)) >= 6
+    adapted = get_peft_model(client, LoraConfig(r=2, target_modules="all-linear"))
+    ciphertune.LoraTrainer(adapted).save_adapter(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

@@ -183,9 +183,11 @@ def _tie(model: nn.Module, groups: list[list[str]], outsourced: set[str]) -> Non
 
 
 def _companions(model: Any, folder: Path) -> None:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if isinstance(embeddings, nn.Embedding):
-        model.vocabulary_in_bundle = embeddings.num_embeddings
+    try:
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # transformers' way to say that there are none, as for sound
+        embeddings = None
+    model.vocabulary_in_bundle = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else 0
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ciphertune._support.optional_imports import need
 from ciphertune.bundle.files import TensorFiles, checkpoint_files
+from ciphertune.bundle.renaming import Renaming
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import load_named_model, smollm2_folder
 from ciphertune.models.skeleton import build, tied_names
@@ -103,6 +104,8 @@ class CheckpointSource(Source):
         self._files = TensorFiles(checkpoint_files(folder))
         self.name = name
         self.model = build(folder, name=name)
+        self._aliases = {name: group for group in tied_names(self.model) for name in group}
+        self._renaming = Renaming(self.model, self._files)
         self._stored = self._find_names()
 
     def weight(self, candidate: Candidate) -> Tensor:
@@ -114,9 +117,13 @@ class CheckpointSource(Source):
         """See ``Source.tensor``."""
         stored = self._stored[name]
         expected: Tensor = self.model.state_dict()[name]
-        if stored is None:
+        if stored is not None:
+            tensor = self._files[stored]
+        elif (alias := self._renamed(name)) is not None:
+            tensor = self._renaming.make(alias, self._files.__getitem__)
+            stored = name
+        else:
             return expected
-        tensor = self._files[stored]
         if tensor.shape != expected.shape:
             raise ConfigError(
                 f"{stored!r} in {self._folder} has shape {tuple(tensor.shape)}, the model's is {tuple(expected.shape)}"
@@ -131,10 +138,14 @@ class CheckpointSource(Source):
             for file in self._folder.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
 
+    def _renamed(self, name: str) -> str | None:
+        """The name, or one of the same tensor, under which transformers' rules make it."""
+        return next((each for each in (name, *self._aliases.get(name, ())) if each in self._renaming), None)
+
     def _find_names(self) -> dict[str, str | None]:
-        """Name in the model → name in the files, or None for a buffer that the model itself computes."""
+        """Name in the model → name in the files; None for what is renamed, or a buffer that the model computes."""
         state = self.model.state_dict()
-        aliases = {name: group for group in tied_names(self.model) for name in group}
+        aliases = self._aliases
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         found: dict[str, str | None] = {}
         missing = []
@@ -146,7 +157,7 @@ class CheckpointSource(Source):
             ]
             stored = next((spelling for spelling in spellings if spelling in self._files), None)
             found[name] = stored
-            if stored is None and tensor.is_meta:
+            if stored is None and tensor.is_meta and self._renamed(name) is None:
                 missing.append(name)
         if missing:
             raise ConfigError(

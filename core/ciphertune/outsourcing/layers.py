@@ -165,7 +165,10 @@ def sibling_groups(candidates: Sequence[Candidate], formats: Sequence[object]) -
 
 def _output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    try:
+        head = getter() if callable(getter) else None
+    except NotImplementedError:  # transformers' way to say that there are none
+        head = None
     return head if isinstance(head, nn.Module) and hasattr(head, "weight") else None
 
 

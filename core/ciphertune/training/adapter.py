@@ -73,7 +73,10 @@ def _save_embeddings(peft_model: Any) -> bool | str:
     """Whether the vocabulary grew; peft would ask a model hub for the original's size, which a bundle knows."""
     base = peft_model.get_base_model()
     original = getattr(base, "vocabulary_in_bundle", None)
-    return "auto" if original is None else bool(base.get_input_embeddings().num_embeddings != original)
+    if original is None:
+        return "auto"
+    # 0 is a model without a vocabulary.
+    return original != 0 and bool(base.get_input_embeddings().num_embeddings != original)
 
 
 def _peft_model(model: nn.Module) -> Any:
