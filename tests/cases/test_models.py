@@ -302,6 +302,9 @@ def mixtral() -> tuple[Any, dict[str, Tensor]]:
     return small.model("MixtralForCausalLM", **changes), {"input_ids": small.ids()}
 
 
+# peft's own settings for mixtures of experts, of which these targets match some.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("make", [vit, wav2vec2, gpt_neox, mixtral])
 def test_bundles_of_models_whose_tensors_are_renamed(make: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
