@@ -161,7 +161,7 @@ def test_a_plugin_that_fails_to_add_commands_takes_none_away(monkeypatch: pytest
 
     manager = PluginManager()
     manager.register(Bad(), "bad")
-    monkeypatch.setattr("ciphertune.plugins.plugin_manager", lambda: manager)
+    monkeypatch.setattr("ciphertune.plugins.manager.plugin_manager", lambda: manager)
     group = LazyGroup("ciphertune")
     with pytest.warns(RuntimeWarning, match="'bad' failed in ciphertune_register_commands: AttributeError"):
         assert "train" in group.list_commands(click.Context(group))
