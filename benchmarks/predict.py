@@ -33,9 +33,9 @@ import ciphertune
 from ciphertune.bench.train import _child
 from ciphertune.bundle.spread import Spread
 from ciphertune.models.known import skeleton
-from ciphertune.planning.estimate import forecast
+from ciphertune.planning.estimate import estimate_step
 from ciphertune.planning.plan import Plan, bytes_per_second, make_plan, seconds
-from ciphertune.planning.products import Layout, lay_out
+from ciphertune.planning.products import PlannedModel, plan_products
 from ciphertune.planning.simulation import Network
 from ciphertune.planning.speeds import Speeds, read_speeds
 from ciphertune.worker.process import worker_process
@@ -225,15 +225,15 @@ def table() -> dict[str, Any]:
     for model in MODELS:
         built = skeleton(model)
         speeds = speeds_for(model)
-        layouts = {
-            (workers, placement): lay_out(built, TO, None, TARGETS, workers, placement)
+        models = {
+            (workers, placement): plan_products(built, TO, None, TARGETS, workers, placement)
             for workers in WORKERS
             for placement in (PLACEMENTS if workers > 1 else PLACEMENTS[:1])
         }
         for workers, bandwidth in itertools.product(WORKERS, BANDWIDTHS):
             tried = [
-                predicted(layout, placement, workers, bandwidth, interleave, speeds)
-                for (count, placement), layout in layouts.items()
+                predicted(planned, placement, workers, bandwidth, interleave, speeds)
+                for (count, placement), planned in models.items()
                 if count == workers
                 for interleave in (1, 2)
             ]
@@ -259,12 +259,12 @@ def speeds_for(model: str) -> Speeds:
 
 
 def predicted(
-    layout: Layout, placement: str, workers: int, bandwidth: str, interleave: int, speeds: Speeds
+    planned: PlannedModel, placement: str, workers: int, bandwidth: str, interleave: int, speeds: Speeds
 ) -> dict[str, Any]:
     sizes = [TABLE_TOKENS // interleave] * interleave
     network = Network(bytes_per_second(bandwidth), seconds(TABLE_LATENCY))
-    backend = layout.choice.backend
-    found = forecast(layout.groups, backend, sizes, interleave, workers, network, speeds, speeds)
+    backend = planned.choice.backend
+    found = estimate_step(planned.groups, backend, sizes, interleave, workers, network, speeds, speeds)
     return {
         "workers": workers,
         "bandwidth": bandwidth,
@@ -274,7 +274,7 @@ def predicted(
         "bottleneck": found.bottleneck,
         "path": found.path,
         "busy": found.busy,
-        "worker_bytes": layout.worker_bytes,
+        "worker_bytes": planned.worker_bytes,
     }
 
 

@@ -95,20 +95,34 @@ def write_model(folder: Path) -> int:
     return count
 
 
-def main(folder: Path) -> None:
+def measured(folder: Path) -> dict[str, float]:
+    """Weights of the model and of its largest block, and what splitting it takes; 5 GB of disk in ``folder``."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = write_model(Path(scratch) / "model")
         command = [sys.executable, "-c", _SPLIT, f"{scratch}/model", f"{scratch}/bundle"]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(run.stdout.splitlines()[-1])
-    largest = max(2 * WIDE * HIDDEN, VOCABULARY * HIDDEN)
+    return {
+        "weights": weights,
+        "largest": max(2 * WIDE * HIDDEN, VOCABULARY * HIDDEN),
+        "seconds": found["seconds"],
+        "fraction": found["fraction"],
+        "client_bytes": found["client_bytes"],
+        "own_bytes": found["RssAnon"],
+        "mapped_bytes": found["RssFile"],
+    }
+
+
+def main(folder: Path) -> None:
+    found = measured(folder)
+    weights = found["weights"]
     print(f"{weights / 1e9:.2f} billion weights, {2 * weights / 1e9:.2f} GB on disk; {found['seconds']:.0f} s")
     print(
         f"outsourced: {100 * found['fraction']:.1f}% of the weights; the client's {found['client_bytes'] / 1e6:.0f} MB"
     )
-    print(f"largest block: {largest / 1e6:.0f} million weights")
-    print(f"memory above the start, peak: {found['RssAnon'] / 1e6:.0f} MB of its own, ", end="")
-    print(f"{found['RssFile'] / 1e6:.0f} MB of mapped file pages, which the system takes back when it needs them")
+    print(f"largest block: {found['largest'] / 1e6:.0f} million weights")
+    print(f"memory above the start, peak: {found['own_bytes'] / 1e6:.0f} MB of its own, ", end="")
+    print(f"{found['mapped_bytes'] / 1e6:.0f} MB of mapped file pages, which the system takes back when it needs them")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ sys.path.insert(0, str(DOCS))
 import figures  # noqa: E402
 import floors  # noqa: E402
 import plots  # noqa: E402
+import separate  # noqa: E402
 import settings  # noqa: E402
 
 _HEAD = "<!-- Made by docs/generate.py from {source}; change it there. -->\n\n"
@@ -186,6 +187,16 @@ def _cluster() -> str:
     )
 
 
+def _separate() -> str:
+    found = _measured("separate")
+    where = (
+        "Carried over from single runs on a machine that did other work: to be measured again, with this script."
+        if found["machine"] is None
+        else _where(found["machine"])
+    )
+    return f"{_table(('what', 'measured', 'to reach'), separate.rows(found))}\n{where}\n"
+
+
 _BOTTLENECKS = {
     "crypto": "encryption",
     "rest": "client",
@@ -274,6 +285,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "compare": _compare,
         "overlap": _overlap,
         "cluster": _cluster,
+        "separate": _separate,
     },
     "configuration.md": {
         "keys": settings.keys,

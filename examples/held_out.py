@@ -15,14 +15,14 @@ from peft import PeftModel
 
 from ciphertune.models.load import load_named_model
 from ciphertune.runs.config import load_config
-from ciphertune.runs.train import read_texts, split_rows
+from ciphertune.runs.train import split_rows, texts_of
 
 
 def main(name: str, path: Path) -> None:
     config = load_config(path)
     base, tokenizer = load_named_model(name)
     model = PeftModel.from_pretrained(base, Path(config.training.output) / "adapter").eval()
-    _, rows = split_rows(read_texts(config.data), tokenizer, config.data)
+    _, rows = split_rows(texts_of(config.data), tokenizer, config.data)
     with torch.no_grad():
         losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in rows]
     loss = sum(losses) / len(losses)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny as models
 import torch
 from hypothesis import settings
 from torch import nn
@@ -21,11 +22,21 @@ from ciphertune.traffic import Exchange
 pytest_plugins = ["ciphertune.testing.fixtures"]
 
 # Run by hand (`make fuzz`, `make soak`), with packages that the tests do not install.
-collect_ignore = ["fuzz_worker.py", "soak.py"]
+collect_ignore = ["long"]
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("ciphertune", deadline=None)
 settings.load_profile("ciphertune")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several processes a module stays on one, but slow tests go where there is room, and go first."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow") is None and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 _status = 0
@@ -85,6 +96,15 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """What spreads work over torch's threads does so, though the tests run with one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def recorder() -> Recorder:
     return Recorder()
@@ -96,65 +116,10 @@ def register(ciphertune_register: Callable[[str, Any], None]) -> Callable[[str, 
     return ciphertune_register
 
 
-def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(vocab_size=48, n_positions=16, n_embd=16, n_layer=2, n_head=2))
-
-
-def _llama(tied: bool = False) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=48,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=16,
-            tie_word_embeddings=tied,
-        )
-    )
-
-
-def _bert() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=48,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            num_labels=3,
-        )
-    )
-
-
-_TINY: dict[str, Callable[[], nn.Module]] = {
-    "gpt2": _gpt2,
-    "llama": _llama,
-    "llama-tied": lambda: _llama(tied=True),
-    "bert": _bert,
-}
-
-
 @pytest.fixture(scope="session")
 def tiny() -> Callable[[str], nn.Module]:
-    """``tiny(name)``: a transformers model with random weights, the same ones at every call, in evaluation mode."""
-
-    def make(name: str) -> nn.Module:
-        torch.manual_seed(7)
-        model = _TINY[name]().eval()
-        for parameter in model.parameters():  # Biases start at zero and weights small, which hides mistakes.
-            nn.init.normal_(parameter, std=0.3)
-        return model
-
-    return make
+    """``tiny(kind)``: see ``model`` of ``helpers/tiny.py``."""
+    return models.model
 
 
 @pytest.fixture(scope="session")
@@ -170,20 +135,10 @@ def project(tmp_path: Path) -> Path:
 
 
 def _make_project(folder: Path) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {chr(c): i for i, c in enumerate(range(32, 127))} | {"<unk>": 95, "<eos>": 96}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    fast.save_pretrained(folder / "model")
+    models.save_letters(folder / "model")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    models.llama(**sizes, num_attention_heads=2, num_key_value_heads=1).save_pretrained(folder / "model")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     (folder / "run.toml").write_text(
         'to = "clear"\n[model]\nname = "model"\n[data]\nsource = "text.txt"\nlength = 16\nbatch_size = 8\n'

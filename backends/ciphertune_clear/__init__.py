@@ -79,7 +79,7 @@ class ClearBackend(Backend):
 
     @property
     def weight_bits(self) -> WeightBits | None:
-        """As the option says."""
+        """See ``Backend.weight_bits``: the option of that name."""
         bits = self.options.weight_bits
         return None if bits == 32 else bits
 

@@ -6,7 +6,7 @@ import functools
 import warnings
 
 TERMS = "BSD-3-Clause-Clear, which grants no patent rights: commercial use needs a patent licence from Zama"
-"""In tables."""
+"""The licence in tables."""
 
 
 class LicenceNotice(UserWarning):

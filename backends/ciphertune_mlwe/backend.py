@@ -98,7 +98,7 @@ class MLWEBackend(Backend):
 
     @property
     def weight_bits(self) -> WeightBits:
-        """As the option says."""
+        """See ``Backend.weight_bits``: the option of that name."""
         bits: WeightBits = self.options.weight_bits
         return bits
 
@@ -150,11 +150,11 @@ class MLWEBackend(Backend):
         o = self.options
         if o.key is None:
             key = MasterKey.generate(self.parameters)
-        elif Path(o.key).exists():
-            key = MasterKey.load(o.key, self.parameters)
+        elif (file := Path(o.key).expanduser()).exists():
+            key = MasterKey.load(file, self.parameters)
         else:
             key = MasterKey.generate(self.parameters)
-            key.save(o.key)
+            key.save(file)
         return MLWEClient(key, self.noise, o.request_bits, o.reply_bits, o.kept_body_bits, o.pad_tokens, device)
 
     @classmethod

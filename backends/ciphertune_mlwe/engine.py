@@ -36,7 +36,7 @@ class Engine(abc.ABC):
         self.parameters = key.parameters
         self.device = device
         self._key = key
-        self._secrets = torch.empty(0)
+        self._secrets = torch.empty(0, dtype=torch.float64)
         self._lock = threading.Lock()
 
     def secrets(self, tokens: int) -> Tensor:
@@ -53,7 +53,7 @@ class Engine(abc.ABC):
         """Overwrite the secrets."""
         with self._lock:
             self._secrets.zero_()
-            self._secrets = torch.empty(0)
+            self._secrets = torch.empty(0, dtype=torch.float64)
 
     @abc.abstractmethod
     def _transform(self, blocks: Tensor) -> Tensor:

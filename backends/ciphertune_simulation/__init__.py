@@ -126,7 +126,7 @@ class SimulationWorker(WorkerHalf):
         return torch.sqrt(self._input_variance * norm**2 + self._own_variance)
 
     def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, device=self._device)
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self._device)
 
     def _along(self, tokens: int, outputs: int) -> Tensor:
         """Normal values whose correlation falls linearly along the outputs, from 1 to -1 a period on.
@@ -173,12 +173,12 @@ class SimulationBackend(Backend):
 
     @property
     def weight_bits(self) -> WeightBits | None:
-        """As the simulated backend."""
+        """That of the simulated backend."""
         return self._simulated.weight_bits
 
     @property
     def noise(self) -> NoiseModel:
-        """As the simulated backend."""
+        """That of the simulated backend."""
         noise = self._simulated.noise
         assert noise is not None
         return noise

@@ -117,7 +117,12 @@ class NoiseModel:
         return math.sqrt(self.input_variance * norm**2 + self.returned_variance)
 
     def relative_error(self, linear_map: LinearMap) -> float:
-        """Expected error over signal for inputs that are independent of the weights (root mean squares)."""
+        """Expected error over signal for inputs that are independent of the weights (root mean squares).
+
+        0 for a map of zeros, whose outputs count for nothing: scales of such channels are zero.
+        """
+        if linear_map.max_norm == 0:
+            return 0.0
         usable = self._usable_range(linear_map)
         if usable <= 0:
             return math.inf

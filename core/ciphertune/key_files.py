@@ -20,7 +20,7 @@ _LARGEST = 4096
 
 def keys_folder(option: str | None) -> Path:
     """The folder of key files: what an option names, else ``CIPHERTUNE_KEYS``, else ``~/.ciphertune/keys``."""
-    return Path(option or os.environ.get("CIPHERTUNE_KEYS") or Path.home() / ".ciphertune" / "keys")
+    return Path(option or os.environ.get("CIPHERTUNE_KEYS") or "~/.ciphertune/keys").expanduser()
 
 
 def make_keys_folder(folder: Path) -> None:

@@ -12,6 +12,8 @@ from ciphertune._support.torch_compat import autocast_dtype
 from ciphertune.errors import InputError, OutsourcedWeightError
 from ciphertune.weights import LayerInfo
 
+_ANCHOR = "anchor_of_device"
+
 
 class Evaluator(Protocol):
     """Evaluates the products of layers that are outsourced together.
@@ -23,12 +25,13 @@ class Evaluator(Protocol):
     @property
     def to(self) -> str: ...  # noqa: D102 - see the class
 
-    def output(self, member: int, x: Tensor) -> Tensor:
+    def output(self, member: int, x: Tensor, half: bool) -> Tensor:
         """``x Wᵀ`` of one layer, float32, differentiable in x.
 
         Args:
             member: position of the layer among those of this evaluator.
             x: the layer's input, (…, K), any floating dtype.
+            half: whether the output becomes float16, whose gradients may overflow: these are NaN and no error.
         """
         ...
 
@@ -45,14 +48,18 @@ class OutsourcedLinear(nn.Linear):
         group: evaluates the products of this layer and of those that read the same input.
         member: position of this layer in the group.
         like: a tensor whose device and dtype the layer reports as its weight's.
+        tied: whether the weight was tied to another module's. What ties it again has no effect: the values are at the
+            workers.
 
     Attributes:
         info: name, sizes, scale and norms of the layer.
         in_features, out_features: as in ``nn.Linear``.
+        original: what stood here, for ``restore``; None if unknown.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
     weight: Any
+    original: Any = None
 
     def __init__(
         self,
@@ -61,6 +68,8 @@ class OutsourcedLinear(nn.Linear):
         group: Evaluator,
         member: int,
         like: Tensor,
+        *,
+        tied: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.info = info
@@ -72,12 +81,20 @@ class OutsourcedLinear(nn.Linear):
         full = torch.Size((info.out_features, info.in_features))
         self.register_buffer("weight", AbsentTensor.make(info.name, full, like), persistent=False)
         self.register_parameter("bias", bias)
+        self.tied = tied
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another weight, but let ``tie_weights`` do as it always did."""
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif not self.tied:
+            refuse(self.name, "assignment")
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 - the name nn.Linear uses
         """``input Wᵀ + bias``, input of shape (…, K); the result has its dtype, or autocast's where that is on.
 
         Raises:
-            InputError: the last dimension is not K, it is not floating point, is empty, or is not finite.
+            InputError: the last dimension is not K, it is not floating point, or is not finite.
         """
         x = input
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -86,11 +103,30 @@ class OutsourcedLinear(nn.Linear):
             raise InputError(f"{self.name}: expected a floating-point input, got {x.dtype}")
         kind = x.device.type
         dtype = autocast_dtype(kind) or x.dtype
+        half = torch.float16 in (dtype, x.dtype)
         with torch.autocast(kind, enabled=False):
-            y = self.group.output(self.member, x)
+            y = self.group.output(self.member, x, half)
             if self.bias is not None:
                 y = y + self.bias.to(torch.float32)
             return y.to(dtype)
+
+    def anchor(self) -> None:
+        """Hold a frozen parameter without elements, which is never saved.
+
+        For a model with no other: libraries ask the first parameter for the device and the dtype.
+        """
+        like = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
+        self.register_parameter(_ANCHOR, nn.Parameter(like, requires_grad=False))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + _ANCHOR, None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        held = self._parameters.pop(_ANCHOR, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if held is not None:
+            self._parameters[_ANCHOR] = held
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise OutsourcedWeightError(

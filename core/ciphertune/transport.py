@@ -1,4 +1,4 @@
-"""The contract of a transport, which carries requests to workers and replies back, and what helps to write one."""
+"""The contract of a transport, which carries requests to workers and replies back, and helpers for writing one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ _Answer = TypeVar("_Answer")
 
 
 class Transport(abc.ABC):
-    """A wire. Registered in ``ciphertune.transports``. Knows nothing of encryption or of what layers mean.
+    """A way to carry messages, registered in the entry-point group ``ciphertune.transports``.
 
-    Subclasses set ``name``, ``Options`` (a frozen dataclass), ``remote`` and, where they can serve, ``ServeOptions``.
+    It knows nothing of encryption or layers. Subclasses set ``name``, ``Options`` (a frozen dataclass), ``remote`` and,
+    if workers can be served over it, ``ServeOptions``.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     ServeOptions: ClassVar[type | None] = None
-    """Options of ``listen``, a frozen dataclass; None where workers cannot be served over this transport."""
+    """Options of ``listen``, a frozen dataclass; None if workers cannot be served over this transport."""
     remote: ClassVar[bool] = True
     """Whether requests leave this process; a backend that does not encrypt then needs ``allow_insecure=1``."""
     elastic: ClassVar[bool] = False
@@ -48,19 +49,19 @@ class Transport(abc.ABC):
             worker: the embedded worker for a transport that is not remote, else None.
 
         Raises:
-            SelectionError: the endpoints are not what this transport takes.
-            KeyFileError, SecurityError: the link cannot be made as safe as asked for.
+            SelectionError: the endpoints are wrong for this transport.
+            KeyFileError, SecurityError: the connection cannot be protected as asked for.
         """
 
     def joining_workers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> Sequence[Link]:
-        """Links to the workers that have come since, opened as ``connect`` does. May wait for an answer.
+        """Open links to the workers that have joined since, as ``connect`` does. May block.
 
         Args:
             endpoints: as for ``connect``.
-            links: those that are open; a worker with the name of one of them has not joined.
+            links: the open ones; a worker whose name one of them has is not new.
 
         Raises:
-            TransportError: it cannot be said now; the question is asked again later.
+            TransportError: it cannot be found out now; the call is repeated later.
         """
         return ()
 
@@ -69,13 +70,13 @@ class Transport(abc.ABC):
         """Serve at an address, on threads of the transport's own.
 
         Args:
-            handler: where requests go.
+            handler: takes the requests.
             address: in this transport's form.
             options: text or values for ``ServeOptions``.
 
         Raises:
             SelectionError: this transport cannot serve, or the address or an option is wrong.
-            KeyFileError, SecurityError: it cannot be served as safely as asked for.
+            KeyFileError, SecurityError: connections cannot be protected as asked for.
             TransportError: the address cannot be used.
         """
         if cls.ServeOptions is None:
@@ -84,11 +85,11 @@ class Transport(abc.ABC):
 
     @classmethod
     def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
-        """How to serve a worker on this machine for a moment: for benchmarks, the demo and the conformance suite.
+        """Address and options to serve a worker on this machine, for benchmarks, the demo and the conformance suite.
 
         Args:
-            folder: keys and certificates may be made there.
-            options: those that the client's selection string has already, which go before ``connect``.
+            folder: where keys and certificates may be made.
+            options: of the client's selection string; they take precedence over ``Loopback.connect``.
 
         Raises:
             SelectionError: this transport cannot serve.
@@ -106,7 +107,7 @@ class Link(abc.ABC):
     """An open connection to one worker. Safe to use from several threads.
 
     Attributes:
-        name: where the worker is, for messages.
+        name: of the worker in errors and logs, usually its address.
     """
 
     name: str = ""
@@ -116,9 +117,9 @@ class Link(abc.ABC):
         """Send a request; the future resolves to its reply.
 
         The future raises ``TransportError`` as soon as it is known that no reply will come over this connection: the
-        worker is gone, or was never there. It has no deadline of its own: whoever waits sets one, and cancels the
-        future to forget the request. A reply of kind ``error`` is a result, not an exception. After a failure the
-        link connects again by itself, and later requests may succeed.
+        worker is gone, or was never there. It has no deadline: the caller sets one, and cancels the future to give the
+        request up. A reply of kind ``error`` is a result, not an exception. After a failure the link connects again by
+        itself, and later requests may succeed.
         """
 
     @abc.abstractmethod
@@ -127,42 +128,45 @@ class Link(abc.ABC):
 
 
 class Listener(abc.ABC):
-    """A worker's open door.
+    """A worker's side of a transport: takes requests at an address until it is closed.
 
     Attributes:
-        address: what clients write after ``://``.
+        address: that of the worker in a selection string, after ``://``.
     """
 
     address: str = ""
 
     @abc.abstractmethod
     def close(self, linger: float = 0.0) -> None:
-        """Stop taking requests, give replies that are ready up to ``linger`` seconds to leave, and let go.
+        """Stop taking requests, send replies that are ready for up to ``linger`` seconds, and release the address.
 
         Idempotent.
         """
 
 
+Reply = Callable[[list[Frame], Callable[[], None]], None]
+"""Sends a reply: takes its frames, and a function to call once they have left this process, or never will."""
+
+
 class RequestHandler(Protocol):
-    """What a listener hands requests to: a ``ciphertune.worker.service.Service``."""
+    """Answers the requests that a listener receives, as ``ciphertune.worker.service.Service`` does."""
 
     limits: Limits
-    """What a listener need not take from a peer."""
+    """Bounds on a request. A listener refuses larger ones before it has read them."""
 
     def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
-        """Take a request; ``reply`` is called once, from any thread. Never raises and never blocks for long.
+        """Take a request; ``reply`` is called once, from any thread. Never raises, and does not block for long.
 
-        A request that the listener could not put together is handed over without frames: its sender is owed an error.
+        Args:
+            frames: of the request; none if it was malformed, which is answered with an error.
+            peer: the client's name, by which quotas, sessions and turns go.
+            reply: sends the reply.
         """
         ...
 
 
-Reply = Callable[[list[Frame], Callable[[], None]], None]
-"""Takes a reply's frames and what to call once they have left this process, or never will."""
-
-
 class LocalWorker(Protocol):
-    """What answers requests: a ``ciphertune.worker.worker.Worker``, or anything with its ``handle``."""
+    """A worker in this process, as ``ciphertune.worker.worker.Worker`` is."""
 
     def handle(self, request: Message, peer: str = ...) -> Message:
         """Answer one request of the client known as ``peer``; never raises."""
@@ -171,10 +175,10 @@ class LocalWorker(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loopback:
-    """How a worker is tried out on this machine.
+    """How to serve a worker to clients on this machine alone.
 
     Attributes:
-        address: for ``listen``: on this machine only, on any free port.
+        address: for ``listen``, on any free port.
         serve: options of ``listen``.
         connect: options of a client's selection string.
     """
@@ -186,7 +190,7 @@ class Loopback:
 
 @contextlib.contextmanager
 def opening_links() -> Iterator[list[Link]]:
-    """A list to put links in while they are opened; those in it are closed if the block fails half-way."""
+    """Give a list for links that are opened one by one; if that fails half-way, the links in it are closed."""
     links: list[Link] = []
     try:
         yield links
@@ -199,9 +203,9 @@ def opening_links() -> Iterator[list[Link]]:
 class PendingReplies(Generic[_Answer]):
     """The requests of a link that have no reply yet. Safe to use from several threads.
 
-    Every request has a number and a future, which is settled once: with its reply, with an error, or by whoever waits,
-    who may cancel it. A future that is settled is forgotten, and what arrives for its number afterwards is ignored.
-    Callbacks of the futures run on the thread that settles them, without any lock held.
+    Each request has a number and a future. The future is settled once: with the reply, with an error, or by a caller
+    that cancels it. It is then forgotten, and what arrives for its number later is ignored. Callbacks of a future run
+    on the thread that settles it, with no lock held.
 
     Args:
         name: of the worker, with which errors begin.
@@ -292,6 +296,6 @@ class PendingReplies(Generic[_Answer]):
 
 
 def _settle_once(settle: Callable[[Future[Any]], None], future: Future[Any]) -> None:
-    # Whoever waits may cancel at this very moment.
+    # The caller may have cancelled it a moment ago.
     with contextlib.suppress(InvalidStateError):
         settle(future)

@@ -91,7 +91,7 @@ class Shard:
 
     @classmethod
     def read(cls, row: Any) -> Shard:
-        """From plain data that came from a peer or a file. Raises ``ProtocolError``."""
+        """Read a shard from plain data that came from a peer or a file. Raises ``ProtocolError``."""
         if not isinstance(row, Mapping):
             raise ProtocolError("a manifest row is not a map")
         name, digest, bits = row.get("name"), row.get("digest"), row.get("weight_bits")
@@ -133,7 +133,7 @@ def quantize(weight: Tensor, bits: WeightBits | None) -> LayerWeight:
     weight = weight.detach()
     rows = weight.shape[0]
     codes = torch.empty(weight.shape, dtype=code_dtype(bits), device=weight.device)
-    scale = None if bits is None else torch.empty(rows, device=weight.device)
+    scale = None if bits is None else torch.empty(rows, dtype=torch.float32, device=weight.device)
     for part in _chunks(weight):
         values = weight[part].to(torch.float32)
         if not bool(torch.isfinite(values).all()):
@@ -143,9 +143,10 @@ def quantize(weight: Tensor, bits: WeightBits | None) -> LayerWeight:
             continue
         top = float(_LARGEST_CODE[bits])
         unit = values.abs().amax(dim=1) / top
-        # An all-zero row, or one so small that its scale underflows, quantizes to zeros.
-        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+        # An all-zero row, or one so small that its scale underflows, quantizes to zeros; a scale of zero takes the
+        # noise of such an output with it.
         scale[part] = unit
+        unit = torch.where(unit > 0, unit, torch.full_like(unit, torch.inf))
         codes[part] = torch.div(values, unit[:, None]).round_().clamp_(-top, top).to(codes.dtype)
     return LayerWeight(codes, scale)
 
@@ -221,7 +222,7 @@ def code_dtype(bits: WeightBits | None) -> torch.dtype:
 
 
 def holdings_digest(manifest: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    """SHA-256 of what a worker holds, for noticing after a reconnection that it is another one."""
+    """SHA-256 of what a worker holds: after a reconnection it tells whether the worker is another one."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

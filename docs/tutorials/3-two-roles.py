@@ -27,7 +27,7 @@ from torch import nn
 
 import ciphertune
 from ciphertune.bundle.worker import load_worker
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import Worker
 
 # %% tags=["parameters"]
 STEPS = 60  # of each fine-tuning

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import remote
+import tiny
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
@@ -37,8 +38,7 @@ from ciphertune.protocol import Message
 from ciphertune.testing import BackendSuite
 from ciphertune.testing.backends import Pair
 from ciphertune.weights import LayerWeight
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 try:
     importlib.metadata.version("concrete-python")
@@ -49,6 +49,8 @@ from ciphertune_concrete.circuit import cache, library
 from ciphertune_concrete.circuit.circuits import LinearCircuits
 from ciphertune_concrete.circuit.params import MAX_FEATURES, reference
 from ciphertune_concrete.circuit.worker import CircuitWorker
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("circuit"), pytest.mark.timeout(300)]
 
 CPU = torch.device("cpu")
 
@@ -383,7 +385,7 @@ class TestCache:
 
     def test_two_that_compile_the_same(self, empty_cache: Path) -> None:
         def slower(folder: Path) -> None:
-            cache.find_or_make("ab", lambda other: (other / "first").write_text("") and None)
+            cache.find_or_make("ab", lambda other: (other / "first").write_text("") and None)  # type: ignore[arg-type]
             (folder / "second").write_text("")
 
         place = cache.find_or_make("ab", slower)
@@ -427,7 +429,7 @@ def test_setuptools_without_what_the_library_imports(monkeypatch: pytest.MonkeyP
     def lacking(name: str) -> Any:
         raise ModuleNotFoundError("No module named 'pkg_resources'", name="pkg_resources")
 
-    monkeypatch.setattr(library.importlib, "import_module", lacking)
+    monkeypatch.setattr(library.importlib, "import_module", lacking)  # type: ignore[attr-defined]
     with pytest.raises(PluginError, match="setuptools<81"):
         library._load.__wrapped__()
 
@@ -514,16 +516,8 @@ def test_layers_that_it_cannot_take_stop_outsourcing(recorder: Any) -> None:
 
 
 def test_a_plan_lists_what_it_cannot_take(tmp_path: Path) -> None:
-    from transformers import LlamaConfig
-
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=3000,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    ).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 3000, "num_key_value_heads": 4}
+    tiny.llama_config(architectures=["LlamaForCausalLM"], **sizes).save_pretrained(tmp_path)
     found = make_plan(str(tmp_path), "concrete-circuit", tokens=4, measure=False)
     # Two siblings of 3000 outputs are too many; one is not.
     assert sorted(found.refused) == [f"model.layers.{i}.mlp.gate_proj + model.layers.{i}.mlp.up_proj" for i in range(2)]

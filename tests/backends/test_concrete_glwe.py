@@ -27,9 +27,10 @@ from ciphertune.protocol import Message
 from ciphertune.testing import BackendSuite
 from ciphertune.testing.backends import Pair
 from ciphertune.weights import quantize
+from ciphertune.worker import SessionLimits, WeightStore, Worker
 from ciphertune.worker.process import worker_process
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import SessionLimits, Worker
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("glwe"), pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -326,7 +327,7 @@ def test_replies_survive_the_librarys_form(outputs: int) -> None:
         wrong[place] ^= 64
         with pytest.raises(PluginError, match="lays out"):
             wire.reply_values(bytes(wrong), 2, outputs)
-    for wrong in (blob[:-8], blob[:-1], blob[:16], b""):
+    for wrong in (blob[:-8], blob[:-1], blob[:16], b""):  # type: ignore[assignment]
         with pytest.raises(PluginError, match="lays out"):
             wire.reply_values(bytes(wrong), 2, outputs)
 

@@ -408,7 +408,7 @@ def test_fewer_bits_are_coarser() -> None:
 
 @needs_concrete_ml
 def test_the_halves_hold_nothing_of_each_other(encrypted_pair: Pair) -> None:
-    assert encrypted_pair.worker._executor.private_key is None
+    assert encrypted_pair.worker._executor.private_key is None  # type: ignore[attr-defined]
     assert not any(isinstance(value, Tensor) for value in vars(encrypted_pair.client).values())
     encrypted_pair.client.close()
-    assert encrypted_pair.client._executor.private_key is None
+    assert encrypted_pair.client._executor.private_key is None  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from ciphertune_mlwe.engine import Engine, NativeEngine, TensorEngine
 from ciphertune_mlwe.keys import MasterKey
 from ciphertune_mlwe.params import PARAMETER_SETS
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 CPU = torch.device("cpu")
 SECRET = bytes(range(32))
 PRECISIONS = [(16, 16), (24, 16), (24, 24), (32, 16), (32, 24), (32, 32)]
@@ -34,7 +35,7 @@ def make(engine: type[Engine] | None = None, **options: str) -> tuple[MLWEBacken
     client = backend.client(CPU)
     if engine is not None:
         client._engine = engine(MasterKey(backend.parameters, SECRET), CPU)  # type: ignore[attr-defined]
-    return backend, client, MLWEBackend.worker(client.open_fields(), {}, CPU)
+    return backend, client, MLWEBackend.worker(client.open_fields(), {}, CPU)  # type: ignore[return-value]
 
 
 def problem(
@@ -119,7 +120,7 @@ def test_what_rounding_the_body_adds(engine: type[Engine], request_bits: int, re
     ],
 )
 def test_bytes_of_a_reply(options: dict[str, str], mask: int, body: int) -> None:
-    backend, client, worker = make(**options)
+    backend, client, worker = make(**options)  # type: ignore[arg-type]
     x, weight, linear_map = problem(300, 40, 30, backend.weight_bits)
     sent = client.encrypt(x, linear_map)
     reply = worker.evaluate(worker.prepare(weight), "forward", sent.buffers)
@@ -364,8 +365,8 @@ def test_a_key_of_another_parameter_set_and_a_missing_one(tmp_path: Path) -> Non
 
 def test_a_client_with_a_saved_key_decrypts_what_another_with_it_sent(tmp_path: Path) -> None:
     options = {"key": str(tmp_path / "client.key")}
-    _, first, worker = make(**options)
-    _, second, _ = make(**options)
+    _, first, worker = make(**options)  # type: ignore[arg-type]
+    _, second, _ = make(**options)  # type: ignore[arg-type]
     _, stranger, _ = make()
     x, weight, linear_map = problem(10, 50, 20)
     sent = first.encrypt(x, linear_map)

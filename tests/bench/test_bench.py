@@ -26,6 +26,7 @@ def _peak_below(parent_megabytes: int) -> tuple[float, float]:
     return child, parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux carries the peak over")
 def test_a_child_does_not_report_the_peak_of_the_process_that_started_it() -> None:
     child, parent = _peak_below(1500)

@@ -102,6 +102,7 @@ def test_a_slow_round_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure("clear", Product(3, 8, 5), LARGE, 50, 0)["rounds"] == 1
 
 
+@pytest.mark.slow
 def test_processes_of_their_own() -> None:
     result = bench_compare(["clear", "mlwe"], LARGE, repeat=1)
     clear, mlwe = result["rows"]
@@ -178,6 +179,7 @@ def test_a_selection_that_is_none() -> None:
         bench_compare(["mlew"], LARGE)
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     arguments = ["bench", "compare", "--to", "clear", "--to", "mlwe", "--repeat", "1", "--tokens", "8"]
     found = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).output)

@@ -200,6 +200,7 @@ def test_bench_kernel_gives_one_complete_object(to: str) -> None:
     assert "encrypt" in invoke("bench", "kernel", "--to", to, *sizes).output
 
 
+@pytest.mark.slow
 def test_bench_train_compares_the_same_training() -> None:
     arguments = ["--model", "mlp", "--to", "mlwe", "--tokens", "32", "--steps", "3", "--json"]
     result = json.loads(invoke("bench", "train", *arguments).stdout)
@@ -215,6 +216,7 @@ def test_bench_train_compares_the_same_training() -> None:
     assert (result["micro_batches"], result["interleave"]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_bench_train_interleaves_micro_batches() -> None:
     arguments = ["--model", "mlp", "--to", "clear", "--tokens", "32", "--steps", "2", "--micro-batches", "4"]
     result = json.loads(invoke("bench", "train", *arguments, "--interleave", "2", "--json").stdout)

@@ -26,6 +26,7 @@ KINDS: list[Kind] = ["transport", "backend", "plugin"]
 PAGES = Path(__file__).parents[2] / "docs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_project(kind: Kind, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "ciphertune-two-words"

@@ -28,7 +28,7 @@ from torch import nn
 import ciphertune
 from ciphertune.bundle.writer import split
 from ciphertune.cli import cli
-from ciphertune.cli.top import _screen
+from ciphertune.cli.top import screen
 from ciphertune.client.monitor import Watch, WorkerState, transport_of
 from ciphertune.errors import SelectionError, TransportError
 from ciphertune.protocol import Message, pack, spoken_versions, unpack
@@ -74,6 +74,8 @@ TEXTS = {"worker", "state", "problem", "version", "device"}
 OWN = {"sessions", "under_way", "products", "errors", "bytes_in", "bytes_out", "evaluate_seconds"}
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("monitor")
 def test_json_of_real_workers(farm: list[remote.WorkerProcess]) -> None:
     nobody = f"127.0.0.1:{remote.free_port()}"
     model = model_at(farm[0])
@@ -117,6 +119,8 @@ def test_json_of_real_workers(farm: list[remote.WorkerProcess]) -> None:
         session.close()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("monitor")
 def test_a_worker_that_hangs_keeps_the_others_from_nothing(farm: list[remote.WorkerProcess]) -> None:
     with Watch(f"zmq://{farm[0].address},{farm[1].address}?insecure=1") as watch:
         assert [state.state for state in watch.look(20)] == ["up", "up"]
@@ -133,6 +137,8 @@ def test_a_worker_that_hangs_keeps_the_others_from_nothing(farm: list[remote.Wor
             assert time.monotonic() < end
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("monitor")
 def test_the_rate_is_that_between_looks(farm: list[remote.WorkerProcess]) -> None:
     model = model_at(farm[1])
     try:
@@ -150,6 +156,8 @@ def test_the_rate_is_that_between_looks(farm: list[remote.WorkerProcess]) -> Non
     assert after.products_per_second > 0
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("monitor")
 def test_a_terminal_shows_it_until_q(farm: list[remote.WorkerProcess]) -> None:
     nobody = f"127.0.0.1:{remote.free_port()}"
     parent, child = pty.openpty()
@@ -204,6 +212,8 @@ def _read(descriptor: int) -> str:
         return ""
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("monitor")
 def test_without_a_terminal_it_looks_once(farm: list[remote.WorkerProcess]) -> None:
     done = CliRunner().invoke(cli, ["top", f"zmq://{farm[0].address}?insecure=1"], catch_exceptions=False)
     assert done.exit_code == 0
@@ -298,7 +308,7 @@ def test_what_makes_no_sense_is_not_shown(told: Callable[[Any, Any], WorkerState
     assert state.status.version.isprintable()
     assert len(state.status.version) <= 40
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(_screen([state], {}, 100, ""))
+    console.print(screen([state], {}, 100, ""))
     assert "\x1b[2J" not in console.export_text()
     usage = told(GOOD, Message("ok", {"own": {"products": -1, "sessions": 2, "bytes_in": "x"}})).status.own
     assert usage == ClientUsage(sessions=2)
@@ -344,7 +354,7 @@ def states() -> list[WorkerState]:
 @pytest.mark.parametrize("width", [40, 60, 80, 110, 190])
 def test_it_fits_any_window(width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(_screen(states(), {"b:1": deque([0.0, 0.5, 1.0])}, width, "every 2 s"))
+    console.print(screen(states(), {"b:1": deque([0.0, 0.5, 1.0])}, width, "every 2 s"))
     lines = console.export_text().splitlines()
     assert all(len(line) <= width for line in lines)
     text = "\n".join(lines)

@@ -108,7 +108,7 @@ PLANS: dict[str, dict[str, farming.Blocks]] = {
 def test_it_is_the_same_as_linear_layers(farm: Farm, plan: str, share_inputs: int) -> None:
     model = attention()
     expected = gradients(copy.deepcopy(model), X)
-    farm.plant(model, **PLANS[plan])
+    farm.plant(model, **PLANS[plan])  # type: ignore[arg-type]
     session = farm.outsource(model, share_inputs=share_inputs)
     for got, want in zip(gradients(model, X), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -147,7 +147,7 @@ def test_what_split_makes_is_served(farm: Farm, tmp_path: Path, options: dict[st
     result = ciphertune.split(attention(), tmp_path / "bundle", layers="all", **options)
     hosts = farm.serve(**{f"m{i}": load_worker(folder) for i, folder in enumerate(result.workers)})
     model = attention()
-    session = farm.outsource(model, name, **dict([bits.split("=")] if bits else []))
+    session = farm.outsource(model, name, **dict([bits.split("=")] if bits else []))  # type: ignore[arg-type]
     for got, want in zip(gradients(model, X), gradients(here, X), strict=True):
         assert float((got - want).norm() / want.norm()) < (1e-5 if name == "clear" else 2e-2)
     counts = [host.count("evaluate") for host in hosts]
@@ -164,7 +164,7 @@ def test_what_crosses_is_counted_once_for_each_worker(farm: Farm) -> None:
     ):
         model = attention()
         farm.hosts.clear()
-        hosts = farm.plant(model, **{f"{name}{number}": held for name, held in blocks.items()}, o=[["o_proj"]])
+        hosts = farm.plant(model, **{f"{name}{number}": held for name, held in blocks.items()}, o=[["o_proj"]])  # type: ignore[arg-type]
         session = farm.outsource(model)
         before = [host.bytes_in for host in hosts]
         with torch.no_grad():
@@ -576,7 +576,7 @@ def test_busy_for_too_long(farm: Farm) -> None:
 def test_other_weights_after_a_restart_are_not_used(farm: Farm) -> None:
     session, host = alone(farm, deadline=0.4)
     other = single()
-    other[0].weight.data += 1
+    other[0].weight.data += 1  # type: ignore[assignment]
     host.restart(farming.store(other, None, [["0"]]))
     with pytest.raises(TransportTimeoutError, match="does not hold what it held"):
         product(session)
@@ -588,7 +588,7 @@ def test_other_weights_after_a_restart_are_not_used(farm: Farm) -> None:
 def test_a_replica_does_what_other_weights_cannot(farm: Farm) -> None:
     session, first, second = both(farm)
     other = single()
-    other[0].weight.data += 1
+    other[0].weight.data += 1  # type: ignore[assignment]
     first.restart(farming.store(other, None, [["0"]]))
     for _ in range(4):
         check(session)
@@ -965,7 +965,7 @@ def test_weights_of_two_workers_make_one_layer_only_if_they_are_of_it(farm: Farm
 def test_a_store_of_parts_is_what_was_cut() -> None:
     model = single()
     held = farming.store(model, 8, [[("0", 64, 128)]])
-    weight = quantize(model[0].weight, 8)
+    weight = quantize(model[0].weight, 8)  # type: ignore[arg-type]
     assert weight.scale is not None
     part = LayerWeight(held["0"], weight.scale[64:128])
     assert torch.equal(part.dequantize(), weight.dequantize()[64:128])

@@ -30,6 +30,11 @@ def test_every_room_and_front_module_has_a_row() -> None:
     assert "`__main__.py`" in PAGE
 
 
+def test_contributing_names_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert [room for room in ROOMS if f"`{room}/`" not in text] == []
+
+
 def test_the_picture_has_every_room_and_front_module() -> None:
     drawn = {name for floor in FLOORS["floors"]() for name in floor}
     assert drawn == {*ROOMS, *(name.removesuffix(".py") for name in FRONT if not name.startswith("__"))}

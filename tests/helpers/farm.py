@@ -20,8 +20,7 @@ from ciphertune.plugins.manager import PluginManager
 from ciphertune.protocol import Message, pack, unpack
 from ciphertune.transport import Link, LocalWorker, PendingReplies, Transport
 from ciphertune.weights import Shard, describe, quantize
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 Rows = tuple[str, int, int | None]
 """A layer and the rows of it that are held."""

@@ -326,7 +326,7 @@ def test_siblings_share_their_product_in_every_task_and_gradients_are_right(reco
     assert recorder.products("forward") == [siblings, siblings, *[("o_proj",)] * 4]
     reference = net()
     assert losses == [one() for one in passes(reference, INPUTS[:2])]
-    assert torch.equal(found, reference.scale.grad)
+    assert torch.equal(found, reference.scale.grad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "not"])
@@ -336,7 +336,7 @@ def test_checkpointing_replays_its_own_random_numbers(checkpointing: str) -> Non
     losses = interleave(passes(plain, INPUTS))
     torch.manual_seed(3)
     assert losses == interleave(passes(again, INPUTS))
-    assert torch.equal(plain.scale.grad, again.scale.grad)
+    assert torch.equal(plain.scale.grad, again.scale.grad)  # type: ignore[arg-type]
 
 
 def test_products_on_threads_of_torch_s_own_do_not_hand_over(recorder: Any) -> None:
@@ -357,7 +357,7 @@ def test_products_on_threads_of_torch_s_own_do_not_hand_over(recorder: Any) -> N
     reference = net()
     for one in passes(reference, INPUTS[:2]):
         one()
-    assert torch.equal(model.scale.grad, reference.scale.grad)
+    assert torch.equal(model.scale.grad, reference.scale.grad)  # type: ignore[arg-type]
 
 
 def test_time_is_counted_once(register: Any) -> None:

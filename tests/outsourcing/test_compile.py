@@ -13,7 +13,11 @@ from torch import Tensor, nn
 import ciphertune
 
 # The compiler asks tensors that are no leaves for their gradients.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 BACKENDS = [("clear", 1e-6), ("simulation", 0.02), ("mlwe", 0.02)]
 
@@ -63,7 +67,7 @@ def test_a_compiled_model_gives_the_same_losses_gradients_and_requests(to: str, 
         x = torch.randn(32, 16)
         loss, gradient = step(reference, reference.scale, x)
         before = session.traffic.requests
-        found, mine = step(compiled, model.scale, x)
+        found, mine = step(compiled, model.scale, x)  # type: ignore[arg-type]
         assert found == pytest.approx(loss, rel=tolerance)
         assert float((mine - gradient).norm() / gradient.norm()) < tolerance
         assert session.traffic.requests == before + 4

@@ -124,13 +124,14 @@ def test_the_model_itself_is_changed_and_returned() -> None:
 def test_conv1d(tiny: Tiny) -> None:
     torch.manual_seed(0)
     reference = nn.Sequential(Conv1D(5, 3))
-    nn.init.normal_(reference[0].bias)
+    nn.init.normal_(reference[0].bias)  # type: ignore[arg-type]
     model = ciphertune.outsource(copy.deepcopy(reference), "clear")
     assert (model[0].in_features, model[0].out_features) == (3, 5)
     x = torch.randn(2, 4, 3)
     torch.testing.assert_close(model(x), reference(x))
     restored = ciphertune.restore(model)
-    assert type(restored[0]) is nn.Linear
+    assert type(restored[0]) is Conv1D
+    assert torch.equal(restored[0].weight, reference[0].weight)  # type: ignore[arg-type]
     torch.testing.assert_close(restored(x), reference(x))
 
 
@@ -162,7 +163,7 @@ def test_restore_is_the_inverse_under_clear(dtype: torch.dtype) -> None:
     for key, value in expected.items():
         assert restored[key].dtype == dtype
         assert torch.equal(restored[key], value), key
-    assert not model[0].weight.requires_grad
+    assert model[0].weight.requires_grad
     with pytest.raises(NothingOutsourcedError, match="call ciphertune.outsource"):
         ciphertune.restore(model)
     ciphertune.outsource(model, "clear")
@@ -182,7 +183,7 @@ def test_restore_gives_the_rounded_weights() -> None:
     model = ciphertune.restore(ciphertune.outsource(copy.deepcopy(original), "clear?weight_bits=8"))
     rounded = quantized_by_hand(original, ["0"], 127)
     torch.testing.assert_close(model[0].weight, rounded[0].weight, check_dtype=True)
-    assert not torch.equal(model[0].weight, original[0].weight)
+    assert not torch.equal(model[0].weight, original[0].weight)  # type: ignore[arg-type]
 
 
 def test_layers_outsourced_in_several_calls(recorder: Any) -> None:
@@ -192,7 +193,7 @@ def test_layers_outsourced_in_several_calls(recorder: Any) -> None:
     ciphertune.outsource(model, "clear", layers="2", plugins=recorder.plugins)
     first = ciphertune.session_of(model)
     ciphertune.outsource(model, "clear?weight_bits=16", layers="0", plugins=recorder.plugins)
-    assert len({layer.group.session for layer in ciphertune.outsourced_layers(model)}) == 2
+    assert len({layer.group.session for layer in ciphertune.outsourced_layers(model)}) == 2  # type: ignore[attr-defined]
     x = torch.randn(3, 4)
     torch.testing.assert_close(model(x), original(x), rtol=1e-3, atol=1e-4)
     assert recorder.products("forward") == [("0",), ("2",)]
@@ -230,7 +231,7 @@ def test_a_full_save_is_refused(tiny: Tiny, tmp_path: Any) -> None:
     assert list(tmp_path.iterdir()) == []
     ciphertune.restore(model)
     model.save_pretrained(tmp_path / "model")
-    loaded = type(model).from_pretrained(tmp_path / "model").state_dict()
+    loaded = type(model).from_pretrained(tmp_path / "model").state_dict()  # type: ignore[attr-defined]
     original = tiny("llama").state_dict()
     assert loaded.keys() == original.keys()
     for key, value in original.items():

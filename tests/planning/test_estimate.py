@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import remote
+import tiny as models
 import torch
 from click.testing import CliRunner
 from farm import Farm
@@ -26,10 +27,10 @@ from ciphertune.models.known import skeleton
 from ciphertune.outsourcing.convert import outsource
 from ciphertune.outsourcing.layers import choose_layers
 from ciphertune.planning import measure
-from ciphertune.planning.client_compute import attach_instantly, measure_own
+from ciphertune.planning.client_compute import attach_instant_session, measure_client_compute
 from ciphertune.planning.plan import Plan, make_plan
-from ciphertune.planning.products import lay_out
-from ciphertune.planning.speeds import Line, LinkSpeed, OwnSpeed, ProductSpeed, Speeds, read_speeds, write_speeds
+from ciphertune.planning.products import plan_products
+from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, read_speeds, write_speeds
 from ciphertune.plugins.manager import PluginManager
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -40,7 +41,7 @@ SMALL = {"hidden_size": 128, "intermediate_size": 200, "num_hidden_layers": 2, "
 
 def speeds(**changes: Any) -> Speeds:
     """A machine of round numbers: a millisecond to encrypt and to decrypt, ten to evaluate."""
-    own = OwnSpeed(
+    compute = ClientCompute(
         measured=True,
         before={f"{kind} {d}": Line(0.001, 0.0) for kind in KINDS for d in ("forward", "backward")},
         begin=Line(0.002, 0.0),
@@ -49,17 +50,14 @@ def speeds(**changes: Any) -> Speeds:
         optimizer=0.004,
     )
     products = tuple(ProductSpeed(d, 24, 128, 128, 0.001, 0.01, 0.001) for d in ("forward", "backward"))
-    return dataclasses.replace(Speeds("mlwe", {}, products, 1e-9, own, None), **changes)
+    return dataclasses.replace(Speeds("mlwe", {}, products, 1e-9, compute, None), **changes)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model whose keys and values are too narrow to be cut in two."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(3)
-    config = LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    models.llama(**SMALL, max_position_embeddings=64).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -70,6 +68,7 @@ def farm(register: Any) -> Iterator[Farm]:
     found.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 1])
 @pytest.mark.parametrize("backend", ["clear", "mlwe"])
 @pytest.mark.parametrize(("placement", "workers"), [("layers", 3), ("rows", 2), ("rows", 3), ("replicas", 2)])
@@ -134,7 +133,7 @@ def test_the_step_is_what_each_part_takes(folder: Path) -> None:
     assert sum(found.path.values()) == pytest.approx(found.total)
     assert found.path["latency"] == pytest.approx(15)
     assert (found.limit, found.bottleneck) == ("network", "latency")
-    assert (found.own_measured, found.link_measured) == (True, False)
+    assert (found.client_compute_measured, found.link_measured) == (True, False)
 
 
 def planned(folder: Path, **changes: Any) -> Plan:
@@ -201,9 +200,13 @@ def test_products_are_scaled_from_the_nearest() -> None:
         ({"tokens": 4, "micro_batches": 5}, "4 tokens cannot be divided into 5"),
         ({"workers": 0}, "above 0"),
         ({"to": "mlwe?request_bits=24"}, "the client's speeds was measured with mlwe, and this plan is for mlwe.req"),
-        ({"client": speeds(own=None)}, "lack its own part"),
+        ({"client": speeds(client_compute=None)}, "lack its own computation"),
         (
-            {"client": speeds(own=dataclasses.replace(speeds().own, before={"c_attn forward": Line(0, 0)}))},
+            {
+                "client": speeds(
+                    client_compute=dataclasses.replace(speeds().client_compute, before={"c_attn forward": Line(0, 0)})  # type: ignore[type-var]
+                )
+            },
             "another mod",
         ),
     ],
@@ -214,7 +217,7 @@ def test_plans_that_cannot_be(folder: Path, changes: dict[str, Any], text: str) 
 
 
 def test_speeds_survive_their_file(tmp_path: Path) -> None:
-    for one in (speeds(), speeds(own=None, link=LinkSpeed(1e9, 1e-3))):
+    for one in (speeds(), speeds(client_compute=None, link=LinkSpeed(1e9, 1e-3))):
         write_speeds(one, tmp_path / "speeds.json")
         assert read_speeds(tmp_path / "speeds.json") == one
     with pytest.raises(ConfigError, match="cannot write speeds"):
@@ -234,8 +237,8 @@ def test_speeds_survive_their_file(tmp_path: Path) -> None:
         (("products", 0, "tokens"), 0),
         (("products", 0, "tokens"), 2.5),
         (("products", 0, "direction"), "sideways"),
-        (("own", "before"), [1]),
-        (("own", "head", "fixed"), None),
+        (("client_compute", "before"), [1]),
+        (("client_compute", "head", "fixed"), None),
         (("link",), {"rate": 0, "overhead": 0}),
         (("machine",), 3),
     ],
@@ -263,9 +266,9 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
 def test_the_clients_own_part_is_measured_with_its_own_blocks(folder: Path) -> None:
     model = skeleton(str(folder), num_hidden_layers=2)
     chosen = choose_layers(model, None, PluginManager(), allow_meta=True)
-    found = measure_own(model, chosen, True, ("q_proj", "v_proj"), 32, 16)
+    found = measure_client_compute(model, chosen, True, ("q_proj", "v_proj"), 32, 16)
     assert found.measured
-    assert set(found.before) == set(speeds().own.before)  # type: ignore[union-attr]
+    assert set(found.before) == set(speeds().client_compute.before)  # type: ignore[union-attr]
     assert all(line.at(32) > 0 for name, line in found.before.items())
     assert all(line.at(32) > 0 for line in (found.begin, found.head, found.end))
 
@@ -274,7 +277,7 @@ def test_products_that_cost_nothing_come_in_the_order_of_real_ones(folder: Path,
     from transformers import AutoModelForCausalLM
 
     model = skeleton(str(folder))
-    session = attach_instantly(model, choose_layers(model, None, PluginManager(), allow_meta=True), share=True)
+    session = attach_instant_session(model, choose_layers(model, None, PluginManager(), allow_meta=True), share=True)
     real: Any = AutoModelForCausalLM.from_pretrained(folder)
     outsource(real, "clear", plugins=recorder.plugins)
     ids = torch.randint(48, (1, 8))
@@ -283,9 +286,9 @@ def test_products_that_cost_nothing_come_in_the_order_of_real_ones(folder: Path,
     asked = [("+".join(n.rpartition(".")[2] for n in e.layers), e.direction) for e in recorder.answered]
     assert [(mark.layers, mark.direction) for mark in session.marks] == asked
     # And in the order in which a plan has them.
-    layout = lay_out(str(folder), "clear", None, ("q_proj",), 1, "layers")
-    backward = [(group.layers, "backward") for group in reversed(layout.groups) if group.backward]
-    assert asked == [(group.layers, "forward") for group in layout.groups] + backward
+    model_plan = plan_products(str(folder), "clear", None, ("q_proj",), 1, "layers")
+    backward = [(group.layers, "backward") for group in reversed(model_plan.groups) if group.backward]
+    assert asked == [(group.layers, "forward") for group in model_plan.groups] + backward
     session_of(real).close()
 
 
@@ -294,7 +297,7 @@ def test_other_models_are_guessed(tmp_path: Path, tiny: Callable[[str], nn.Modul
     model.save_pretrained(tmp_path)
     found = make_plan(str(tmp_path), tokens=8, targets=("query",)).estimate
     assert found is not None
-    assert not found.own_measured
+    assert not found.client_compute_measured
     assert found.rest > 0
 
 
@@ -335,7 +338,7 @@ def test_built_in_shapes(model: str, weights: float) -> None:
 def test_the_command_shows_what_limits_a_step(folder: Path, tmp_path: Path) -> None:
     client, worker = tmp_path / "client.json", tmp_path / "worker.json"
     write_speeds(speeds(), client)
-    write_speeds(speeds(own=None), worker)
+    write_speeds(speeds(client_compute=None), worker)
     arguments = ["plan", str(folder), "--workers", "2", "--placement", "rows", "--micro-batches", "2"]
     arguments += ["--interleave", "2", "--client-speeds", str(client), "--worker-speeds", str(worker)]
     shown = CliRunner().invoke(cli, arguments)

@@ -16,6 +16,7 @@ from ciphertune import LoraTrainer
 from ciphertune.errors import NothingOutsourcedError, PluginError, SecurityError, UnknownLayerError, VetoError
 from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins.manager import PluginManager, plugin_manager
+from ciphertune.selection import parse_use
 
 
 def model() -> nn.Sequential:
@@ -104,7 +105,8 @@ def test_a_failing_observer_warns_and_the_others_still_see(recorder: Any) -> Non
 
 class Chooser:
     def __init__(self, answer: Any) -> None:
-        self.answer, self.seen = answer, None
+        self.answer = answer
+        self.seen: list[str] | None = None
 
     @hookimpl
     def ciphertune_select_layers(self, model: Any, candidates: Any) -> Any:
@@ -191,7 +193,9 @@ def test_environment_says_what_is_active(monkeypatch: pytest.MonkeyPatch, value:
     assert manager.names() == names
     assert manager.failed == {}
     if "a%2Cb" in (value or ""):
-        assert manager._manager.get_plugin("traffic").path == Path("a,b.json")
+        assert parse_use("traffic?path=a%2Cb.json") == ("traffic", {"path": "a,b.json"})
+        with pytest.raises(PluginError, match="in use with these options already"):
+            manager.use("traffic?path=a%2Cb.json")
 
 
 def test_mistakes_in_the_environment_are_warned_of_and_the_rest_loads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def test_plugins_load_lazily_and_a_broken_one_disables_nothing(tmp_path: Path) -
         """
         import sys, warnings
         import ciphertune
-        from ciphertune import registry
+        from ciphertune.plugins import registry
         from ciphertune.errors import PluginError, SelectionError
 
         def plugins():
@@ -115,7 +115,9 @@ def test_plugins_load_lazily_and_a_broken_one_disables_nothing(tmp_path: Path) -
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            manager = ciphertune.plugins.manager.plugin_manager()
+            from ciphertune.plugins.manager import plugin_manager
+
+            manager = plugin_manager()
         assert sorted(manager.failed) == ["misspelt", "unimportable"], manager.failed
         assert "needs a newer driver" in manager.failed["unimportable"]
         assert "ciphertune_session_openned" in manager.failed["misspelt"]
@@ -132,7 +134,7 @@ def test_choosing_one_backend_loads_no_other(tmp_path: Path) -> None:
     printed = child(
         """
         import sys
-        from ciphertune.session import choose
+        from ciphertune.client.choice import choose
         choose("clear")
         print(*sorted(name for name in sys.modules if name.startswith("ciphertune_")))
         """,
@@ -142,7 +144,7 @@ def test_choosing_one_backend_loads_no_other(tmp_path: Path) -> None:
 
 
 DUPLICATES = """
-from ciphertune import registry
+from ciphertune.plugins import registry
 from ciphertune.errors import PluginError
 try:
     print(registry.installed(registry.BACKENDS)["twin"].target)

@@ -111,7 +111,7 @@ def test_history_of_a_resumed_run_is_that_of_an_uninterrupted_one(
     with_whole, first, second = PluginManager(), PluginManager(), PluginManager()
     with_whole.use(f"history?path={whole}")
     trainer_of(with_whole, steps=10).train(BATCHES, BATCHES[:1])
-    checkpoints = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 3}
+    checkpoints: dict[str, Any] = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 3}
     first.use(f"history?path={path}")
     with pytest.raises(Stop):
         trainer_of(first, steps=10, loss_fn=stopping_at(9), **checkpoints).train(BATCHES, BATCHES[:1])
@@ -268,7 +268,7 @@ def test_traffic_of_many_threads_is_complete() -> None:
 
     def reply() -> None:
         for _ in range(500):
-            plugin.ciphertune_after_reply(Exchange(("a",), "forward", 3, requests=2, bytes_up=5, wait_seconds=0.5))
+            plugin.ciphertune_after_reply(Exchange(("a",), "forward", 3, requests=2, bytes_up=5, wait_seconds=0.5))  # type: ignore[arg-type, call-arg]
 
     threads = [threading.Thread(target=reply) for _ in range(8)]
     for thread in threads:
@@ -291,8 +291,8 @@ def test_traffic_on_a_terminal_is_a_table_by_kind_of_layer(monkeypatch: pytest.M
     plugin = PluginManager().use("traffic")
     for n in (0, 1, 11):
         layers = tuple(f"model.layers.{n}.self_attn.{p}_proj" for p in "qkv")
-        plugin.ciphertune_after_reply(Exchange(layers, "forward", 7, 1, 0, 3_000_000, 500_000, 0.25, 2.0, 1.5, 0.25))
-        plugin.ciphertune_after_reply(Exchange((f"model.layers.{n}.mlp.up",), "backward", 7, 2, 1, 10**9))
+        plugin.ciphertune_after_reply(Exchange(layers, "forward", 7, 1, 0, 3_000_000, 500_000, 0.25, 2.0, 1.5, 0.25))  # type: ignore[arg-type, call-arg]
+        plugin.ciphertune_after_reply(Exchange((f"model.layers.{n}.mlp.up",), "backward", 7, 2, 1, 10**9))  # type: ignore[arg-type, call-arg]
     plugin.ciphertune_training_end()
     plugin.ciphertune_session_closed()
     heading, *lines = terminal.getvalue().splitlines()
@@ -400,7 +400,7 @@ def test_prometheus_serves_while_something_goes_on() -> None:
     session.close()
     assert plugin.port is None
     with pytest.raises(OSError, match="refused"):
-        scrape(port)
+        scrape(port)  # type: ignore[arg-type]
 
 
 def test_a_port_that_is_taken_is_a_warning() -> None:

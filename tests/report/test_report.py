@@ -31,7 +31,11 @@ from ciphertune.runs.demo import run_demo
 from ciphertune.runs.train import read_comparison, run_training
 from ciphertune.traffic import total
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("report"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+]
 
 SECTIONS = ("loss", "rate", "speed", "time", "layers", "traffic", "share", "security", "reproduce")
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
@@ -331,7 +335,7 @@ def test_the_configuration_shown_is_the_one_that_ran(text: str, rate: float, nor
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, max_grad_norm=None))
     import ciphertune.runs.config
 
-    again = parse_config(ciphertune.runs.config.tomllib.loads(toml(dataclasses.asdict(config))))
+    again = parse_config(ciphertune.runs.config.tomllib.loads(toml(dataclasses.asdict(config))))  # type: ignore[attr-defined]
     if norm:
         assert again.training.max_grad_norm == math.inf
         again = dataclasses.replace(again, training=dataclasses.replace(again.training, max_grad_norm=None))

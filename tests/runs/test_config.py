@@ -14,7 +14,7 @@ from ciphertune.cli import cli
 from ciphertune.errors import ConfigError, SelectionError, TrainingError
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.runs.config import DataSection, load_config, parse_config
-from ciphertune.runs.train import read_texts, run_training
+from ciphertune.runs.train import run_training, texts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -97,20 +97,20 @@ def test_texts_from_files_folders_and_json_lines(tmp_path: Path) -> None:
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
     lines = tmp_path / "d.jsonl"
     lines.write_text('{"text": "three"}\n\n{"text": "four"}\n')
-    assert read_texts(DataSection(str(tmp_path))) == ["one", "two"]
-    assert read_texts(DataSection(str(lines))) == ["three", "four"]
-    assert read_texts(DataSection(str(tmp_path / "a.txt"))) == ["one"]
-    assert len(read_texts(DataSection("language-reference"))) > 50
+    assert texts_of(DataSection(str(tmp_path))) == ["one", "two"]
+    assert texts_of(DataSection(str(lines))) == ["three", "four"]
+    assert texts_of(DataSection(str(tmp_path / "a.txt"))) == ["one"]
+    assert len(texts_of(DataSection("language-reference"))) > 50
     with pytest.raises(ConfigError, match=r"cannot read data\.source"):
-        read_texts(DataSection(str(tmp_path / "none.txt")))
+        texts_of(DataSection(str(tmp_path / "none.txt")))
     with pytest.raises(ConfigError, match=r"cannot read data\.source"):
-        read_texts(DataSection(str(tmp_path / "c.bin")))
+        texts_of(DataSection(str(tmp_path / "c.bin")))
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(ConfigError, match="holds no text"):
-        read_texts(DataSection(str(tmp_path / "a.txt")))
+        texts_of(DataSection(str(tmp_path / "a.txt")))
     lines.write_text('{"text": "fine"}\n{"texts": "private words"}\n')
     with pytest.raises(ConfigError, match="line 2 of") as caught:
-        read_texts(DataSection(str(lines)))
+        texts_of(DataSection(str(lines)))
     assert "private words" not in str(caught.value)
 
 

@@ -16,6 +16,7 @@ from ciphertune.workloads.named import load_workload
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["clear", "mlwe"])
 def test_the_quick_demo_learns_and_writes_its_results(to: str, tmp_path: Path) -> None:
     said: list[str] = []
@@ -36,6 +37,7 @@ def test_the_quick_demo_learns_and_writes_its_results(to: str, tmp_path: Path) -
     assert len(said) == 3
 
 
+@pytest.mark.slow
 def test_the_adapter_of_the_demo_loads_with_stock_peft_and_gives_its_accuracy(tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -81,4 +83,4 @@ def test_the_full_demo_trains_the_language_model(tmp_path: Path) -> None:
         assert abs(a - b) < 0.02 * a
     assert result.encrypted.held_out < result.held_out_before
     assert result.plaintext.units_per_second > result.encrypted.units_per_second
-    assert ciphertune.share  # the public names stay importable beside a loaded transformers
+    assert callable(ciphertune.share)  # the public names stay importable beside a loaded transformers

@@ -60,11 +60,13 @@ class TestSimulation(BackendSuite):
     deterministic = True
 
 
+@pytest.mark.slow
 class TestZmq(TransportSuite):
     name = "zmq"
     options = "insecure=1"
 
 
+@pytest.mark.slow
 class TestZmqCurve(TransportSuite):
     name = "zmq"
 

@@ -44,6 +44,7 @@ class TestPrometheus(PluginSuite):
     use = "prometheus?port=0"
 
 
+@pytest.mark.slow
 class TestMLflow(PluginSuite):
     @pytest.fixture(autouse=True)
     def _store(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint_and_no_rest(tmp_path, 
 
             patch.setattr(model, "save_pretrained", save)
         elif file == "rename":
-            patch.setattr(atomic.Path, "replace", lambda *_: (_ for _ in ()).throw(_raised(error)))
+            patch.setattr(atomic.Path, "replace", lambda *_: (_ for _ in ()).throw(_raised(error)))  # type: ignore[attr-defined]
         else:
             real = safetensors.torch.save_file
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import ciphertune
 from ciphertune.errors import OutsourcedWeightError
@@ -18,7 +19,7 @@ trl = pytest.importorskip("trl", reason="SFTTrainer needs trl, and Python 3.11")
 datasets = pytest.importorskip("datasets")
 
 # These libraries' own: torch's checkpointing, pinned memory without an accelerator, names that were changed.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 
 DATA = [{"prompt": f"{a} and {b}:", "completion": f" {a + b}"} for a in range(4) for b in range(4)]
 
@@ -31,11 +32,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<end>")
 
 
-def llama() -> LlamaForCausalLM:
+def llama() -> Any:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=258, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
-    )
+    sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 2048}
+    return tiny.llama(**sizes, num_key_value_heads=4)
 
 
 def lora() -> LoraConfig:

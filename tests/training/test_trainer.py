@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.utils.checkpoint
 from hypothesis import given, settings, strategies as st
@@ -588,14 +589,9 @@ def test_a_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
 
 
 def test_language_model_loss_is_weighted_by_shifted_targets():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2,
-    )  # fmt: skip
     torch.manual_seed(0)
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj"]))
+    base = tiny.llama(vocab_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
     trainer = LoraTrainer(ciphertune.outsource(model, "clear"), plugins=PluginManager())
     ids = torch.randint(0, 32, (2, 6))
     labels = ids.clone()

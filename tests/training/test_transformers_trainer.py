@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import ciphertune
 from ciphertune import LoraTrainer
 from ciphertune.plugins.manager import PluginManager
 
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
     # peft 0.21 asks transformers for a property by its old name.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     # transformers.Trainer asks DataLoader to pin memory where there is no accelerator.
@@ -27,32 +30,12 @@ BACKENDS = [("clear", 1e-5), ("simulation", 0.03), ("mlwe", 0.03)]
 
 
 def llama():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=96,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-        )
-    )
+    return tiny.llama(vocab_size=96, hidden_size=64, intermediate_size=96, max_position_embeddings=32)
 
 
 def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=96,
-            n_embd=64,
-            n_layer=2,
-            n_head=4,
-            n_positions=32,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    )
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return tiny.gpt2(vocab_size=96, n_embd=64, n_head=4, n_positions=32, **no_dropout)
 
 
 LLAMA_TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -12,6 +12,8 @@ pytest.importorskip("ray", reason="the ray transport needs Ray")
 
 from cluster import cluster
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(300)]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster() -> Iterator[None]:

@@ -20,7 +20,7 @@ import ciphertune
 from ciphertune.bundle.worker import load_worker
 from ciphertune.errors import ConfigError, ProtocolError, SelectionError
 from ciphertune.testing import EchoHandler
-from ciphertune.worker.store import WeightStore
+from ciphertune.worker import WeightStore
 from ciphertune_ray.bundles import blocks_of, fetch_and_load, parts_of
 from ciphertune_ray.channel import Channel, socket_pair
 from ciphertune_ray.transport import RayTransport

@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -36,11 +37,10 @@ from ciphertune.errors import (
 )
 from ciphertune.plugins import registry
 from ciphertune.protocol import Limits, Message, pack, unpack
-from ciphertune.transport import Link
+from ciphertune.testing import EchoHandler
+from ciphertune.transport import Link, RequestHandler
 from ciphertune.weights import quantize
-from ciphertune.worker import Quota, Service
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import Quota, Service, WeightStore, Worker
 
 ZmqTransport = registry.load(registry.TRANSPORTS, "zmq")
 FAST = "connect_timeout=1.5"
@@ -52,7 +52,7 @@ def network() -> nn.Sequential:
 
 
 def store(bits: Any = 8) -> WeightStore:
-    return WeightStore.of({name: quantize(network()[int(name)].weight, bits) for name in "02"})
+    return WeightStore.of({name: quantize(network()[int(name)].weight, bits) for name in "02"})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def service() -> Iterator[Service]:
 
 
 @contextlib.contextmanager
-def listening(service: Service, address: str = "127.0.0.1:*", **options: Any) -> Iterator[Any]:
+def listening(service: RequestHandler, address: str = "127.0.0.1:*", **options: Any) -> Iterator[Any]:
     listener = ZmqTransport.listen(service, address, options)
     try:
         yield listener
@@ -121,35 +121,9 @@ def test_products_over_curve_and_plain_tcp_and_unix_sockets(
     assert service.load.under_way == 0
 
 
-class Echo:
-    """A handler that sends back what it gets, when it is told to."""
-
-    limits = Limits(buffer_bytes=100 << 20, total_bytes=100 << 20)
-
-    def __init__(self) -> None:
-        self.kept: list[Any] = []
-        self.hold = False
-        self.peers: list[str] = []
-        self.released = 0
-
-    def submit(self, frames: Any, peer: str, reply: Any) -> None:
-        self.peers.append(peer)
-        self.kept.append((list(frames), reply))
-        if not self.hold:
-            self.answer()
-
-    def answer(self, backwards: bool = False) -> None:
-        for frames, reply in reversed(self.kept) if backwards else self.kept:
-            reply(frames, self._release)
-        self.kept = []
-
-    def _release(self) -> None:
-        self.released += 1
-
-
 @pytest.mark.parametrize("secure", [True, False])
 def test_large_and_empty_buffers(keys: Path, secure: bool) -> None:
-    handler: Any = Echo()
+    handler = EchoHandler()
     options = {"curve": str(keys)} if secure else {"insecure": True}
     with listening(handler, **options) as listener:
         link = link_to(f"mlwe+zmq://{listener.address}?" + (f"curve={keys}" if secure else "insecure=1"))
@@ -166,7 +140,7 @@ def test_large_and_empty_buffers(keys: Path, secure: bool) -> None:
 
 
 def test_many_requests_are_answered_in_any_order() -> None:
-    handler: Any = Echo()
+    handler = EchoHandler()
     handler.hold = True
     with listening(handler, insecure=True) as listener:
         link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
@@ -201,7 +175,7 @@ def test_only_authorised_clients_are_served(curved: str, keys: Path, tmp_path: P
     ZmqTransport.make_keys(strangers, ("client",), worker=True)
     with pytest.raises(TransportError, match="key"):
         products(f"mlwe+zmq://{curved}?curve={strangers}&{FAST}")
-    # The right worker's key, but a client that nobody put in clients/.
+    # The right worker's key, but a client that is not in clients/.
     (strangers / "worker.pub").unlink()
     (strangers / "worker.pub").write_bytes((keys / "worker.pub").read_bytes())
     with pytest.raises(TransportError, match="refused this client|nothing answers|no answer|lost"):
@@ -304,8 +278,8 @@ def test_errors_of_endpoints_and_options(service: Service, plain: str) -> None:
         ZmqTransport.listen(service, plain, {"colour": "red"})
 
 
-def test_closing_answers_whoever_waits(plain: str) -> None:
-    handler: Any = Echo()
+def test_closing_fails_pending_requests(plain: str) -> None:
+    handler = EchoHandler()
     handler.hold = True
     with listening(handler, insecure=True) as listener:
         link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
@@ -350,7 +324,11 @@ def raw_peer(address: str) -> socket.socket:
     peer.sendall(b"\xff" + b"\0" * 8 + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" * 32)
     body = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
     peer.sendall(bytes([4, len(body)]) + body)
-    assert len(peer.recv(64, socket.MSG_WAITALL)) == 64
+    left = 64
+    while left:  # With a timeout MSG_WAITALL does not wait for all.
+        received = len(peer.recv(left))
+        assert received, "the worker ended the connection"
+        left -= received
     return peer
 
 
@@ -372,6 +350,78 @@ def test_a_message_without_an_end_is_cut(service: Service) -> None:
         bad.close()
         assert good.submit(Message("hello")).result(10).kind == "ok"
         good.close()
+
+
+def test_links_share_a_context_and_leave_nothing_behind(plain: str) -> None:
+    transport = choose(f"mlwe+zmq://{plain}?insecure=1").transport
+    links = list(transport.connect((plain,), None))
+    before = descriptors()
+    for _ in range(20):
+        links += transport.connect((plain,), None)
+    for link in links:
+        assert link.submit(Message("hello", {"versions": [1]})).result(20).kind == "ok"
+    # Both ends of each connection are in this process.
+    assert descriptors() <= before + 20 * 8
+    for link in links[1:]:
+        link.close()
+    end = time.monotonic() + 10
+    while descriptors() > before + 4 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert descriptors() <= before + 4
+    links[0].close()
+
+
+def test_too_few_descriptors_are_an_error_and_not_the_end_of_the_process(plain: str) -> None:
+    code = f"""
+        import os, resource, zmq
+        from ciphertune.client.choice import choose
+        from ciphertune.errors import TransportError
+        from ciphertune.protocol import Message
+        transport = choose("mlwe+zmq://{plain}?insecure=1").transport
+        held, most = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        links = []
+        for spare in range(2, 80, 3):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (held + spare, most))
+            try:
+                links += transport.connect(("{plain}",), None)
+            except TransportError as error:
+                assert "file descriptors" in str(error)
+                print("refused")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 1024), most))
+        links += transport.connect(("{plain}",), None)
+        for link in links:
+            assert link.submit(Message("hello", {{"versions": [1]}})).result(20).kind == "ok"
+        print(len(links), "opened")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "refused" in done.stdout
+    assert int(done.stdout.split()[-2]) > 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_opens_links_of_its_own(plain: str) -> None:
+    code = f"""
+        import os, signal
+        from ciphertune.client.choice import choose
+        from ciphertune.protocol import Message
+        transport = choose("mlwe+zmq://{plain}?insecure=1").transport
+        def ask():
+            (link,) = transport.connect(("{plain}",), None)
+            assert link.submit(Message("hello", {{"versions": [1]}})).result(20).kind == "ok"
+            return link
+        link = ask()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            ask().close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        link.close()
+        ask().close()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_strangers_leave_nothing_behind(service: Service) -> None:
@@ -414,7 +464,7 @@ def test_messages_that_are_none(plain: str, parts: list[bytes]) -> None:
     peer.connect(f"tcp://{plain}")
     try:
         peer.send_multipart(parts)
-        if len(parts[0]) >= 8:  # An answer is owed to whoever gave a number.
+        if len(parts[0]) >= 8:  # A request with a number is answered.
             assert peer.poll(10_000)
             number, *frames = peer.recv_multipart()
             assert number[:8] == b"12345678"

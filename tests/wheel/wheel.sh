@@ -10,9 +10,12 @@ trap 'rm -rf "$work"' EXIT INT TERM
 "$python" -m venv "$work/env"
 export PATH="$work/env/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 unset PYTHONPATH
-pip install --quiet "${TORCH:-torch}"
+constraints=${CONSTRAINTS:-}  # options of pip
+# shellcheck disable=SC2086
+install() { pip install -qq $constraints "$@"; }
+install "${TORCH:-torch}"
 wheel=$(ls "$work"/dist/*.whl)
-pip install --quiet "$wheel[demo,testing]"
+install "$wheel[demo,testing]"
 cd "$work"
 ciphertune backends
 ciphertune plugins
@@ -26,7 +29,7 @@ print("the wheel runs the demo:", {k: result[k] for k in ("to", "model")})
 PYTHON
 
 echo "Plugins from their own folders"
-pip install --quiet mypy "$root/plugins/ciphertune-http[test]" "$root/plugins/ciphertune-ckks[test]"
+install mypy "$root/plugins/ciphertune-http[test]" "$root/plugins/ciphertune-ckks[test]"
 for plugin in http ckks; do
     cp -r "$root/plugins/ciphertune-$plugin" "$work/$plugin"
     (cd "$work/$plugin" && rm -r "ciphertune_$plugin" && python -m pytest --quiet)

@@ -54,8 +54,6 @@ def network() -> Net:
         (torch.zeros(6, 2), "(…, 6), got (6, 2)"),
         (torch.zeros(()), "(…, 6), got ()"),
         (torch.zeros(2, 0), "(…, 6), got (2, 0)"),
-        (torch.zeros(0, 6), "no tokens"),
-        (torch.zeros(3, 0, 6), "no tokens"),
         (torch.zeros(2, 6, dtype=torch.int64), "torch.int64"),
         (torch.zeros(2, 6, dtype=torch.bool), "torch.bool"),
         (torch.zeros(2, 6, dtype=torch.complex64), "torch.complex64"),
@@ -112,7 +110,7 @@ def test_gradients_that_are_not_finite(backend: str, recorder: Any, value: float
     assert x.grad is None
     # The session is as good as before.
     model(x).sum().backward()
-    assert bool(torch.isfinite(x.grad).all())
+    assert bool(torch.isfinite(x.grad).all())  # type: ignore[arg-type]
 
 
 def test_errors_show_no_values(backend: str) -> None:

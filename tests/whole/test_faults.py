@@ -29,7 +29,11 @@ from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.traffic import Exchange
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+]
 
 STEPS = 4
 CLEAR = "clear+zmq://{}?weight_bits=8&allow_insecure=1&insecure=1&heartbeat=0.3"

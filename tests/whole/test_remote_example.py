@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import remote
+from tiny import WORDS, save_words
 from torch import nn
-from words import WORDS, save_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_killed_worker_costs_nothing(tiny: Callable[[str], nn.Module], tmp_path: Path) -> None:
     model: Any = tiny("llama")
     model.save_pretrained(tmp_path / "model")
-    save_tokenizer(tmp_path / "model")
+    save_words(tmp_path / "model")
     (tmp_path / "text.txt").write_text(" ".join(WORDS * 60))
     config = (ROOT / "examples" / "remote.toml").read_text()
     config = config.replace("language-reference", str(tmp_path / "text.txt")).replace("length = 128", "length = 12")

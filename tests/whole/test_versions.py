@@ -15,9 +15,7 @@ from torch import nn
 from ciphertune import protocol
 from ciphertune.errors import ProtocolError, VersionError
 from ciphertune.protocol import Message, agree, pack, unpack
-from ciphertune.worker.service import Service
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import Service, WeightStore, Worker
 
 
 @pytest.fixture

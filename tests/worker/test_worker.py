@@ -383,9 +383,9 @@ def test_the_wire_form_changes_nothing(backend: str) -> None:
         traffic = ciphertune.session_of(net).traffic
         assert traffic.requests == 4
     assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][1], results[1][1])  # type: ignore[arg-type]
     for direct, wired in zip(results[0][2], results[1][2], strict=True):
-        assert torch.equal(direct, wired)
+        assert torch.equal(direct, wired)  # type: ignore[arg-type]
 
 
 def test_mlwe_over_the_wire_form() -> None:
@@ -430,7 +430,7 @@ def test_norm_bounds_of_groups(sizes: list[int], k: int, seed: int) -> None:
     infos = [describe(str(i), weight) for i, weight in enumerate(held)]
     stacked = torch.cat([weight.codes for weight in held]).double()
     for direction, matrix in (("forward", stacked), ("backward", stacked.t())):
-        linear_map = group_map(infos, direction)
+        linear_map = group_map(infos, direction)  # type: ignore[arg-type]
         assert (linear_map.out_features, linear_map.in_features) == matrix.shape
         # An overestimate costs precision, an underestimate lets outputs wrap.
         assert linear_map.max_norm >= matrix.norm(dim=1).max().item() * (1 - 1e-12)

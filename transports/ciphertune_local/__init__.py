@@ -33,7 +33,7 @@ class LocalLink(Link):
     def submit(self, request: Message) -> Future[Message]:
         """Evaluate at once; the future is already done."""
         future: Future[Message] = Future()
-        worker = self._worker  # which another thread may let go of meanwhile
+        worker = self._worker  # another thread may close the link meanwhile
         if worker is None:
             future.set_exception(TransportError("the local link is closed"))
             return future
@@ -54,7 +54,7 @@ class LocalLink(Link):
             raise ReplyError(f"{self.name} sent a malformed reply: {error}") from error
 
     def close(self) -> None:
-        """Let go of the worker."""
+        """See ``Link.close``."""
         self._worker = None
 
 

@@ -21,9 +21,9 @@ class ZmqOptions:
             ``CIPHERTUNE_KEYS`` or ``~/.ciphertune/keys`` if not given.
         client: name of the client's key in that folder.
         insecure: plain TCP, to workers on this machine only.
-        no_authentication: plain TCP to any machine: whoever can reach the link can read it (what the backend encrypts
-            stays encrypted), alter it unnoticed, and pose as the worker.
-        heartbeat: seconds between signs of life; a worker silent for three times as long is given up.
+        no_authentication: plain TCP to any machine: anyone on the network between can read what the backend does not
+            encrypt, alter messages unnoticed, and pose as the worker.
+        heartbeat: seconds between heartbeats; after three without one the connection counts as lost.
     """
 
     curve: str | None = None
@@ -45,7 +45,7 @@ class ZmqServeOptions:
         insecure: plain TCP, on a loopback address only.
         no_authentication: plain TCP on any address: anyone who can reach it can use this worker.
         heartbeat: as for clients.
-        max_incomplete_bytes: bytes of unfinished messages that all connections together may make this process hold.
+        max_incomplete_bytes: bytes of incomplete messages, of all connections together.
     """
 
     curve: str | None = None
@@ -59,7 +59,7 @@ class ZmqServeOptions:
 
 
 class ZmqTransport(Transport):
-    """One DEALER socket a worker; workers listen on a ROUTER socket."""
+    """A DEALER socket for each worker; workers listen on a ROUTER socket."""
 
     name = "zmq"
     Options = ZmqOptions

@@ -1,16 +1,21 @@
-"""Addresses as users write them."""
+"""Addresses of workers, as users write them."""
 
 from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import os
+import sys
 
 from ciphertune.errors import SelectionError
+
+# What the system's structure for addresses holds, less the zero at the end.
+_LONGEST_PATH = 107 if sys.platform == "linux" else 103
 
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where a worker listens.
+    """The address of a worker.
 
     Attributes:
         scheme: ``tcp`` or ``ipc``.
@@ -28,7 +33,7 @@ class Address:
 
     @property
     def zmq(self) -> str:
-        """As ZeroMQ writes it."""
+        """The address in ZeroMQ's form."""
         return f"ipc://{self.path}" if self.scheme == "ipc" else f"tcp://{self.host}:{self.port}"
 
     @property
@@ -51,12 +56,14 @@ def parse(text: str) -> Address:
     ('ipc:///run/worker.sock', True)
 
     Raises:
-        SelectionError: it is neither.
+        SelectionError: the text has another form.
     """
     scheme, separator, rest = text.partition("://")
     if not separator:
         scheme, rest = "tcp", text
-    if scheme == "ipc" and rest and len(rest.encode()) < 100:
+    if scheme == "ipc" and rest:
+        if (size := len(os.fsencode(rest))) > _LONGEST_PATH:
+            raise SelectionError(f"{text!r} is too long: a Unix socket's path takes {_LONGEST_PATH} bytes, not {size}")
         return Address("ipc", path=rest)
     host, colon, port = rest.rpartition(":")
     if scheme == "tcp" and colon and host and (port == "*" or (port.isdecimal() and int(port) < 65536)):

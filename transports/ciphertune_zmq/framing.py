@@ -1,8 +1,8 @@
-"""How a message lies in ZeroMQ's frames: an envelope, then the message's own, large ones cut where that helps.
+"""Messages as ZeroMQ frames: an envelope, then the message's frames, large ones in chunks.
 
-CURVE encrypts a frame as a whole, so one large frame is encrypted, sent and decrypted one after the other. Cut into
-parts the three overlap: a reply of 10 MB takes half the time. Without CURVE there is no such gain, and joining parts
-costs a copy, so only frames that would take a slow link longer than the signs of life between which they stand are cut.
+CURVE encrypts a frame as a whole, so one large frame is encrypted, sent and decrypted one after the other. With chunks
+the three overlap: a reply of 10 MB takes half the time. Without CURVE there is no such gain, and joining chunks costs a
+copy, so chunks are larger: just small enough that a slow link carries heartbeats between them.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from ciphertune.errors import ProtocolError
 from ciphertune.protocol import Frame, Limits
 
 CHUNK = 1 << 19
-"""Bytes of a part; between 256 KiB and 1 MiB the gain is within a tenth of the best."""
+"""Bytes of a chunk with CURVE; between 256 KiB and 1 MiB the gain is within a tenth of the best."""
 
 PLAIN_CHUNK = 1 << 21
-"""The same without CURVE."""
+"""Bytes of a chunk without CURVE."""
 
 NUMBER_BYTES = 8
 
 
-def wrap(number: bytes, frames: Sequence[Frame], cut: bool) -> list[Frame]:
-    """The envelope and the frames, as they travel.
+def wrap(number: bytes, frames: Sequence[Frame], encrypted: bool) -> list[Frame]:
+    """Make the envelope and the chunks that are sent.
 
     Args:
-        number: 8 bytes that tell a request, and its reply, from others of this connection.
+        number: 8 bytes that identify a request, and its reply, on a connection.
         frames: of the message.
-        cut: whether CURVE encrypts them.
+        encrypted: whether CURVE encrypts them.
     """
-    chunk = CHUNK if cut else PLAIN_CHUNK
+    chunk = CHUNK if encrypted else PLAIN_CHUNK
     counts = []
     parts: list[Frame] = []
     for frame in frames:
         if len(frame) > chunk:
             view = memoryview(frame)
-            cut_up = [view[start : start + chunk] for start in range(0, len(view), chunk)]
-            counts.append(len(cut_up))
-            parts += cut_up
+            chunks = [view[start : start + chunk] for start in range(0, len(view), chunk)]
+            counts.append(len(chunks))
+            parts += chunks
         else:
             counts.append(1)
             parts.append(frame)
@@ -48,12 +48,12 @@ def wrap(number: bytes, frames: Sequence[Frame], cut: bool) -> list[Frame]:
 
 
 def max_parts(limits: Limits) -> int:
-    """Parts that a message within these limits may have, its envelope included."""
+    """The largest number of parts of a message within these limits, its envelope included."""
     return limits.buffers + 2 + limits.total_bytes // CHUNK + limits.buffers
 
 
 def unwrap(envelope: bytes, parts: Sequence[Frame]) -> list[Frame]:
-    """The message's frames.
+    """Join the chunks of a message to its frames.
 
     Raises:
         ProtocolError: the envelope does not describe the parts.

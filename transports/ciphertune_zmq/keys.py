@@ -1,6 +1,6 @@
-"""CURVE key pairs (Curve25519, as ZeroMQ's RFC 26 uses them) and the folder they lie in.
+"""CURVE key pairs (Curve25519, as in ZeroMQ's RFC 26) and their files.
 
-``worker.key`` and ``client.key`` are secret; ``worker.pub`` goes to clients, ``clients/*.pub`` lie at the worker.
+``worker.key`` and ``client.key`` are secret; ``worker.pub`` goes to clients, ``clients/*.pub`` stay at the worker.
 """
 
 from __future__ import annotations

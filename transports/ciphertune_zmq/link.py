@@ -1,4 +1,4 @@
-"""A client's end of one connection."""
+"""The link of a zmq client to one worker."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ciphertune.errors import ProtocolError, TransportError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, pack, unpack
 from ciphertune.transport import Link, PendingReplies
 from ciphertune_zmq.address import Address
+from ciphertune_zmq.context import shared_context
 from ciphertune_zmq.framing import unwrap, wrap
 from ciphertune_zmq.loop import HANDSHAKE_FAILURES, SocketLoop
 from ciphertune_zmq.receive_limit import ReceiveLimit
@@ -22,40 +23,29 @@ _CONNECT_SECONDS = 5.0
 _NUMBER = struct.Struct("<Q")
 
 
-class ZmqLink(Link):
+class ZmqLink(SocketLoop, Link):
     """Requests to one worker, many at a time, answered in any order.
 
     Args:
         address: the worker's.
         curve: keys, or None for a connection without.
-        heartbeat: seconds between signs of life.
+        heartbeat: seconds between heartbeats.
+
+    Raises:
+        TransportError: ZeroMQ refuses the address.
     """
 
     def __init__(self, address: Address, curve: ClientCurve | None, heartbeat: float) -> None:
+        super().__init__(zmq.DEALER, f"ciphertune-zmq-{address}", shared_context())
         self.name = str(address)
-        self._loop = _ClientLoop(address, curve, heartbeat)
-
-    def submit(self, request: Message) -> Future[Message]:
-        """See ``Link.submit``. Buffers are read until the request has left, so they must not be changed."""
-        return self._loop.submit(pack(request))
-
-    def close(self) -> None:
-        """See ``Link.close``."""
-        self._loop.pending.close()
-        self._loop.stop()
-
-
-class _ClientLoop(SocketLoop):
-    def __init__(self, address: Address, curve: ClientCurve | None, heartbeat: float) -> None:
-        super().__init__(zmq.DEALER, f"ciphertune-zmq-{address}")
-        self.pending: PendingReplies[Message] = PendingReplies(str(address))
-        self._cut = curve is not None
+        self._pending: PendingReplies[Message] = PendingReplies(self.name)
+        self._encrypted = curve is not None
         self._outgoing: collections.deque[tuple[int, list[Frame]]] = collections.deque()
         self._limit = ReceiveLimit(DEFAULT_LIMITS.total_bytes)
         self._connected = False
         self._descriptor = -1
         options = {
-            zmq.IMMEDIATE: 1,  # Requests wait here, where they can fail, not in the socket.
+            zmq.IMMEDIATE: 1,  # Requests wait in this process, where they can fail, and not in the socket.
             zmq.HEARTBEAT_IVL: int(1000 * heartbeat),
             zmq.HEARTBEAT_TIMEOUT: int(3000 * heartbeat),
             zmq.CONNECT_TIMEOUT: int(1000 * _CONNECT_SECONDS),
@@ -77,25 +67,35 @@ class _ClientLoop(SocketLoop):
             raise TransportError(f"cannot connect to {address}: {error}") from error
         self.start()
 
-    def submit(self, frames: list[Frame]) -> Future[Message]:
-        number, reply = self.pending.add()
+    def submit(self, request: Message) -> Future[Message]:
+        """See ``Link.submit``. Buffers are read until the request has left, so they must not be changed."""
+        frames = pack(request)
+        number, reply = self._pending.add()
         if not reply.done():
             self._outgoing.append((number, frames))
             self.wake()
         return reply
 
+    def close(self) -> None:
+        """See ``Link.close``."""
+        self._pending.close()
+        self.stop()
+
     def poll_seconds(self) -> float:
-        return _CHECK_SECONDS if self.pending else 60.0
+        """See ``SocketLoop.poll_seconds``."""
+        return _CHECK_SECONDS if self._pending else 60.0
 
     def work(self, readable: bool) -> None:
+        """See ``SocketLoop.work``."""
         if readable:
             self._receive()
         if self._connected:
             self._send()
-        if self.pending and self._limit.enforce():
+        if self._pending and self._limit.enforce():
             self._lost("it sent more than a reply can be")
 
     def connection_event(self, event: int, value: int) -> None:
+        """See ``SocketLoop.connection_event``."""
         if event == zmq.EVENT_CONNECTED:
             self._descriptor = value
             self._limit.watch(value)
@@ -107,24 +107,25 @@ class _ClientLoop(SocketLoop):
             self._lost("the connection was lost")
         elif event in HANDSHAKE_FAILURES:
             self._lost(
-                "it refused this client: its key is not among those authorised there, or the worker's own key is not "
-                "the one this client has"
+                "it refused this client: the client's key is not authorised there, or the worker has another key than "
+                "the one in this client's folder"
             )
         elif event == zmq.EVENT_CONNECT_RETRIED:
             self._lost("nothing answers there")
 
     def ended(self) -> None:
-        self.pending.close()
+        """See ``SocketLoop.ended``."""
+        self._pending.close()
 
     def _send(self) -> None:
         while self._outgoing:
             number, frames = self._outgoing.popleft()
-            if number not in self.pending:
+            if number not in self._pending:
                 continue
             try:
-                self.socket.send_multipart(wrap(_NUMBER.pack(number), frames, self._cut), zmq.NOBLOCK, copy=False)
+                self.socket.send_multipart(wrap(_NUMBER.pack(number), frames, self._encrypted), zmq.NOBLOCK, copy=False)
             except zmq.ZMQError as error:
-                self.pending.fail(number, f"the request could not be sent: {error}")
+                self._pending.fail(number, f"the request could not be sent: {error}")
 
     def _receive(self) -> None:
         while True:
@@ -135,15 +136,15 @@ class _ClientLoop(SocketLoop):
             self._limit.message_complete(self._descriptor)
             envelope = frames[0].bytes
             number = _NUMBER.unpack_from(envelope)[0] if len(envelope) >= _NUMBER.size else 0
-            if number not in self.pending:
+            if number not in self._pending:
                 continue
             try:
-                self.pending.answer(number, unpack(unwrap(envelope, [frame.buffer for frame in frames[1:]])))
+                self._pending.answer(number, unpack(unwrap(envelope, [frame.buffer for frame in frames[1:]])))
             except ProtocolError as error:
-                self.pending.fail(number, error)
+                self._pending.fail(number, error)
 
     def _lost(self, why: str) -> None:
         self._connected = False
-        # In this order: a request that comes in between fails, where the other way round it would be lost.
+        # In this order: a request that is submitted in between fails. In the other it would be dropped unanswered.
         self._outgoing.clear()
-        self.pending.fail_all(why)
+        self._pending.fail_all(why)

@@ -1,4 +1,4 @@
-"""A worker's end: many connections, one socket."""
+"""The listener of a zmq worker: one socket for all connections."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 _CHECK_SECONDS = 0.25
 _SENDING_SECONDS = 0.01
 _HANDSHAKE_SECONDS = 5
-# Messages that wait for this process, and for one client, before the connection itself is held up.
+# Messages in the socket's queues, to this process and to one client; more wait at their senders.
 _RECEIVE_QUEUE = 8
 _SEND_QUEUE = 64
 _ROUTING_FRAMES = 2
 _ENVELOPE_BYTES = 1 << 16
-# Replies to clients that take none.
-_MOST_WAITING = 1 << 14
-# Below this copying is cheaper than telling when ZeroMQ is done with the memory.
-_SMALL = 1 << 16
+# Replies kept for clients that do not read theirs.
+_MAX_REPLIES = 1 << 14
+# Bytes below which a copy is cheaper than tracking when ZeroMQ has sent the memory.
+_COPY_BYTES = 1 << 16
 
 
 class ZmqListener(Listener):
@@ -92,7 +92,7 @@ class _ServerLoop(SocketLoop):
         self._authenticator: ThreadAuthenticator | None = None
         self._next_check = 0.0
         settings = {
-            zmq.ROUTER_MANDATORY: 1,  # A reply to a client that left is an error to count, not silence.
+            zmq.ROUTER_MANDATORY: 1,  # A reply to a client that has gone is an error, not dropped silently.
             zmq.HEARTBEAT_IVL: int(1000 * options.heartbeat),
             zmq.HEARTBEAT_TIMEOUT: int(3000 * options.heartbeat),
             zmq.HANDSHAKE_IVL: 1000 * _HANDSHAKE_SECONDS,
@@ -120,7 +120,7 @@ class _ServerLoop(SocketLoop):
 
     @property
     def sending(self) -> bool:
-        """Whether replies still wait to leave."""
+        """Whether replies have not been sent yet."""
         return bool(self._replies or self._unsent)
 
     def poll_seconds(self) -> float:
@@ -141,9 +141,9 @@ class _ServerLoop(SocketLoop):
             self._unsent = left
         if time.monotonic() >= self._next_check:
             self._next_check = time.monotonic() + _CHECK_SECONDS
-            cut = self._limit.enforce()
-            if cut:
-                log.warning("cut %d connections that sent more than a message may be", cut)
+            count = self._limit.enforce()
+            if count:
+                log.warning("shut down %d connections whose incomplete messages were over the limit", count)
 
     def connection_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
@@ -173,7 +173,7 @@ class _ServerLoop(SocketLoop):
             self._authenticator = None
 
     def _receive(self) -> None:
-        # A few at a time, so that replies are not held up by a client that keeps sending.
+        # A few at a time, so that a client that keeps sending does not delay replies.
         for _ in range(_RECEIVE_QUEUE):
             frames: list[zmq.Frame] = []
             limits, nbytes = self._handler.limits, 0
@@ -184,7 +184,7 @@ class _ServerLoop(SocketLoop):
                     frame = self.socket.recv(zmq.NOBLOCK, copy=False)
                     more = frame.more
                     nbytes += len(frame)
-                    # What is not kept is missed below, and the message refused.
+                    # Without the frames that are not kept the message is refused below.
                     if len(frames) <= most and nbytes <= limits.header_bytes + limits.total_bytes + _ENVELOPE_BYTES:
                         frames.append(frame)
             except zmq.Again:
@@ -197,8 +197,8 @@ class _ServerLoop(SocketLoop):
             try:
                 parts = unwrap(envelope, [frame.buffer for frame in frames[_ROUTING_FRAMES:]])
             except ProtocolError as error:
-                # What is left of it makes the handler answer with an error, since one is owed.
-                log.info("malformed: %s", error)
+                # Without frames the handler answers with an error.
+                log.info("a malformed message: %s", error)
                 parts = []
             self._handler.submit(parts, _peer(frame), self._reply_to(route, envelope[:NUMBER_BYTES]))
 
@@ -214,7 +214,7 @@ class _ServerLoop(SocketLoop):
 
     def _send(self, out: _Outgoing) -> None:
         parts: Sequence[Any] = [out.route, *wrap(out.number, out.frames, self._authenticator is not None)]
-        small = sum(len(frame) for frame in out.frames) < _SMALL
+        small = sum(len(frame) for frame in out.frames) < _COPY_BYTES
         try:
             if small:
                 self.socket.send_multipart(parts, zmq.NOBLOCK)
@@ -223,19 +223,19 @@ class _ServerLoop(SocketLoop):
                 tracker = self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False, track=True)
                 self._unsent.append((tracker, out.release))
         except zmq.Again:
-            # Its connection is full; what may wait here is bounded by its quota, but for refusals, which have none.
-            if len(self._replies) < _MOST_WAITING:
+            # Its queue is full. Quotas bound the replies that wait here, except refusals, which count in no quota.
+            if len(self._replies) < _MAX_REPLIES:
                 self._replies.append(out)
             else:
                 out.release()
         except zmq.ZMQError as error:
-            # Gone: it will ask again if it still wants to know.
+            # The client has gone; it repeats the request if it still needs the reply.
             log.info("a reply was dropped: %s", error)
             out.release()
 
 
 def _peer(frame: zmq.Frame) -> str:
-    """The client's public key where there is one, else the address it comes from."""
+    """The name of the client for quotas and sessions: its public key, or its address without CURVE."""
     for name in ("User-Id", "Peer-Address"):
         try:
             value = frame.get(name)

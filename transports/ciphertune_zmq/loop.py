@@ -1,4 +1,4 @@
-"""What both ends share: a thread that owns the sockets, and a way to wake it."""
+"""A thread that owns a ZeroMQ socket, which link and listener derive from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
+
+from ciphertune_zmq.context import LOOP_DESCRIPTORS, need_descriptors
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +34,21 @@ HANDSHAKE_FAILURES = (
 
 
 class SocketLoop(abc.ABC):
-    """One thread that owns a ZeroMQ socket, its monitor and its context. Other threads only ``wake`` it.
+    """A thread that owns a ZeroMQ socket and its monitor. Other threads only ``wake`` it.
 
     Args:
         kind: type of the socket.
         name: of the thread.
+        context: to make the socket in; one of its own, which ends with it, if None.
+
+    Raises:
+        TransportError: this process may not open files enough.
     """
 
-    def __init__(self, kind: int, name: str) -> None:
-        self.context = zmq.Context()
+    def __init__(self, kind: int, name: str, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+        need_descriptors(LOOP_DESCRIPTORS if context is not None else 2 * LOOP_DESCRIPTORS)
+        self._shares = context is not None
+        self.context = context if context is not None else zmq.Context()
         self.socket: zmq.Socket[bytes] = self.context.socket(kind)
         self.socket.linger = 0
         self._monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(CONNECTION_EVENTS)
@@ -55,13 +63,13 @@ class SocketLoop(abc.ABC):
         self._thread.start()
 
     def wake(self) -> None:
-        """Have the thread look at what there is to do."""
-        # A full pipe means that it is about to.
+        """Have the thread call ``work`` soon."""
+        # If the buffer is full it is awake already.
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_out.send(b"x")
 
     def stop(self) -> None:
-        """End the thread and let go of everything. Idempotent; not from the thread itself."""
+        """End the thread and release its resources. Idempotent; not to be called on the thread itself."""
         self.stopping = True
         self.wake()
         if self._thread.is_alive():
@@ -71,19 +79,19 @@ class SocketLoop(abc.ABC):
 
     @abc.abstractmethod
     def poll_seconds(self) -> float:
-        """How long the thread may sleep if nothing happens."""
+        """Seconds that the thread may sleep if nothing happens."""
 
     @abc.abstractmethod
     def work(self, readable: bool) -> None:
-        """Receive, if there is something, and send."""
+        """Send what waits, after receiving if the socket is ``readable``."""
 
     @abc.abstractmethod
     def connection_event(self, event: int, value: int) -> None:
-        """A connection was made, lost or refused; ``value`` as in ``zmq_socket_monitor``."""
+        """Handle a connection that was made, lost or refused; ``value`` as in ``zmq_socket_monitor``."""
 
     @abc.abstractmethod
     def ended(self) -> None:
-        """The thread ends: answer whoever waits."""
+        """Settle what still waits; called when the thread ends."""
 
     def _run(self) -> None:
         try:
@@ -107,7 +115,7 @@ class SocketLoop(abc.ABC):
             if wake in events:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_in.recv(4096)
-            # Replies that came before the connection was lost count.
+            # Before the monitor: replies that came before the connection was lost count.
             self.work(self.socket in events)
             if self._monitor in events:
                 self._read_monitor()
@@ -124,6 +132,7 @@ class SocketLoop(abc.ABC):
         self.socket.disable_monitor()
         self._monitor.close(0)
         self.socket.close(0)
-        self.context.term()
+        if not self._shares:
+            self.context.term()
         self._wake_in.close()
         self._wake_out.close()

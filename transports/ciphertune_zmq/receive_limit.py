@@ -1,8 +1,7 @@
-"""A bound on what peers can make this process hold before a message is complete.
+"""A limit on the memory that incomplete messages of peers may take.
 
-ZeroMQ delivers a message only when its last frame is there, so a peer that never sends it could fill the memory with
-frames that nobody gets to see. The kernel counts what came over each connection: what came since its last complete
-message is what is being held.
+ZeroMQ delivers a message when its last frame has come, so a peer that never sends the last frame could fill the memory.
+The kernel counts the bytes received over each connection. Those since its last complete message are in memory.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ class _Connection:
 
 
 class ReceiveLimit:
-    """Watches the connections of one socket.
+    """Counts incomplete messages of the connections of one socket, on Linux; elsewhere nothing is counted.
 
-    Descriptors are ZeroMQ's own, which closes them when it likes, so they are looked at only for a moment, and a
-    connection is known again by its peer's address.
+    Descriptors belong to ZeroMQ, which may close one at any time. So each is duplicated for the moment of a look, and a
+    connection is identified by its peer's address too.
 
     Args:
-        limit: bytes of unfinished messages of all connections together.
+        limit: bytes of incomplete messages of all connections together.
     """
 
     def __init__(self, limit: int) -> None:
@@ -42,60 +41,60 @@ class ReceiveLimit:
     def __len__(self) -> int:
         return len(self._connections)
 
-    def opened(self, descriptor: int) -> None:
-        """A connection with this file descriptor is there."""
+    def watch(self, descriptor: int) -> None:
+        """Count for a new connection, of this file descriptor."""
         self._connections.pop(descriptor, None)
         if not sys.platform.startswith("linux"):
             return
-        with contextlib.suppress(OSError), _borrowed(descriptor) as handle:
+        with contextlib.suppress(OSError), _duplicate(descriptor) as handle:
             self._connections[descriptor] = _Connection(handle.getpeername(), 0)
 
-    def closed(self, descriptor: int) -> None:
-        """It is gone."""
+    def forget(self, descriptor: int) -> None:
+        """Stop counting for a connection that has ended."""
         self._connections.pop(descriptor, None)
 
-    def delivered(self, descriptor: int) -> None:
-        """A complete message came over it."""
+    def message_complete(self, descriptor: int) -> None:
+        """Note that a complete message came over a connection."""
         if descriptor in self._connections:
-            self._connections[descriptor].at_last_message += self._held(descriptor)
+            self._connections[descriptor].at_last_message += self._incomplete(descriptor)
 
     def enforce(self) -> int:
-        """Cut the connections that hold the most until the rest is within the limit; how many were cut."""
-        held = {descriptor: self._held(descriptor) for descriptor in list(self._connections)}
-        total = sum(held.values())
-        cut = 0
-        for descriptor in sorted(held, key=held.__getitem__, reverse=True):
+        """Shut down connections, largest first, until the rest are within the limit; how many were shut down."""
+        incomplete = {descriptor: self._incomplete(descriptor) for descriptor in list(self._connections)}
+        total = sum(incomplete.values())
+        count = 0
+        for descriptor in sorted(incomplete, key=incomplete.__getitem__, reverse=True):
             if total <= self._limit:
                 break
-            total -= held[descriptor]
-            cut += 1
-            with contextlib.suppress(OSError), _borrowed(descriptor) as handle:
+            total -= incomplete[descriptor]
+            count += 1
+            with contextlib.suppress(OSError), _duplicate(descriptor) as handle:
                 if handle.getpeername() == self._connections[descriptor].peer:
                     handle.shutdown(socket.SHUT_RDWR)
-            self.closed(descriptor)
-        return cut
+            self.forget(descriptor)
+        return count
 
-    def _held(self, descriptor: int) -> int:
-        """Bytes that came since its last complete message; a connection that is gone is forgotten."""
+    def _incomplete(self, descriptor: int) -> int:
+        """Bytes received since the last complete message; a connection that has ended is forgotten."""
         connection = self._connections[descriptor]
         try:
-            with _borrowed(descriptor) as handle:
+            with _duplicate(descriptor) as handle:
                 if handle.getpeername() == connection.peer:
                     return _received(handle) - connection.at_last_message
         except OSError:
             pass
-        self.closed(descriptor)
+        self.forget(descriptor)
         return 0
 
 
 @contextlib.contextmanager
-def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """A socket object for a descriptor of someone else's. Raises ``OSError`` where it is none."""
+def _duplicate(descriptor: int) -> Iterator[socket.socket]:
+    """Make a socket object for a descriptor of ZeroMQ. Raises ``OSError`` if it is not that of a socket."""
     copy = os.dup(descriptor)
     try:
         handle = socket.socket(fileno=copy)
     except OSError:
-        # Closed meanwhile, its number may be that of something that is no socket.
+        # After ZeroMQ has closed it the number may belong to another kind of file.
         os.close(copy)
         raise
     try:
@@ -105,7 +104,7 @@ def _borrowed(descriptor: int) -> Iterator[socket.socket]:
 
 
 def _received(handle: socket.socket) -> int:
-    """Bytes that ever came over a TCP connection, 0 for other kinds."""
+    """Bytes received over a TCP connection since its start; 0 for other kinds of sockets."""
     if handle.family not in (socket.AF_INET, socket.AF_INET6):
         return 0
     info = handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _OFFSET + 8)

@@ -1,4 +1,4 @@
-"""What protects a connection: CURVE keys, a Unix socket's permissions, or, if the user insists, nothing."""
+"""The protection of a connection: CURVE keys, a Unix socket's permissions, or, if the user insists, none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ClientCurve:
 
 
 class AuthorisedClients:
-    """Public keys of the clients that a worker serves, read anew when a client connects.
+    """The public keys of the clients that a worker serves, read again when a client connects.
 
     Args:
         folder: of ``*.pub`` files; a file added or removed counts for the next connection.
@@ -43,20 +43,20 @@ class AuthorisedClients:
                 if read_public(file) == key:
                     return True
             except KeyFileError as error:
-                log.warning("skipped: %s", error)
+                log.warning("a client's key is skipped: %s", error)
         return False
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerCurve:
-    """A worker's key and whom it lets in."""
+    """A worker's key and the clients it serves."""
 
     pair: KeyPair
     clients: AuthorisedClients
 
 
 def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
-    """Keys for a worker, or None where none are used.
+    """Read a client's keys for a worker; None for a connection without CURVE.
 
     The worker's public key is the first that exists of ``HOST_PORT.pub``, ``HOST.pub`` and ``worker.pub`` in the keys'
     folder.
@@ -75,7 +75,7 @@ def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
 
 
 def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | None:
-    """A worker's key and authorised clients, or None where none are used. Raises as ``client_curve``."""
+    """Read a worker's key and its clients; None for connections without CURVE. Raises as ``client_curve``."""
     if _plain(address, options.insecure, options.no_authentication):
         if address.scheme == "tcp" and not address.loopback:
             log.warning("%s is served without authentication: anyone who can reach it can use this worker", address)

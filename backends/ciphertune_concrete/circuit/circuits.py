@@ -39,7 +39,7 @@ from ciphertune_concrete.circuit.params import (
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-"""Of what lies in a cached folder, beyond what its hash is made from."""
+"""Version of the contents of a cached folder, beyond what its hash is made from."""
 _LIBRARY = ("sharedlib.so", "sharedlib.dylib", "program_info.concrete.params.json", "compilation_feedback.json")
 _FACTS = "facts.json"
 _PRODUCT = "product"

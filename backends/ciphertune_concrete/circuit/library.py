@@ -84,10 +84,3 @@ def fhe() -> Any:
 def compiler() -> Any:
     """The module ``concrete.compiler``. Raises ``PluginError``."""
     return _load()[1]
-
-
-def prepare_thread() -> None:
-    """Let this thread compile: the library readies only the one that imported it."""
-    context = importlib.import_module("concrete.fhe.extensions.tag").tag_context
-    if not hasattr(context, "stack"):
-        context.stack = []

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ciphertune.errors import PluginError
-from ciphertune_concrete.circuit.library import fhe, prepare_thread, signals_kept
+from ciphertune_concrete.circuit.library import fhe, signals_kept
+from ciphertune_concrete.threads import prepare_thread
 
 Words = NDArray[np.uint64]
 Mode = Literal["execute", "simulate"]

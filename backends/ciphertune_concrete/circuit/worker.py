@@ -125,7 +125,7 @@ class CircuitWorker(WorkerHalf):
         return words_of(fhe().Value(back), words, self._reference.reply)
 
     def _threads(self) -> ThreadPoolExecutor:
-        """A circuit is one thread's work, and lets others run meanwhile."""
+        """Threads of a worker: a circuit takes one, and lets others run meanwhile."""
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(torch.get_num_threads(), "ciphertune-circuit")

@@ -36,7 +36,7 @@ from ciphertune_concrete.glwe.params import (
 from ciphertune_concrete.licence import TERMS
 
 _SECONDS_AN_OUTPUT = 0.05
-"""What one output of one token may take on a slow machine: several times what two cores of a server took."""
+"""Seconds of one output of one token on a slow machine: several times what two cores of a server took."""
 
 
 @dataclasses.dataclass(frozen=True)

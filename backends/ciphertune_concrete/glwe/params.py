@@ -19,7 +19,7 @@ PARAMETERS: dict[str, int | float] = {
     "output_storage_ciphertext_modulus": 26,
     "pks_noise_distrubution_stdev": 2.84526747960191e-15,
 }
-"""What concrete-ml-extensions 0.2.0 gives as ``default_params()``, in its own spelling."""
+"""Parameters that concrete-ml-extensions 0.2.0 gives as ``default_params()``, in its own spelling."""
 
 NAME = "glwe-2048"
 """This set's name, in key files and on the wire."""
@@ -36,7 +36,7 @@ far the largest error then. With all bits of a request for an input, what is lef
 ciphertexts look like does not depend on it.
 """
 PARAMETERS_JSON = json.dumps({**PARAMETERS, "bits_reserved_for_computation": MESSAGE_BITS})
-"""As the client encodes; keys do not depend on how many bits a message has."""
+"""JSON of the parameters as the client encodes; keys do not depend on how many bits a message has."""
 REPLY_BITS = 26
 """Bits kept of every ciphertext value that comes back."""
 LEVELS, BASE_BITS = 2, 14

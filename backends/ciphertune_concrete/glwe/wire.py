@@ -168,7 +168,7 @@ def _constant(words: Words, *values: int) -> Words:
 
 
 def _take(words: Words, place: int, *expected: int) -> int:
-    """The place after these words, which must be here."""
+    """Return the place after these words, which must be here."""
     stop = place + len(expected)
     if words[place:stop].tolist() != list(expected):
         raise other_layout()

@@ -72,7 +72,7 @@ class ConcreteMLBackend(Backend):
 
     @property
     def weight_bits(self) -> WeightBits | None:
-        """As the option says; Concrete ML quantizes for each direction what it finds."""
+        """See ``Backend.weight_bits``: the option; Concrete ML quantizes for each direction what it finds."""
         bits: Literal[8, 16, 32] = self.options.weight_bits
         return None if bits == 32 else bits
 

@@ -58,7 +58,7 @@ class Quantization:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Quantization:
-        """From what a client sent. Raises ``ProtocolError``."""
+        """Read the quantization that a client sent. Raises ``ProtocolError``."""
         mode, n_bits, dynamic = fields.get("mode"), fields.get("n_bits"), fields.get("dynamic")
         if mode not in MODES:
             raise ProtocolError(f"the mode must be one of {', '.join(MODES)}")

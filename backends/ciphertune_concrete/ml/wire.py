@@ -1,4 +1,4 @@
-"""How concrete-ml-extensions 0.1.9 lays out its matrices, so that what came over a wire is checked before it reads it.
+"""Layout of the matrices of concrete-ml-extensions 0.1.9, so that bytes from a wire are checked before it reads them.
 
 All of it is little-endian 64-bit words. What is not ciphertext, a seed or padding follows from the sizes alone, and the
 library allocates and indexes by it, so it must be what this version writes.

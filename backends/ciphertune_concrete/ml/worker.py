@@ -25,6 +25,7 @@ from ciphertune_concrete.ml.library import (
     require,
 )
 from ciphertune_concrete.ml.wire import request_tokens
+from ciphertune_concrete.threads import prepare_thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +184,8 @@ def _in_one_range(array: Any) -> Quantized:
     """A matrix that was quantized with one symmetric range."""
     codes = torch.from_numpy(array.qvalues.astype(np.int16))
     outputs = codes.shape[1]
-    scale = torch.full((outputs,), float(array.quantizer.scale))
-    return Quantized(codes, scale, torch.zeros(outputs), codes.sum(0, dtype=torch.float32))
+    scale = torch.full((outputs,), float(array.quantizer.scale), dtype=torch.float32)
+    return Quantized(codes, scale, torch.zeros(outputs, dtype=torch.float32), codes.sum(0, dtype=torch.float32))
 
 
 def _as_module(matrix: Tensor, quantization: Quantization) -> Quantized:
@@ -194,14 +195,12 @@ def _as_module(matrix: Tensor, quantization: Quantization) -> Quantized:
     that of the codes, and for a circuit those inputs that give the largest and the smallest sum there can be.
     """
     compiler = require("concrete.ml.torch.compile")
-    # Concrete makes its stack of tags for the thread that imports it, and requests come on others.
-    context = require("concrete.fhe.extensions.tag").tag_context
-    if not hasattr(context, "stack"):
-        context.stack = []
+    prepare_thread()
     linear = require("concrete.ml.torch.hybrid_backprop_linear").BackwardModuleLinear(matrix)
     extremes = matrix.clamp_min(0).sum(0).argmax(), matrix.clamp_max(0).sum(0).argmin()
-    signs = torch.stack([torch.where(matrix[:, column] > 0, 1.0, -1.0) for column in extremes])
-    calibration = torch.cat([signs, -signs, torch.ones(1, len(matrix)), -torch.ones(1, len(matrix))])
+    signs = torch.stack([torch.where(matrix[:, column] > 0, 1.0, -1.0) for column in extremes]).to(torch.float32)
+    ones = torch.ones(1, len(matrix), dtype=torch.float32)
+    calibration = torch.cat([signs, -signs, ones, -ones])
     build = compiler.compile_torch_model if quantization.mode == "simulate" else compiler.build_quantized_module
     module = build(linear, calibration, n_bits=quantization.n_bits)
     (_, operation) = next(iter(module.quant_layers_dict.values()))

@@ -110,20 +110,33 @@ class AbsentTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Allow functions that read metadata only; raise ``OutsourcedWeightError`` for others."""
-        name = getattr(func, "__name__", "")
-        owner = getattr(getattr(func, "__self__", None), "__name__", "")
-        asked = owner if name == "__get__" else name
+        asked = _asked(func)
         if asked in _SHAPE and isinstance(args[0], AbsentTensor):
             return _SHAPE[asked](args[0].full, *args[1:], **(kwargs or {}))
-        allowed = owner in _METADATA_PROPERTIES if name == "__get__" else name in _METADATA
-        if not allowed:
-            refuse(next((a.layer for a in args if isinstance(a, AbsentTensor)), "a layer"), owner or name)
+        # Whoever wants a gradient of the weight would wait for it in vain.
+        trained = asked == "requires_grad_" and all([*args[1:], *(kwargs or {}).values()])
+        if trained or not only_metadata(func):
+            refuse(next((a.layer for a in args if isinstance(a, AbsentTensor)), "a layer"), asked)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and args and isinstance(args[0], AbsentTensor):
             result = result.as_subclass(AbsentTensor)
             result.layer, result.full = args[0].layer, args[0].full
         return result
+
+
+def only_metadata(func: Any) -> bool:
+    """Whether a function of torch, as ``__torch_function__`` gets it, asks of a tensor no more than metadata."""
+    if getattr(func, "__name__", "") == "__get__":
+        return _asked(func) in _METADATA_PROPERTIES or _asked(func) in _SHAPE
+    return _asked(func) in _METADATA or _asked(func) in _SHAPE
+
+
+def _asked(func: Any) -> str:
+    """The name of a function, or of the property that it gets."""
+    name = str(getattr(func, "__name__", ""))
+    owner = str(getattr(getattr(func, "__self__", None), "__name__", ""))
+    return owner if name in ("__get__", "__set__") and owner else name
 
 
 def refuse(layer: str, what: str) -> NoReturn:

@@ -43,6 +43,17 @@ def draft_directory(beside: Path, mode: int = 0o777) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def safetensors_written() -> Iterator[None]:
+    """Raise ``OSError`` where safetensors cannot write, which it tells by an error of its own."""
+    import safetensors
+
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise OSError(f"tensors cannot be written: {error}") from error
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file that appears whole or keeps its old content. Raises ``OSError``."""
     draft = _draft_beside(path)

@@ -49,7 +49,7 @@ class Product:
 
 
 SMALL = (Product(4, 64, 64), Product(4, 16, 16), Product(1, 8, 8))
-"""What is measured with every backend: the first, or the next that it can evaluate in time."""
+"""Products measured with every backend: the first, or the next that it can evaluate in time."""
 LARGE = Product(64, 768, 768)
 """The size of one layer of a small language model for half a sentence."""
 
@@ -93,7 +93,7 @@ def bench_compare(
 
 
 def machine() -> dict[str, Any]:
-    """Of what machine the figures are, in words."""
+    """Machine that the figures are of, in words."""
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

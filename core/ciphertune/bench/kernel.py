@@ -13,8 +13,7 @@ from ciphertune.client.choice import choose
 from ciphertune.client.session import Session
 from ciphertune.errors import ConfigError
 from ciphertune.weights import describe, quantize
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 
 def bench_kernel(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ciphertune._support.own_modes import own_modes
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
     CLIENT_MANIFEST,
@@ -32,6 +33,7 @@ from ciphertune.weights import DIGEST_ROWS, LayerInfo
 _DIGEST_BYTES = 32
 
 
+@own_modes()
 def load_client(
     folder: str | os.PathLike[str],
     to: str,
@@ -128,7 +130,7 @@ def _read_layers(folder: Path, manifest: dict[str, Any]) -> tuple[list[LayerInfo
 
 
 def _candidates(model: nn.Module, infos: list[LayerInfo], folder: Path) -> list[Candidate]:
-    by_name = {candidate.name: candidate for candidate in linear_layers(model, allow_meta=True)}
+    by_name = {candidate.name: candidate for candidate in linear_layers(model, allow_meta=True, trial=False)}
     chosen = []
     for info in infos:
         candidate = by_name.get(info.name)
@@ -174,12 +176,12 @@ def _fill(
 
 
 def _tie(model: nn.Module, groups: list[list[str]], outsourced: set[str]) -> None:
-    """Make parameters that were one tensor one parameter again."""
+    """Make parameters that were one tensor one again, outsourced ones too, which are noted as tied."""
     for group in groups:
-        first, *others = [name for name in group if name not in outsourced]
-        for name in others:
+        here = [name for name in group if name not in outsourced]
+        for name in group if here else ():
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, model.get_parameter(first))
+            setattr(model.get_submodule(parent), attribute, model.get_parameter(here[0]))
 
 
 def _companions(model: Any, folder: Path) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.bundle.files import TensorFiles, checkpoint_files
 from ciphertune.errors import ConfigError
-from ciphertune.models.load import load_named_model, smollm2_folder
+from ciphertune.models.load import load_named_model, refuse_adapter, smollm2_folder
 from ciphertune.models.skeleton import build, tied_names
-from ciphertune.outsourcing.layers import Candidate, is_conv1d
+from ciphertune.outsourcing.layers import Candidate
+from ciphertune.outsourcing.obstacles import is_conv1d
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -175,6 +176,7 @@ def open_source(model: str | nn.Module, gguf_file: str | None, in_memory: bool) 
     folder = Path(model)
     if gguf_file is None and not folder.is_dir():
         folder = _download(model)
+    refuse_adapter(folder)
     if gguf_file is None and not in_memory and checkpoint_files(folder):
         return CheckpointSource(folder, model)
     return ModuleSource(*_swap(load_named_model(str(folder), gguf_file, whole=True), model))

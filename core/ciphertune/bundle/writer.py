@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.atomic import draft_directory, sync_tree
+from ciphertune._support.atomic import draft_directory, safetensors_written, sync_tree
 from ciphertune.backend import WeightBits
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
@@ -100,18 +100,21 @@ def split(
         progress: called as weights are written.
 
     Raises:
-        ConfigError: the model cannot be read, an argument is wrong, or ``out`` exists.
+        ConfigError: the model cannot be read, an argument is wrong, or ``out`` exists or cannot be written.
         LayerError: about ``layers``, or a weight that is not finite.
     """
     target = Path(out)
     _check(target, shards, by, replicas, weight_bits, force)
     source = open_source(model, gguf_file, in_memory)
     chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with draft_directory(target, 0o755) as draft:
-        result = _Writer(source, chosen, draft, weight_bits, shards, by, progress).write(replicas)
-        sync_tree(draft)
-        _put(draft, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with draft_directory(target, 0o755) as draft, safetensors_written():
+            result = _Writer(source, chosen, draft, weight_bits, shards, by, progress).write(replicas)
+            sync_tree(draft)
+            _put(draft, target)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror or error}") from error
     return dataclasses.replace(
         result,
         client=target / "client",

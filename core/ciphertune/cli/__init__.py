@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from typing import NoReturn
 
@@ -72,11 +73,19 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Entry point: errors of ours are one line on standard error and exit status 1; Ctrl-C exits with 130."""
+    for stream in (sys.stdout, sys.stderr):
+        # Where the locale has no such letter, another stands for it.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         # Standalone, click would turn Ctrl-C into status 1, which a script could not tell from a failure.
         status = cli.main(args=args, prog_name="ciphertune", standalone_mode=False)
     except CipherTuneError as error:
         click.echo(f"ciphertune: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        click.echo(f"ciphertune: {where}{error.strerror or error}", err=True)
         sys.exit(1)
     except click.ClickException as error:
         error.show()

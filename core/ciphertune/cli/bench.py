@@ -1,4 +1,4 @@
-"""``ciphertune bench``: products and training steps against plaintext in the same run."""
+"""The commands ``ciphertune bench``: products and training steps against plaintext in the same run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ciphertune.cli.output import megabytes, print_facts, print_json, print_tabl
 
 _to = click.option("--to", default="mlwe", show_default=True, help="Selection string.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-_seed = click.option("--seed", default=0, show_default=True, help="Of weights, data and adapters.")
+_seed = click.option("--seed", default=0, show_default=True, help="Seed of weights, data and adapters.")
 
 
 @click.group()
@@ -27,7 +27,7 @@ def bench() -> None:
 @_seed
 @_json
 def kernel(to: str, tokens: int, in_features: int, out_features: int, repeat: int, seed: int, as_json: bool) -> None:
-    """One product: seconds to encrypt, evaluate and decrypt, bytes both ways, and its error."""
+    """Measure one product: seconds to encrypt, evaluate and decrypt, bytes both ways, and its error."""
     from ciphertune.bench.kernel import bench_kernel
 
     result = bench_kernel(to, tokens, in_features, out_features, repeat, seed)
@@ -64,7 +64,7 @@ def kernel(to: str, tokens: int, in_features: int, out_features: int, repeat: in
 @click.option("--repeat", default=1, show_default=True, help="Processes of each mode, in turn.")
 @click.option("--against", default=None, help="Another selection string to compare with in the same run.")
 @click.option("--micro-batches", default=1, show_default=True, help="Parts to compute an encrypted step's batch in.")
-@click.option("--interleave", default=1, show_default=True, help="How many of them are under way at once.")
+@click.option("--interleave", default=1, show_default=True, help="Micro-batches under way at once.")
 @_seed
 @_json
 def train(
@@ -79,7 +79,7 @@ def train(
     seed: int,
     as_json: bool,
 ) -> None:
-    """A whole training step: seconds, peak memory, traffic and loss, encrypted and in the clear."""
+    """Measure a training step: seconds, peak memory, traffic and loss, encrypted and in the clear."""
     from ciphertune.bench.train import bench_train
 
     result = bench_train(model, to, tokens, steps, repeat, seed, against, micro_batches, interleave)
@@ -107,10 +107,10 @@ def train(
 
 @bench.command()
 @click.option("--to", default="mlwe+zmq://", show_default=True, help="Selection string; no endpoint: start a worker.")
-@click.option("--count", default=2000, show_default=True, help="Requests.")
+@click.option("--count", default=2000, show_default=True, help="Number of requests.")
 @_json
 def link(to: str, count: int, as_json: bool) -> None:
-    """The round trip of an empty request to a worker in another process."""
+    """Measure the round trip of an empty request to a worker in another process."""
     from ciphertune.bench.link import bench_link
 
     result = bench_link(to, count)
@@ -127,7 +127,9 @@ def link(to: str, count: int, as_json: bool) -> None:
 @click.option("--in-features", default=768, show_default=True, help="K of the large product.")
 @click.option("--out-features", default=768, show_default=True, help="N of the large product.")
 @click.option("--repeat", default=3, show_default=True, help="Rounds; medians are shown.")
-@click.option("--seconds", default=60.0, show_default=True, help="Expected to take longer: scaled, not measured.")
+@click.option(
+    "--seconds", default=60.0, show_default=True, help="A product expected to take longer is scaled from a smaller one."
+)
 @_seed
 @_json
 def compare(
@@ -140,7 +142,7 @@ def compare(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Every installed backend on the same product: time, traffic, keys, error and security side by side."""
+    """Measure every installed backend on the same product: time, traffic, keys, error and security side by side."""
     from ciphertune.bench.compare import Product, bench_compare
     from ciphertune.bench.table import tables
 

@@ -1,4 +1,4 @@
-"""``ciphertune demo``."""
+"""The command ``ciphertune demo``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--to", default="mlwe", show_default=True, help="Selection string: which encryption, and where.")
+@click.option("--to", default="mlwe", show_default=True, help="Selection string: encryption, transport and workers.")
 @click.option("--quick", is_flag=True, help="A small network on handwritten digits, in seconds.")
 @click.option("--steps", type=int, default=None, help="Optimizer steps of each run [default: 10, quick: 80].")
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-output"), show_default=True
 )
-@click.option("--seed", default=0, show_default=True, help="Of adapters and data, the same for both runs.")
+@click.option("--seed", default=0, show_default=True, help="Seed of adapters and data, the same for both runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON at the end and nothing else.")
 def demo(to: str, quick: bool, steps: int | None, output: Path, seed: int, as_json: bool) -> None:
     """Fine-tune a real model on real data twice, in the clear and encrypted, and compare.

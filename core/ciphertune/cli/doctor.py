@@ -1,4 +1,4 @@
-"""``ciphertune doctor``: what runs here, and how fast."""
+"""The command ``ciphertune doctor``: versions, kernels and their speeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ciphertune.plugins import registry
 
 
 def _float_speed() -> float:
-    """float32 multiply-adds a second, in billions, on a product of 1024 × 1024 × 1024."""
+    """Measure float32 multiply-adds a second, in billions, on a product of 1024 × 1024 × 1024."""
     import torch
 
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
@@ -27,7 +27,7 @@ def _float_speed() -> float:
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, machine and kernels, as plain data."""
+    """Collect versions, machine and kernels, as plain data."""
     import torch
 
     about, (_, available) = environment.machine(), environment.memory()
@@ -48,7 +48,7 @@ def diagnose() -> dict[str, Any]:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json: bool) -> None:
-    """Versions, threads, and which product kernel was chosen with its speed."""
+    """Show versions, threads, and the chosen product kernel with its speed."""
     found = diagnose()
     if as_json:
         print_json(found)

@@ -1,8 +1,10 @@
-"""``ciphertune keys``."""
+"""The command ``ciphertune keys``."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from urllib.parse import quote
 
 import click
 
@@ -34,6 +36,6 @@ def keys(folder: Path, clients: tuple[str, ...], as_json: bool) -> None:
     print_facts(f"Keys in {folder}", made)
     click.echo(
         f"At the worker keep worker.key and clients/; give clients worker.pub and their own .key.\n"
-        f"Worker: ciphertune worker BUNDLE --bind tcp://0.0.0.0:5555 --curve {folder}\n"
-        f"Client: mlwe+zmq://HOST:5555?curve={folder}"
+        f"Worker: ciphertune worker BUNDLE --bind tcp://0.0.0.0:5555 --curve {shlex.quote(str(folder))}\n"
+        f"Client: mlwe+zmq://HOST:5555?curve={quote(str(folder), safe='/:~')}"
     )

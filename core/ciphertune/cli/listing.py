@@ -1,4 +1,4 @@
-"""``ciphertune backends``, ``transports`` and ``plugins``: what is installed, from where, and what it is worth."""
+"""The commands ``ciphertune backends``, ``transports`` and ``plugins``: lists of what is installed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _rows(group: str) -> list[dict[str, Any]]:
 
 
 def _plugin_rows() -> list[dict[str, Any]]:
-    """As ``_rows``, with whether a plugin manager takes each; ``CIPHERTUNE_PLUGINS`` may leave some out."""
+    """Rows as of ``_rows``, with whether a plugin manager takes each; ``CIPHERTUNE_PLUGINS`` may leave some out."""
     from ciphertune.plugins.manager import PluginManager
 
     manager = PluginManager()
@@ -79,7 +79,7 @@ def _options(row: dict[str, Any]) -> str:
 @click.command()
 @_json_option
 def backends(as_json: bool) -> None:
-    """Installed backends, what each protects, and its options with their defaults."""
+    """List installed backends, what each protects, and its options with their defaults."""
     rows = _rows(registry.BACKENDS)
     if as_json:
         print_json(rows)
@@ -98,7 +98,7 @@ def backends(as_json: bool) -> None:
 @click.command()
 @_json_option
 def transports(as_json: bool) -> None:
-    """Installed transports and their options."""
+    """List installed transports and their options."""
     rows = _rows(registry.TRANSPORTS)
     if as_json:
         print_json(rows)
@@ -118,7 +118,7 @@ def transports(as_json: bool) -> None:
 @click.command()
 @_json_option
 def plugins(as_json: bool) -> None:
-    """Installed hook plugins, the options of those that are active where named, and the hooks they use."""
+    """List installed hook plugins, the options of those that are active where named, and the hooks they use."""
     rows = _plugin_rows()
     if as_json:
         print_json(rows)

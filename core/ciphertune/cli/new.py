@@ -1,4 +1,4 @@
-"""``ciphertune new``."""
+"""The command ``ciphertune new``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How commands print: JSON for machines, tables for people."""
+"""Output of commands: JSON for machines, tables for people."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import click
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document on standard output."""
     click.echo(json.dumps(value, indent=2, default=str))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table; numbers are aligned to the right."""
+    """Print a table; numbers are aligned to the right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -31,7 +31,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def print_facts(title: str, facts: Mapping[str, object]) -> None:
-    """A table of names and values."""
+    """Print a table of names and values."""
     print_table(title, ["", ""], [(name, str(value)) for name, value in facts.items()])
 
 

@@ -1,4 +1,4 @@
-"""``ciphertune plan``."""
+"""The command ``ciphertune plan``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _file: Any = click.Path(dir_okay=False, path_type=Path)
 _SHADES = " ▁▂▃▄▅▆▇█"
 _PARTS = {
     "crypto": "encrypting and decrypting",
-    "rest": "the client's own computing",
+    "rest": "computation at the client",
     "evaluate": "evaluation at the workers",
     "uplink": "upload",
     "downlink": "download",
@@ -28,27 +28,37 @@ _PARTS = {
 @click.command()
 @click.argument("model")
 @click.option("--to", default="mlwe", show_default=True, help="Selection string; no worker is asked.")
-@click.option("--tokens", type=click.IntRange(1), default=1024, show_default=True, help="Of a step.")
+@click.option("--tokens", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a step.")
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
-@click.option("--target", "targets", multiple=True, default=("q_proj", "v_proj"), help="Layers with adapters.")
-@click.option("--bandwidth", default="1Gbit/s", show_default=True, help="Between client and workers, each way.")
-@click.option("--latency", default="1ms", show_default=True, help="One way.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="How many.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("q_proj", "v_proj"),
+    help="Ends of names of layers with adapters; may be repeated.",
+)
+@click.option(
+    "--bandwidth", default="1Gbit/s", show_default=True, help="Bandwidth between client and workers, each way."
+)
+@click.option("--latency", default="1ms", show_default=True, help="Latency of the network, one way.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of workers.")
 @click.option(
     "--placement",
     type=click.Choice(["layers", "rows", "replicas"]),
     default="layers",
     show_default=True,
-    help="How the model is split over workers, as by ciphertune split.",
+    help="Split of the model over workers, as by 'ciphertune split'.",
 )
-@click.option("--micro-batches", type=click.IntRange(1), default=1, show_default=True, help="A step is divided into.")
-@click.option("--interleave", type=click.IntRange(1), default=1, show_default=True, help="Of them at once.")
+@click.option("--micro-batches", type=click.IntRange(1), default=1, show_default=True, help="Parts of a step's batch.")
+@click.option(
+    "--interleave", type=click.IntRange(1), default=1, show_default=True, help="Micro-batches under way at once."
+)
 @click.option("--length", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a sequence.")
 @click.option("--one-machine", is_flag=True, help="Client and workers share one processor.")
 @click.option("--measure/--no-measure", default=True, help="Estimate seconds from a short measurement here.")
-@click.option("--save-speeds", type=_file, help="Write what was measured here, for a plan made elsewhere.")
-@click.option("--client-speeds", type=_file, help="The client's, measured there with --save-speeds.")
-@click.option("--worker-speeds", type=_file, help="A worker's, measured there with --save-speeds.")
+@click.option("--save-speeds", type=_file, help="Write the speeds measured here to a file, for a plan made elsewhere.")
+@click.option("--client-speeds", type=_file, help="File with the client's speeds, from --save-speeds there.")
+@click.option("--worker-speeds", type=_file, help="File with a worker's speeds, from --save-speeds there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     model: str,
@@ -70,9 +80,10 @@ def plan(
     worker_speeds: Path | None,
     as_json: bool,
 ) -> None:
-    """What outsourcing MODEL would mean: a folder, a hub name, smollm2, llama-3-8b or llama-3-70b.
+    """Plan a training step of a model: outsourced share, traffic and seconds.
 
-    No weight is loaded. Seconds are estimated from speeds measured here, or on the machines that will do the work.
+    MODEL is a folder, a hub name, smollm2, llama-3-8b or llama-3-70b. No weight is loaded. Seconds are estimated from
+    speeds measured here, or on the machines that will do the work.
     """
     from ciphertune.errors import ConfigError
     from ciphertune.planning.plan import bytes_per_second, make_plan, seconds
@@ -147,7 +158,7 @@ def plan(
 
 
 def _show(estimate: Estimate) -> None:
-    """Where a step's time goes."""
+    """Print the uses of a step's time."""
     total = estimate.total
     ordered = sorted(estimate.path.items(), key=lambda item: -item[1])
     rows = [(_PARTS[part], f"{value:.2f} s", f"{100 * value / total:.0f}%") for part, value in ordered]
@@ -165,10 +176,10 @@ def _show(estimate: Estimate) -> None:
 
 
 def _missing(estimate: Estimate) -> list[str]:
-    """What the estimate leaves out."""
+    """Notes on what the estimate leaves out."""
     notes = []
     if not estimate.link_measured:
         notes.append("What a transport costs is not in it: name one, as in --to mlwe+zmq://, to have it measured.")
-    if not estimate.own_measured:
-        notes.append("The client's own computing is a guess: only causal language models of transformers are run.")
+    if not estimate.client_compute_measured:
+        notes.append("What the client computes itself is a guess: only causal language models of transformers are run.")
     return notes

@@ -1,4 +1,4 @@
-"""``ciphertune split``."""
+"""The command ``ciphertune split``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
 @click.option("--shards", type=click.IntRange(1), default=1, show_default=True, help="Workers to spread layers over.")
-@click.option("--by", type=click.Choice(["layers", "rows"]), default="layers", show_default=True, help="How.")
+@click.option(
+    "--by", type=click.Choice(["layers", "rows"]), default="layers", show_default=True, help="Unit of the spreading."
+)
 @click.option(
     "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Worker folders with all layers."
 )
 @click.option("--weight-bits", type=click.Choice(["8", "16"]), default="8", show_default=True)
 @click.option("--gguf-file", default=None, help="File within MODEL, for models in GGUF form.")
 @click.option("--in-memory", is_flag=True, help="Load the model whole instead of tensor by tensor.")
-@click.option("--force", is_flag=True, help="Replace OUT.")
+@click.option("--force", is_flag=True, help="Replace OUT where it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def split(
     model: str,

@@ -1,4 +1,4 @@
-"""``ciphertune top``."""
+"""The command ``ciphertune top``."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def top(ctx: click.Context, url: str, interval: float, timeout: float, once: boo
             from rich.console import Console
 
             states = watch.look(timeout)
-            Console().print(_screen(states, {}, Console().width, ""))
+            Console().print(screen(states, {}, Console().width, ""))
         else:
             _live(watch.look, interval, timeout)
             return
@@ -121,7 +121,7 @@ def _live(look: Callable[[float], list[WorkerState]], interval: float, timeout: 
                         past = history.setdefault(state.worker, collections.deque(maxlen=_HISTORY))
                         past.append(state.status.busy or 0.0)
                     # The window may have another size by now.
-                    live.update(_screen(states, history, console.width, every), refresh=True)
+                    live.update(screen(states, history, console.width, every), refresh=True)
         finally:
             ended.set()
 
@@ -163,9 +163,17 @@ def _keys() -> Iterator[Callable[[float], str]]:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
-def _screen(
+def screen(
     states: Sequence[WorkerState], history: dict[str, collections.deque[float]], width: int, every: str
 ) -> RenderableType:
+    """Picture of the workers' states for a terminal.
+
+    Args:
+        states: of the workers.
+        history: past shares of busy time by worker, drawn where there is room.
+        width: columns of the terminal.
+        every: note on the interval, for the last line; empty for a picture that is shown once.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -254,7 +262,7 @@ def _size(value: float | None) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    """Short.
+    """A time, short.
 
     >>> _time(59), _time(3700), _time(200000)
     ('59s', '1h01m', '2d07h')

@@ -1,4 +1,4 @@
-"""``ciphertune train``."""
+"""The command ``ciphertune train``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 def train(
     config: Path, to: str | None, plugins: tuple[str, ...], resume: bool, compare: Path | None, as_json: bool
 ) -> None:
-    """Fine-tune as the TOML file CONFIG says."""
+    """Fine-tune a model as described by the TOML file CONFIG."""
     from ciphertune.runs.config import load_config
 
     settings = load_config(config)

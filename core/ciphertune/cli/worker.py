@@ -1,4 +1,4 @@
-"""``ciphertune worker``."""
+"""The command ``ciphertune worker``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("ciphertune.worker")
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """Formatter of one JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -35,8 +35,8 @@ class _JsonFormatter(logging.Formatter):
 
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--bind", "address", default="tcp://127.0.0.1:5555", show_default=True, help="Where to listen.")
-@click.option("--transport", default="zmq", show_default=True)
+@click.option("--bind", "address", default="tcp://127.0.0.1:5555", show_default=True, help="Address to listen on.")
+@click.option("--transport", default="zmq", show_default=True, help="Transport to serve over.")
 @click.option("--curve", default=None, help="Folder with worker.key and clients/; see 'ciphertune keys'.")
 @click.option("--insecure", is_flag=True, help="Plain TCP, on a loopback address only.")
 @click.option(
@@ -47,13 +47,23 @@ class _JsonFormatter(logging.Formatter):
 @click.option("-o", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Any option of the transport.")
 @click.option("--layers", multiple=True, help="Serve only layers that match; may be repeated.")
 @click.option("--verify/--no-verify", default=True, help="Check the weights against their hashes first.")
-@click.option("--device", default="cpu", show_default=True, help="Where products are evaluated.")
+@click.option("--device", default="cpu", show_default=True, help="Device that evaluates products.")
 @click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads of a product.  [default: all cores]")
-@click.option("--evaluators", type=click.IntRange(1, 64), default=1, show_default=True, help="Products at a time.")
-@click.option("--max-requests", type=click.IntRange(1), default=64, show_default=True, help="Under way, per client.")
-@click.option("--max-client-mb", type=click.IntRange(1), default=2048, show_default=True, help="Memory of one client.")
+@click.option(
+    "--evaluators", type=click.IntRange(1, 64), default=1, show_default=True, help="Products evaluated at a time."
+)
+@click.option(
+    "--max-requests", type=click.IntRange(1), default=64, show_default=True, help="Requests of one client under way."
+)
+@click.option(
+    "--max-client-mb",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Memory of one client's requests and replies.",
+)
 @click.option("--max-message-mb", type=click.IntRange(1), default=1024, show_default=True, help="Size of one message.")
-@click.option("--max-sessions", type=click.IntRange(1), default=4, show_default=True, help="Of one client.")
+@click.option("--max-sessions", type=click.IntRange(1), default=4, show_default=True, help="Sessions of one client.")
 @click.option(
     "--max-key-mb",
     type=click.IntRange(1),
@@ -65,12 +75,19 @@ class _JsonFormatter(logging.Formatter):
     "--idle", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds a session may idle."
 )
 @click.option("--metrics-port", type=click.IntRange(0, 65535), default=None, help="Prometheus metrics; 0: any port.")
-@click.option("--metrics-host", default="127.0.0.1", show_default=True)
+@click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address of the metrics.")
 @click.option(
     "--drain", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds to finish in on SIGTERM."
 )
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the log."
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    help="Least level of the log.",
+)
 def worker(
     bundle: Path,
     address: str,
@@ -157,7 +174,7 @@ def worker(
 
 
 def _signals() -> threading.Event:
-    """Set on the first SIGTERM or SIGINT; the next one of either ends the process at once."""
+    """Event that the first SIGTERM or SIGINT sets; the next one of either ends the process at once."""
     asked = threading.Event()
 
     def handler(number: int, frame: object) -> None:

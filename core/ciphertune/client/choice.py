@@ -1,4 +1,4 @@
-"""What a selection string chooses: plugins found by name, with their options read."""
+"""Choice of a selection string: its plugins found by name, and their options read."""
 
 from __future__ import annotations
 

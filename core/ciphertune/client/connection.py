@@ -34,15 +34,15 @@ _SLOWEST_LINK = 1 << 18
 _LARGE_KEY = 1 << 20
 
 KeyWatch = Callable[[str, int, bool], None]
-"""Told the worker's name, a large key's bytes, and whether it has arrived or failed to, rather than sets out."""
+"""Called with a worker's name, a large key's bytes, and False as it sets out, True once it has arrived or failed."""
 
 
 class Retry(Exception):  # noqa: N818 - not an error: the reason to try again
-    """An attempt failed in a way that another one, later or elsewhere, may not."""
+    """Failure of one attempt that another one, later or elsewhere, may not meet."""
 
 
 class UnknownSession(Retry):
-    """The worker was restarted, or closed a session that was idle."""
+    """A session that the worker does not know: it was restarted, or closed what was idle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Opening:
 
 
 class WorkerConnection:
-    """One worker: how to reach it, the session that is open there, and how it has done so far.
+    """Connection to one worker, with the session that is open there and the worker's health.
 
     Args:
         link: the connection.
@@ -134,13 +134,13 @@ class WorkerConnection:
 
     @property
     def name(self) -> str:
-        """Where the worker is, for messages."""
+        """Address of the worker, for messages."""
         return self.link.name
 
     # Requests and replies.
 
     def submit(self, request: Message) -> Future[Message]:
-        """A future of the reply, failed where the link fails to take the request."""
+        """Send a request; the future of its reply has failed where the link does not take it."""
         request.version = HELLO_VERSION if request.kind == "hello" or self.version is None else self.version
         try:
             return self.link.submit(request)
@@ -205,7 +205,7 @@ class WorkerConnection:
         return reply
 
     def text(self, reply: Message, field: str) -> str:
-        """A field of a reply. Raises ``ReplyError`` where it is no text."""
+        """Read a text field of a reply. Raises ``ReplyError`` where it is no text."""
         value = reply.fields.get(field)
         if not isinstance(value, str):
             raise ReplyError(f"{self.name} sent a reply without the field {field!r}")
@@ -214,7 +214,7 @@ class WorkerConnection:
     # The session.
 
     def open(self, opening: Opening, seconds: float, group: int, closed: threading.Event) -> str:
-        """The worker's session, opened where none knows a group yet.
+        """Return the worker's session that knows a group, and open one where there is none.
 
         Args:
             opening: the request.
@@ -257,7 +257,7 @@ class WorkerConnection:
         return session
 
     def close_session(self, session: str | None) -> Future[Message] | None:
-        """Tell the worker that a session is closed; None where there is none to close."""
+        """Ask the worker to close a session; None where there is none to close."""
         return None if session is None else self.submit(Message("close", {"session": session}))
 
     # Health.

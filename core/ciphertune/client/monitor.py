@@ -54,7 +54,7 @@ class _Watched:
 
 
 class Watch:
-    """Connections to workers, to ask them how they are. Opens no session and sends no data.
+    """Connections to workers that ask for their status. No session is opened and no data sent.
 
     Args:
         url: ``transport://[endpoint,…][?option=value&…]``, or a selection string as for training, whose backend's
@@ -71,7 +71,7 @@ class Watch:
 
     @property
     def names(self) -> list[str]:
-        """Where the workers are."""
+        """Addresses of the workers."""
         return [worker.connection.name for worker in self._workers]
 
     def look(self, timeout: float = 2.0) -> list[WorkerState]:
@@ -135,7 +135,7 @@ def _state(worker: _Watched, reply: Message, latency: float) -> WorkerState:
 
 
 def transport_of(url: str) -> tuple[Transport, tuple[str, ...]]:
-    """The transport that a URL names, with its options, and the endpoints.
+    """Find the transport that a URL names, with its options, and the endpoints.
 
     Raises:
         SelectionError, PluginError: see ``Watch``.

@@ -35,7 +35,7 @@ class Piece:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The layers, in order."""
+        """Names of the layers, in order."""
         return tuple(shard.name for shard in self.shards)
 
     def map(self, direction: Direction) -> LinearMap:
@@ -108,7 +108,7 @@ class _Index:
                     row += shard.rows
 
     def cover(self, layer: LayerInfo) -> list[tuple[Shard, frozenset[int]]]:
-        """Shards of this very weight that together are the layer, from the top; empty where there are none."""
+        """Find shards of this very weight that together are the layer, from the top; empty where there are none."""
         fitting = [s for s in self._by_layer.get(layer.name, ()) if _fits(s, layer)]
         for shard in fitting:
             if shard.rows == layer.out_features:

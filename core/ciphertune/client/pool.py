@@ -86,7 +86,7 @@ class WorkerPool:
             ).start()
 
     def pieces(self, group: int) -> tuple[Piece, ...]:
-        """How a group is cut."""
+        """Pieces of a group, each with the workers that hold it."""
         return self._pieces[group]
 
     def replicas(self, piece: Piece) -> list[WorkerConnection]:
@@ -96,7 +96,7 @@ class WorkerPool:
     def reserve(
         self, piece: Piece, excluding: Collection[WorkerConnection], *, with_session: bool = False
     ) -> WorkerConnection | None:
-        """The worker to ask next for a piece, counted as busy until it is released; None where there is none now.
+        """Choose the worker to ask next for a piece and count it as busy until ``release``; None where there is none.
 
         Args:
             piece: what is to be evaluated.
@@ -144,7 +144,7 @@ class WorkerPool:
         wait(closing, timeout=min(_CLOSE_SECONDS, self.timeouts.timeout))
 
     def _place(self) -> None:
-        """Cut the groups into pieces that workers hold. What pieces are known stay known, for requests under way."""
+        """Cut the groups into pieces that workers hold. Pieces that are known stay known, for requests under way."""
         held = {index: worker.blocks for index, worker in enumerate(self.workers) if worker.blocks is not None}
         pieces = place(self._groups, held, {index: self.workers[index].name for index in held})
         for piece in (piece for parts in pieces for piece in parts):
@@ -206,7 +206,7 @@ class WorkerPool:
             log.warning("no session at %s, going on without it: %s", worker.name, problem)
 
     def _open(self, worker: WorkerConnection) -> Exception | None:
-        """Open a session, however often it takes until the time is up; why it could not be had."""
+        """Open a session, with retries until the time is up; return the error where there is none."""
         end = time.monotonic() + self.timeouts.connect_timeout
         while True:
             try:

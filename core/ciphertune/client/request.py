@@ -88,7 +88,7 @@ class PendingRequest:
             self._drop(future)
 
     def _send(self, *, hedging: bool = False) -> bool:
-        """Send the request to the least loaded worker that is not known to be unwell; False where there is none."""
+        """Send the request to the least loaded worker that is not backing off; False where there is none."""
         tried = {attempt.worker for attempt in self._under_way.values()}
         # A hedge must not wait for a session while the answer that it hedges may come.
         while (worker := self._pool.reserve(self._piece, tried, with_session=hedging)) is not None:
@@ -113,7 +113,7 @@ class PendingRequest:
         return False
 
     def _wait(self) -> Message | None:
-        """Wait until something happens; the reply, if that is what happened."""
+        """Wait for a reply, a timeout or the time to hedge; return the reply, if that is what came."""
         timeouts = self._timeouts
         starts = [attempt.started for attempt in self._under_way.values()]
         may_hedge = timeouts.hedge > 0 and len(starts) < len(self._piece.workers)

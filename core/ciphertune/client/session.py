@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import Direction, LinearMap, SecurityStatement
 from ciphertune.client.choice import Choice
 from ciphertune.client.connection import Opening
@@ -58,6 +60,7 @@ class Session:
         TransportError, UnknownLayerError, WorkerError, ReplyError: as ``WorkerPool``.
     """
 
+    @own_modes()
     def __init__(
         self,
         choice: Choice,
@@ -73,6 +76,7 @@ class Session:
         self.device = device
         self.traffic = Traffic()
         self.closed = False
+        self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
         self._groups = [self._group(tuple(self.layers[i] for i in group)) for group in groups]
         self._client = choice.backend.client(device)
@@ -114,8 +118,9 @@ class Session:
         """The layers of one group."""
         return self._groups[group].layers
 
+    @own_modes()
     def product(self, group: int, direction: Direction, x: Tensor) -> Tensor:
-        """One outsourced product.
+        """Evaluate one product at the workers.
 
         Args:
             group: index into the groups the session was opened with.
@@ -128,10 +133,17 @@ class Session:
         Raises:
             PrecisionError: the backend cannot evaluate this map well enough. Nothing was sent.
             InputError: x is empty, of the wrong shape, or not finite. Nothing was sent.
+            SecurityError: the session is closed, or of another process. Nothing was sent.
             VetoError: a plugin refused the request. Nothing was sent.
             TransportError, WorkerError, ReplyError: the product could not be had.
         """
         linear_map = self._groups[group].maps[direction]
+        # Before anything is computed: a forked process can hang in that, and has this one's keys and connections.
+        if os.getpid() != self._process:
+            raise SecurityError(
+                f"the session was opened in another process, of which this is a fork; {linear_map.label} cannot be "
+                "evaluated here. Start processes by 'spawn', and outsource or load the model in each"
+            )
         _check_input(x, linear_map)
         if self.closed:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
@@ -148,6 +160,7 @@ class Session:
         self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
 
+    @own_modes()
     def close(self) -> None:
         """Close the session at the workers, forget the keys and drop the links. Idempotent."""
         with self._counting:

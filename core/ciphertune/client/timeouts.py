@@ -1,4 +1,4 @@
-"""How long a client waits for workers."""
+"""Times that a client waits for workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ciphertune.errors import SelectionError
 
 @dataclasses.dataclass(frozen=True)
 class Timeouts:
-    """How long to wait for workers, and what to do meanwhile.
+    """Times to wait for workers.
 
     Attributes:
         timeout: seconds without an answer after which a request is sent again, to a replica where there is one.

@@ -41,19 +41,39 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     """Load a causal language model in float32 and its tokenizer, from a folder or a hub name, by transformers.
 
     Raises:
-        ConfigError: transformers is missing, or cannot load it.
+        ConfigError: transformers is missing, or cannot load it; the folder holds an adapter too, or lacks weights.
     """
     transformers = import_optional("transformers", _EXTRA)
     if gguf_file is not None:
         import_optional("gguf", _EXTRA)
-    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
-    with _quiet(transformers, offline=Path(path).exists()):
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **extra)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **extra)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"transformers cannot load the model {path!r}: {error}") from error
+    refuse_adapter(Path(path))
+    extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    with _quiet(transformers, offline=Path(path).exists()), _loading(path):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **extra
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **extra)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _with_adapter(path)
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"{path!r} lacks {len(missing)} tensors of a {type(model).__name__}, {missing[0]!r} among them, which "
+            "would be random: it was saved from another kind of model"
+        )
     return model, tokenizer
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise ``ConfigError`` for a folder with a model and an adapter that transformers would apply to it."""
+    if (folder / "adapter_config.json").is_file():
+        raise _with_adapter(str(folder))
+
+
+def _with_adapter(name: str) -> ConfigError:
+    return ConfigError(
+        f"{name!r} holds an adapter (adapter_config.json), which transformers applies to what it loads: merge "
+        "it first (peft's merge_and_unload, then save_pretrained), or take its files out of the folder"
+    )
 
 
 def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = False) -> tuple[Any, Any]:
@@ -73,13 +93,12 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
     if not whole or gguf_file is not None:
         return load_causal_model(name, gguf_file)
     transformers = import_optional("transformers", _EXTRA)
+    refuse_adapter(Path(name))
     with _quiet(transformers, offline=Path(name).exists()):
-        try:
+        with _loading(name):
             config = transformers.AutoConfig.from_pretrained(name)
             model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
             model = model_class.from_pretrained(name, dtype="auto")
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"transformers cannot load the model {name!r}: {error}") from error
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, KeyError, TypeError):  # transformers 4 opens a file named None
@@ -95,6 +114,16 @@ def load_tokenizer(folder: str) -> Any:
             return transformers.AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Of transformers, of the readers of its files, and of the model's own code.
+        text = " ".join(str(error).split())
+        raise ConfigError(f"transformers cannot load the model {name!r}: {text or type(error).__name__}") from error
 
 
 @contextlib.contextmanager

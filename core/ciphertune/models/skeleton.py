@@ -59,8 +59,8 @@ def assemble(config: Any, model_class: type[nn.Module]) -> nn.Module:
 @contextlib.contextmanager
 def _default_dtype(dtype: Any) -> Iterator[None]:
     before = torch.get_default_dtype()
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-        torch.set_default_dtype(dtype)
+    stated = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    torch.set_default_dtype(dtype if stated else torch.float32)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The one autograd function of all outsourced products."""
+"""The autograd functions of all outsourced products."""
 
 from __future__ import annotations
 
@@ -6,57 +6,92 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ciphertune._support.torch_compat import uncompiled
 from ciphertune.client.session import Session
 
 
 class OutsourcedProduct(torch.autograd.Function):
-    """``x Wᵀ`` for every layer of a group, differentiable in x.
+    """``x Wᵀ`` for every layer of a group, differentiable in x as often as asked.
 
-    Forward takes x of shape (tokens, K), float32, and gives one (tokens, N) tensor per layer. Backward sends one
-    product for all of them: the stacked output gradients, with the per-channel scales folded in, times the stacked
-    integer weight, so that the same codes serve both directions and the worker sums over the layers.
+    Forward takes x of shape (tokens, K), float32, and gives one (tokens, N) tensor per layer. Backward is
+    ``OutsourcedGradient`` of the output gradients.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, session: Session, group: int) -> tuple[Tensor, ...]:
-        """See the class."""
-        ctx.session, ctx.group, ctx.tokens = session, group, len(x)
+    def forward(ctx: Any, x: Tensor, session: Session, group: int, half: bool) -> tuple[Tensor, ...]:
+        """See the class; ``half`` as in ``OutsourcedGradient``."""
+        ctx.session, ctx.group, ctx.half, ctx.tokens = session, group, half, len(x)
         ctx.set_materialize_grads(False)
-        stacked = session.product(group, "forward", x)
-        outputs = []
-        row = 0
-        for layer in session.members(group):
-            part = stacked[:, row : row + layer.out_features]
-            row += layer.out_features
-            # Products come feature-major; one copy puts them in order, and the scale is applied in place.
-            output = torch.empty(part.shape, dtype=torch.float32, device=part.device).copy_(part)
-            outputs.append(output if layer.scale is None else output.mul_(layer.scale.to(output.device)))
+        # A backward pass started under autocast runs under it too, and may come back here.
+        with torch.autocast(x.device.type, enabled=False):
+            stacked = session.product(group, "forward", x)
+            outputs = []
+            row = 0
+            for layer in session.members(group):
+                part = stacked[:, row : row + layer.out_features]
+                row += layer.out_features
+                # Products come feature-major; one copy puts them in order, and the scale is applied in place.
+                output = torch.empty(part.shape, dtype=torch.float32, device=part.device).copy_(part)
+                outputs.append(output if layer.scale is None else output.mul_(layer.scale.to(output.device)))
         return tuple(outputs)
 
     @staticmethod
     @uncompiled
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         """See the class."""
         if not ctx.needs_input_grad[0] or all(grad is None for grad in grads):
-            return None, None, None
-        layers = ctx.session.members(ctx.group)
+            return None, None, None, None
+        gradient: Tensor = OutsourcedGradient.apply(  # type: ignore[no-untyped-call]
+            ctx.session, ctx.group, ctx.half, ctx.tokens, *grads
+        )
+        return gradient, None, None, None
+
+
+class OutsourcedGradient(torch.autograd.Function):
+    """``Σ g W`` over the layers of a group: the gradient of ``OutsourcedProduct``, differentiable in every g.
+
+    Forward sends one product for all layers: the stacked output gradients, with the per-channel scales folded in,
+    times the stacked integer weight, so that the same codes serve both directions and the worker sums over the layers.
+    A gradient that is None counts as zeros. Backward is ``OutsourcedProduct`` again.
+
+    With ``half``, gradients of float16 outputs may have overflowed, as they do by design under a gradient scaler: zeros
+    are sent for such rows, and their gradient is NaN, as it would be in the clear, so that the scaler skips the step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, session: Session, group: int, half: bool, tokens: int, *grads: Tensor | None) -> Tensor:
+        """See the class; each of ``grads`` is (tokens, N) of its layer, float32, or None."""
+        ctx.session, ctx.group, ctx.half = session, group, half
+        ctx.set_materialize_grads(False)
+        layers = session.members(group)
         device = next(grad.device for grad in grads if grad is not None)
         width = sum(layer.out_features for layer in layers)
-        stacked = torch.empty(ctx.tokens, width, dtype=torch.float32, device=device)
-        column = 0
-        for layer, grad in zip(layers, grads, strict=True):
-            part = stacked[:, column : column + layer.out_features]
-            column += layer.out_features
-            if grad is None:
-                part.zero_()
-            elif layer.scale is None:
-                part.copy_(grad)
-            else:
-                torch.mul(grad, layer.scale.to(device), out=part)
-        # A backward pass started under autocast runs under it too.
         with torch.autocast(device.type, enabled=False):
-            return ctx.session.product(ctx.group, "backward", stacked).contiguous(), None, None
+            stacked = torch.empty(tokens, width, dtype=torch.float32, device=device)
+            column = 0
+            for layer, grad in zip(layers, grads, strict=True):
+                part = stacked[:, column : column + layer.out_features]
+                column += layer.out_features
+                if grad is None:
+                    part.zero_()
+                elif layer.scale is None:
+                    part.copy_(grad)
+                else:
+                    torch.mul(grad, layer.scale.to(device), out=part)
+            overflown = ~stacked.isfinite().all(dim=1, keepdim=True) if half else None
+            if overflown is None or not bool(overflown.any()):
+                return session.product(group, "backward", stacked).contiguous()
+            # Zeros are sent in their place: how many rows overflowed must not show in what is sent.
+            product = session.product(group, "backward", stacked.masked_fill(overflown, 0.0))
+            return torch.where(overflown, torch.nan, product).contiguous()
+
+    @staticmethod
+    @uncompiled
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        """See the class."""
+        needed = ctx.needs_input_grad[4:]
+        if grad is None or not any(needed):
+            return (None,) * (4 + len(needed))
+        outputs = OutsourcedProduct.apply(grad, ctx.session, ctx.group, ctx.half)  # type: ignore[no-untyped-call]
+        return (None,) * 4 + tuple(y if wanted else None for y, wanted in zip(outputs, needed, strict=True))

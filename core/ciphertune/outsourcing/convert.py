@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
+from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import WeightBits
 from ciphertune.client.choice import Choice, choose
 from ciphertune.client.session import Session
@@ -23,11 +24,13 @@ from ciphertune.outsourcing.layers import (
     linear_layers,
     sibling_groups,
 )
+from ciphertune.outsourcing.replacing import Restorer, originals, replace
+from ciphertune.outsourcing.trained_whole import guard
+from ciphertune.outsourcing.trial import frozen_from_birth
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.transport import LocalWorker
 from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -67,10 +70,11 @@ def outsource(
     return attach(model, chosen, infos, groups, choice, worker, device, manager)
 
 
+@own_modes()
 def quantize_all(
     chosen: Sequence[Candidate], groups: Sequence[tuple[int, ...]], bits: WeightBits | None, *, keep: bool
 ) -> tuple[list[LayerInfo], WeightStore]:
-    """What a client knows of layers, and what a worker holds of them.
+    """Quantize layers: return what a client knows of them, and a store for the worker.
 
     Args:
         chosen: the layers.
@@ -120,20 +124,25 @@ def attach(
     # Members of a group are also groups of their own, for models in which siblings turn out to differ in input.
     evaluated = list(dict.fromkeys([*groups, *((i,) for group in groups for i in group)]))
     session = Session(choice, infos, evaluated, worker, device, plugins)
-    _untie(model, chosen)
+    kept = originals(model, chosen)
     for group in groups:
         handle = LayerGroup(session, evaluated.index(group), [evaluated.index((i,)) for i in group])
-        for member, index in enumerate(group):
-            _replace(chosen[index], infos[index], handle, member, device)
+        for member, i in enumerate(group):
+            replace(chosen[i], kept[i], infos[i], handle, member, device)
+    if next(model.parameters(), None) is None:
+        outsourced_layers(model)[0].anchor()
+    guard()
     _refuse_full_save(model)
     return model
 
 
 def restore(model: ModelT) -> ModelT:
-    """Put ordinary linear layers back in place of outsourced ones and close the session.
+    """Put linear layers back in place of outsourced ones, of the classes that they had, and close the session.
 
-    Only for a session whose worker is in this process. The weights are what the worker held: exact under ``clear``,
-    rounded to 8 or 16 bits otherwise. The model is changed in place and returned.
+    Only for a session whose worker is in this process. The weights are what the worker held: exact under ``clear``
+    (but float64 comes back as float32 had it), rounded to 8 or 16 bits otherwise; a weight tied to a parameter that
+    stayed is that parameter again. Weights that were trainable are so again, unless the model was frozen since. The
+    model is changed in place and returned.
 
     Raises:
         NothingOutsourcedError: the model has no outsourced layer.
@@ -143,14 +152,13 @@ def restore(model: ModelT) -> ModelT:
     held = {session: session.worker.weights for session in sessions if isinstance(session.worker, Worker)}
     if len(held) != len(sessions):
         raise OutsourcedWeightError("the weights are on other machines: load the original model instead")
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad and p.numel() > 0}
+    restorer = Restorer(model, frozen=bool(frozen) and not frozen <= frozen_from_birth(model))
     for parent in list(model.modules()):
         for attribute, module in list(parent._modules.items()):
             if isinstance(module, OutsourcedLinear):
-                codes = held[_session(module)][module.name]
-                setattr(parent, attribute, _clear_linear(module, LayerWeight(codes, module.info.scale)))
-                if getattr(parent, "fan_in_fan_out", False):
-                    # The peft adapter of what was a Conv1D would merge into its layout.
-                    parent.fan_in_fan_out = False  # type: ignore[assignment]
+                weight = LayerWeight(held[_session(module)][module.name], module.info.scale)
+                restorer.take_back(parent, attribute, module, weight.dequantize())
     _base(model).__dict__.pop("save_pretrained", None)
     for session in sessions:
         session.close()
@@ -173,7 +181,7 @@ def session_of(model: nn.Module) -> Session:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """How much of a model is at the workers.
+    """Share of a model that is at the workers.
 
     Attributes:
         outsourced: weights of outsourced layers.
@@ -222,37 +230,8 @@ def _session(layer: OutsourcedLinear) -> Session:
     return layer.group.session
 
 
-def _replace(candidate: Candidate, info: LayerInfo, group: LayerGroup, member: int, device: torch.device) -> None:
-    old = candidate.module
-    like = torch.empty(0, dtype=candidate.weight().dtype, device=device)
-    new = OutsourcedLinear(info, old._parameters.get("bias"), group, member, like)
-    setattr(candidate.parent, candidate.attribute, new.train(old.training))
-
-
-def _clear_linear(layer: OutsourcedLinear, weight: LayerWeight) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    like = layer.weight
-    linear.weight = nn.Parameter(weight.dequantize().to(device=like.device, dtype=like.dtype), requires_grad=False)
-    linear.register_parameter("bias", layer.bias)
-    return linear.train(layer.training)
-
-
-def _untie(model: nn.Module, chosen: Sequence[Candidate]) -> None:
-    """Keep ``tie_weights`` from hanging the embedding on a head that was outsourced."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if head is None or all(candidate.module is not head for candidate in chosen):
-        return
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-        if getattr(module, "all_tied_weights_keys", None):
-            object.__setattr__(module, "all_tied_weights_keys", {})
-
-
 def _refuse_full_save(model: Any) -> None:
-    """A full model saved without its weights would load as random ones without a word; adapters save as ever."""
+    """Refuse to save the full model, which would load with random weights silently; adapters save as before."""
     base = _base(model)
     if hasattr(base, "save_pretrained"):
         base.save_pretrained = _refuse_save

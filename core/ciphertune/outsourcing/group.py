@@ -22,11 +22,19 @@ class _Pending:
 
     source: weakref.ref[Tensor]
     version: int
+    values: Tensor
     differentiable: bool
+    inference: bool
     outputs: dict[int, Tensor]
 
     def belongs_to(self, x: Tensor) -> bool:
-        return self.source() is x and self.version == x._version and self.differentiable == _differentiable(x)
+        if self.source() is not x or self.version != x._version:
+            return False
+        if (self.differentiable, self.inference) != (_differentiable(x), torch.is_inference_mode_enabled()):
+            return False
+        # A change through ``x.data`` moves no version: only the values tell.
+        same_kind = (self.values.dtype, self.values.device, self.values.shape) == (x.dtype, x.device, x.shape)
+        return same_kind and torch.equal(self.values, x.detach())
 
 
 def _differentiable(x: Tensor) -> bool:
@@ -69,13 +77,8 @@ class LayerGroup:
         )
 
     @uncompiled
-    def output(self, member: int, x: Tensor) -> Tensor:
-        """``x Wᵀ`` of one member, float32.
-
-        Args:
-            member: position of the layer in the group.
-            x: the layer's input, (…, K), any floating dtype.
-        """
+    def output(self, member: int, x: Tensor, half: bool) -> Tensor:
+        """See ``Evaluator.output``."""
         pending: _Pending | None = self._pending.__dict__.pop("last", None)
         if pending is not None and member in pending.outputs:
             if pending.belongs_to(x):
@@ -86,13 +89,19 @@ class LayerGroup:
             self.shared = False
         # Tensors of inference mode keep no version, so a change in place would go unnoticed.
         if not self.shared or x.is_inference():
-            return self._evaluate(self.singles[member], x)[0]
-        outputs = dict(enumerate(self._evaluate(self.group, x)))
+            return self._evaluate(self.singles[member], x, half)[0]
+        outputs = dict(enumerate(self._evaluate(self.group, x, half)))
         output = outputs.pop(member)
-        self._pending.last = _Pending(weakref.ref(x), x._version, _differentiable(x), outputs)
+        modes = _differentiable(x), torch.is_inference_mode_enabled()
+        self._pending.last = _Pending(weakref.ref(x), x._version, x.detach().clone(), *modes, outputs)
         return output
 
-    def _evaluate(self, group: int, x: Tensor) -> tuple[Tensor, ...]:
+    def _evaluate(self, group: int, x: Tensor, half: bool) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        outputs: tuple[Tensor, ...] = OutsourcedProduct.apply(flat, self.session, group)  # type: ignore[no-untyped-call]
+        if len(flat) == 0:
+            # Nothing to send: outputs without rows, through which empty gradients flow.
+            members = self.session.members(group)
+            outputs = tuple(flat[:, :1].expand(0, layer.out_features) for layer in members)
+        else:
+            outputs = OutsourcedProduct.apply(flat, self.session, group, half)  # type: ignore[no-untyped-call]
         return tuple(output.reshape(*x.shape[:-1], output.shape[-1]) for output in outputs)

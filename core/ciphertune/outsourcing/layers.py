@@ -1,11 +1,11 @@
-"""Which layers of a model can be outsourced, and which of them a caller means."""
+"""Choice of the layers that are outsourced: which can be, and which of them a caller means."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from ciphertune._support.suggestions import closest
 from ciphertune.errors import NothingOutsourcedError, UnknownLayerError, UnsupportedLayerError
 from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.heads import outside_base_models
+from ciphertune.outsourcing.obstacles import is_conv1d, obstacle
+from ciphertune.outsourcing.trial import frozen_from_birth, weights_read
+from ciphertune.outsourcing.walk import bare_name, walk
 from ciphertune.plugins.manager import PluginManager
 
 LayerChoice = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -28,8 +32,6 @@ SIBLINGS = (
     ("wi_0", "wi_1"),
 )
 """Names under one parent that usually read the same input. A wrong guess costs one product, never correctness."""
-
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +60,26 @@ class Candidate:
         return weight.t() if is_conv1d(self.module) else weight
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, a linear layer with its weight stored as (in, out)."""
-    utilities = sys.modules.get("transformers.pytorch_utils")
-    return utilities is not None and isinstance(module, utilities.Conv1D)
+_READ = "the model's own code reads its weight"
 
 
-def linear_layers(model: nn.Module, *, allow_meta: bool = False) -> list[Candidate]:
-    """Every linear layer of a model that is not an adapter's own, in module order.
+def linear_layers(model: nn.Module, *, allow_meta: bool = False, trial: bool = True) -> list[Candidate]:
+    """List every linear layer of a model that is not an adapter's own, in module order.
 
     Args:
         model: any module.
         allow_meta: take layers without weights, on the meta device, as well.
+        trial: find out which weights the model's own code reads.
     """
     head = _output_head(model)
     shared = _shared_weights(model)
+    outside = outside_base_models(model)
     parameters = list(model.parameters())
-    mixed = any(p.requires_grad for p in parameters) and not all(p.requires_grad for p in parameters)
+    frozen = {id(p) for p in parameters if not p.requires_grad}
+    mixed = 0 < len(frozen) < len(parameters) and not frozen <= frozen_from_birth(model)
+    read = weights_read(model) if trial else set()
     found = []
-    for path, parent, attribute, module in _walk(model):
+    for path, parent, attribute, module in walk(model):
         if isinstance(module, OutsourcedLinear) or not (isinstance(module, nn.Linear) or is_conv1d(module)):
             continue
         weight = module.weight
@@ -85,10 +88,14 @@ def linear_layers(model: nn.Module, *, allow_meta: bool = False) -> list[Candida
             stays = "it is the model's output head"
         elif id(weight) in shared:
             stays = "its weight is tied to another module's"
+        elif id(module) in outside:
+            stays = "it is outside of the base model, as a head is that a task trains"
         elif mixed and weight.requires_grad:
             stays = "it is being trained"
-        name = path.removeprefix(_PEFT_PREFIX) if hasattr(model, "peft_config") else path
-        found.append(Candidate(name, parent, attribute, module, _obstacle(module, parent, mixed, allow_meta), stays))
+        elif id(module) in read:
+            stays = _READ
+        name = bare_name(model, path)
+        found.append(Candidate(name, parent, attribute, module, obstacle(module, parent, mixed, allow_meta), stays))
     return found
 
 
@@ -99,7 +106,7 @@ def choose_layers(
     *,
     allow_meta: bool = False,
 ) -> list[Candidate]:
-    """The layers that a caller means.
+    """Choose the layers that a caller means.
 
     Args:
         model: any module.
@@ -117,6 +124,10 @@ def choose_layers(
     possible = [c for c in candidates if c.obstacle is None]
     if choice is None:
         free = [c for c in possible if c.stays is None]
+        read = [c.name for c in possible if c.stays == _READ]
+        if read:
+            more = f" and {len(read) - 3} more" if len(read) > 3 else ""
+            warnings.warn(f"left at the client: {', '.join(read[:3])}{more}: {_READ}", UserWarning, stacklevel=3)
         answer = plugins.gate("ciphertune_select_layers", model=model, candidates=[c.name for c in free])
         answer = [answer] if isinstance(answer, str) else answer
         chosen = free if answer is None else _matching(candidates, list(answer))
@@ -135,7 +146,7 @@ def choose_layers(
 
 
 def sibling_groups(candidates: Sequence[Candidate], formats: Sequence[object]) -> list[tuple[int, ...]]:
-    """Indices of layers that read the same input by the names they have; every layer is in exactly one group.
+    """Group indices of layers that read the same input by the names they have; every layer is in exactly one group.
 
     Args:
         candidates: the chosen layers.
@@ -152,38 +163,6 @@ def sibling_groups(candidates: Sequence[Candidate], formats: Sequence[object]) -
     return list(dict.fromkeys(group_of.get(i, (i,)) for i in range(len(candidates))))
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Every module once, with its path; below a peft adapter only the base layer, without the adapter in its path."""
-    peft_layer, peft_wrapper = _peft_types()
-    seen: set[int] = set()
-
-    def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-        if id(module) in seen or isinstance(module, peft_wrapper):
-            return
-        seen.add(id(module))
-        # Not named_children, which names a module that hangs in two places of one parent only once.
-        for attribute, child in module._modules.items():
-            if child is None:
-                continue
-            if isinstance(module, peft_layer):
-                if attribute != "base_layer":
-                    continue
-                child_path = path
-            else:
-                child_path = f"{path}.{attribute}" if path else attribute
-            yield child_path, module, attribute, child
-            yield from visit(child_path, child)
-
-    yield from visit("", model)
-
-
-def _peft_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
-    utilities = sys.modules.get("peft.tuners.tuners_utils")
-    other = sys.modules.get("peft.utils.other")
-    wrapper = getattr(other, "AuxiliaryTrainingWrapper", None) or getattr(other, "ModulesToSaveWrapper", None)
-    return (utilities.BaseTunerLayer,) if utilities else (), (wrapper,) if wrapper else ()
-
-
 def _output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
@@ -198,24 +177,6 @@ def _shared_weights(model: nn.Module) -> set[int]:
             if parameter is not None:
                 places[id(parameter)] = places.get(id(parameter), 0) + 1
     return {identity for identity, count in places.items() if count > 1}
-
-
-def _obstacle(module: nn.Module, parent: nn.Module, mixed: bool, allow_meta: bool) -> str | None:
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return f"{type(module).__name__} is a linear layer with a behaviour of its own"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention computes with its weights directly"
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if weight.is_meta and not allow_meta:
-        return "its weight is on the meta device: load the model first"
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        return f"its weight has dtype {weight.dtype}"
-    if mixed and weight.requires_grad:
-        return "its weight is being trained, so it has to stay here: freeze it first"
-    if weight.numel() == 0:
-        return "its weight is empty"
-    return None
 
 
 def _matching(candidates: Sequence[Candidate], choices: Sequence[LayerChoice]) -> list[Candidate]:

@@ -1,4 +1,4 @@
-"""What a client computes itself in a training step: measured with two blocks whose products cost nothing."""
+"""Measurement of what a client computes itself in a training step, with two blocks whose products cost nothing."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ciphertune.backend import Direction
 from ciphertune.linear import OutsourcedLinear
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import Candidate, sibling_groups
-from ciphertune.planning.speeds import Line, OwnSpeed, part_name
+from ciphertune.planning.speeds import ClientCompute, Line, product_name
 from ciphertune.weights import LayerInfo
 from ciphertune.workloads.language import add_lora
 
 BLOCKS = 2
-"""Of the model that is run."""
+"""Blocks of the model that is run."""
 MOST_TOKENS = 1024
-"""Of a step that is run; longer ones are on the line through it and a quarter of it."""
+"""Tokens of the longest step that is run; longer ones are on the line through it and a quarter of it."""
 _ROUNDS = 3
 
 
 class Mark(NamedTuple):
-    """A product that was asked for: which, and the client's seconds since the one before."""
+    """A product that was asked for, and the client's seconds since the one before."""
 
     layers: str
     direction: Direction
@@ -34,7 +34,7 @@ class Mark(NamedTuple):
 
 
 class InstantSession:
-    """Stands where a session does, and answers every product at once; notes the time between products."""
+    """Stand-in for a session that answers every product at once and notes the time between products."""
 
     def __init__(self, members: Sequence[Sequence[LayerInfo]], names: Sequence[str]) -> None:
         self._members = members
@@ -67,10 +67,10 @@ class InstantSession:
         return answer
 
 
-def measure_own(
+def measure_client_compute(
     model: nn.Module, chosen: Sequence[Candidate], share: bool, targets: Sequence[str], tokens: int, length: int
-) -> OwnSpeed:
-    """Run steps of a small model.
+) -> ClientCompute:
+    """Measure what a client computes itself, by running steps of a small model.
 
     Args:
         model: a causal language model of ``BLOCKS`` blocks, its parameters on the meta device; it is changed.
@@ -83,7 +83,7 @@ def measure_own(
     Returns:
         Seconds of a step's parts; ``head`` and ``end`` those of this small model.
     """
-    session = attach_instantly(model, chosen, share)
+    session = attach_instant_session(model, chosen, share)
     adapted: Any = add_lora(model, seed=0, rank=8, targets=list(targets)).train()
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
@@ -108,9 +108,9 @@ def measure_own(
         return line(lambda one: one.between(layers, direction))
 
     kinds = {(m.layers, m.direction) for _, passes in runs for m in passes[0].marks}
-    return OwnSpeed(
+    return ClientCompute(
         measured=True,
-        before={part_name(*kind): before(*kind) for kind in sorted(kinds)},
+        before={product_name(*kind): before(*kind) for kind in sorted(kinds)},
         begin=line(lambda one: one.marks[0].seconds),
         head=line(lambda one: next((m.seconds for m in one.marks if m.direction == "backward"), one.end)),
         end=line(lambda one: one.end),
@@ -123,7 +123,7 @@ class _Pass(NamedTuple):
     end: float
 
     def between(self, layers: str, direction: Direction) -> float:
-        """What comes before products of a kind, but for the very first of each direction: begin and head are there."""
+        """Median time before products of a kind, but for the first of each direction: begin and head are there."""
         firsts = {next((i for i, m in enumerate(self.marks) if m.direction == d), -1) for d in ("forward", "backward")}
         alike = [i for i, m in enumerate(self.marks) if (m.layers, m.direction) == (layers, direction)]
         rest = [i for i in alike if i not in firsts]
@@ -141,8 +141,8 @@ def _batch(vocabulary: int, tokens: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def attach_instantly(model: nn.Module, chosen: Sequence[Candidate], share: bool) -> InstantSession:
-    """Outsource layers to nobody, and fill what is left of a model on the meta device with zeros."""
+def attach_instant_session(model: nn.Module, chosen: Sequence[Candidate], share: bool) -> InstantSession:
+    """Outsource layers to an ``InstantSession``, and fill what is left of a model on the meta device with zeros."""
     infos = [_info(candidate) for candidate in chosen]
     groups = (
         sibling_groups(chosen, [info.in_features for info in infos]) if share else [(i,) for i in range(len(infos))]

@@ -1,4 +1,4 @@
-"""Seconds of a training step that was planned, from speeds that were measured and a model of what waits for what."""
+"""Estimate of a planned training step: seconds from measured speeds and a model of what waits for what."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ciphertune.backend import Backend, Direction, LinearMap
 from ciphertune.errors import ConfigError
 from ciphertune.planning.products import PlannedGroup
 from ciphertune.planning.simulation import MicroBatch, Network, Product, Request, Timeline, What, simulate
-from ciphertune.planning.speeds import OwnSpeed, Phase, Speeds, part_name
+from ciphertune.planning.speeds import ClientCompute, Phase, Speeds, product_name
 
 CHART_BINS = 60
 _CHART_PRODUCTS = 6
@@ -21,15 +21,15 @@ class Estimate:
     """Seconds of one training step.
 
     Attributes:
-        encrypt, decrypt, rest: that the client computes; rest is what it computes itself: attention, output head,
-            adapters, optimizer.
-        evaluate: that workers compute, all together.
-        network: that messages take, one after the other.
+        encrypt, decrypt, rest: of the client; ``rest`` is what it computes itself: attention, output head, adapters,
+            optimizer.
+        evaluate: of all workers together.
+        network: of messages, one after the other.
         total: of the step, with what is done at the same time.
         path: the step's seconds by what they are spent on: whoever waits, waits for this. They add up to ``total``.
         busy: how much of the step ``client``, ``uplink``, ``downlink``, the ``busiest worker`` and the ``mean worker``
             are at work.
-        own_measured: whether ``rest`` was measured with the model's own blocks, and is not a guess.
+        client_compute_measured: whether ``rest`` was measured with the model's own blocks, and is not a guess.
         link_measured: whether what the transport costs is counted.
         chart: how busy each is over ``chart_seconds`` from ``chart_start``, in equal parts, 0 to 1.
         chart_start, chart_seconds: a few products in the first half of the step.
@@ -43,7 +43,7 @@ class Estimate:
     total: float
     path: dict[str, float]
     busy: dict[str, float]
-    own_measured: bool
+    client_compute_measured: bool
     link_measured: bool
     chart: dict[str, list[float]]
     chart_start: float
@@ -51,7 +51,7 @@ class Estimate:
 
     @property
     def limit(self) -> str:
-        """What most of the step is spent on: ``crypto`` at the client, ``rest``, ``evaluate`` or ``network``."""
+        """Largest use of the step's time: ``crypto`` at the client, ``rest``, ``evaluate`` or ``network``."""
         parts = {
             "crypto": self.path["crypto"],
             "rest": self.path["rest"],
@@ -66,7 +66,7 @@ class Estimate:
         return max(self.path, key=self.path.__getitem__)
 
 
-def forecast(
+def estimate_step(
     groups: Sequence[PlannedGroup],
     backend: Backend,
     micro_batches: Sequence[int],
@@ -76,7 +76,7 @@ def forecast(
     client: Speeds,
     worker: Speeds,
 ) -> Estimate:
-    """Estimate a step.
+    """Estimate the seconds of a step.
 
     Args:
         groups: in the model's order.
@@ -89,34 +89,37 @@ def forecast(
         worker: speeds of each worker.
 
     Raises:
-        ConfigError: ``client`` was measured without the client's own part, or with another model.
+        ConfigError: ``client`` was measured without the client's own computation, or with another model.
     """
-    if client.own is None:
-        raise ConfigError("the client's speeds lack its own part: measure them on the client, with the same model")
+    if client.client_compute is None:
+        raise ConfigError(
+            "the client's speeds lack its own computation: measure them on the client, with the same model"
+        )
     if client.link is not None:
         network = dataclasses.replace(network, rate=client.link.rate, overhead=client.link.overhead)
-    price = _Price(backend, client, worker, client.own)
-    batches = {tokens: price.micro_batch(groups, tokens) for tokens in set(micro_batches)}
-    timeline = simulate([batches[t] for t in micro_batches], interleave, workers, network, client.own.optimizer)
+    computed = client.client_compute
+    costs = _Costs(backend, client, worker, computed)
+    batches = {tokens: costs.micro_batch(groups, tokens) for tokens in set(micro_batches)}
+    timeline = simulate([batches[t] for t in micro_batches], interleave, workers, network, computed.optimizer)
     return _estimate(timeline, workers, client, sum(len(batches[t].products) for t in micro_batches))
 
 
-class _Price:
+class _Costs:
     """Seconds of products."""
 
-    def __init__(self, backend: Backend, client: Speeds, worker: Speeds, own: OwnSpeed) -> None:
+    def __init__(self, backend: Backend, client: Speeds, worker: Speeds, compute: ClientCompute) -> None:
         self._backend = backend
         self._client = client
         self._worker = worker
-        self._own = own
+        self._compute = compute
         self._known: dict[tuple[Phase, Direction, int, int, int], float] = {}
 
     def micro_batch(self, groups: Sequence[PlannedGroup], tokens: int) -> MicroBatch:
         """Forward through all groups, and backward through those that need it."""
         back = [group for group in reversed(groups) if group.backward]
-        own = self._own
+        compute = self._compute
         # Without a backward product, what is computed backward comes at the end.
-        end = own.end.at(tokens) + (0.0 if back else own.head.at(tokens))
+        end = compute.end.at(tokens) + (0.0 if back else compute.head.at(tokens))
         return MicroBatch(
             [
                 *(self._forward(group, tokens, first=i == 0) for i, group in enumerate(groups)),
@@ -126,13 +129,13 @@ class _Price:
         )
 
     def _forward(self, group: PlannedGroup, tokens: int, first: bool) -> Product:
-        rest = self._own.begin.at(tokens) if first else self._before(group, "forward", tokens)
+        rest = self._compute.begin.at(tokens) if first else self._before(group, "forward", tokens)
         if group.cut:
             rest += group.forward.out_features * tokens * self._client.copy
         return Product(rest, self._requests(group, "forward", tokens))
 
     def _backward(self, group: PlannedGroup, tokens: int, first: bool) -> Product:
-        rest = self._own.head.at(tokens) if first else self._before(group, "backward", tokens)
+        rest = self._compute.head.at(tokens) if first else self._before(group, "backward", tokens)
         if group.cut:
             added = (len(group.pieces) - 1) * group.forward.in_features
             rest += (group.forward.out_features + added) * tokens * self._client.copy
@@ -150,11 +153,11 @@ class _Price:
         return tuple(requests)
 
     def _before(self, group: PlannedGroup, direction: Direction, tokens: int) -> float:
-        name = part_name(group.layers, direction)
-        if name not in self._own.before:
-            known = ", ".join(self._own.before) or "nothing"
+        name = product_name(group.layers, direction)
+        if name not in self._compute.before:
+            known = ", ".join(self._compute.before) or "nothing"
             raise ConfigError(f"the client's speeds are of another model: they have {known}, and not {name}")
-        return self._own.before[name].at(tokens)
+        return self._compute.before[name].at(tokens)
 
     def _seconds(self, phase: Phase, linear_map: LinearMap, tokens: int) -> float:
         key = phase, linear_map.direction, linear_map.in_features, linear_map.out_features, tokens
@@ -196,7 +199,7 @@ def _estimate(timeline: Timeline, workers: int, client: Speeds, products: int) -
             "uplink": min(1.0, taken("uplink") / total),
             "downlink": min(1.0, taken("downlink") / total),
         },
-        own_measured=client.own is not None and client.own.measured,
+        client_compute_measured=client.client_compute is not None and client.client_compute.measured,
         link_measured=client.link is not None,
         chart={
             "client": client_row,

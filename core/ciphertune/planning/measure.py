@@ -1,4 +1,4 @@
-"""What this machine is fast at: products of given sizes, copying, and a transport with a worker beside it."""
+"""Measurements of this machine: products of given sizes, copying, and a transport with a worker beside it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from ciphertune.errors import ConfigError
 from ciphertune.models.known import skeleton
 from ciphertune.outsourcing.convert import outsource, session_of
 from ciphertune.outsourcing.layers import choose_layers, linear_layers
-from ciphertune.planning.client_compute import BLOCKS, measure_own
-from ciphertune.planning.products import DIRECTIONS, Layout
-from ciphertune.planning.speeds import Line, LinkSpeed, OwnSpeed, ProductSpeed, Speeds, part_name
+from ciphertune.planning.client_compute import BLOCKS, measure_client_compute
+from ciphertune.planning.products import DIRECTIONS, PlannedModel
+from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, product_name
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.selection import Selection
 from ciphertune.traffic import Traffic
 from ciphertune.weights import describe, quantize
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import WeightStore, Worker
 from ciphertune.workloads.local_worker import serving
 
 _COPIED_VALUES = 1 << 22
@@ -42,7 +41,7 @@ _LINK_ROUNDS = 15
 
 _MOST_SIZES = 12
 _HEAD_WEIGHTS = 1 << 24
-"""Of the output head of the small model that is run."""
+"""Most weights of the output head of the small model that is run."""
 
 
 class Size(NamedTuple):
@@ -55,7 +54,7 @@ class Size(NamedTuple):
 
 
 def measure_products(to: str, sizes: Sequence[Size], rounds: int = 3) -> tuple[ProductSpeed, ...]:
-    """Medians over rounds, after one that is not counted; every round goes through all sizes in turn.
+    """Measure products: medians over rounds, after one that is not counted; every round goes through all sizes in turn.
 
     Args:
         to: selection string of a backend, in this process.
@@ -112,10 +111,10 @@ def measure_copy() -> float:
 
 
 def measure_link(transport: str, options: dict[str, str]) -> LinkSpeed:
-    """What a transport costs, with a worker in a process of its own on this machine.
+    """Measure a transport, with a worker in a process of its own on this machine.
 
-    It is what a product under ``mlwe`` takes beside encrypting, evaluating and decrypting, for a small one and a large
-    one, whose bytes are known.
+    Its cost is what a product under ``mlwe`` takes beside encrypting, evaluating and decrypting, for a small one and a
+    large one, whose bytes are known.
 
     Args:
         transport: its name.
@@ -146,48 +145,48 @@ def measure_link(transport: str, options: dict[str, str]) -> LinkSpeed:
 
 def measure_speeds(
     model: str,
-    layout: Layout,
+    planned: PlannedModel,
     layers: Sequence[str] | str | None,
     targets: Sequence[str],
     tokens: int,
     length: int,
-    own: bool = True,
+    as_client: bool = True,
 ) -> Speeds:
     """Measure this machine for a plan, in some seconds.
 
     Args:
         model: as all others, see ``ciphertune.planning.plan.make_plan``.
-        layout: of the model.
+        planned: products of the model.
         layers: which are outsourced.
         targets: ends of the names of those with adapters.
         tokens: of a micro-batch.
         length: of a sequence.
-        own: also what a client computes itself, and what the transport costs.
+        as_client: also what a client computes itself, and what the transport costs.
     """
-    backend, to = layout.choice.backend, local_selection(layout.choice)
+    backend, to = planned.choice.backend, local_selection(planned.choice)
     with torch.random.fork_rng(devices=[]):
         return Speeds(
             to=to,
             machine={name: str(value) for name, value in machine().items()} | {"torch": torch.__version__},
-            products=measure_products(to, sizes_to_measure(layout, backend, tokens)),
+            products=measure_products(to, sizes_to_measure(planned, backend, tokens)),
             copy=measure_copy(),
-            own=_own(model, layout, layers, targets, tokens, length) if own else None,
-            link=_link(layout.choice) if own and layout.choice.transport.remote else None,
+            client_compute=_client_compute(model, planned, layers, targets, tokens, length) if as_client else None,
+            link=_link(planned.choice) if as_client and planned.choice.transport.remote else None,
         )
 
 
 def local_selection(choice: Choice) -> str:
-    """The backend of a selection with its options alone."""
+    """Selection string of the backend alone, with its options."""
     selection = choice.selection
     _, of_backend, _ = _options(choice)
     return str(Selection(selection.backend, options=of_backend))
 
 
-def sizes_to_measure(layout: Layout, backend: Backend, tokens: int) -> list[Size]:
+def sizes_to_measure(planned: PlannedModel, backend: Backend, tokens: int) -> list[Size]:
     """Products of a model, as they are cut, those with most work first and none larger than the backend allows."""
     most = backend.measured_size
     work: dict[Size, float] = {}
-    for group in layout.groups:
+    for group in planned.groups:
         for piece in group.pieces:
             for m in (piece.forward, piece.backward):
                 sizes = (min(a, b) for a, b in zip((tokens, m.in_features, m.out_features), most, strict=True))
@@ -213,29 +212,34 @@ def _link(choice: Choice) -> LinkSpeed:
     return measure_link(choice.selection.transport, _options(choice)[2])
 
 
-def _own(
-    model: str, layout: Layout, layers: Sequence[str] | str | None, targets: Sequence[str], tokens: int, length: int
-) -> OwnSpeed:
-    """Measured where the model can be made of fewer blocks and run on token ids; a guess otherwise."""
-    whole = layout.model
+def _client_compute(
+    model: str,
+    planned: PlannedModel,
+    layers: Sequence[str] | str | None,
+    targets: Sequence[str],
+    tokens: int,
+    length: int,
+) -> ClientCompute:
+    """Measure what a client computes itself; guess where the model cannot be cut to a few blocks and run on tokens."""
+    whole = planned.model
     config = getattr(whole, "config", None)
     vocabulary, hidden = getattr(config, "vocab_size", None), getattr(config, "hidden_size", None)
     if not type(whole).__name__.endswith(("ForCausalLM", "LMHeadModel")) or not vocabulary or not hidden:
-        return _guess(layout)
+        return _guess_client_compute(planned)
     most = max(256, min(vocabulary, _HEAD_WEIGHTS // hidden))
     changes = {"num_hidden_layers": BLOCKS, "vocab_size": most, "use_cache": False}
     specials = ("pad_token_id", "bos_token_id", "eos_token_id")
     small = skeleton(model, **changes, **dict.fromkeys(specials))
-    names = {candidate.name for candidate in layout.chosen}
+    names = {candidate.name for candidate in planned.chosen}
     chosen = choose_layers(small, layers, plugin_manager(), allow_meta=True)
     chosen = [candidate for candidate in chosen if candidate.name in names]
     blocks = getattr(config, "num_hidden_layers", 0)
     if not chosen or (blocks > BLOCKS and len(chosen) >= len(names)):
-        return _guess(layout)
-    found = measure_own(small, chosen, layout.choice.options.share_inputs, targets, tokens, length)
-    needed = {part_name(u.layers, d) for u in layout.groups for d in DIRECTIONS[: 1 + u.backward]}
+        return _guess_client_compute(planned)
+    found = measure_client_compute(small, chosen, planned.choice.options.share_inputs, targets, tokens, length)
+    needed = {product_name(u.layers, d) for u in planned.groups for d in DIRECTIONS[: 1 + u.backward]}
     if not needed <= found.before.keys():
-        return _guess(layout)  # Blocks are not all alike.
+        return _guess_client_compute(planned)  # Blocks are not all alike.
     share = vocabulary / most
     return dataclasses.replace(
         found,
@@ -244,18 +248,18 @@ def _own(
     )
 
 
-def _guess(layout: Layout) -> OwnSpeed:
-    """Head and loss as three products with the weights that stay, and a tenth of the plain products besides."""
+def _guess_client_compute(planned: PlannedModel) -> ClientCompute:
+    """Guess: head and loss as three products with the weights that stay, and a tenth of the plain products besides."""
     rate = _plain_rate()
-    names = {candidate.name for candidate in layout.chosen}
-    head = sum(c.weight().numel() for c in linear_layers(layout.model, allow_meta=True) if c.name not in names)
+    names = {candidate.name for candidate in planned.chosen}
+    head = sum(c.weight().numel() for c in linear_layers(planned.model, allow_meta=True) if c.name not in names)
     before = {}
-    for group in layout.groups:
+    for group in planned.groups:
         weights = group.forward.in_features * group.forward.out_features
         for direction in DIRECTIONS:
-            before[part_name(group.layers, direction)] = Line(0.0, 0.2 * weights / rate)
+            before[product_name(group.layers, direction)] = Line(0.0, 0.2 * weights / rate)
     none = Line(0.0, 0.0)
-    return OwnSpeed(False, before, none, Line(0.0, 6 * head / rate), none, 0.0)
+    return ClientCompute(False, before, none, Line(0.0, 6 * head / rate), none, 0.0)
 
 
 def _plain_rate() -> float:

@@ -1,4 +1,4 @@
-"""What outsourcing a model would mean, before anything runs: shares, traffic, and an estimate of a step's time."""
+"""Plan of an outsourced model before anything runs: shares, traffic, and an estimate of a step's time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ciphertune.backend import Backend
 from ciphertune.bundle.spread import Spread
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import linear_layers
-from ciphertune.planning.estimate import Estimate, forecast
+from ciphertune.planning.estimate import Estimate, estimate_step
 from ciphertune.planning.measure import local_selection, measure_speeds
-from ciphertune.planning.products import DIRECTIONS, PlannedGroup, kept_parameters, lay_out
+from ciphertune.planning.products import DIRECTIONS, PlannedGroup, kept_parameters, plan_products
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import Speeds, check_backend
 
@@ -23,7 +23,7 @@ _UNIT = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def bytes_per_second(text: str) -> float:
-    """A bandwidth, in bytes a second.
+    """Read a bandwidth, in bytes a second.
 
     >>> bytes_per_second("1Gbit/s"), bytes_per_second("10 MB/s")
     (125000000.0, 10000000.0)
@@ -39,7 +39,7 @@ def bytes_per_second(text: str) -> float:
 
 
 def seconds(text: str) -> float:
-    """A time, in seconds.
+    """Read a time, in seconds.
 
     >>> seconds("5ms"), seconds("0.5 s")
     (0.005, 0.5)
@@ -82,13 +82,13 @@ class Kind:
 
     @property
     def weights(self) -> int:
-        """Of all groups of this kind."""
+        """Number of weights of all groups of this kind."""
         return self.count * self.in_features * self.out_features
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """See ``make_plan``.
+    """Costs of a training step of an outsourced model; made by ``make_plan``.
 
     Attributes:
         to, tokens, micro_batches, interleave, workers, placement: of the plan.
@@ -150,7 +150,7 @@ def make_plan(
     client: Speeds | None = None,
     worker: Speeds | None = None,
 ) -> Plan:
-    """What a training step of an outsourced model would take. No weight is loaded.
+    """Plan a training step of an outsourced model. No weight is loaded.
 
     Args:
         model: a folder with a ``config.json`` (a client's part of a bundle has one), a hub name, or one of
@@ -182,25 +182,25 @@ def make_plan(
         raise ConfigError(f"{tokens} tokens cannot be divided into {micro_batches} micro-batches")
     if not 1 <= interleave <= micro_batches:
         raise ConfigError(f"interleave={interleave} must be between 1 and the number of micro-batches, {micro_batches}")
-    layout = lay_out(model, to, layers, targets, workers, placement)
-    backend = layout.choice.backend
+    planned = plan_products(model, to, layers, targets, workers, placement)
+    backend = planned.choice.backend
     sizes = [tokens // micro_batches + (i < tokens % micro_batches) for i in range(micro_batches)]
-    local = local_selection(layout.choice)
+    local = local_selection(planned.choice)
     given = [(f"the {name}'s speeds", one) for name, one in (("client", client), ("worker", worker)) if one is not None]
     check_backend(given, local)
-    shared = _kinds(layout.groups, backend, sizes)
-    alone = _kinds(layout.singles, backend, sizes)
+    shared = _kinds(planned.groups, backend, sizes)
+    alone = _kinds(planned.singles, backend, sizes)
     speeds = None
     if measure and shared and (client is None or worker is None):
-        speeds = measure_speeds(model, layout, layers, targets, max(sizes), length, own=client is None)
+        speeds = measure_speeds(model, planned, layers, targets, max(sizes), length, as_client=client is None)
     client, worker = client or speeds, worker or speeds
     estimate = None
     if shared and client is not None and worker is not None:
         network = Network(bandwidth, latency, processors=processors)
-        estimate = forecast(layout.groups, backend, sizes, interleave, workers, network, client, worker)
-    kept = kept_parameters(layout)
+        estimate = estimate_step(planned.groups, backend, sizes, interleave, workers, network, client, worker)
+    kept = kept_parameters(planned)
     return Plan(
-        to=str(layout.choice.selection),
+        to=str(planned.choice.selection),
         tokens=tokens,
         micro_batches=micro_batches,
         interleave=interleave,
@@ -214,13 +214,13 @@ def make_plan(
         outsourced=sum(kind.weights for kind in shared),
         at_client=sum(p.numel() for p in kept),
         client_bytes=sum(p.nbytes for p in kept),
-        worker_bytes=layout.worker_bytes,
+        worker_bytes=planned.worker_bytes,
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
-            for c in linear_layers(layout.model, allow_meta=True)
-            if c.name not in layout.named
+            for c in linear_layers(planned.model, allow_meta=True)
+            if c.name not in planned.named
         },
-        refused=layout.refused,
+        refused=planned.refused,
         estimate=estimate,
         speeds=speeds,
     )

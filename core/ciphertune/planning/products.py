@@ -1,4 +1,4 @@
-"""Which products a training step of an outsourced model needs, and which worker evaluates what. No weight is loaded."""
+"""Products of a training step of an outsourced model, and the workers that evaluate them. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class PlannedGroup:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """A model as it is outsourced.
+class PlannedModel:
+    """A model that is outsourced in thought.
 
     Attributes:
         model: without weights.
@@ -81,21 +81,21 @@ class Layout:
     named: set[str]
 
 
-def lay_out(
+def plan_products(
     model: str | nn.Module,
     to: str,
     layers: Sequence[str] | str | None,
     targets: Sequence[str],
     workers: int,
     placement: Spread,
-) -> Layout:
-    """Which products a step of a model needs, and which worker evaluates what; arguments as of ``make_plan``."""
+) -> PlannedModel:
+    """Find the products of a model's step and the workers that evaluate them; arguments as of ``make_plan``."""
     choice = choose(to)
     built = skeleton(model) if isinstance(model, str) else model
     chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True)
     infos = [_info(candidate, choice.backend) for candidate in chosen]
     groups = sibling_groups(chosen, [info.in_features for info in infos])
-    spread = _Spreading(infos, groups, workers, placement)
+    spread = _Placement(infos, groups, workers, placement)
     singles = [(i,) for i in range(len(infos))]
     order = [candidate.name for candidate in linear_layers(built, allow_meta=True)]
     first = next((i for i, name in enumerate(order) if name.endswith(tuple(targets))), len(order))
@@ -113,7 +113,7 @@ def lay_out(
     def planned(of: Sequence[tuple[int, ...]]) -> list[PlannedGroup]:
         return [spread.planned(group, backward=group[0] not in ahead) for group in of]
 
-    return Layout(
+    return PlannedModel(
         model=built,
         choice=choice,
         chosen=[chosen[i] for group in taken for i in group],
@@ -125,7 +125,7 @@ def lay_out(
     )
 
 
-class _Spreading:
+class _Placement:
     """A model split over workers, as ``ciphertune.split`` does it."""
 
     def __init__(
@@ -167,7 +167,7 @@ class _Spreading:
     def _pieces_of(
         self, sizes: tuple[tuple[int, int], ...], members: tuple[int, ...], holder: int
     ) -> tuple[Piece, ...]:
-        """How members of a group with these sizes are cut, where ``holder`` has them if they are not spread."""
+        """Cut members of a group with these sizes; ``holder`` has them all if they are not spread."""
         infos = [LayerInfo(str(i), k, n, None, None, 1.0, 1.0, b"") for i, (k, n) in enumerate(sizes)]
         holdings: dict[int, list[list[Shard]]] = {}
         for worker in range(self._workers):
@@ -178,11 +178,11 @@ class _Spreading:
         return place([[infos[i] for i in members]], holdings, {w: str(w) for w in holdings})[0]
 
 
-def kept_parameters(layout: Layout) -> list[nn.Parameter]:
+def kept_parameters(planned: PlannedModel) -> list[nn.Parameter]:
     """Parameters that stay at the client."""
-    kept = {id(p): p for p in layout.model.parameters()}
-    places = collections.Counter(id(p) for module in layout.model.modules() for p in module._parameters.values())
-    for candidate in layout.chosen:
+    kept = {id(p): p for p in planned.model.parameters()}
+    places = collections.Counter(id(p) for module in planned.model.modules() for p in module._parameters.values())
+    for candidate in planned.chosen:
         if places[id(candidate.module.weight)] == 1:
             kept.pop(id(candidate.module.weight))
     return list(kept.values())

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 What = Literal["rest", "encrypt", "decrypt", "evaluate", "uplink", "downlink", "latency"]
-"""What time is spent on: ``rest`` is the client's own computing, ``latency`` the way of a message whatever its size."""
+"""Uses of time: ``rest`` is what the client computes itself, ``latency`` the way of a message whatever its size."""
 
 
 Processors = Literal["own", "shared by workers", "one"]
@@ -45,10 +45,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One outsourced product.
+    """One outsourced product of a micro-batch.
 
     Attributes:
-        rest: seconds of the client's own computing before it.
+        rest: seconds of what the client computes itself before it.
         requests: all sent before the first reply is awaited.
     """
 
@@ -66,7 +66,7 @@ class MicroBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What connects client and workers.
+    """Network between client and workers.
 
     Attributes:
         bandwidth: bytes a second of the client's card, each way; all workers share it.
@@ -84,7 +84,7 @@ class Network:
 
 
 class Activity(NamedTuple):
-    """Something that took time.
+    """One activity of a simulated step.
 
     Attributes:
         what: see ``What``.
@@ -116,7 +116,7 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """Of the step."""
+        """Seconds of the step."""
         return self.activities[self.last].end if self.last >= 0 else 0.0
 
     def critical(self) -> dict[What, float]:
@@ -138,7 +138,7 @@ class Timeline:
         return dict(taken)
 
     def chart(self, start: float, end: float, bins: int) -> dict[What, list[float]]:
-        """How much of every part of a time each sort of activity took, all workers together: 1.0 is one at a time."""
+        """Share of every part of a time by sort of activity, all workers together: 1.0 is one at a time."""
         width = (end - start) / bins
         rows: dict[What, list[float]] = {what: [0.0] * bins for what in _WHATS}
         for a in self.activities:
@@ -159,7 +159,7 @@ _WHATS: tuple[What, ...] = ("rest", "encrypt", "decrypt", "evaluate", "uplink", 
 def simulate(
     micro_batches: Sequence[MicroBatch], interleave: int, workers: int, network: Network, closing: float = 0.0
 ) -> Timeline:
-    """Run a step.
+    """Simulate a step.
 
     Args:
         micro_batches: of the step, in order.
@@ -175,14 +175,14 @@ def simulate(
     [18.0, 13.0]
     """
     run = _Run(workers, network)
-    run.take_turns([run.steps(micro_batch) for micro_batch in micro_batches], interleave)
+    run.interleave([run.steps(micro_batch) for micro_batch in micro_batches], interleave)
     run.compute("rest", closing)
     return Timeline(run.activities, run.last, workers)
 
 
 @dataclasses.dataclass
 class _Resource:
-    """Something used by one at a time: when it is free again, and after which activity."""
+    """Resource used by one activity at a time: when it is free again, and after which activity."""
 
     free: float = 0.0
     last: int = -1
@@ -229,7 +229,7 @@ class _Run:
                 self.compute("decrypt", one.request.decrypt)
         self.compute("rest", micro_batch.rest)
 
-    def take_turns(self, tasks: Sequence[Iterator[_Sent]], width: int) -> None:
+    def interleave(self, tasks: Sequence[Iterator[_Sent]], width: int) -> None:
         """Run tasks in strict order, as many at once as ``width``, each until it awaits a reply."""
         to_start = collections.deque(tasks)
         under_way: collections.deque[tuple[Iterator[_Sent], _Sent | None]] = collections.deque()
@@ -246,7 +246,7 @@ class _Run:
                     under_way.appendleft((to_start.popleft(), None))
 
     def compute(self, what: What, seconds: float) -> None:
-        """The client computes."""
+        """Let the client compute for some seconds."""
         if seconds <= 0.0:
             return
         self._settle(self._now)
@@ -295,7 +295,7 @@ class _Run:
             sent.answered = time
 
     def _carry(self, way: Literal["uplink", "downlink"], time: float, nbytes: int, sent: _Sent) -> None:
-        """A message passes the client's card, at the speed of the slower of card and connection.
+        """Pass a message through the client's card, at the speed of the slower of card and connection.
 
         A worker's own card, as fast as the client's, never holds up what the client's has let through.
         """
@@ -312,7 +312,7 @@ class _Run:
             self._at(end, 3, sent)
 
     def _travel(self, time: float, stage: int, sent: _Sent) -> None:
-        """The way of a message that has left, or of the first byte of one."""
+        """Carry a message that has left, or the first byte of one, over the network."""
         seconds = self._network.latency + self._network.overhead / 2
         if seconds > 0.0:
             sent.cause = self._note("latency", sent.worker, time, time + seconds, sent.cause)

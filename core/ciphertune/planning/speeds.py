@@ -1,4 +1,4 @@
-"""How fast a machine is at what a training step is made of: measured here or elsewhere, kept as JSON, and scaled."""
+"""Speeds of a machine at the parts of a training step: measured here or elsewhere, kept as JSON, and scaled."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnSpeed:
-    """What the client computes itself in a step.
+class ClientCompute:
+    """Seconds that a client computes itself in a step, beside encryption and decryption.
 
     Attributes:
         measured: whether the model's own blocks were run; a guess otherwise.
-        before: by group of layers and direction, as ``part_name`` calls them: what comes before each of its products.
+        before: what comes before each product of a group of layers in one direction, by ``product_name``.
         begin: what comes before the first product of all.
         head: what comes before the first backward product: output head and loss, forward and backward.
         end: what comes after the last product.
@@ -72,7 +72,7 @@ class OwnSpeed:
 
 @dataclasses.dataclass(frozen=True)
 class LinkSpeed:
-    """What a transport adds to the network: bytes a second on one connection, and seconds a request."""
+    """Cost of a transport beside the network's: bytes a second on one connection, and seconds a request."""
 
     rate: float
     overhead: float
@@ -80,14 +80,14 @@ class LinkSpeed:
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """What one machine was measured at.
+    """Speeds of one machine.
 
     Attributes:
         to: selection string of the backend, without transport and endpoints.
         machine: its processor, threads and torch, for people.
         products: of several sizes.
         copy: seconds to copy one float32 value.
-        own: None where only a worker's part was measured.
+        client_compute: None where only a worker's part was measured.
         link: None where no transport was measured.
     """
 
@@ -95,7 +95,7 @@ class Speeds:
     machine: dict[str, str]
     products: tuple[ProductSpeed, ...]
     copy: float
-    own: OwnSpeed | None
+    client_compute: ClientCompute | None
     link: LinkSpeed | None
 
     def seconds(self, backend: Backend, phase: Phase, linear_map: LinearMap, tokens: int) -> float:
@@ -121,10 +121,10 @@ def _size(tokens: int, in_features: int, out_features: int) -> tuple[float, floa
     return math.log(tokens), math.log(in_features), math.log(out_features)
 
 
-def part_name(layers: str, direction: Direction) -> str:
-    """What ``OwnSpeed.before`` calls a group of layers in one direction.
+def product_name(layers: str, direction: Direction) -> str:
+    """Key of a group of layers in one direction in ``ClientCompute.before``.
 
-    >>> part_name("q_proj+k_proj+v_proj", "backward")
+    >>> product_name("q_proj+k_proj+v_proj", "backward")
     'q_proj+k_proj+v_proj backward'
     """
     return f"{layers} {direction}"
@@ -159,19 +159,19 @@ def _speeds(found: Mapping[str, Any]) -> Speeds:
     products = tuple(_product(row) for row in found["products"])
     if not products:
         raise ValueError("no product was measured")
-    own, link = found["own"], found["link"]
+    computed, link = found["client_compute"], found["link"]
     return Speeds(
         to=str(found["to"]),
         machine={str(name): str(value) for name, value in found["machine"].items()},
         products=products,
         copy=_number(found, "copy"),
-        own=None if own is None else _own(own),
+        client_compute=None if computed is None else _client_compute(computed),
         link=None if link is None else LinkSpeed(_number(link, "rate", least=1.0), _number(link, "overhead")),
     )
 
 
-def _own(row: Mapping[str, Any]) -> OwnSpeed:
-    return OwnSpeed(
+def _client_compute(row: Mapping[str, Any]) -> ClientCompute:
+    return ClientCompute(
         measured=bool(row["measured"]),
         before={str(name): _line(line) for name, line in row["before"].items()},
         begin=_line(row["begin"]),

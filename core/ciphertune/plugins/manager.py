@@ -192,7 +192,7 @@ class PluginManager:
             warnings.warn(line, RuntimeWarning, stacklevel=2)
 
     def _check_callable(self, plugin: Any) -> None:
-        """Observers are called directly: what would give a generator or a coroutine would never run."""
+        """Refuse an observer that gives a generator or a coroutine: called directly, it would never run."""
         for caller in self._manager.get_hookcallers(plugin) or []:
             for implementation in caller.get_hookimpls():
                 wrapper = implementation.wrapper or implementation.hookwrapper
@@ -218,7 +218,7 @@ def _trace(caller: pluggy.HookCaller, arguments: Mapping[str, Any]) -> None:
 
 
 def anchored(text: str, folder: Path) -> str:
-    """The same use of a plugin with its relative paths taken from ``folder``; errors as for ``PluginManager.use``."""
+    """Take the relative paths in a use of a plugin from ``folder``; errors as for ``PluginManager.use``."""
     name, values = parse_use(text)
     plugin = registry.load(registry.PLUGINS, name)
     if not isinstance(plugin, type):

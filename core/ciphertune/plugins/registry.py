@@ -47,7 +47,7 @@ class Registered:
 
 @functools.cache
 def installed(group: str) -> dict[str, Registered]:
-    """What is installed in an entry-point group, by name; nothing is imported.
+    """List what is installed in an entry-point group, by name; nothing is imported.
 
     Raises:
         PluginError: two distributions register the same name.

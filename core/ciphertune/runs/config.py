@@ -58,9 +58,9 @@ class DataSection:
     """``[data]``.
 
     Attributes:
-        source: a text file, a folder of ``.txt`` and ``.md`` files, a ``.jsonl`` file with one object a line, or the
-            built-in ``language-reference``.
-        text_field: field of the objects of a ``.jsonl`` file that holds the text.
+        source: a text file, a folder of ``.txt`` and ``.md`` files, a ``.jsonl`` or ``.ndjson`` file with one object a
+            line, or the built-in ``language-reference``.
+        text_field: field of the objects of such a file that holds the text.
         length: tokens of one sequence.
         batch_size: sequences of one micro-batch.
         held_out: share of the texts, or of a single text's sequences, that is kept for evaluation; 0 for none.

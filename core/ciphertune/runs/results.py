@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ciphertune._support.atomic import replace_file
 from ciphertune.client.session import Session
+from ciphertune.errors import ConfigError, TrainingError
 from ciphertune.outsourcing.convert import Share
 from ciphertune.report.costs import CostMeter, RunCosts
 from ciphertune.report.loss_plot import plot_losses
@@ -49,6 +52,17 @@ class OutputFolder:
         """Training loss over optimizer steps, a PNG."""
         return self.path / "loss.png"
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Say plainly what is lost if results cannot be written. Raises ``TrainingError`` instead of ``OSError``."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"the training is done, but its results cannot be written to {self.path}: {error.strerror or error}. "
+                "With checkpoint_dir set, make room and run it again with --resume"
+            ) from error
+
     def write(self, content: Mapping[str, Any], curves: Mapping[str, Sequence[float]], title: str) -> None:
         """Write ``result.json``, the report and the plot, each whole or not at all.
 
@@ -65,6 +79,24 @@ class OutputFolder:
         replace_file(self.result, json.dumps(content, indent=2).encode())
         write_report(self.report, content)
         plot_losses(self.plot, curves, title)
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Make a folder for results, or say now rather than after the training that it cannot be.
+
+    Args:
+        name: of the setting that names the folder, for the message.
+        folder: made if missing.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot write to {folder}: {error.strerror}") from error
 
 
 @dataclasses.dataclass(kw_only=True)

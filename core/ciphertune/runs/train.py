@@ -13,16 +13,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ciphertune.bundle.client import is_client_folder, load_client
+from ciphertune.data.read import read_texts
 from ciphertune.errors import ConfigError
+from ciphertune.models.causal import refuse_encoder
 from ciphertune.models.load import load_named_model, load_tokenizer
 from ciphertune.outsourcing.convert import outsource, session_of, share
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.report.costs import CostMeter
 from ciphertune.runs.config import DataSection, TrainConfig
-from ciphertune.runs.results import OutputFolder, Progress, Result, common_figures
+from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
 from ciphertune.training.trainer import LoraTrainer
 from ciphertune.workloads.language import add_lora
-from ciphertune.workloads.texts import batches_of, language_reference, rows_of, split_articles
+from ciphertune.workloads.texts import batches_of, language_reference, rows_of, split_texts
 
 
 @dataclasses.dataclass
@@ -85,7 +87,11 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progr
     if resume and t.checkpoint_dir is None:
         raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")
     # Before the model, which takes minutes: texts are read quickly, and may be wrong.
-    texts = read_texts(config.data)
+    texts = texts_of(config.data)
+    output = OutputFolder(Path(t.output))
+    for name, folder in (("output", output.path), ("checkpoint_dir", t.checkpoint_dir)):
+        if folder is not None:
+            check_writable(f"training.{name}", Path(folder))
     progress(f"Loading {config.model.name} …")
     client = is_client_folder(config.model.name)
     if client and config.layers is not None:
@@ -94,6 +100,8 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progr
         base, tokenizer = load_client(config.model.name, config.to), load_tokenizer(config.model.name)
     else:
         base, tokenizer = load_named_model(config.model.name, config.model.gguf_file)
+    refuse_encoder(base, config.model.name, outsourced=client)
+    _check_length(config.data.length, base)
     base.config.use_cache = False
     train, held = split_rows(texts, tokenizer, config.data)
     lora = config.lora
@@ -123,8 +131,8 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progr
     meter = CostMeter(session, part)
     with meter.measuring():
         history = trainer.train(loader, batches_of(held, config.data.batch_size) if len(held) else None, resume=resume)
-    output = OutputFolder(Path(t.output))
-    trainer.save_adapter(output.adapter)
+    with output.writing():
+        trainer.save_adapter(output.adapter)
     result = RunResult(
         **common_figures(config.to, session, part, meter, output),
         steps=trainer.step,
@@ -134,9 +142,15 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progr
     )
     session.close()
     content = {**dataclasses.asdict(result), "history": history.steps, "config": dataclasses.asdict(config)}
-    title = f"{config.model.name} through {config.to}"
-    output.write(content, {config.to: history.losses}, title)
+    with output.writing():
+        output.write(content, {config.to: history.losses}, title=f"{config.model.name} through {config.to}")
     return result
+
+
+def _check_length(length: int, model: Any) -> None:
+    most = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        raise ConfigError(f"data.length is {length}, and the model takes {most} tokens at most: lower data.length")
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -158,41 +172,11 @@ def read_comparison(path: Path) -> Comparison:
     return Comparison(to, losses)
 
 
-def read_texts(data: DataSection) -> list[str]:
-    """Read the texts of a data source.
-
-    Raises:
-        ConfigError: it does not exist, cannot be read, or holds no text.
-    """
+def texts_of(data: DataSection) -> list[str]:
+    """Read the texts of a data source, built-in or as ``read_texts`` reads them. Raises ``ConfigError``."""
     if data.source == "language-reference":
         return list(language_reference().values())
-    path = Path(data.source)
-    try:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md"))
-            texts = [file.read_text(encoding="utf-8") for file in files]
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                texts = [_field(line, data.text_field, path, n) for n, line in enumerate(lines, 1)]
-        else:
-            texts = [path.read_text(encoding="utf-8")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read data.source {data.source!r}: {error}") from error
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise ConfigError(f"data.source {data.source!r} holds no text")
-    return texts
-
-
-def _field(line: str, name: str, path: Path, number: int) -> str:
-    # The line itself is private: an error must not quote it.
-    try:
-        value = json.loads(line)[name] if line.strip() else ""
-    except (ValueError, KeyError, TypeError):
-        value = None
-    if not isinstance(value, str):
-        raise ConfigError(f"line {number} of {path} is not a JSON object with the text field {name!r}")
-    return value
+    return read_texts(data.source, data.text_field)
 
 
 def split_rows(texts: list[str], tokenizer: Any, data: DataSection) -> tuple[Tensor, Tensor]:
@@ -207,12 +191,13 @@ def split_rows(texts: list[str], tokenizer: Any, data: DataSection) -> tuple[Ten
     if data.held_out == 0:
         train, held = rows_of(texts, tokenizer, data.length), empty
     elif len(texts) > 1:
-        parts = split_articles({str(i): text for i, text in enumerate(texts)}, data.held_out)
-        train, held = (rows_of(part, tokenizer, data.length) for part in parts)
+        train, held = (rows_of(part, tokenizer, data.length) for part in split_texts(texts, data.held_out))
     else:
         rows = rows_of(texts, tokenizer, data.length)
         cut = len(rows) - round(len(rows) * data.held_out)
         train, held = rows[:cut], rows[cut:]
+    if len(train) == 0 and len(held) > 0:
+        raise ConfigError("data.held_out leaves no sequence to train on: lower it, or data.length")
     if len(train) == 0:
         raise ConfigError(f"the text does not fill one sequence of {data.length} tokens: lower data.length")
     return train, held

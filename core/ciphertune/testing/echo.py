@@ -1,4 +1,4 @@
-"""A handler for transports to hand requests to, in the place of a worker's service."""
+"""A request handler for tests of transports, in place of a worker's service."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ciphertune.transport import Reply
 
 
 class EchoHandler:
-    """A handler that sends requests back as their own replies, at once or when told to.
+    """A request handler whose replies are the requests themselves, at once or when ``answer`` is called.
 
     Attributes:
-        hold: keep requests until ``answer``.
-        kept: requests and how to reply to them.
-        peers: who sent, in order of arrival.
-        released: replies whose memory the listener gave back.
-        largest: bytes of the largest request that was handed over, refused ones included.
+        hold: whether to keep requests until ``answer``.
+        kept: requests that were not answered yet, and the functions that reply to them.
+        peers: their senders, in order of arrival.
+        released: number of replies that the listener has released.
+        largest: bytes of the largest request, refused ones included.
     """
 
     limits = Limits(buffer_bytes=64 << 20, total_bytes=64 << 20)
@@ -44,7 +44,7 @@ class EchoHandler:
         reply(answer, self._release)
 
     def answer(self, backwards: bool = False) -> None:
-        """Reply to what was kept."""
+        """Reply to the requests that were kept, the last one first if ``backwards``."""
         with self._lock:
             kept, self.kept = self.kept, []
         for frames, reply in reversed(kept) if backwards else kept:

@@ -1,4 +1,4 @@
-"""A link that does wrong on command: around any transport's own, for tests of what depends on it."""
+"""Fault injection: links around those of any transport that lose, delay and damage messages on command."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class _Order:
 
 
 class Faults:
-    """What the links of a faulty transport do wrong, ordered by the test. Orders apply to the next requests, in turn.
+    """The faults of the links of a transport, as a test orders them. Orders apply to the next requests, in turn.
 
     Args:
         register: adds a transport class to the registry under its name.
 
     Attributes:
         done: faults so far, by name.
-        sent: requests that were handed to the wire, by kind.
+        sent: requests that the real links sent, by kind.
     """
 
     def __init__(self, register: Callable[[str, Any], None]) -> None:
@@ -50,7 +50,7 @@ class Faults:
         self.sent: collections.Counter[str] = collections.Counter()
 
     def over(self, transport: str = "local") -> str:
-        """Put a faulty link around an installed transport; the name to use in its place in a selection string."""
+        """Register a faulty variant of an installed transport; its name in a selection string."""
         inner: type[Transport] = registry.load(registry.TRANSPORTS, transport)
         name = f"faulty-{transport}"
         self._register(
@@ -59,29 +59,29 @@ class Faults:
         return name
 
     def drop(self, count: int = 1, kind: str = "evaluate") -> None:
-        """Requests get lost: they are never sent, and never answered."""
+        """Lose requests: they are not sent, and never answered."""
         self._order(_Order("drop", kind, count))
 
     def delay(self, seconds: float, count: int = 1, kind: str = "evaluate") -> None:
-        """Replies are late."""
+        """Deliver replies late, by a number of seconds."""
         self._order(_Order("delay", kind, count, seconds=seconds))
 
     def duplicate(self, count: int = 1, kind: str = "evaluate") -> None:
-        """Requests are sent twice, as by a wire that repeats what it was not told has arrived."""
+        """Send requests twice, as a network does that retransmits."""
         self._order(_Order("duplicate", kind, count))
 
     def corrupt(self, count: int = 1, kind: str = "evaluate", where: Literal["header", "buffers"] = "header") -> None:
-        """Replies come damaged: a byte of their header, or the last byte of every buffer, is another."""
+        """Damage replies: a byte of the header, or the last byte of every buffer, is changed."""
         self._order(_Order("corrupt", kind, count, where=where))
 
     def reorder(self, count: int = 2, kind: str = "evaluate") -> None:
-        """The replies of the next requests are kept until all are there, or ``release``, and then come in reverse."""
+        """Keep the replies of the next requests until all are there, or ``release``, and deliver them in reverse."""
         with self._lock:
             self._wanted += count
         self._order(_Order("reorder", kind, count))
 
     def cut(self) -> None:
-        """The connection is lost: what is under way fails, and so does everything until ``heal``."""
+        """Lose the connection: pending requests fail, and so do all others until ``heal``."""
         with self._lock:
             self._cut = True
             self.done["cut"] += 1
@@ -90,21 +90,21 @@ class Faults:
             pending.fail_all("the connection was lost")
 
     def heal(self) -> None:
-        """The connection can be had again, and no order is left."""
+        """Restore the connection, and cancel all orders."""
         with self._lock:
             self._cut = False
             self._orders.clear()
         self.release()
 
     def release(self) -> None:
-        """Let go of the replies that ``reorder`` keeps, the last one first."""
+        """Deliver the replies that ``reorder`` keeps, the last one first."""
         with self._lock:
             kept, self._kept, self._wanted = self._kept, [], 0
         for deliver in reversed(kept):
             deliver()
 
     def _open(self, name: str) -> PendingReplies[Message]:
-        """The requests of a new link, which ``cut`` fails."""
+        """Make the table of a new link's pending requests, which ``cut`` fails."""
         pending: PendingReplies[Message] = PendingReplies(name)
         with self._lock:
             self._links.append(pending)
@@ -193,7 +193,7 @@ def _deliver(
     inner: Future[Message],
     where: Literal["header", "buffers"] | None,
 ) -> None:
-    """Settle a request as the real link did, with a reply that is damaged ``where`` it says."""
+    """Settle a request as the real link settled its own, with the reply damaged at ``where``."""
     error = inner.exception()
     try:
         if error is not None:

@@ -1,4 +1,4 @@
-"""A worker on threads of the test's own process, behind any transport that can serve."""
+"""A worker on threads of the test's process, served over any transport that can serve."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.protocol import DEFAULT_LIMITS, Limits
 from ciphertune.transport import Listener, Transport
-from ciphertune.worker.service import Service
-from ciphertune.worker.store import WeightStore
-from ciphertune.worker.worker import Worker
+from ciphertune.worker import Service, WeightStore, Worker
 
 
 class ServedWorker:
@@ -30,11 +28,11 @@ class ServedWorker:
         folder: where keys and certificates may be made.
         options: of the transport in the client's selection string, as they stand in it.
         weight_bits: 8 or 16 bits, or None for float32; what the client's backend expects. For a module.
-        limits: what a message may be.
+        limits: on messages.
 
     Attributes:
-        address: where clients find it; the same after a restart.
-        service: what answers.
+        address: in a selection string; the same after a restart.
+        service: answers the requests.
 
     Raises:
         SelectionError: the transport cannot serve.
@@ -68,7 +66,7 @@ class ServedWorker:
         return f"{backend}+{self._name}://{self.address}" + (f"?{query}" if query else "")
 
     def start(self) -> None:
-        """Serve, with no session open. Does nothing to a worker that serves."""
+        """Serve, with no session open. Idempotent."""
         if self._listener is None:
             self.service = Service(Worker(self._held), limits=self._limits)
             try:
@@ -79,7 +77,7 @@ class ServedWorker:
             self.address = self._listener.address
 
     def stop(self) -> None:
-        """Go away, as a machine that is switched off does; ``start`` brings it back without its sessions."""
+        """Stop serving, as a machine that is switched off; after ``start`` the sessions are gone."""
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.close()

@@ -1,4 +1,4 @@
-"""What every transport has to do, as tests."""
+"""The conformance suite of transports: what every one of them must do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ciphertune.testing.served import ServedWorker
 from ciphertune.transport import Link, Listener, Loopback, Transport
 
 _SECONDS = 20.0
-"""Longer than anything here takes; a test that waits so long has failed."""
+"""Longer than any step takes; a test that waits so long has failed."""
 
 
 def _until(condition: Callable[[], bool], seconds: float = _SECONDS) -> bool:
@@ -39,7 +39,7 @@ def _until(condition: Callable[[], bool], seconds: float = _SECONDS) -> bool:
 
 
 def _resources() -> tuple[int, int]:
-    """Threads and open files of this process; files only where the system tells."""
+    """Count threads and open files of this process; files only where the system shows them."""
     folder = Path("/proc/self/fd")
     return threading.active_count(), len(list(folder.iterdir())) if folder.exists() else 0
 
@@ -47,7 +47,7 @@ def _resources() -> tuple[int, int]:
 class TransportSuite:
     """For transports that serve workers elsewhere: inherit, set ``name``, collect with pytest.
 
-    Where to bind and with which options comes from the transport's ``loopback``.
+    Address and options come from the transport's ``loopback``.
 
     Attributes:
         name: the transport's entry-point name.
@@ -60,11 +60,11 @@ class TransportSuite:
     large: ClassVar[int] = 40 << 20
 
     def loopback(self, folder: Path) -> Loopback:
-        """How to serve and connect on this machine; keys and certificates may be made in ``folder``."""
+        """Address and options to serve and connect on this machine; ``folder`` is for keys and certificates."""
         return self._class().loopback(folder, dict(parse_qsl(self.options)))
 
     def listen(self, handler: Any, folder: Path, address: str | None = None) -> Listener:
-        """Serve a handler."""
+        """Serve a handler at an address, that of ``loopback`` if none is given."""
         here = self.loopback(folder)
         return self._class().listen(handler, address or here.address, here.serve)
 
@@ -85,25 +85,25 @@ class TransportSuite:
 
     @pytest.fixture
     def handler(self) -> EchoHandler:
-        """What answers."""
+        """The handler that answers requests."""
         return EchoHandler()
 
     @pytest.fixture
     def listener(self, handler: EchoHandler, tmp_path: Path) -> Iterator[Listener]:
-        """An open door to ``handler``."""
+        """A listener that hands requests to ``handler``."""
         listener = self.listen(handler, tmp_path)
         yield listener
         listener.close()
 
     @pytest.fixture
     def connected(self, listener: Listener, tmp_path: Path) -> Iterator[Link]:
-        """A link through it."""
+        """A link to ``listener``."""
         link = self.link(listener.address, tmp_path)
         yield link
         link.close()
 
     def test_messages_arrive_as_they_were(self, connected: Link) -> None:
-        """Fields and buffers of every type, also without elements."""
+        """Fields and buffers of every type arrive, also without elements."""
         fields = {"none": None, "flag": True, "n": -7, "x": 0.1, "text": "naïve", "raw": b"\0\xff", "list": [1, [2]]}
         kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64)
         buffers = {f"b{i}": torch.arange(-3, 3).to(kind).reshape(2, 3) for i, kind in enumerate(kinds)}
@@ -117,11 +117,11 @@ class TransportSuite:
             assert torch.equal(reply.buffers[name], sent)
 
     def test_messages_without_anything(self, connected: Link) -> None:
-        """The smallest message there is."""
+        """A message without fields and buffers arrives."""
         assert connected.submit(Message("hello")).result(_SECONDS) == Message("hello")
 
     def test_large_messages(self, connected: Link, handler: EchoHandler) -> None:
-        """Large buffers, of sizes that no chunk divides; the reply's memory is given back once it has left."""
+        """Large buffers arrive, also of sizes that no chunk divides; a reply that has left is released."""
         generator = torch.Generator().manual_seed(0)
         sizes = (self.large, (1 << 20) + 1, (1 << 19) - 1, 1)
         sent = {str(n): torch.randint(256, (n,), dtype=torch.uint8, generator=generator) for n in sizes}
@@ -131,10 +131,10 @@ class TransportSuite:
         assert _until(lambda: handler.released == 2)
 
     def test_answers_in_any_order(self, connected: Link, handler: EchoHandler) -> None:
-        """Many requests are under way at once, and each gets its own answer."""
+        """Many requests are under way at once, and each gets its own reply."""
         handler.hold = True
         futures = [connected.submit(Message("ok", {"n": n}, {"x": torch.full((n,), n)})) for n in range(60)]
-        assert _until(lambda: len(handler.kept) == 60), "a request waits for the answer to another one"
+        assert _until(lambda: len(handler.kept) == 60), "a request waits for the reply to another one"
         assert not any(future.done() for future in futures)
         handler.answer(backwards=True)
         for n, future in enumerate(futures):
@@ -143,7 +143,7 @@ class TransportSuite:
             assert torch.equal(reply.buffers["x"], torch.full((n,), n))
 
     def test_threads_share_a_link(self, connected: Link) -> None:
-        """Eight threads, forty requests each."""
+        """Eight threads submit forty requests each over one link."""
         wrong: list[object] = []
 
         def run(thread: int) -> None:
@@ -165,23 +165,23 @@ class TransportSuite:
         assert not wrong
 
     def test_errors_are_replies(self, connected: Link) -> None:
-        """A worker that reports an error was reached: its report is a result."""
+        """An error message of the worker is a result, not an exception."""
         reply = connected.submit(error_message("quota", "no more")).result(_SECONDS)
         assert reply.kind == "error"
 
-    def test_a_request_can_be_forgotten(self, connected: Link, handler: EchoHandler) -> None:
-        """A cancelled future's late answer disturbs nothing."""
+    def test_a_request_can_be_given_up(self, connected: Link, handler: EchoHandler) -> None:
+        """The late reply to a cancelled request is ignored."""
         handler.hold = True
-        forgotten = connected.submit(Message("ok", {"n": 1}))
+        given_up = connected.submit(Message("ok", {"n": 1}))
         assert _until(lambda: len(handler.kept) == 1)
-        assert forgotten.cancel(), "the future cannot be cancelled while its answer is awaited"
+        assert given_up.cancel(), "the future cannot be cancelled while its answer is awaited"
         kept = connected.submit(Message("ok", {"n": 2}))
         assert _until(lambda: len(handler.kept) == 2)
         handler.answer()
         assert kept.result(_SECONDS).fields == {"n": 2}
 
     def test_a_link_that_is_closed(self, connected: Link, handler: EchoHandler) -> None:
-        """Closing fails whoever waits, at once; so does sending afterwards. Closing twice is fine."""
+        """Closing fails pending requests at once, and later ones too. Closing twice is fine."""
         handler.hold = True
         waiting = connected.submit(Message("hello"))
         assert _until(lambda: len(handler.kept) == 1)
@@ -221,14 +221,14 @@ class TransportSuite:
             return link.submit(Message("hello")).result(_SECONDS).kind == "hello"
         return False
 
-    def test_nobody_there(self, listener: Listener, tmp_path: Path) -> None:
-        """Opening a link to nobody waits for nothing; the request fails, or waits until it is given up."""
+    def test_no_worker_there(self, listener: Listener, tmp_path: Path) -> None:
+        """Without a worker a link opens and takes a request without waiting; the request fails or stays pending."""
         address = listener.address
         listener.close()
         start = time.monotonic()
         link = self.link(address, tmp_path)
         future = link.submit(Message("hello"))
-        assert time.monotonic() - start < _SECONDS / 4, "connecting or sending waits for the worker"
+        assert time.monotonic() - start < _SECONDS / 4, "connecting or submitting waits for the worker"
         try:
             with pytest.raises((TransportError, TimeoutError)):
                 future.result(2)
@@ -251,8 +251,8 @@ class TransportSuite:
         finally:
             other.close()
 
-    def test_strangers_disturb_nobody(self, connected: Link, listener: Listener) -> None:
-        """Peers that talk nonsense, or nothing, or hang up, on a TCP port."""
+    def test_other_peers_do_no_harm(self, connected: Link, listener: Listener) -> None:
+        """Peers on a TCP port that send nonsense, or nothing, or disconnect, do no harm."""
         host, _, port = listener.address.rpartition(":")
         if not port.isdigit():
             pytest.skip("this transport is not served on a TCP port")
@@ -276,14 +276,14 @@ class TransportSuite:
             peer.close()
         assert connected.submit(Message("hello")).result(_SECONDS).kind == "hello"
 
-    def test_what_is_larger_than_the_handler_takes(self, connected: Link, handler: EchoHandler) -> None:
-        """Too large a request is cut or refused: the client is told, the memory it takes is bounded, the link lives."""
+    def test_requests_over_the_limits(self, connected: Link, handler: EchoHandler) -> None:
+        """A request over the limits is refused: the client gets an error, memory stays bounded, the link goes on."""
         size = 2 * handler.limits.total_bytes + 1
         future = connected.submit(Message("ok", {}, {"x": torch.zeros(size, dtype=torch.uint8)}))
         with contextlib.suppress(TransportError):
             assert future.result(3 * _SECONDS).kind == "error"
         assert handler.largest < size, "the handler was handed a request of twice its limits"
-        assert _until(lambda: self._answers(connected)), "the link is of no use afterwards"
+        assert _until(lambda: self._answers(connected)), "the link fails afterwards"
 
     def test_nothing_is_left_behind(self, listener: Listener, tmp_path: Path) -> None:
         """Links that come and go leave neither threads nor open files."""
@@ -307,8 +307,8 @@ class TransportSuite:
 
         assert _until(settled), f"threads and files {(threads, files)} became {_resources()}"
 
-    def test_addresses_and_options_that_are_none(self, handler: EchoHandler, tmp_path: Path) -> None:
-        """Wrong addresses and options are refused where they are given."""
+    def test_wrong_addresses_and_options(self, handler: EchoHandler, tmp_path: Path) -> None:
+        """Wrong addresses and options raise an error where they are given."""
         with pytest.raises((SelectionError, TransportError)):
             self.listen(handler, tmp_path, "no such address")
         here = self.loopback(tmp_path)
@@ -318,7 +318,7 @@ class TransportSuite:
             choose(self.selection("clear", "127.0.0.1:1", tmp_path, allow_insecure=1, no_such_option=1))
 
     def test_a_model_trains_as_it_does_locally(self, tmp_path: Path) -> None:
-        """In the whole framework: losses and gradients through a worker equal those in this process, bit for bit."""
+        """Losses and gradients through a worker equal those in this process, bit for bit."""
 
         def network() -> nn.Sequential:
             torch.manual_seed(0)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ciphertune._support.atomic import atomic_directory, draft_directory, sync_tree
+from ciphertune._support.atomic import atomic_directory, draft_directory, safetensors_written, sync_tree
 from ciphertune.errors import NoAdapterError
 
 
@@ -44,6 +44,7 @@ def save(model: nn.Module, path: Path) -> None:
 
     Raises:
         NoAdapterError: the model is not a peft model.
+        OSError: the disk refuses.
     """
     peft_model = _peft_model(model)
     if not path.exists():
@@ -63,7 +64,7 @@ def save(model: nn.Module, path: Path) -> None:
 
 
 def _write(peft_model: Any, directory: Path) -> None:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), safetensors_written():
         # peft warns that the vocabulary may have grown where the base model has no config file, as in GGUF form.
         warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
         peft_model.save_pretrained(directory, save_embedding_layers=_save_embeddings(peft_model))

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ciphertune._support.atomic import atomic_directory, remove_directory
+from ciphertune._support.atomic import atomic_directory, remove_directory, safetensors_written
 from ciphertune.errors import CheckpointError
 from ciphertune.training import codec
 
@@ -68,7 +68,7 @@ def write_checkpoint(
     state = codec.encode(checkpoint.state, tensors, "state")
     final = directory / f"checkpoint-{checkpoint.step}"
     try:
-        with atomic_directory(final, mode=0o700) as draft:
+        with atomic_directory(final, mode=0o700) as draft, safetensors_written():
             save_file(checkpoint.trainable, draft / _TENSOR_FILES[0])
             save_file(tensors, draft / _TENSOR_FILES[1])
             digests = {name: _digest(draft / name) for name in _TENSOR_FILES}

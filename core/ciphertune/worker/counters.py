@@ -1,4 +1,4 @@
-"""What a worker counts: sums of requests that were answered, and what is going on now."""
+"""Counters of a worker: sums over answered requests, and the load of a moment."""
 
 from __future__ import annotations
 

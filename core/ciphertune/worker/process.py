@@ -21,7 +21,7 @@ _START_SECONDS = 120.0
 def worker_process(
     bundle: Path, transport: str, address: str, options: Mapping[str, str], arguments: Sequence[str] = ()
 ) -> Iterator[tuple[str, int]]:
-    """``ciphertune worker`` over a bundle's worker folder.
+    """Run ``ciphertune worker`` over a bundle's worker folder, in a process of its own.
 
     Args:
         bundle: the folder.

@@ -46,7 +46,7 @@ class WeightStore:
         return self.matrix((name,))
 
     def add(self, shards: Sequence[Shard], codes: Tensor) -> None:
-        """Hold a block.
+        """Add a block.
 
         Args:
             shards: what lies in it, from the top.
@@ -94,7 +94,7 @@ class WeightStore:
         return self._blocks[block][1][first:row]
 
     def manifest(self) -> list[list[dict[str, Any]]]:
-        """What is held, as plain data: for each block its shards from the top."""
+        """Return the shards of each block from the top, as plain data."""
         return [[dataclasses.asdict(shard) for shard in shards] for shards, _ in self._blocks]
 
     def _place(self, name: str) -> tuple[int, int, Shard]:

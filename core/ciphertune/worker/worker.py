@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 import torch
 
+from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import Backend, Direction, WorkerHalf
 from ciphertune.errors import (
     CipherTuneError,
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class SessionLimits:
-    """What clients may open.
+    """Bounds on the sessions that clients may open.
 
     Attributes:
         sessions: of one client at a time.
@@ -71,14 +72,14 @@ class _WorkerSession:
 
 
 class Worker:
-    """Serves the layers of a weight store to any number of sessions.
+    """Worker that serves the layers of a weight store to any number of sessions.
 
     Every message is answered; a request that cannot be served gets an ``error`` reply and changes nothing.
 
     Args:
         weights: the layers this worker serves; what it holds must not change any more.
         device: where products are evaluated.
-        limits: what clients may open.
+        limits: bounds on clients' sessions.
         clock: seconds, as ``time.monotonic``; by it sessions expire.
 
     Attributes:
@@ -111,6 +112,7 @@ class Worker:
             "close": self._close,
         }
 
+    @own_modes()
     def handle(self, request: Message, peer: str = "") -> Message:
         """Answer one request. Never raises; errors are replies of kind ``error``.
 
@@ -142,8 +144,9 @@ class Worker:
         """Number of sessions that one client has open."""
         return sum(session.peer == peer for session in list(self._sessions.values()))
 
+    @own_modes()
     def expire(self) -> int:
-        """Close sessions that were idle for longer than they may be; how many there were."""
+        """Close sessions that were idle for too long; return their number."""
         oldest = self._clock() - self.limits.idle_seconds
         with self._lock:
             idle = [name for name, session in self._sessions.items() if session.used < oldest and not session.busy]

@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from ciphertune._support.optional_imports import import_optional
+from ciphertune._support.suggestions import closest
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import SMOLLM2_FILE, load_causal_model, smollm2_folder
-from ciphertune.workloads.texts import batches_of, language_reference, rows_of, split_articles
+from ciphertune.outsourcing.convert import outsourced_layers
+from ciphertune.outsourcing.layers import linear_layers
+from ciphertune.workloads.texts import batches_of, language_reference, rows_of
 from ciphertune.workloads.workload import Workload
 
 _EXTRA = 'pip install "ciphertune[demo]"'
@@ -22,14 +25,28 @@ ROW = 256
 
 
 def add_lora(model: nn.Module, *, seed: int, rank: int, targets: Sequence[str] | str, **options: Any) -> nn.Module:
-    """Add LoRA adapters to a model with peft, initialised from a seed."""
+    """Add LoRA adapters to a model with peft, initialised from a seed.
+
+    Raises:
+        ConfigError: a name in ``targets`` is of no layer that could have an adapter, or peft refuses one.
+    """
     peft = import_optional("peft", _EXTRA)
+    if not isinstance(targets, str):
+        named = {name for name, module in model.named_modules() if hasattr(module, "weight")}
+        for target in targets:
+            if not any(f".{name}".endswith(f".{target}") for name in named):
+                linear = {c.name.rpartition(".")[2] for c in linear_layers(model, allow_meta=True)}
+                linear |= {layer.name.rpartition(".")[2] for layer in outsourced_layers(model)}
+                raise ConfigError(f"lora.target_modules: no layer is called {target!r}; {closest(target, linear)}")
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, target_modules=targets, **options)
     with warnings.catch_warnings():
         # peft asks transformers for a property under a name that transformers is about to drop.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        adapted: nn.Module = peft.get_peft_model(model, config)
+        try:
+            adapted: nn.Module = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"lora: {error}") from error
     return adapted
 
 
@@ -42,7 +59,8 @@ def smollm2(*, batches: int, tokens: int, held_out: int, seed: int, rank: int) -
     folder = smollm2_folder()
     base, tokenizer = load_causal_model(str(folder), SMOLLM2_FILE)
     base.config.use_cache = False
-    train_texts, held_texts = split_articles(language_reference(), 0.15)
+    articles = list(language_reference().values())
+    held_texts, train_texts = articles[::7], [text for i, text in enumerate(articles) if i % 7]
     order = torch.randperm(len(train_texts), generator=torch.Generator().manual_seed(seed)).tolist()
     train = rows_of([train_texts[i] for i in order], tokenizer, length)
     held = rows_of(held_texts, tokenizer, length)

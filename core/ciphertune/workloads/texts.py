@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ def rows_of(texts: Sequence[str], tokenizer: Any, length: int) -> Tensor:
     ids: list[int] = []
     for text in texts:
         # Long texts are cut before tokenizing, since a tokenizer warns about more than its model's context.
-        ids += tokenizer(text, verbose=False)["input_ids"] + ([] if end is None else [end])
+        found: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        # Some tokenizers add the end themselves.
+        ids += found if end is None or found[-1:] == [end] else [*found, end]
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
@@ -37,9 +39,16 @@ def batches_of(rows: Tensor, size: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def split_articles(articles: Mapping[str, str], fraction: float) -> tuple[list[str], list[str]]:
-    """Split articles into those for training and a held-out part, spread evenly over the alphabet."""
-    every = max(2, round(1 / fraction))
-    names = list(articles)
-    held = set(names[::every])
-    return [articles[n] for n in names if n not in held], [articles[n] for n in names if n in held]
+def split_texts(texts: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+    """Texts for training and a held-out part, evenly spread over them.
+
+    Args:
+        texts: two or more.
+        share: of the texts to hold out, above 0 and below 1; at least one is held out and one is not.
+
+    >>> split_texts("abcdefgh", 0.4)
+    (['b', 'd', 'e', 'g', 'h'], ['a', 'c', 'f'])
+    """
+    count = min(max(1, round(len(texts) * share)), len(texts) - 1)
+    held = {number * len(texts) // count for number in range(count)}
+    return [text for i, text in enumerate(texts) if i not in held], [texts[i] for i in sorted(held)]

@@ -48,10 +48,10 @@ class HttpServeOptions:
 
 
 def read_address(text: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``.
+    """Split ``HOST:PORT``.
 
     Raises:
-        SelectionError: it is not that.
+        SelectionError: the text has another form.
     """
     try:
         parts = urlsplit(f"//{text}")
@@ -73,7 +73,7 @@ def _is_loopback(host: str) -> bool:
 
 
 class HttpTransport(Transport):
-    """Without TLS, on this machine only: for tests, or behind a proxy on the same machine that ends TLS."""
+    """HTTP without TLS, on this machine only: for tests, or behind a proxy on this machine that terminates TLS."""
 
     name = "http"
     Options = HttpOptions
@@ -124,7 +124,7 @@ class HttpTransport(Transport):
 
 
 class HttpsTransport(HttpTransport):
-    """With TLS, to workers anywhere."""
+    """HTTPS, to workers anywhere."""
 
     name = "https"
 

@@ -1,4 +1,4 @@
-"""``python -m ciphertune_http NAME``: a token for a client, and its hash for the worker."""
+"""The command ``python -m ciphertune_http NAME``: make a token for a client, and its hash for the worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A certificate for trying workers out where there is no authority to ask."""
+"""Self-signed certificates, for trials without a certificate authority."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cryptography.x509.oid import NameOID
 from ciphertune.key_files import write_parts
 
 _DAYS = 30
-# Strict verification, the default from Python 3.13 on, asks an authority what it is for.
+# Strict verification, the default from Python 3.13 on, requires an authority's key usage.
 _USAGE = x509.KeyUsage(
     digital_signature=True,
     key_cert_sign=True,

@@ -1,4 +1,4 @@
-"""A client's connections to one worker."""
+"""The link of an HTTP client to one worker."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _CONNECTIONS = httpx.Limits(max_connections=128, max_keepalive_connections=16, k
 
 
 class HttpLink(Link):
-    """Every request is a POST of its own, on a connection of a pool; an event loop in a thread runs them.
+    """A POST for each request, on connections of a pool; an event loop on a thread of the link runs them.
 
     Args:
         url: scheme, host and port.
         token: sent with every request.
         ca: file with certificates to trust instead of the system's.
-        direct: ignore the environment's proxies.
+        direct: whether to ignore the environment's proxies.
 
     Raises:
         KeyFileError: the file of certificates cannot be used.
@@ -76,12 +76,12 @@ class HttpLink(Link):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.aclose()
-        # Sockets that were told to close do so in the loop's next rounds.
+        # Sockets close in the next rounds of the loop.
         for _ in range(_ROUNDS):
             await asyncio.sleep(0)
 
     def _call(self, function: Callable[..., object], *arguments: Any) -> None:
-        # Once the link is closed the loop is gone, and all replies have failed.
+        # After close the loop has ended, and all pending replies have failed.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)
 

@@ -1,4 +1,4 @@
-"""A worker's side: a small ASGI application served by uvicorn on a thread of its own."""
+"""The listener of an HTTP worker: an ASGI application that uvicorn serves on a thread."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ROUNDS = 5
 
 
 class _Application:
-    """Checks a request from the outside in: path, token, length, and only then its body."""
+    """Checks a request's path, token and length, reads its body, and hands it to the handler."""
 
     def __init__(self, handler: RequestHandler, authorised: AuthorisedClients) -> None:
         self._handler = handler
@@ -54,7 +54,7 @@ class _Application:
             self.busy -= 1
 
     def end(self) -> None:
-        """Refuse what waits for an answer, from any thread."""
+        """Refuse new requests and those that wait for a reply; callable from any thread."""
         self.closing = True
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):
@@ -103,7 +103,7 @@ class _Application:
         return None
 
     async def _read(self, receive: Receive) -> bytearray | None:
-        """The body, or None once the client is gone or silent. The server holds it to its announced length."""
+        """Read the body; None if the client is gone or silent. The server enforces the announced length."""
         received = bytearray()
         while True:
             try:
@@ -120,7 +120,7 @@ class _Application:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Answer | None] = loop.create_future()
 
-        def settle(reply: list[Frame], release: Callable[[], None]) -> None:
+        def deliver(reply: list[Frame], release: Callable[[], None]) -> None:
             if future.done():
                 release()
             else:
@@ -128,9 +128,9 @@ class _Application:
 
         def from_any_thread(reply: list[Frame], release: Callable[[], None]) -> None:
             try:
-                loop.call_soon_threadsafe(settle, reply, release)
+                loop.call_soon_threadsafe(deliver, reply, release)
             except RuntimeError:
-                # The loop has ended: the reply will never leave.
+                # The loop has ended, so the reply cannot be sent.
                 release()
 
         self.waiting.add(future)
@@ -183,7 +183,7 @@ class HttpListener(Listener):
             self._socket = socket.create_server((host, port), family=family, backlog=128)
         except OSError as error:
             raise TransportError(f"cannot listen at {host}:{port}: {error}") from error
-        # Connections inherit it; asyncio sets it only where a socket says that it is TCP's. Small replies wait else.
+        # Without it small replies are delayed. Connections inherit it; asyncio sets it only on sockets made as TCP's.
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._socket.getsockname()[1]}"
@@ -194,14 +194,14 @@ class HttpListener(Listener):
     def _run(self) -> None:
         async def serve() -> None:
             await self._server.serve([self._socket])
-            # TLS says goodbye and waits for the peer's; who stays silent is cut off.
+            # TLS waits for the peer's close_notify; a peer that does not send one is disconnected.
             connections = self._server.server_state.connections
             end = time.monotonic() + _CLOSE_SECONDS
             while connections and time.monotonic() < end:
                 await asyncio.sleep(0.01)
             for connection in list(connections):
                 connection.transport.abort()
-            # What was told to close does so in the loop's next rounds.
+            # Connections close in the next rounds of the loop.
             for _ in range(_ROUNDS):
                 await asyncio.sleep(0.01)
 

@@ -1,4 +1,4 @@
-"""Bearer tokens: 256 random bits at the client, their hashes at the worker."""
+"""Bearer tokens: 256 random bits at the client, and their hash at the worker."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_token(token: Path, tokens: Path, name: str) -> None:
 
 
 def read_token(path: str) -> str:
-    """A client's token.
+    """Read a client's token.
 
     Raises:
         KeyFileError: the file is missing, open to others, or holds no token.
@@ -47,7 +47,7 @@ def read_token(path: str) -> str:
 
 
 class AuthorisedClients:
-    """The clients that a worker lets in.
+    """The clients that a worker serves, by the hashes of their tokens.
 
     Raises:
         KeyFileError: the list is missing, empty or malformed.
@@ -70,9 +70,9 @@ class AuthorisedClients:
             raise KeyFileError(f"{path} lists no client")
 
     def name(self, header: bytes) -> str | None:
-        """Whose ``Authorization`` header this is, or None.
+        """The name of the client with this ``Authorization`` header, or None.
 
-        The lookup is by hash of 256 random bits, so that its time tells nothing of a token.
+        The lookup is by hash of 256 random bits, so that its time reveals nothing of a token.
         """
         kind, _, token = header.partition(b" ")
         if kind.lower() != b"bearer" or len(token) > _LONGEST:

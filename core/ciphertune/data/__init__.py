@@ -1,0 +1,1 @@
+"""Data to train on, as its owner has it."""

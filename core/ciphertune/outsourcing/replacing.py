@@ -1,0 +1,179 @@
+"""An outsourced layer in the place of a linear one, and that linear layer again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ciphertune._support.own_modes import own_modes
+from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.group import LayerGroup
+from ciphertune.outsourcing.layers import Candidate
+from ciphertune.outsourcing.obstacles import is_conv1d
+from ciphertune.outsourcing.walk import bare_name, walk
+from ciphertune.weights import LayerInfo
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+@dataclasses.dataclass(eq=False)
+class Weight:
+    """A parameter that went to the workers.
+
+    Attributes:
+        requires_grad: as it was.
+        tied_to: names of parameters of the model that stay and were the very same tensor.
+        shared: whether it hung in more than one place of the model.
+    """
+
+    requires_grad: bool
+    tied_to: tuple[str, ...]
+    shared: bool
+
+
+@dataclasses.dataclass(eq=False)
+class Original:
+    """What stood in the place of an outsourced layer.
+
+    Attributes:
+        shell: a module of its class with all that it had but the weight.
+        weight: layers that shared a weight share this.
+    """
+
+    shell: nn.Module
+    weight: Weight
+
+
+def originals(model: nn.Module, chosen: Sequence[Candidate]) -> list[Original]:
+    """What ``take_back`` will need of each chosen layer. The model is not changed."""
+    goes = {id(candidate.module) for candidate in chosen}
+    places: dict[int, list[str]] = {}
+    counts: dict[int, int] = {}
+    for path, module in _modules(model):
+        for attribute, parameter in module._parameters.items():
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+            if id(module) not in goes:
+                places.setdefault(id(parameter), []).append(f"{path}.{attribute}" if path else attribute)
+    weights: dict[int, Weight] = {}
+    shells: dict[int, Original] = {}
+    for candidate in chosen:
+        parameter = candidate.module._parameters["weight"]
+        assert parameter is not None
+        key = id(parameter)
+        if key not in weights:
+            weights[key] = Weight(parameter.requires_grad, tuple(places.get(key, ())), counts.get(key, 0) > 1)
+        if id(candidate.module) not in shells:
+            shells[id(candidate.module)] = Original(_shell(candidate.module), weights[key])
+    return [shells[id(candidate.module)] for candidate in chosen]
+
+
+@own_modes()
+def replace(
+    candidate: Candidate, original: Original, info: LayerInfo, group: LayerGroup, member: int, device: torch.device
+) -> None:
+    """Put an outsourced layer in a linear layer's place, with its hooks and what else others hung on it."""
+    old = candidate.module
+    like = torch.empty(0, dtype=candidate.weight().dtype, device=device)
+    new = OutsourcedLinear(info, old._parameters.get("bias"), group, member, like, tied=original.weight.shared)
+    new.original = original
+    _move_hooks(old, new)
+    for attribute, value in vars(old).items():
+        vars(new).setdefault(attribute, value)
+    setattr(candidate.parent, candidate.attribute, new.train(old.training))
+
+
+class Restorer:
+    """Puts linear layers back in place of a model's outsourced ones.
+
+    Args:
+        model: has the outsourced layers.
+        frozen: whether the model was frozen since they were outsourced, as peft freezes it.
+    """
+
+    def __init__(self, model: nn.Module, frozen: bool) -> None:
+        self._frozen = frozen
+        self._stay = {
+            f"{path}.{attribute}" if path else attribute: parameter
+            for path, module in _modules(model)
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        self._layers: dict[int, nn.Module] = {}
+        self._weights: dict[int, nn.Parameter] = {}
+
+    @own_modes()
+    def take_back(self, parent: nn.Module, attribute: str, layer: OutsourcedLinear, weight: Tensor) -> None:
+        """Put one layer back.
+
+        Args:
+            parent: what the outsourced layer hangs in.
+            attribute: its name there.
+            layer: that layer.
+            weight: its weight, (out_features, in_features), float32.
+        """
+        original: Any = layer.original
+        if id(original) not in self._layers:
+            self._layers[id(original)] = self._layer(layer, original, weight)
+        module = self._layers[id(original)]
+        setattr(parent, attribute, module)
+        if hasattr(parent, "fan_in_fan_out"):
+            # A peft adapter merges into the layout of what it stands on.
+            parent.fan_in_fan_out = is_conv1d(module)  # type: ignore[assignment]
+
+    def _layer(self, layer: OutsourcedLinear, original: Original, weight: Tensor) -> nn.Module:
+        module = original.shell
+        value = weight.t().contiguous() if is_conv1d(module) else weight
+        module._parameters["weight"] = self._weight(original.weight, value, layer)
+        if "bias" in module._parameters:
+            module._parameters["bias"] = layer.bias
+        _move_hooks(layer, module)
+        return module.train(layer.training)
+
+    def _weight(self, kept: Weight, value: Tensor, layer: OutsourcedLinear) -> nn.Parameter:
+        tied = [self._stay[name] for name in kept.tied_to if name in self._stay]
+        for parameter in tied:
+            if parameter.shape == value.shape:
+                return parameter
+        if id(kept) not in self._weights:
+            value = value.to(device=layer.weight.device, dtype=layer.weight.dtype)
+            self._weights[id(kept)] = nn.Parameter(value, requires_grad=kept.requires_grad and not self._frozen)
+        return self._weights[id(kept)]
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module by the name that it has without adapters, the model itself among them."""
+    return [("", model), *((bare_name(model, path), module) for path, _, _, module in walk(model))]
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """A module like this one, that holds its hooks and everything else but the weight."""
+    shell: nn.Module = object.__new__(type(module))
+    vars(shell).update(vars(module))
+    for name in ("_parameters", "_buffers", "_modules"):
+        vars(shell)[name] = dict(vars(module)[name])
+    shell._parameters["weight"] = None
+    return shell
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    # The dicts themselves, so that the handles which registering gave go on removing.
+    for name in _HOOKS:
+        if name in vars(old):
+            vars(new)[name] = vars(old)[name]
