@@ -269,7 +269,7 @@ def test_traffic_of_many_threads_is_complete() -> None:
 
     def reply() -> None:
         for _ in range(500):
-            costs = {"requests": 2, "bytes_up": 5, "wait_seconds": 0.5}
+            costs = dataclasses.asdict(Traffic(requests=2, bytes_up=5, wait_seconds=0.5))
             plugin.ciphertune_after_reply(Exchange(layers=("a",), direction="forward", tokens=3, **costs))
 
     threads = [threading.Thread(target=reply) for _ in range(8)]
