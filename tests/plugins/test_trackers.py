@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import random
@@ -26,7 +27,7 @@ from ciphertune.errors import PluginError, SelectionError
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.tracker import Tracker
-from ciphertune.traffic import Exchange
+from ciphertune.traffic import Exchange, Traffic
 
 BATCHES = [(torch.randn(8, 4, generator=torch.Generator().manual_seed(n)), torch.zeros(8, 2)) for n in range(5)]
 
@@ -268,7 +269,8 @@ def test_traffic_of_many_threads_is_complete() -> None:
 
     def reply() -> None:
         for _ in range(500):
-            plugin.ciphertune_after_reply(Exchange(("a",), "forward", 3, requests=2, bytes_up=5, wait_seconds=0.5))  # type: ignore[arg-type, call-arg]
+            costs = dataclasses.asdict(Traffic(requests=2, bytes_up=5, wait_seconds=0.5))
+            plugin.ciphertune_after_reply(Exchange(layers=("a",), direction="forward", tokens=3, **costs))
 
     threads = [threading.Thread(target=reply) for _ in range(8)]
     for thread in threads:
@@ -291,8 +293,13 @@ def test_traffic_on_a_terminal_is_a_table_by_kind_of_layer(monkeypatch: pytest.M
     plugin = PluginManager().use("traffic")
     for n in (0, 1, 11):
         layers = tuple(f"model.layers.{n}.self_attn.{p}_proj" for p in "qkv")
-        plugin.ciphertune_after_reply(Exchange(layers, "forward", 7, 1, 0, 3_000_000, 500_000, 0.25, 2.0, 1.5, 0.25))  # type: ignore[arg-type, call-arg]
-        plugin.ciphertune_after_reply(Exchange((f"model.layers.{n}.mlp.up",), "backward", 7, 2, 1, 10**9))  # type: ignore[arg-type, call-arg]
+        costs = Traffic(1, 0, 3_000_000, 500_000, 0.25, 2.0, 1.5, 0.25)
+        plugin.ciphertune_after_reply(
+            Exchange(layers=layers, direction="forward", tokens=7, **dataclasses.asdict(costs))
+        )
+        costs = Traffic(2, 1, 10**9)
+        up = (f"model.layers.{n}.mlp.up",)
+        plugin.ciphertune_after_reply(Exchange(layers=up, direction="backward", tokens=7, **dataclasses.asdict(costs)))
     plugin.ciphertune_training_end()
     plugin.ciphertune_session_closed()
     heading, *lines = terminal.getvalue().splitlines()
