@@ -37,6 +37,7 @@ MODULES = {
     "transport": "Transports",
     "protocol": "Messages",
     "weights": "Weights",
+    "status": "Status of a worker",
     "selection": "Selection strings",
     "key_files": "Key files",
     "plugins.manager": "Hook plugins",
