@@ -98,11 +98,12 @@ def interruptible() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def two_threads() -> Iterator[None]:
-    """What spreads work over torch's threads does so, though the tests run with one each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    """The compiled loops of mlwe spread over two threads; torch keeps its one, whose threads spin while they wait."""
+    from ciphertune_mlwe import native
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "thread_count", lambda: 2)
+        yield
 
 
 @pytest.fixture

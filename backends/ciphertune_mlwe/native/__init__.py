@@ -53,15 +53,20 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="ciphertune-mlwe")
 
 
+def thread_count() -> int:
+    """Threads that the compiled loops use: as many as torch."""
+    return torch.get_num_threads()
+
+
 def over_rows(rows: int, multiple: int, task: Callable[[int, int], None]) -> None:
-    """Run ``task(start, stop)`` over all rows, on as many threads as torch uses.
+    """Run ``task(start, stop)`` over all rows, on as many threads as ``thread_count`` says.
 
     Args:
         rows: number of rows.
         multiple: parts start at multiples of this.
         task: releases the interpreter lock for most of its time; its errors are raised here.
     """
-    threads = torch.get_num_threads()
+    threads = thread_count()
     step = max(multiple, -(-rows // (threads * multiple)) * multiple)
     parts = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     futures = [_pool(max(1, threads - 1)).submit(task, *part) for part in parts[1:]]
