@@ -347,9 +347,10 @@ class BackendSuite:
             for kind in (torch.bfloat16, torch.float64):
                 assert model(x.to(kind)).dtype == kind
             poisoned = [x.clone().index_put_((torch.tensor(1),), torch.tensor(v)) for v in (math.nan, math.inf)]
-            for bad in (x[:0], *poisoned):
+            for bad in poisoned:
                 with pytest.raises(InputError):
                     model(bad)
+            assert model(x[:0]).shape == (0, 3, 7), "without tokens nothing is sent, and nothing comes back"
         finally:
             ciphertune.session_of(model).close()
 
