@@ -50,7 +50,7 @@ from ciphertune_concrete.circuit.circuits import LinearCircuits
 from ciphertune_concrete.circuit.params import MAX_FEATURES, reference
 from ciphertune_concrete.circuit.worker import CircuitWorker
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("circuit"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("circuit"), pytest.mark.timeout(1200)]
 
 CPU = torch.device("cpu")
 

@@ -30,7 +30,7 @@ from ciphertune.weights import quantize
 from ciphertune.worker import SessionLimits, WeightStore, Worker
 from ciphertune.worker.process import worker_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("glwe"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("glwe"), pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

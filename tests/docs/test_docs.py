@@ -209,7 +209,7 @@ class Player:
                 env={**os.environ, "PATH": path},
                 capture_output=True,
                 text=True,
-                timeout=240,
+                timeout=900,
                 check=False,
             )
             assert run.returncode == 0, (command, run.stdout[-2000:], run.stderr[-2000:])
@@ -227,7 +227,7 @@ class Player:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "page",
     [p for p in PAGES if fences(p) and p.name not in ELSEWHERE],

@@ -107,7 +107,7 @@ def test_every_tutorial_is_checked() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", sorted(CHECKS))
 @pytest.mark.filterwarnings("ignore")
 def test_a_tutorial_runs_and_its_results_hold(name: str, tmp_path: Path) -> None:

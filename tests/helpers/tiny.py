@@ -23,7 +23,7 @@ def llama_config(**changes: Any) -> Any:
 
     sizes = {
         "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 16, "tie_word_embeddings": False,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
     }  # fmt: skip
     return LlamaConfig(**{**sizes, **changes})
 

@@ -15,7 +15,7 @@ import ciphertune
 # The compiler asks tensors that are no leaves for their gradients.
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(1200),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 

@@ -19,7 +19,7 @@ trl = pytest.importorskip("trl", reason="SFTTrainer needs trl, and Python 3.11")
 datasets = pytest.importorskip("datasets")
 
 # These libraries' own: torch's checkpointing, pinned memory without an accelerator, names that were changed.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore")]
 
 DATA = [{"prompt": f"{a} and {b}:", "completion": f" {a + b}"} for a in range(4) for b in range(4)]
 

@@ -15,7 +15,7 @@ from ciphertune.plugins.manager import PluginManager
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(1200),
     # peft 0.21 asks transformers for a property by its old name.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     # transformers.Trainer asks DataLoader to pin memory where there is no accelerator.

@@ -23,7 +23,7 @@ from ciphertune.client import pool
 from ciphertune.errors import ConfigError, SelectionError, TransportError
 from ciphertune.plugins import registry
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(1200)]
 
 ray: Any = pytest.importorskip("ray", reason="the ray transport needs Ray")
 deployment: Any = pytest.importorskip("ciphertune_ray.deployment")

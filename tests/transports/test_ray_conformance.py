@@ -12,7 +12,7 @@ pytest.importorskip("ray", reason="the ray transport needs Ray")
 
 from cluster import cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module", autouse=True)
