@@ -283,12 +283,14 @@ def test_python_m_runs_the_same_commands() -> None:
 
 def test_plugins_can_add_commands() -> None:
     probe = (
-        "import click, ciphertune\n"
+        "import click\n"
+        "from ciphertune.hookspecs import hookimpl\n"
+        "from ciphertune.plugins.manager import plugin_manager\n"
         "class Extra:\n"
-        "    @ciphertune.hookspecs.hookimpl\n"
+        "    @hookimpl\n"
         "    def ciphertune_register_commands(self, cli):\n"
         "        cli.add_command(click.Command('extra', callback=lambda: click.echo('hello'), help='One more.'))\n"
-        "ciphertune.plugins.manager.plugin_manager().register(Extra())\n"
+        "plugin_manager().register(Extra())\n"
         "from ciphertune.cli import main\n"
         "main(ARGS)\n"
     )
