@@ -199,7 +199,8 @@ def test_products_are_exact_for_any_sizes_and_strides(kernel: str, data: st.Data
     rows, depth, columns = (data.draw(st.integers(1, 12)) for _ in range(3))
     w, x = data.draw(matrices(rows, depth)), data.draw(matrices(depth, columns))
     with pytest.MonkeyPatch.context() as patch:
-        if data.draw(st.booleans()):
+        # Older releases of torch have no int8 product for the CPU: there the stand-in is always used.
+        if "int8" not in choose_kernel(CPU)[1] or data.draw(st.booleans()):
             patch.setattr(torch, "_int_mm", confused)
         out = torch.empty(rows, columns, dtype=torch.int32)
         KERNELS[kernel](w, x, out)
