@@ -317,6 +317,7 @@ def test_a_worker_refuses_body_bits_that_no_client_sends(body_bits: object) -> N
         worker.MLWEWorker(fields, CPU)
 
 
+@pytest.mark.slow
 def test_the_two_halves_do_not_load_each_other() -> None:
     probe = "import sys, {0}; print([m for m in sys.modules if m in {1!r}])"
     pairs = {

@@ -132,6 +132,7 @@ def test_bytes_of_a_reply(options: dict[str, str], mask: int, body: int) -> None
     assert ((y - exact).square().mean().sqrt() / exact.square().mean().sqrt()) < 2**-8
 
 
+@pytest.mark.slow
 def test_the_defaults_cost_far_less_precision_than_the_weights_rounding() -> None:
     for features, worst in ((768, 2**-11), (8192, 2**-8)):
         eight = bench_kernel("mlwe", 64, features, 64, 1)

@@ -80,6 +80,7 @@ def test_errors_of_neighbouring_outputs_are_alike(register: Callable[[str, Any],
     assert float(covariance[:64, 64:].abs().max()) < 0.06, "the next period knows nothing of this one"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["", "request_bits=24&reply_bits=16"])
 def test_loss_curves_agree_within_noise(options: str) -> None:
     joint = "&" if options else ""

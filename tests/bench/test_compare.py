@@ -117,6 +117,7 @@ def test_processes_of_their_own() -> None:
     assert result["machine"]["cores"] > 0
 
 
+@pytest.mark.slow
 def test_what_would_take_long_is_scaled_and_marked() -> None:
     (row,) = bench_compare(["mlwe"], LARGE, repeat=1, seconds=1e-9)["rows"]
     small, large = row["small"], row["large"]
@@ -191,6 +192,7 @@ def test_the_command() -> None:
         assert text in shown.output
 
 
+@pytest.mark.slow
 def test_the_page_has_a_place_for_the_table() -> None:
     page = (ROOT / "docs" / "concrete.md").read_text(encoding="utf-8")
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import compare; compare.PAGE\n"

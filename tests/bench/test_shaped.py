@@ -47,6 +47,7 @@ def back_and_forth(address: str, content: bytes) -> tuple[bytes, float]:
         return got, time.monotonic() - begin
 
 
+@pytest.mark.slow
 def test_bytes_arrive_unchanged_late_and_no_faster_than_allowed(echo: str) -> None:
     content = bytes(range(256)) * 4000
     with shaped(echo, latency=0.05) as address:
@@ -60,6 +61,7 @@ def test_bytes_arrive_unchanged_late_and_no_faster_than_allowed(echo: str) -> No
         assert seconds >= len(content) / 4e6
 
 
+@pytest.mark.slow
 def test_a_connection_to_nowhere_is_closed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         nowhere = f"127.0.0.1:{taken.getsockname()[1]}"

@@ -156,6 +156,7 @@ def test_modules_that_are_not_transformers(tmp_path: Path) -> None:
     assert torch.equal(client(result, skeleton=skeleton)(x), expected)
 
 
+@pytest.mark.slow
 def test_an_adapter_from_the_client_loads_on_the_original_model(tiny: Tiny, saved: Any, tmp_path: Path) -> None:
     from peft import PeftModel
 

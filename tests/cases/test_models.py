@@ -174,6 +174,7 @@ def test_weight_norm_is_refused() -> None:
     assert [name for name, _ in model.named_parameters()] == [name for name in names if name != "2.weight"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fork_after_use() -> None:
     code = """

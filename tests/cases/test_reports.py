@@ -249,6 +249,7 @@ def test_a_length_beyond_the_model(project: Path) -> None:
         train(project, length="65")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("backends",), ("plan", "llama-3-8b", "--no-measure"), ("train", "--help")])
 def test_streams_that_take_ascii_alone(command: tuple[str, ...]) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}

@@ -495,6 +495,7 @@ def _wait(done: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_json_goes_on_until_it_is_interrupted(
     farm: list[remote.WorkerProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -744,6 +744,7 @@ def test_closing_at_dead_workers(farm: Farm, monkeypatch: pytest.MonkeyPatch, st
     assert first.closed == 1
 
 
+@pytest.mark.slow
 def test_many_threads_at_workers_that_come_and_go(farm: Farm) -> None:
     model = single()
     farm.plant(model, a=[[("0", 0, 64)]], b=[[("0", 64, None)]], d=[[("0", 64, None)]])

@@ -301,6 +301,7 @@ def test_other_models_are_guessed(tmp_path: Path, tiny: Callable[[str], nn.Modul
     assert found.rest > 0
 
 
+@pytest.mark.slow
 def test_a_transport_is_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     found = measure.measure_link("zmq", {"insecure": "1"})
     assert 1e5 < found.rate < 1e12

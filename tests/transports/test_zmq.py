@@ -170,6 +170,7 @@ def test_threads_share_a_link(plain: str) -> None:
     assert kinds == ["ok"] * 400
 
 
+@pytest.mark.slow
 def test_only_authorised_clients_are_served(curved: str, keys: Path, tmp_path: Path) -> None:
     strangers = tmp_path / "strangers"
     ZmqTransport.make_keys(strangers, ("client",), worker=True)

@@ -105,5 +105,6 @@ def test_few_modules_are_loaded(loaded: dict[tuple[str, ...], list[str]], module
     assert len(ours) <= MOST[modules], ours
 
 
+@pytest.mark.slow
 def test_no_module_takes_the_place_of_a_public_function() -> None:
     assert in_a_child(CALL).strip() == "called"
