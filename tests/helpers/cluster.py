@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 MEMORY = 2 << 30
 """Bytes that each node claims to have for actors."""
+
+SERVER = {
+    # The server of Ray Client forks for each client; gRPC's handlers of forks can kill the child before it is a server.
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
+    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",
+}
 
 
 def free_port() -> int:
@@ -27,15 +34,14 @@ def cluster(nodes: int = 1, cpus: int = 4, client_port: int | None = None) -> It
         from ray.cluster_utils import Cluster
     size = {"num_cpus": cpus, "memory": MEMORY, "object_store_memory": 256 << 20}
     head = {**size, "include_dashboard": False, "ray_client_server_port": client_port}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = made.address
-    try:
-        for _ in range(nodes - 1):
-            made.add_node(**size)
-        yield made
-    finally:
-        os.environ.pop("RAY_ADDRESS")
-        if before is not None:
-            os.environ["RAY_ADDRESS"] = before
-        made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SERVER.items():
+            patch.setenv(name, value)
+        made = Cluster(initialize_head=True, head_node_args=head)
+        patch.setenv("RAY_ADDRESS", made.address)
+        try:
+            for _ in range(nodes - 1):
+                made.add_node(**size)
+            yield made
+        finally:
+            made.shutdown()

@@ -18,7 +18,7 @@ from torch import nn
 
 import ciphertune
 from ciphertune.bundle.worker import load_worker
-from ciphertune.errors import ConfigError, ProtocolError, SelectionError
+from ciphertune.errors import ConfigError, ProtocolError, SelectionError, TransportError
 from ciphertune.testing import EchoHandler
 from ciphertune.worker import WeightStore
 from ciphertune_ray.bundles import blocks_of, fetch_and_load, parts_of
@@ -140,6 +140,71 @@ def test_a_ray_of_one_process_serves_nobody(tmp_path: Path, monkeypatch: pytest.
         RayTransport.loopback(tmp_path, {})
     with pytest.raises(SelectionError, match="lets no client in"):
         RayTransport.listen(EchoHandler(), "local/name/0", {})
+
+
+REFUSED = ConnectionAbortedError(
+    "Initialization failure from server:\nTraceback (most recent call last):\n"
+    "RuntimeError: Starting Ray client server failed. See ray_client_server_23000.err for detailed logs.\n"
+)
+
+
+class Joining:
+    """A ``ray.init`` that fails as told, and a clock that waiting moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *failures: Exception, seconds: float = 0.0) -> None:
+        ray: Any = pytest.importorskip("ray", reason="the ray transport needs Ray")
+        relay: Any = importlib.import_module("ciphertune_ray.relay")
+        self.now, self.waits, self.tries = 0.0, list[float](), list[Any]()
+        self._failures, self._seconds = list(failures), seconds
+        monkeypatch.setattr(relay, "time", self)
+        monkeypatch.setattr(ray, "init", self.init)
+        monkeypatch.setattr(relay.socket, "create_connection", lambda *_: socket.socket())
+        self.join, self.one_line = relay.join, relay.one_line
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+    def init(self, **options: Any) -> None:
+        self.tries.append(options["address"])
+        self.now += self._seconds
+        if self._failures:
+            raise self._failures.pop(0)
+
+
+def test_a_client_server_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = Joining(monkeypatch, REFUSED, REFUSED)
+    joining.join("ray://head:10001")
+    assert joining.tries == ["ray://head:10001"] * 3
+    assert joining.waits == [1.0, 2.0]
+
+
+def test_a_client_server_that_fails_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = Joining(monkeypatch, *[REFUSED] * 9)
+    with pytest.raises(TransportError, match=r"ray://head:10001 started no process .*tried 4×.*23000\.err") as raised:
+        joining.join("ray://head:10001")
+    assert joining.waits == [1.0, 2.0, 4.0]
+    # All of it is told, unlike Ray's own messages, of which the first line is.
+    assert joining.one_line(raised.value) == str(raised.value)
+
+
+def test_a_client_server_that_is_slow_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joining ends before the process that waits for it gives up."""
+    client: Any = importlib.import_module("ciphertune_ray.relay_client")
+    joining = Joining(monkeypatch, *[REFUSED] * 9, seconds=30.0)
+    with pytest.raises(TransportError, match="tried 2×"):
+        joining.join("ray://head:10001")
+    assert joining.now < client._JOIN_SECONDS
+
+
+def test_other_failures_to_join_are_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = Joining(monkeypatch, RuntimeError("Version mismatch"))
+    with pytest.raises(RuntimeError, match="Version mismatch"):
+        joining.join("ray://head:10001")
+    assert joining.waits == []
 
 
 def test_messages_of_a_pipe() -> None:

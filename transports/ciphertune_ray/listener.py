@@ -16,7 +16,7 @@ from ciphertune_ray.relay_client import shared_relay
 
 log = logging.getLogger(__name__)
 
-_JOIN_SECONDS = 90.0
+_JOIN_SECONDS = 180.0
 _AGAIN_SECONDS = 2.0
 
 

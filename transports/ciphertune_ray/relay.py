@@ -12,17 +12,21 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from ciphertune.errors import CipherTuneError
+from ciphertune.errors import CipherTuneError, TransportError
 from ciphertune.protocol import Frame
 from ciphertune_ray.channel import Channel
 
 _REQUESTS_AHEAD = 4
 """Requests that are fetched at a time from the proxy of a worker outside the cluster."""
 _REACH_SECONDS = 10.0
+_JOIN_TRIES = 4
+_JOIN_AGAIN_SECONDS = 60.0
+"""After this long, joining is not tried again."""
 _SHUTDOWN_SECONDS = 5.0
 
 
@@ -209,8 +213,12 @@ def one_line(error: Exception) -> str:
 def join(cluster: str | None) -> None:
     """Make this process part of a cluster, or start a cluster on this machine.
 
+    A Ray Client server starts a process for each client. On a busy machine that process may come up late, or die at its
+    start, when gRPC is at work in the server while it forks; so this is tried again.
+
     Raises:
         OSError: nothing listens at the address, which Ray would take long to report.
+        TransportError: the Ray Client server did not start its process in several tries.
         Exception: whatever Ray raises.
     """
     import logging
@@ -224,7 +232,20 @@ def join(cluster: str | None) -> None:
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
     where = {"address": cluster} if cluster is not None else {"address": "local", "include_dashboard": False}
-    ray.init(**where, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    begun = time.monotonic()
+    for tries in range(1, _JOIN_TRIES + 1):
+        try:
+            ray.init(**where, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except ConnectionAbortedError as error:
+            if tries == _JOIN_TRIES or time.monotonic() - begun > _JOIN_AGAIN_SECONDS:
+                # The end of a trace of the server says what happened.
+                problem = str(error).strip().rpartition("\n")[2][:300]
+                raise TransportError(
+                    f"the Ray Client server at {address} started no process for this client (tried {tries}×), see "
+                    f"ray_client_server*.err in the logs of the head: {problem}"
+                ) from error
+            time.sleep(2.0 ** (tries - 1))
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _LINGER_SECONDS = 10.0
 """How long an unused relay process is kept for the next user: joining a cluster takes seconds."""
-_JOIN_SECONDS = 60.0
+_JOIN_SECONDS = 120.0
 _RETRY_SECONDS = 1.0
 _EXIT_SECONDS = 8.0
 _INHERITED = {"PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SYSTEMROOT"}

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ciphertune_ray.address import Address
     from ciphertune_ray.relay_client import RelayClient
 
-_ANSWER_SECONDS = 60.0
+_ANSWER_SECONDS = 180.0
+"""Joining the cluster comes first, if nobody did before."""
 
 
 @dataclasses.dataclass(frozen=True)
