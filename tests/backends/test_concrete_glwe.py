@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -94,9 +95,24 @@ class TestGlwe(BackendSuite):
     selection = "concrete-glwe"
     # Time goes by tokens times outputs.
     shapes = ((1, 1, 1), (2, 5, 3), (6, 70, 4))
-    samples = 8
-    width = 8
-    steps = 6
+    samples = 4
+    width = 4
+    steps = 4
+
+    @pytest.fixture
+    def pair(self) -> Iterator[Callable[..., Pair]]:
+        """As the suite's, with ten outputs where it has 24."""
+        made: list[Pair] = []
+
+        def make(out_features: int, in_features: int) -> Pair:
+            made.append(
+                Pair.make(self.selection, min(out_features, 10) if in_features == 40 else out_features, in_features)
+            )
+            return made[-1]
+
+        yield make
+        for each in made:
+            each.close()
 
 
 class TestSimulatedGlwe(BackendSuite):
@@ -521,25 +537,33 @@ def test_the_simulation_has_its_error() -> None:
 # The whole framework.
 
 
-@pytest.mark.parametrize("to", ["concrete-glwe", "concrete-glwe+zmq://", "mlwe", "mlwe+zmq://"])
-def test_circles(to: str) -> None:
-    """The example trains by changing one string, and stays near what it does in the clear."""
-    steps = 2 if "glwe" in to else 20
-    run = subprocess.run(
-        [sys.executable, ROOT / "examples" / "circles.py", "--to", to, "--steps", str(steps), "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout)
+def check_circles(result: dict[str, Any], steps: int) -> None:
     assert result["losses"] == pytest.approx(result["losses_in_the_clear"], rel=0.1, abs=0.02)
     assert len(result["losses"]) == steps
     assert result["traffic"]["requests"] == 3 * steps
+
+
+@pytest.mark.parametrize("to", ["concrete-glwe", "mlwe", "mlwe+zmq://"])
+def test_circles(to: str) -> None:
+    """The example trains by changing one string, and stays near what it does in the clear."""
+    steps, points = (2, 2) if "glwe" in to else (20, 8)
+    result = runpy.run_path(str(ROOT / "examples" / "circles.py"))["run"](to, steps, points, 1)
+    check_circles(result, steps)
     if steps == 20:
         assert result["accuracy_before"] < 0.85
         assert result["accuracy"] > 0.95
-    if "glwe" in to:
-        assert "commercial use needs a patent licence" in run.stderr
+
+
+def test_circles_as_a_command() -> None:
+    options = ["--to", "concrete-glwe+zmq://", "--steps", "2", "--batch", "2", "--json"]
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "circles.py", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    check_circles(json.loads(run.stdout), 2)
+    assert "commercial use needs a patent licence" in run.stderr

@@ -117,8 +117,7 @@ def test_processes_of_their_own() -> None:
     assert result["machine"]["cores"] > 0
 
 
-@pytest.mark.slow
-def test_what_would_take_long_is_scaled_and_marked() -> None:
+def test_what_would_take_long_is_scaled_and_marked(here: None) -> None:
     (row,) = bench_compare(["mlwe"], LARGE, repeat=1, seconds=1e-9)["rows"]
     small, large = row["small"], row["large"]
     assert large["scaled"] is True
@@ -180,8 +179,7 @@ def test_a_selection_that_is_none() -> None:
         bench_compare(["mlew"], LARGE)
 
 
-@pytest.mark.slow
-def test_the_command() -> None:
+def test_the_command(here: None) -> None:
     arguments = ["bench", "compare", "--to", "clear", "--to", "mlwe", "--repeat", "1", "--tokens", "8"]
     found = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).output)
     assert [row["to"] for row in found["rows"]] == ["clear", "mlwe"]

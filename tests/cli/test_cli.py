@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 import ciphertune
 import ciphertune.cli.doctor
+from ciphertune.bench import child, train
 from ciphertune.cli import _COMMANDS, LazyGroup, cli, main
 from ciphertune.cli.output import print_table
 from ciphertune.errors import PluginError
@@ -216,8 +217,9 @@ def test_bench_train_compares_the_same_training() -> None:
     assert (result["micro_batches"], result["interleave"]) == (1, 1)
 
 
-@pytest.mark.slow
-def test_bench_train_interleaves_micro_batches() -> None:
+def test_bench_train_interleaves_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In this process: how children are started is in the test above.
+    monkeypatch.setattr(train, "_child", lambda request: json.loads(json.dumps(child.steps(**request))))
     arguments = ["--model", "mlp", "--to", "clear", "--tokens", "32", "--steps", "2", "--micro-batches", "4"]
     result = json.loads(invoke("bench", "train", *arguments, "--interleave", "2", "--json").stdout)
     assert (result["micro_batches"], result["interleave"], result["requests"]) == (4, 2, 4 * 5)

@@ -60,8 +60,8 @@ def bench_train(
     plain, encrypted, other = [], [], []
     with serving(model, to) as served, serving(model, against or "mlwe") as other_served:
         for _ in range(repeat):
-            plain.append(_child({**request, "to": None}))
             encrypted.append(_child({**request, **parts, "to": served}))
+            plain.append(_child({**request, "to": None}))
             if against is not None:
                 other.append(_child({**request, **parts, "to": other_served}))
     plain_step, encrypted_step = _step(plain), _step(encrypted)
