@@ -147,16 +147,27 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
-def test_resume_is_bit_for_bit(tmp_path, loader, stop):
-    """Six steps in three epochs of two; checkpoints after each; killed before the checkpoint of ``stop`` is written."""
-    data = LOADERS[loader]
-    kwargs = {"checkpoint_every": 1, "eval_data": listed(), "eval_every": 2, "accumulation": 6 if data is drawn else 4}
-    reference = run(build(), data(), tmp_path / "reference", **kwargs)
-    plain = run(build(), data(), None, eval_data=listed(), eval_every=2, accumulation=kwargs["accumulation"])
+def checkpointed(data):
+    return {"checkpoint_every": 1, "eval_data": listed(), "eval_every": 2, "accumulation": 6 if data is drawn else 4}
+
+
+@pytest.fixture(scope="module", params=LOADERS)
+def loader_and_reference(request, tmp_path_factory):
+    """Six steps in three epochs of two, with a checkpoint after each."""
+    data = LOADERS[request.param]
+    kwargs = checkpointed(data)
+    reference = run(build(), data(), tmp_path_factory.mktemp("reference") / "run", **kwargs)
     assert reference.step == 6
+    plain = run(build(), data(), None, **{**kwargs, "checkpoint_every": None})
     assert metrics(plain.history) == metrics(reference.history)  # checkpoints change nothing
+    return data, reference
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_resume_is_bit_for_bit(tmp_path, loader_and_reference, stop):
+    """Killed before the checkpoint of ``stop`` is written."""
+    data, reference = loader_and_reference
+    kwargs = checkpointed(data)
     run(build(), data(), tmp_path / "run", stop=stop, **kwargs)
     if stop == 1:
         assert not list_checkpoints(tmp_path / "run")
