@@ -462,7 +462,7 @@ assert got == [signal.SIGTERM, "pipe"], got
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_signals_stay_what_they_were() -> None:
     """The library takes fifteen signals for itself; a worker whose client hangs up would end with it."""
-    ran = subprocess.run([sys.executable, "-c", _SIGNALS], capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run([sys.executable, "-c", _SIGNALS], capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 

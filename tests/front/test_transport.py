@@ -17,7 +17,7 @@ from ciphertune.errors import ProtocolError, QuotaError, ReplyError, TransportEr
 from ciphertune.transport import PendingReplies
 
 ROUNDS = 300
-SECONDS = 20.0
+SECONDS = 120.0
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ Blocks = Sequence[Sequence[str | Rows]]
 Script = Callable[[Message], Message | None]
 """Answers a request, or with None never does; what it raises is what the link fails with."""
 
-SECONDS = 20.0
+SECONDS = 120.0
 """Longer than anything here takes; a test that waits so long has failed."""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 
 
 def free_port() -> int:
@@ -38,7 +38,7 @@ class WorkerProcess:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def freeze(self) -> None:
         """As a machine that hangs: connections stay, nothing is answered."""
@@ -49,7 +49,7 @@ class WorkerProcess:
 
     def terminate(self) -> int:
         self.process.terminate()
-        return self.process.wait(30)
+        return self.process.wait(120)
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def worker(folder: Path, *arguments: str, port: int | None = None) -> Iterator[W
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGCONT)
         process.kill()
-        process.wait(10)
+        process.wait(60)
         assert process.stdout is not None
         process.stdout.close()
 
@@ -117,7 +117,7 @@ class Proxy:
             self._server.shutdown(socket.SHUT_RDWR)
         self.cut()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(60)
         for ended in (self._server, *self._broken):
             ended.close()
 

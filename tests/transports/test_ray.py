@@ -29,7 +29,7 @@ ray: Any = pytest.importorskip("ray", reason="the ray transport needs Ray")
 deployment: Any = pytest.importorskip("ciphertune_ray.deployment")
 relay: Any = pytest.importorskip("ciphertune_ray.relay")
 
-SECONDS = 60.0
+SECONDS = 300.0
 CLIENT_PORT = clusters.free_port()
 
 
@@ -74,7 +74,7 @@ def network() -> nn.Sequential:
 def command(*arguments: str, status: int = 0) -> Any:
     """A ``ciphertune ray`` command; its JSON, or what it complains of."""
     words = [sys.executable, "-m", "ciphertune", "ray", *arguments, "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == status, done.stderr
     return json.loads(done.stdout) if status == 0 else done.stderr
 
@@ -273,12 +273,10 @@ def test_own_workers_end_with_the_session(bundle: Path, training: Any, expected:
 def test_what_a_cluster_has_no_room_for(cluster: Any, bundle: Path, training: Any) -> None:
     with pytest.raises(TransportError, match=r"no room for 9 workers of 1 CPU, .*free: "):
         training("auto", bundle=bundle, workers=9, start_timeout=2)
-    for options, problem in (
-        ({"memory_gb": 0.01}, r"needs 0\.54 GB, and 0\.01 GB are what it may have"),
-        ({"shards": 4}, "3 blocks cannot be 4 shards"),
-    ):
-        with pytest.raises(ConfigError, match=problem):
-            training("auto", bundle=bundle, **options)
+    with pytest.raises(ConfigError, match=r"needs 0\.54 GB, and 0\.01 GB are what it may have"):
+        training("auto", bundle=bundle, memory_gb=0.01)
+    with pytest.raises(ConfigError, match="3 blocks cannot be 4 shards"):
+        deployment.plan(deployment.Wanted(str(bundle), 4))
     with pytest.raises(ConfigError, match="1 workers cannot hold the 3 shards"):
         deployment.grow("few", deployment.plan(deployment.Wanted(str(bundle), 3)), 1, shared=True, seconds=1)
     assert deployment.deployments() == []

@@ -131,8 +131,8 @@ def test_large_and_empty_buffers(keys: Path, secure: bool) -> None:
         sent = {"large": large, "odd": large[: (1 << 19) + 1], "empty": torch.zeros(0, 3), "small": torch.ones(2)}
         reply = link.submit(Message("ok", {"n": 1}, sent)).result(60)
         assert all(torch.equal(reply.buffers[name], sent[name]) for name in sent)
-        assert link.submit(Message("hello")).result(10).kind == "hello"
-        end = time.monotonic() + 10
+        assert link.submit(Message("hello")).result(60).kind == "hello"
+        end = time.monotonic() + 60
         while handler.released < 2 and time.monotonic() < end:
             time.sleep(0.01)
         assert handler.released == 2, "the reply's memory is given back once it has left"
@@ -145,12 +145,12 @@ def test_many_requests_are_answered_in_any_order() -> None:
     with listening(handler, insecure=True) as listener:
         link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
         futures = [link.submit(Message("ok", {"n": n})) for n in range(100)]
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while len(handler.kept) < 100 and time.monotonic() < end:
             time.sleep(0.01)
         futures[3].cancel()
         handler.answer(backwards=True)
-        assert [f.result(10).fields["n"] for i, f in enumerate(futures) if i != 3] == [n for n in range(100) if n != 3]
+        assert [f.result(60).fields["n"] for i, f in enumerate(futures) if i != 3] == [n for n in range(100) if n != 3]
         link.close()
 
 
@@ -159,13 +159,13 @@ def test_threads_share_a_link(plain: str) -> None:
     kinds: list[str] = []
 
     def run() -> None:
-        kinds.extend(link.submit(Message("hello")).result(20).kind for _ in range(50))
+        kinds.extend(link.submit(Message("hello")).result(60).kind for _ in range(50))
 
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     link.close()
     assert kinds == ["ok"] * 400
 
@@ -197,10 +197,10 @@ def test_a_session_belongs_to_a_key(curved: str, keys: Path) -> None:
     ZmqTransport.make_keys(keys, ("alice", "bob"), worker=False)
     alice, bob = (link_to(f"mlwe+zmq://{curved}?curve={keys}&client={name}") for name in ("alice", "bob"))
     opening = Message("open", {"backend": "clear", "groups": [["0"]], "public": {}})
-    name = alice.submit(opening).result(10).fields["session"]
+    name = alice.submit(opening).result(60).fields["session"]
     request = Message("evaluate", {"session": name, "group": 0, "direction": "forward"}, {"x": torch.zeros(1, 24)})
-    assert bob.submit(request).result(10).fields["code"] == "unknown-session"
-    assert alice.submit(request).result(10).kind == "ok"
+    assert bob.submit(request).result(60).fields["code"] == "unknown-session"
+    assert alice.submit(request).result(60).kind == "ok"
     for link in (alice, bob):
         link.close()
 
@@ -288,23 +288,23 @@ def test_closing_fails_pending_requests(plain: str) -> None:
         link.close()
         link.close()
         with pytest.raises(TransportError, match="closed"):
-            future.result(10)
+            future.result(60)
         with pytest.raises(TransportError, match="closed"):
-            link.submit(Message("hello")).result(10)
+            link.submit(Message("hello")).result(60)
 
 
 def test_a_link_connects_again_by_itself(service: Service) -> None:
     with listening(service, insecure=True) as first:
         address = first.address
         link = link_to(f"mlwe+zmq://{address}?insecure=1")
-        assert link.submit(Message("hello")).result(10).kind == "ok"
-    end = time.monotonic() + 10
+        assert link.submit(Message("hello")).result(60).kind == "ok"
+    end = time.monotonic() + 60
     with pytest.raises(TransportError):
-        link.submit(Message("hello")).result(10)
+        link.submit(Message("hello")).result(60)
     with listening(service, address, insecure=True):
         while time.monotonic() < end:
             with contextlib.suppress(TransportError):
-                assert link.submit(Message("hello")).result(10).kind == "ok"
+                assert link.submit(Message("hello")).result(60).kind == "ok"
                 break
             time.sleep(0.05)
         else:
@@ -321,7 +321,7 @@ def descriptors() -> int:
 def raw_peer(address: str) -> socket.socket:
     """A ZMTP 3.0 connection without security, past its handshake: a peer that sends what it likes."""
     host, _, port = address.rpartition(":")
-    peer = socket.create_connection((host, int(port)), timeout=10)
+    peer = socket.create_connection((host, int(port)), timeout=60)
     peer.sendall(b"\xff" + b"\0" * 8 + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" * 32)
     body = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
     peer.sendall(bytes([4, len(body)]) + body)
@@ -346,10 +346,10 @@ def test_a_message_without_an_end_is_cut(service: Service) -> None:
                 bad.sendall(frame)
                 sent += len(frame)
                 if sent % (16 << 20) < len(frame):
-                    assert good.submit(Message("hello")).result(10).kind == "ok"
+                    assert good.submit(Message("hello")).result(60).kind == "ok"
         assert 20 << 20 <= sent < 4 << 30
         bad.close()
-        assert good.submit(Message("hello")).result(10).kind == "ok"
+        assert good.submit(Message("hello")).result(60).kind == "ok"
         good.close()
 
 
@@ -360,12 +360,12 @@ def test_links_share_a_context_and_leave_nothing_behind(plain: str) -> None:
     for _ in range(20):
         links += transport.connect((plain,), None)
     for link in links:
-        assert link.submit(Message("hello", {"versions": [1]})).result(20).kind == "ok"
+        assert link.submit(Message("hello", {"versions": [1]})).result(60).kind == "ok"
     # Both ends of each connection are in this process.
     assert descriptors() <= before + 20 * 8
     for link in links[1:]:
         link.close()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while descriptors() > before + 4 and time.monotonic() < end:
         time.sleep(0.05)
     assert descriptors() <= before + 4
@@ -391,10 +391,10 @@ def test_too_few_descriptors_are_an_error_and_not_the_end_of_the_process(plain: 
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 1024), most))
         links += transport.connect(("{plain}",), None)
         for link in links:
-            assert link.submit(Message("hello", {{"versions": [1]}})).result(20).kind == "ok"
+            assert link.submit(Message("hello", {{"versions": [1]}})).result(60).kind == "ok"
         print(len(links), "opened")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "refused" in done.stdout
     assert int(done.stdout.split()[-2]) > 1
@@ -409,7 +409,7 @@ def test_a_forked_process_opens_links_of_its_own(plain: str) -> None:
         transport = choose("mlwe+zmq://{plain}?insecure=1").transport
         def ask():
             (link,) = transport.connect(("{plain}",), None)
-            assert link.submit(Message("hello", {{"versions": [1]}})).result(20).kind == "ok"
+            assert link.submit(Message("hello", {{"versions": [1]}})).result(60).kind == "ok"
             return link
         link = ask()
         child = os.fork()
@@ -421,7 +421,7 @@ def test_a_forked_process_opens_links_of_its_own(plain: str) -> None:
         link.close()
         ask().close()
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -435,7 +435,7 @@ def test_strangers_leave_nothing_behind(service: Service) -> None:
             stranger.sendall(junk)
             stranger.close()
         products(f"mlwe+zmq://{listener.address}?insecure=1")
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while descriptors() > before + 3 and time.monotonic() < end:
             time.sleep(0.1)
         assert descriptors() <= before + 3
@@ -483,12 +483,12 @@ def test_a_client_that_takes_no_replies_fills_only_its_own_quota(keys: Path) -> 
         with listening(handler, curve=str(keys)) as listener:
             deaf = link_to(f"mlwe+zmq://{listener.address}?curve={keys}&client=deaf")
             opening = Message("open", {"backend": "clear", "groups": [["0"]], "public": {}})
-            name = deaf.submit(opening).result(10).fields["session"]
+            name = deaf.submit(opening).result(60).fields["session"]
             x = torch.zeros(8000, 24)
             request = Message("evaluate", {"session": name, "group": 0, "direction": "forward"}, {"x": x})
             futures = [deaf.submit(request) for _ in range(40)]
             products(f"mlwe+zmq://{listener.address}?curve={keys}")
-            codes = {future.result(30).fields.get("code") for future in futures}
+            codes = {future.result(60).fields.get("code") for future in futures}
             assert codes <= {None, "busy"}
             assert "busy" in codes
             deaf.close()
@@ -519,7 +519,7 @@ class Liar:
 
     def close(self) -> None:
         self.running = False
-        self.thread.join(10)
+        self.thread.join(60)
         self.socket.close(0)
         self.context.term()
 
@@ -548,7 +548,7 @@ def test_a_worker_that_answers_nonsense(lie: str) -> None:
     link = link_to(f"mlwe+zmq://{liar.address}?insecure=1")
     try:
         with pytest.raises(ReplyError, match="malformed reply"):
-            link.submit(Message("hello")).result(10)
+            link.submit(Message("hello")).result(60)
     finally:
         link.close()
         liar.close()
@@ -563,7 +563,7 @@ def test_replies_to_requests_that_were_never_made_are_ignored() -> None:
     link = link_to(f"mlwe+zmq://{liar.address}?insecure=1")
     try:
         for _ in range(5):
-            assert link.submit(Message("hello")).result(10).kind == "ok"
+            assert link.submit(Message("hello")).result(60).kind == "ok"
     finally:
         link.close()
         liar.close()

@@ -102,7 +102,7 @@ def ask(service: Service, header: dict[str, Any]) -> dict[str, Any]:
         answered.set()
 
     service.submit([msgpack.packb(header)], "client", reply)
-    assert answered.wait(20)
+    assert answered.wait(60)
     found: dict[str, Any] = answers[0]
     return found
 

@@ -73,7 +73,7 @@ print("called")
 
 def in_a_child(code: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, timeout=170
+        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -42,7 +42,7 @@ class Inbox:
 
     def wait(self, count: int) -> list[Message]:
         with self._arrived:
-            assert self._arrived.wait_for(lambda: len(self.messages) >= count, 20), self.messages
+            assert self._arrived.wait_for(lambda: len(self.messages) >= count, 60), self.messages
             return self.messages
 
 
@@ -59,7 +59,7 @@ class Scripted(Worker):
     def handle(self, request: Message, peer: str = "") -> Message:
         if request.kind != "evaluate":
             return super().handle(request, peer)
-        self.gate.wait(20)
+        self.gate.wait(60)
         self.turns.append(peer)
         if self.answers:
             return self.answers.pop()
@@ -181,7 +181,7 @@ def test_idle_sessions_and_clients_are_forgotten(scripted: tuple[Scripted, Servi
     ask(service, "a", inbox, "open", backend="clear", groups=[["a"]], public={})
     assert inbox.wait(1)[0].kind == "ok"
     assert (service.load.sessions, service.load.clients) == (1, 1)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while (service.load.sessions or service.load.clients) and time.monotonic() < end:
         time.sleep(0.05)
     assert (service.load.sessions, service.load.clients, service.counters.expired) == (0, 0, 1)
@@ -281,7 +281,7 @@ def test_metrics_over_http(scripted: tuple[Scripted, Service]) -> None:
     inbox.wait(5)
     port, stop = serve_metrics(service, "127.0.0.1", 0)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as reply:
             text = reply.read().decode()
     finally:
         stop()

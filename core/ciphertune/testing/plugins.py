@@ -336,7 +336,7 @@ class PluginSuite:
             now = _resources()
             return now[0] <= threads and now[1] <= files + 1
 
-        assert _until(settled, 5), f"threads and files {(threads, files)} became {_resources()}"
+        assert _until(settled, 30), f"threads and files {(threads, files)} became {_resources()}"
         assert self._failures(caught) == []
 
     def test_it_is_silent_where_no_terminal_is(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from ciphertune.testing.echo import EchoHandler
 from ciphertune.testing.served import ServedWorker
 from ciphertune.transport import Link, Listener, Loopback, Transport
 
-_SECONDS = 20.0
+_SECONDS = 60.0
 """Longer than any step takes; a test that waits so long has failed."""
 
 

@@ -203,7 +203,7 @@ request = {"c": torch.zeros(3, 1, 2, 2048, 5, dtype=torch.uint8)}
 assert worker.evaluate(torch.ones(2, 3, dtype=torch.int8), "forward", request)["c"].shape == (2, 1, 2, 2048, 5)
 assert "ciphertune_ckks.client" not in sys.modules
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=300)
 
 
 def test_the_readme_runs() -> None:

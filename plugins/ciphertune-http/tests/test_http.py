@@ -72,7 +72,7 @@ def test_tokens_decide(worker: ServedWorker, tmp_path: Path) -> None:
     options = HttpOptions(str(tmp_path / "stranger.token"), str(tmp_path / "worker.crt"))
     (link,) = HttpsTransport(options).connect((worker.address,), None)
     with pytest.raises(TransportError, match="token"):
-        link.submit(Message("hello")).result(10)
+        link.submit(Message("hello")).result(60)
     link.close()
 
 
@@ -80,7 +80,7 @@ def test_authorities_decide(worker: ServedWorker, tmp_path: Path) -> None:
     """Without the private authority's certificate the worker is not trusted, and no token is sent."""
     (link,) = HttpsTransport(HttpOptions(str(tmp_path / "client.token"))).connect((worker.address,), None)
     with pytest.raises(TransportError, match="certificate verify failed"):
-        link.submit(Message("hello")).result(10)
+        link.submit(Message("hello")).result(60)
     link.close()
 
 
@@ -88,7 +88,7 @@ def test_peers_are_named_by_their_token(tmp_path: Path) -> None:
     handler = EchoHandler()
     listener = HTTPS.listen(handler, tmp_path)
     link = HTTPS.link(listener.address, tmp_path)
-    link.submit(Message("hello")).result(10)
+    link.submit(Message("hello")).result(60)
     link.close()
     listener.close()
     assert handler.peers == ["client"]
@@ -98,7 +98,7 @@ def first_line(address: str, folder: Path, sent: bytes) -> bytes:
     host, port = read_address(address)
     context = ssl.create_default_context(cafile=str(folder / "worker.crt"))
     with (
-        socket.create_connection((host, port), timeout=10) as plain,
+        socket.create_connection((host, port), timeout=60) as plain,
         context.wrap_socket(plain, server_hostname=host) as peer,
     ):
         peer.sendall(sent)
@@ -174,7 +174,7 @@ def test_token_files(tmp_path: Path) -> None:
 def test_tokens_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ciphertune_http", "ward-7"]
     for code in (0, 1):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ)
         assert done.returncode == code, done.stderr
     assert "client.token" in done.stderr
     assert read_token(str(tmp_path / "client.token")) not in done.stdout + done.stderr
