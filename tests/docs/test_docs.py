@@ -27,6 +27,7 @@ import yaml
 from click.testing import CliRunner
 from tiny import TEXT, save_words
 
+from ciphertune.bench import child, train
 from ciphertune.cli import cli
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.runs.config import load_config, parse_config, tomllib  # type: ignore[attr-defined]
@@ -252,6 +253,8 @@ def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
             (tmp_path / "examples" / example.name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # Processes of benchmarks would import everything again; tests/cli/test_cli.py starts them.
+    monkeypatch.setattr(train, "_child", lambda request: json.loads(json.dumps(child.steps(**request))))
     player = Player(page, port)
     try:
         with player.workers:
