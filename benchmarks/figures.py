@@ -18,7 +18,7 @@ from ciphertune.bench.train import bench_train
 def measure(repeat: int) -> dict[str, Any]:
     kernels = {
         "2048³": bench_kernel("mlwe", 2048, 2048, 2048, repeat),
-        "2048³, 24-bit requests": bench_kernel("mlwe?request_bits=24", 2048, 2048, 2048, repeat),
+        "2048³, 32-bit requests": bench_kernel("mlwe?request_bits=32", 2048, 2048, 2048, repeat),
         "K = 768": bench_kernel("mlwe", 2048, 768, 768, repeat),
         "K = 8192": bench_kernel("mlwe", 512, 8192, 1024, repeat),
     }

@@ -19,7 +19,7 @@ from ciphertune.bench.kernel import bench_kernel
 from ciphertune.runs.demo import run_demo
 
 HERE = Path(__file__).parent
-OPTIONS = ("mlwe", "mlwe?request_bits=24&reply_bits=16")
+OPTIONS = ("mlwe", "mlwe?request_bits=32")
 
 
 def kernels(tokens: list[int], features: list[int], repeat: int) -> dict[str, Any]:

@@ -1,113 +1,254 @@
-"""The client half: encryption and decryption. Holds the secret; never imports the worker half."""
+"""The client half: encryption and decryption. Holds the secrets; never imports the worker half."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ciphertune.backend import Buffers, ClientHalf, Encrypted, LinearMap, NoiseModel
+from ciphertune.backend import Buffers, ClientHalf, Encrypted, LinearMap
 from ciphertune.errors import InputError, ReplyError, SecurityError
-from ciphertune_mlwe.engine import make_engine
-from ciphertune_mlwe.keys import MAX_BLOCKS, MasterKey
-from ciphertune_mlwe.prg import SEED_BYTES
+from ciphertune_mlwe.clones import CloneWatch
+from ciphertune_mlwe.hints import HintPreparation, Prepared
+from ciphertune_mlwe.kernels import KERNELS, choose_kernel
+from ciphertune_mlwe.masks import BANK_COLUMNS, Block, Mask, MaskStock, Order
+from ciphertune_mlwe.params import ParameterSet
+from ciphertune_mlwe.planes import lifted
+from ciphertune_mlwe.prg import fresh_seed
+from ciphertune_mlwe.public import PublicMatrix
+from ciphertune_mlwe.transforms import make_transforms
+
+MAX_TOKENS = 1 << 24
+"""Tokens of one product at most."""
+
+_FEWEST_BANK_COLUMNS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class EncryptionState:
-    """State that decryption needs: tokens asked for, tokens sent, and the scale per sent token, (sent,) float64."""
+    """State that decryption needs: tokens asked for and sent, the mask, and the scale per sent token, float64."""
 
     tokens: int
     sent: int
+    mask: Mask = dataclasses.field(repr=False)
     scale: Tensor = dataclasses.field(repr=False)
 
 
-def fresh_seed() -> bytes:
-    """32 bytes from the operating system. Raises ``SecurityError`` where it cannot give any: a seed is never reused."""
-    try:
-        return os.urandom(SEED_BYTES)
-    except NotImplementedError as error:
-        raise SecurityError("the operating system gives no randomness; nothing can be encrypted safely") from error
-
-
 class MLWEClient(ClientHalf[EncryptionState]):
-    """Encrypts (tokens, features) as ``b_{k,j} = ⟨a_k, s_j⟩ + e_{k,j} + m_{k,j}`` for feature k and token block j.
+    """Encrypts (tokens, features) as ``b_{k,j} = ⌊(⟨a_k, s_j⟩ + e_{k,j} + m_{k,j}) / 2^c⌋``.
 
-    The public a_k of one call are the keystream of a fresh seed, shared by all its token blocks.
+    k is a feature, j a block of tokens. The public a_k are the same for all products of the session, the secrets s_j
+    of no two.
 
     Args:
-        key: the secret key.
-        noise: the error model of the chosen options.
-        request_bits: bits kept of every value that travels up.
-        reply_bits, body_bits: bits kept of every value of the mask and of the body that come back.
+        parameters: chooses the set for a group's map.
+        digits: of a weight code.
         pad_tokens: the number of tokens sent is rounded up to a multiple of this, to hide the exact one.
+        banks: whether requests of few tokens share secrets.
+        mask_bytes: memory for banks and for masks made ahead.
+        ahead: whether masks are made ahead.
         device: where encryption and decryption run.
+        seed: of the public matrix.
+        watch: notices that the machine was copied.
     """
 
     def __init__(
         self,
-        key: MasterKey,
-        noise: NoiseModel,
-        request_bits: int,
-        reply_bits: int,
-        body_bits: int,
+        parameters: Callable[[LinearMap], ParameterSet],
+        digits: int,
         pad_tokens: int,
+        banks: bool,
+        mask_bytes: int,
+        ahead: bool,
         device: torch.device,
+        seed: bytes | None = None,
+        watch: CloneWatch | None = None,
     ) -> None:
-        self._parameters = key.parameters
-        self._noise = noise
-        self._request_bits = request_bits
-        self._reply_bits = reply_bits
-        self._body_bits = body_bits
+        self._parameters = parameters
+        self._digits = digits
         self._pad = pad_tokens
+        self._banks = banks
+        self._mask_bytes = mask_bytes
         self._device = device
-        self._engine = make_engine(key, device)
+        self._transforms = make_transforms(device)
+        self._public = PublicMatrix(seed or fresh_seed(), b"", 256, self._transforms)
+        self._prepared: dict[str, Prepared] = {}
+        self._bank_columns = -1
+        self._lock = threading.Lock()
+        self._closed = False
+        self._stock = MaskStock(
+            self._block, self._block_bytes, self._columns, mask_bytes if ahead else 0, watch or CloneWatch()
+        )
 
-    def open_fields(self) -> Mapping[str, Any]:
-        """The parameter set's name and the precision of both ways."""
-        return {
-            "parameters": self._parameters.name,
-            "request_bits": self._request_bits,
-            "reply_bits": self._reply_bits,
-            "body_bits": self._body_bits,
-        }
+    def preparation(self, forward: LinearMap, backward: LinearMap) -> HintPreparation | None:
+        """See ``ClientHalf.preparation``: the hints of both directions, unless they are here."""
+        if {forward.identity, backward.identity} <= self._prepared.keys():
+            return None
+        return HintPreparation(
+            forward,
+            backward,
+            (self._parameters(forward), self._parameters(backward)),
+            self._digits,
+            self._public,
+            self._transforms,
+            KERNELS[choose_kernel(self._device)[0]],
+            self._keep,
+        )
 
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[EncryptionState]:
-        """See ``ClientHalf.encrypt``. Buffers: ``seed`` (32,) uint8 and ``b`` (features, planes, tokens) int8."""
+        """See ``ClientHalf.encrypt``. Buffer: ``b`` (features, planes, tokens) uint8."""
+        return self.encrypt_pieces(x, linear_map, [linear_map])[0]
+
+    def encrypt_pieces(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap]
+    ) -> list[Encrypted[EncryptionState]]:
+        """See ``ClientHalf.encrypt_pieces``: one ciphertext; backward pieces get the rows of their features."""
+        product = self._product(whole)
         tokens = len(x)
         sent = -(-tokens // self._pad) * self._pad
-        most = MAX_BLOCKS * self._parameters.degree
-        if sent > most:
-            raise InputError(f"{linear_map.label}: {sent} tokens are more than the {most} of one product")
-        x = x.detach().to(self._device, torch.float32)
+        if sent > MAX_TOKENS:
+            raise InputError(f"{whole.label}: {sent} tokens are more than the {MAX_TOKENS} of one product")
+        values = x.detach().to(self._device, torch.float32)
         if sent > tokens:
-            x = torch.cat([x, x.new_zeros(sent - tokens, x.shape[1])])
-        scale = self._noise.token_scale(x, linear_map)
-        seed = fresh_seed()
-        b = self._engine.encrypt(x, scale, seed, fresh_seed(), self._request_bits // 8)
-        public_seed = torch.frombuffer(bytearray(seed), dtype=torch.uint8)
-        return Encrypted({"seed": public_seed, "b": b}, EncryptionState(tokens, sent, scale))
+            values = torch.cat([values, values.new_zeros(sent - tokens, values.shape[1])])
+        scale = product.parameters.noise(product.digits).token_scale(values, whole)
+        mask = self._stock.take(whole.identity, sent)
+        planes = product.parameters.planes
+        b = mask.take(lambda body: self._transforms.encrypt(body, values, scale, planes))
+        state = EncryptionState(tokens, sent, mask, scale)
+        if whole.direction == "forward":
+            return [Encrypted({"b": b}, state)] * len(pieces)
+        return [Encrypted({"b": _rows(b, piece.rows)}, state) for piece in pieces]
+
+    def take_reply(self, reply: Buffers, state: EncryptionState, piece: LinearMap) -> Tensor:
+        """See ``ClientHalf.take_reply``: ``y`` (rows, planes, tokens) uint8, still encrypted."""
+        y = reply.get("y")
+        rows = self._digits * piece.out_features
+        if y is None or y.dtype != torch.uint8 or y.dim() != 3 or (y.shape[0], y.shape[2]) != (rows, state.sent):
+            got = "nothing" if y is None else f"{y.dtype} {tuple(y.shape)}"
+            raise ReplyError(f"{piece.label}: expected uint8 ({rows}, planes, {state.sent}) in the reply, got {got}")
+        return y.to(self._device)
+
+    def put_together(
+        self, parts: Sequence[Tensor], states: Sequence[EncryptionState], whole: LinearMap, pieces: Sequence[LinearMap]
+    ) -> Tensor:
+        """See ``ClientHalf.put_together``: the pieces' replies as one ciphertext, decrypted."""
+        product, state = self._product(whole), states[0]
+        for part in parts:
+            if part.shape[1] != product.parameters.planes:
+                raise ReplyError(f"{whole.label}: a value of the reply has {part.shape[1]} bytes")
+        unit = state.scale.reciprocal().to(torch.float32)
+        y = state.mask.reveal(lambda hint: self._decrypted(parts, whole, pieces, hint, unit))
+        if product.digits > 1:
+            y = torch.add(*y.tensor_split(2), alpha=256)
+        return y.t()[: state.tokens]
 
     def decrypt(self, reply: Buffers, state: EncryptionState, linear_map: LinearMap) -> Tensor:
-        """See ``ClientHalf.decrypt``."""
-        digits = self._noise.digits
-        rows = digits * linear_map.out_features
-        a = self._expect(reply, "a", (rows, self._reply_bits // 8, self._parameters.dimension), linear_map)
-        b = self._expect(reply, "b", (rows, self._body_bits // 8, state.sent), linear_map)
-        y = self._engine.decrypt(a, b, 1.0 / state.scale)[: state.tokens]
-        return y if digits == 1 else torch.add(*y.tensor_split(2, dim=1), alpha=256)
+        """See ``ClientHalf.decrypt``, of a product in one piece."""
+        return self.put_together([self.take_reply(reply, state, linear_map)], [state], linear_map, [linear_map])
 
     def close(self) -> None:
-        """Forget the secrets and free scratch memory."""
-        self._engine.close()
+        """Forget masks and hints."""
+        self._closed = True
+        self._stock.close()
+        with self._lock:
+            self._prepared.clear()
+        self._public.forget_operands()
 
-    def _expect(self, reply: Buffers, name: str, shape: tuple[int, ...], linear_map: LinearMap) -> Tensor:
-        buffer = reply.get(name)
-        if buffer is None or buffer.dtype != torch.int8 or tuple(buffer.shape) != shape:
-            got = "nothing" if buffer is None else f"{buffer.dtype} {tuple(buffer.shape)}"
-            raise ReplyError(f"{linear_map.label}: expected buffer {name!r} int8 {shape} in the reply, got {got}")
-        return buffer.to(self._device)
+    def _decrypted(
+        self, parts: Sequence[Tensor], whole: LinearMap, pieces: Sequence[LinearMap], hint: Tensor, unit: Tensor
+    ) -> Tensor:
+        """Outputs of every digit one below the other, (rows, tokens) float32."""
+        if whole.direction == "backward" and len(parts) > 1:
+            total = lifted(parts[0])
+            for part in parts[1:]:
+                total.add_(lifted(part))
+            return total.sub_(hint).to(torch.float32).mul_(unit)
+        places = [(part, piece.rows) for part, piece in zip(parts, pieces, strict=True)]
+        if whole.direction == "backward":
+            places = [(parts[0], ())]
+        return self._rows_decrypted(places, whole.out_features, hint, unit)
+
+    def _rows_decrypted(
+        self, places: Sequence[tuple[Tensor, tuple[tuple[int, int], ...]]], outputs: int, hint: Tensor, unit: Tensor
+    ) -> Tensor:
+        """Outputs in the group's order, those of every digit one below the other: (rows, tokens) float32."""
+        blocks = []
+        for part, rows in places:
+            first = 0
+            for start, stop in rows or ((0, outputs),):
+                blocks.append((start, stop, part, first))
+                first += stop - start
+        count = sum(stop - start for start, stop, *_ in blocks)
+        y = torch.empty(self._digits * count, hint.shape[1], dtype=torch.float32, device=self._device)
+        row = 0
+        for start, stop, part, first in sorted(blocks, key=lambda block: block[0]):
+            size, held = stop - start, len(part) // self._digits
+            for digit in range(self._digits):
+                self._transforms.decrypt(
+                    part[digit * held + first : digit * held + first + size],
+                    hint[digit * outputs + start : digit * outputs + stop],
+                    unit,
+                    y[digit * count + row : digit * count + row + size],
+                )
+            row += size
+        return y
+
+    def _product(self, whole: LinearMap) -> Prepared:
+        product = self._prepared.get(whole.identity)
+        if product is None:
+            if self._closed:
+                raise SecurityError(f"{whole.label}: the session is closed")
+            raise SecurityError(f"{whole.label}: nothing was prepared for this product; its weights were not read")
+        return product
+
+    def _keep(self, identity: str, prepared: Prepared) -> None:
+        with self._lock:
+            self._prepared[identity] = prepared
+            self._bank_columns = -1
+
+    def _block(self, order: Order) -> Block:
+        """Masks under fresh secrets, which are forgotten as soon as the masks are made."""
+        product = self._prepared.get(order.product)
+        if product is None:
+            raise SecurityError("the session is closed")
+        self._public.forget_operands()
+        parameters = product.parameters
+        block = Block(product.features, product.rows, order.tokens, self._device)
+        secrets = self._transforms.secrets(fresh_seed(), parameters, -(-order.tokens // parameters.degree))
+        try:
+            public = self._public.transformed(product.features, parameters.rank)
+            self._transforms.masks(public, secrets, parameters, fresh_seed(), block.body.matrix)
+            self._transforms.hint_masks(product.hints, secrets, parameters, block.hint.matrix)
+        finally:
+            secrets.zero_()
+        return block
+
+    def _block_bytes(self, order: Order) -> int:
+        product = self._prepared.get(order.product)
+        return 0 if product is None else 4 * order.tokens * (product.features + product.rows)
+
+    def _columns(self) -> int:
+        """Columns of a bank: as many as the memory for masks allows, were there one for every product."""
+        if not self._banks:
+            return 0
+        with self._lock:
+            if self._bank_columns < 0:
+                each = 4 * sum(product.features + product.rows for product in self._prepared.values())
+                columns = BANK_COLUMNS
+                while columns > _FEWEST_BANK_COLUMNS and columns * each > self._mask_bytes:
+                    columns //= 2
+                self._bank_columns = columns
+            return self._bank_columns
+
+
+def _rows(b: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """The features of a ciphertext that belong to a piece."""
+    if not rows:
+        return b
+    parts: list[Any] = [b[start:stop] for start, stop in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,15 +1,19 @@
-"""Pseudorandom bytes and what is sampled from them: public matrices, secrets, errors.
+"""Pseudorandom bytes and what is sampled from them: secrets and errors.
 
 AES-256 in counter mode, keyed by 32 bytes from the operating system or derived from such.
 """
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
+
+from ciphertune.errors import SecurityError
 
 SEED_BYTES = 32
 _BLOCK = 16
@@ -47,16 +51,26 @@ def room(nbytes: int) -> int:
     return nbytes + _BLOCK - 1
 
 
-def ternary(key: bytes, block: int, count: int) -> npt.NDArray[np.int8]:
-    """``count`` values uniform in {-1, 0, 1} for one secret block, in time that does not depend on them.
+def ternary(key: bytes, count: int) -> npt.NDArray[np.int8]:
+    """``count`` values uniform in {-1, 0, 1} of a key used once, in time that does not depend on them.
 
     Each is ⌊3u / 2⁶⁴⌋ − 1 of 64 pseudorandom bits u: the bias is below 2⁻⁶².
     """
-    stream = Keystream(key, label=b"secret" + block.to_bytes(2, "big"))
+    stream = Keystream(key, label=b"secrets ")
     words = stream.fill(np.empty(room(8 * count), dtype=np.uint8), 8 * count).view("<u8")
     low, high = words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)
     carry = (low * np.uint64(3)) >> np.uint64(32)
-    return (((high * np.uint64(3) + carry) >> np.uint64(32)).astype(np.int8)) - np.int8(1)
+    values = (((high * np.uint64(3) + carry) >> np.uint64(32)).astype(np.int8)) - np.int8(1)
+    words.fill(0)
+    return values
+
+
+def fresh_seed() -> bytes:
+    """32 bytes from the operating system. Raises ``SecurityError`` where it cannot give any: a seed is never reused."""
+    try:
+        return os.urandom(SEED_BYTES)
+    except NotImplementedError as error:
+        raise SecurityError("the operating system gives no randomness; nothing can be encrypted safely") from error
 
 
 def expand(key: bytes, first_row: int, rows: int, row_bytes: int, out: Bytes) -> Bytes:
@@ -67,20 +81,6 @@ def expand(key: bytes, first_row: int, rows: int, row_bytes: int, out: Bytes) ->
     return Keystream(key, first_row * (row_bytes // _BLOCK)).fill(out, rows * row_bytes)
 
 
-def expand_exactly(key: bytes, first_row: int, rows: int, row_bytes: int, out: Bytes) -> None:
-    """Like ``expand``, into memory without room past its end."""
-    body = max(rows - 1, 0)
-    if body:
-        expand(key, first_row, body, row_bytes, out)
-    last = np.empty(room(row_bytes), dtype=np.uint8)
-    out[body * row_bytes : rows * row_bytes] = expand(key, first_row + body, 1, row_bytes, last)
-
-
-def error_row_bytes(tokens: int) -> int:
-    """Random bytes for one row of errors: a 32-bit and a 16-bit word a token, padded to whole blocks."""
-    return -(-6 * tokens // _BLOCK) * _BLOCK
-
-
 def centred_binomial(noise: Tensor, tokens: int) -> Tensor:
     """Errors from random bytes: the number of ones among 42 bits, less 21; variance 10.5, standard deviation 3.24.
 
@@ -88,7 +88,7 @@ def centred_binomial(noise: Tensor, tokens: int) -> Tensor:
     exchange: a new hope", 2016, for the distribution).
 
     Args:
-        noise: (rows, error_row_bytes(tokens)) uint8: per row the 32-bit words, then the 16-bit words.
+        noise: (rows, 6 · tokens or more) uint8: per row the 32-bit words, then the 16-bit words.
         tokens: errors a row.
 
     Returns:

@@ -25,6 +25,7 @@ class Scratch:
             self._buffers[name, dtype] = buffer
         return buffer[:count].view(*shape)
 
-    def clear(self) -> None:
-        """Free all buffers."""
-        self._buffers.clear()
+    def wipe(self) -> None:
+        """Put zeros in the place of all that was computed, and keep the memory."""
+        for buffer in self._buffers.values():
+            buffer.zero_()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,27 +52,28 @@ def _simulated(name: str) -> type[Backend]:
     return found
 
 
+_ANY = LinearMap("any", "forward", 64, 64, 1000.0)
+"""A map to ask a backend whether it declares errors at all."""
+
+
 class SimulationClient(ClientHalf[Tensor]):
     """Encodes tokens as the simulated backend does and sends them in the clear."""
 
-    def __init__(self, noise: NoiseModel, seed: int) -> None:
+    def __init__(self, noise: Callable[[LinearMap], NoiseModel], seed: int) -> None:
         self._noise = noise
         self._seed = seed
 
     def open_fields(self) -> Mapping[str, Any]:
-        """The noise model and the seed."""
-        return {
-            "seed": self._seed,
-            "input_variance": self._noise.input_variance,
-            "output_variance": self._noise.returned_variance,
-            "correlation": self._noise.correlation,
-            "period": self._noise.period,
-        }
+        """The seed."""
+        return {"seed": self._seed}
 
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[Tensor]:
-        """See ``ClientHalf.encrypt``; nothing is encrypted."""
-        scale = self._noise.token_scale(x, linear_map)
-        return Encrypted({"x": x, "scale": scale}, scale)
+        """See ``ClientHalf.encrypt``; nothing is encrypted. ``noise`` says which errors are drawn, see ``_Noise``."""
+        noise = self._noise(linear_map)
+        scale = noise.token_scale(x, linear_map)
+        errors = _Noise(noise.input_variance, noise.returned_variance, noise.correlation, noise.period)
+        drawn = torch.tensor(errors, dtype=torch.float64)
+        return Encrypted({"x": x, "scale": scale, "noise": drawn}, scale)
 
     def decrypt(self, reply: Buffers, state: Tensor, linear_map: LinearMap) -> Tensor:
         """See ``ClientHalf.decrypt``."""
@@ -82,12 +83,35 @@ class SimulationClient(ClientHalf[Tensor]):
         return y
 
 
+class _Noise(NamedTuple):
+    """Errors of a product as a request states them; see ``NoiseModel``."""
+
+    input_variance: float
+    output_variance: float
+    correlation: float
+    period: float
+
+    @classmethod
+    def read(cls, noise: Tensor | None) -> _Noise:
+        """What a request's buffer says. Raises ``ProtocolError``."""
+        if noise is None or noise.dtype != torch.float64 or noise.shape != (len(cls._fields),):
+            raise ProtocolError(f"expected a float64 buffer 'noise' of {len(cls._fields)} values")
+        read = cls(*noise.tolist())
+        sizes = read.input_variance, read.output_variance
+        if not all(0 <= size < 1e30 for size in sizes) or not 0 <= read.correlation <= 1:
+            raise ProtocolError("the noise of a request is out of range")
+        whole = 0 <= read.period < 1 << 31 and read.period == int(read.period)
+        if not whole or (read.correlation > 0 and read.period == 0):
+            raise ProtocolError("a correlation needs a period, between 1 and 2^31")
+        return read
+
+
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A matrix, its noise per output, and what sets its products apart from those of others."""
+    """A matrix, the norms of its rows, and what sets its products apart from those of others."""
 
     matrix: Tensor
-    deviation: Tensor
+    norms: Tensor
     label: bytes
 
 
@@ -96,57 +120,43 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class SimulationWorker(WorkerHalf):
-    """A float32 product with integer codes, plus Gaussian noise of the simulated backend's variance."""
+    """A float32 product with integer codes, plus Gaussian noise of the variance that each request states."""
 
     def __init__(self, fields: Mapping[str, Any], device: torch.device) -> None:
-        values: list[Any] = [fields.get(name) for name in ("input_variance", "output_variance")]
-        seed, correlation, period = (fields.get(name) for name in ("seed", "correlation", "period"))
-        if (
-            not isinstance(seed, int)
-            or not 0 <= seed < 1 << 63
-            or not all(isinstance(v, float) and 0 <= v < 1e30 for v in values)
-        ):
-            raise ProtocolError("expected the fields seed, input_variance and output_variance")
-        if not isinstance(correlation, float) or not isinstance(period, int) or not 0 <= correlation <= 1:
-            raise ProtocolError("expected the fields correlation and period")
-        if not 0 <= period < 1 << 31 or (correlation > 0 and period == 0):
-            raise ProtocolError("a correlation needs a period, between 1 and 2^31")
-        self._input_variance, self._output_variance = values
-        self._shared_deviation = math.sqrt(correlation * self._output_variance)
-        self._own_variance = (1 - correlation) * self._output_variance
-        self._period = period
+        seed = fields.get("seed")
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+            raise ProtocolError("expected the field seed")
         self._device = device
         self._seed = seed
 
     def prepare(self, weight: Tensor) -> dict[Direction, _Prepared]:
-        """See ``WorkerHalf.prepare``: the codes, and the noise per output for either direction."""
+        """See ``WorkerHalf.prepare``: the codes, and the norms of the outputs of either direction."""
         values = weight.to(torch.float32)
         found: dict[Direction, _Prepared] = {}
         directions: tuple[Direction, ...] = ("forward", "backward")
         for direction, matrix, floats in zip(directions, (weight, weight.t()), (values, values.t()), strict=True):
-            deviation = self._deviation(floats)
-            found[direction] = _Prepared(matrix, deviation, direction.encode() + bytes(_bytes(deviation)))
+            norms = torch.linalg.vector_norm(floats, dim=1)
+            found[direction] = _Prepared(matrix, norms, direction.encode() + bytes(_bytes(norms)))
         return found
 
     def evaluate(self, prepared: dict[Direction, _Prepared], direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``."""
-        matrix, deviation = prepared[direction].matrix, prepared[direction].deviation
+        matrix, norms = prepared[direction].matrix, prepared[direction].norms
         x, scale = request.get("x"), request.get("scale")
         if x is None or x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != matrix.shape[1]:
             raise ProtocolError(f"expected a float32 buffer 'x' of shape (tokens, {matrix.shape[1]})")
         if scale is None or scale.dtype != torch.float64 or scale.shape != (len(x),):
             raise ProtocolError("expected a float64 buffer 'scale' of shape (tokens,)")
+        errors = _Noise.read(request.get("noise"))
         y = torch.nn.functional.linear(x.to(self._device), matrix.to(torch.float32))
         unit = scale.to(self._device).reciprocal().to(torch.float32)
         draw = self._generator(prepared[direction].label, x, scale)
-        noise = self._normal(draw, *y.shape).mul_(deviation)
-        if self._shared_deviation:
-            noise.add_(self._along(draw, *y.shape), alpha=self._shared_deviation)
+        own = (1 - errors.correlation) * errors.output_variance
+        noise = self._normal(draw, *y.shape).mul_(torch.sqrt(errors.input_variance * norms**2 + own))
+        if errors.correlation:
+            shared = math.sqrt(errors.correlation * errors.output_variance)
+            noise.add_(self._along(draw, int(errors.period), *y.shape), alpha=shared)
         return {"y": y.add_(noise.mul_(unit[:, None]))}
-
-    def _deviation(self, matrix: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(matrix, dim=1)
-        return torch.sqrt(self._input_variance * norm**2 + self._own_variance)
 
     def _generator(self, label: bytes, x: Tensor, scale: Tensor) -> torch.Generator:
         """Generator of the noise of one product, seeded from the weight, the direction and the input."""
@@ -159,17 +169,17 @@ class SimulationWorker(WorkerHalf):
     def _normal(self, draw: torch.Generator, *shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float32, device=self._device)
 
-    def _along(self, draw: torch.Generator, tokens: int, outputs: int) -> Tensor:
+    def _along(self, draw: torch.Generator, period: int, tokens: int, outputs: int) -> Tensor:
         """Normal values whose correlation falls linearly along the outputs, from 1 to -1 a period on.
 
         As in the scheme: half the sum of a period's roundings, of which those behind an output count with the other
         sign.
         """
         parts = []
-        for start in range(0, outputs, self._period):
-            count = min(self._period, outputs - start)
-            sums = self._normal(draw, tokens, count).mul_(2 / math.sqrt(self._period)).cumsum(1)
-            rest = self._normal(draw, tokens, 1).mul_(2 * math.sqrt((self._period - count) / self._period))
+        for start in range(0, outputs, period):
+            count = min(period, outputs - start)
+            sums = self._normal(draw, tokens, count).mul_(2 / math.sqrt(period)).cumsum(1)
+            rest = self._normal(draw, tokens, 1).mul_(2 * math.sqrt((period - count) / period))
             parts.append(sums - (sums[:, -1:] + rest) / 2)
         return torch.cat(parts, dim=1)
 
@@ -186,7 +196,7 @@ class SimulationBackend(Backend):
         given = {name: value for name, value in vars(self.options).items() if name not in own}
         simulated = _simulated(self.options.of)
         self._simulated = simulated(simulated.Options(**given))
-        if self._simulated.noise is None:
+        if self._simulated.noise(_ANY) is None:
             raise SelectionError(f"{self.options.of!r} declares no noise model, so it cannot be simulated")
 
     @classmethod
@@ -207,16 +217,16 @@ class SimulationBackend(Backend):
         """That of the simulated backend."""
         return self._simulated.weight_bits
 
-    @property
-    def noise(self) -> NoiseModel:
+    def noise(self, linear_map: LinearMap) -> NoiseModel:
         """That of the simulated backend."""
-        noise = self._simulated.noise
+        noise = self._simulated.noise(linear_map)
         assert noise is not None
         return noise
 
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
-        """See ``Backend.traffic``: what the simulation itself sends, float32 both ways and a scale a token."""
-        return tokens * (4 * linear_map.in_features + 8), 4 * tokens * linear_map.out_features
+        """See ``Backend.traffic``: what the simulation itself sends, float32 both ways, a scale a token, the noise."""
+        up = tokens * (4 * linear_map.in_features + 8) + 8 * len(_Noise._fields)
+        return up, 4 * tokens * linear_map.out_features
 
     def client(self, device: torch.device) -> SimulationClient:
         """See ``Backend.client``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ Buffers = dict[str, Tensor]
 """Named buffers of one request or reply: tensors of fixed-size numbers, any device."""
 
 Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 WeightBits = Literal[8, 16]
 
 WORST_RELATIVE_ERROR = 0.25
@@ -71,6 +72,10 @@ class LinearMap:
         in_features: K, columns of M.
         out_features: N, rows of M.
         max_norm: an upper bound of the Euclidean norm of every row of M as the worker stores it.
+        identity: SHA-256 of the direction and of the weights in their order, hexadecimal: equal where M is. Empty for
+            a map that is made from sizes alone.
+        rows: (start, stop) of the rows of the group's stacked weight that M is of, in M's order; empty for all of
+            them. Of a forward map they are outputs, of a backward map inputs.
     """
 
     label: str
@@ -78,6 +83,8 @@ class LinearMap:
     in_features: int
     out_features: int
     max_norm: float
+    identity: str = ""
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +164,23 @@ class NoiseModel:
         return self.half_range - 8 * math.sqrt(self.input_variance * norm**2 + self.output_variance) - 1
 
 
+class Preparation(abc.ABC):
+    """What a client half makes of a group's codes before the group's first product, from one pass over them."""
+
+    @abc.abstractmethod
+    def absorb(self, row: int, codes: Tensor) -> None:
+        """Take some rows of the group's stacked codes. They were held against the hashes that the client knows.
+
+        Args:
+            row: where they stand; calls come from the top, each row once.
+            codes: (rows, K), int8 or int16, on any device; not to be kept.
+        """
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Take notice that all rows came. A preparation that is given up is dropped without this."""
+
+
 StateT = TypeVar("StateT")
 
 
@@ -184,6 +208,59 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         """Public key material the worker needs to evaluate; sent once per worker and session."""
         return {}
 
+    def preparation(self, forward: LinearMap, backward: LinearMap) -> Preparation | None:
+        """What is to be made of a group's codes before its first product; None where nothing is.
+
+        Asked once a group when a session opens, with the group's maps of both directions. The client streams the
+        codes for a preparation, in memory that does not grow with the model.
+        """
+        return None
+
+    def encrypt_pieces(self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap]) -> list[Encrypted[StateT]]:
+        """Encrypt x of shape (tokens, whole.in_features) for workers that each hold some rows of the group.
+
+        As it stands, forward pieces share one request, and each backward piece gets the columns of x that belong to
+        its rows in a ciphertext of its own. A scheme whose ciphertexts can be cut does better.
+
+        Args:
+            x: float32, finite, tokens ≥ 1.
+            whole: the group's map.
+            pieces: maps of the pieces, whose ``rows`` say where they stand. Forward pieces may leave out rows, backward
+                pieces may not.
+
+        Returns:
+            A request for each piece, in order; they may be one and the same.
+        """
+        if whole.direction == "forward":
+            return [self.encrypt(x, whole)] * len(pieces)
+        return [self.encrypt(_columns(x, piece.rows), piece) for piece in pieces]
+
+    def take_reply(self, reply: Buffers, state: StateT, piece: LinearMap) -> Any:
+        """What is kept of one piece's reply until ``put_together`` has those of all; as it stands, its decryption.
+
+        Called as replies come.
+
+        Raises:
+            ReplyError: the reply cannot belong to the request.
+        """
+        return self.decrypt(reply, state, piece)
+
+    def put_together(
+        self, parts: Sequence[Any], states: Sequence[StateT], whole: LinearMap, pieces: Sequence[LinearMap]
+    ) -> Tensor:
+        """The product from what ``take_reply`` kept of each piece.
+
+        Returns:
+            float32 of any strides. Forward: (tokens, rows of the pieces), in the order in which the rows stand in the
+            group. Backward: (tokens, whole.out_features).
+        """
+        if whole.direction == "forward":
+            return in_order(parts, [piece.rows for piece in pieces])
+        total: Tensor = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
     @abc.abstractmethod
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[StateT]:
         """Encrypt x of shape (tokens, linear_map.in_features), float32, finite, tokens ≥ 1."""
@@ -202,6 +279,33 @@ class ClientHalf(abc.ABC, Generic[StateT]):
     def close(self) -> None:
         """Forget key material and scratch memory."""
         return
+
+
+def in_order(parts: Sequence[Tensor], rows: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """Outputs of forward pieces, put together in the order in which their rows stand in the group.
+
+    Args:
+        parts: (tokens, rows) each.
+        rows: of each piece, as ``LinearMap.rows``; empty for a piece that is the whole group.
+
+    Returns:
+        (tokens, rows of all pieces), of any strides; a single piece in order as it is.
+    """
+    if sum(map(len, rows)) <= 1:
+        return parts[0]
+    blocks: list[tuple[int, Tensor]] = []
+    for part, places in zip(parts, rows, strict=True):
+        taken = 0
+        for start, stop in places:
+            blocks.append((start, part[:, taken : taken + stop - start].t()))
+            taken += stop - start
+    # Feature-major, as products come.
+    return torch.cat([block for _, block in sorted(blocks, key=lambda each: each[0])]).t()
+
+
+def _columns(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """The columns of x that belong to a backward piece."""
+    return torch.cat([x[:, start:stop] for start, stop in rows], dim=1) if rows else x
 
 
 class WorkerHalf(abc.ABC):
@@ -244,6 +348,8 @@ class Backend(abc.ABC):
     Options: ClassVar[type]
     licence: ClassVar[str] = ""
     """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
+    prepares: ClassVar[bool] = False
+    """Whether the client half makes something of each group's codes before the first product (``preparation``)."""
     measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)
     """Tokens, inputs and outputs of the largest product that a plan measures to estimate the time of others."""
 
@@ -270,9 +376,8 @@ class Backend(abc.ABC):
         """How weights are stored at the worker: 8 or 16 bit integers per output channel, or None for float32."""
         return 8
 
-    @property
-    def noise(self) -> NoiseModel | None:
-        """The error model of this backend with these options, or None where it has no closed form."""
+    def noise(self, linear_map: LinearMap) -> NoiseModel | None:
+        """The error model of a group's product with these options, or None where it has no closed form."""
         return None
 
     def refuse(self, linear_map: LinearMap) -> str | None:
@@ -286,6 +391,19 @@ class Backend(abc.ABC):
         """Bytes of the buffers of a request and of its reply, for plans; None where it is not known before."""
         return None
 
+    def piece_traffic(self, whole: LinearMap, piece: LinearMap, tokens: int) -> tuple[int, int] | None:
+        """Bytes of the request and of the reply of one piece of a product, as ``ClientHalf.encrypt_pieces`` cuts it.
+
+        As it stands, forward pieces get the request of the whole, and backward pieces one of their own.
+        """
+        sent = self.traffic(whole if whole.direction == "forward" else piece, tokens)
+        returned = self.traffic(piece, tokens)
+        return None if sent is None or returned is None else (sent[0], returned[1])
+
+    def kept_bytes(self, forward: LinearMap, backward: LinearMap) -> int:
+        """Memory of what a client half makes of a group's codes, for plans; 0 where it prepares nothing."""
+        return 0
+
     def work(self, linear_map: LinearMap, tokens: int) -> Work:
         """What the phases of a product grow with; by default the numbers sent, multiplied and returned."""
         sent, returned = tokens * linear_map.in_features, tokens * linear_map.out_features
@@ -298,7 +416,8 @@ class Backend(abc.ABC):
 
     def refuse_imprecise(self, linear_map: LinearMap) -> None:
         """Raise ``PrecisionError`` for a map whose outputs would be mostly noise under these options."""
-        error = 0.0 if self.noise is None else self.noise.relative_error(linear_map)
+        noise = self.noise(linear_map)
+        error = 0.0 if noise is None else noise.relative_error(linear_map)
         if error > WORST_RELATIVE_ERROR:
             raise PrecisionError(
                 f"{linear_map.label}: with {linear_map.in_features} inputs and weight norms up to "

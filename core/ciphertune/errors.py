@@ -18,10 +18,12 @@ CipherTuneError
 │   └── ReplyError            a reply that cannot belong to its request
 ├── TransportError            the link to a worker failed
 │   └── TransportTimeoutError no answer within the deadline
+├── WeightsError              codes that a client prepares itself from cannot be had, or are others
 ├── WorkerError               the worker answered with an error of its own
 ├── UnknownSessionError       (worker) the session that a request names is not open
 ├── HoldingsError             (worker) it does not hold what the client expects
 ├── QuotaError                (worker) a client asks for more than it may have
+├── WithheldError             (worker) it does not let its weights be read
 ├── ConfigError               a configuration file or a command's argument is wrong
 └── TrainingError             training cannot start or go on
     ├── NoAdapterError        no trainable parameter
@@ -104,6 +106,10 @@ class TransportTimeoutError(TransportError, TimeoutError):
     """No answer within the deadline."""
 
 
+class WeightsError(CipherTuneError):
+    """Codes that a client prepares itself from are not to be had, or are not those of its model."""
+
+
 class WorkerError(CipherTuneError):
     """The worker answered with an error of its own.
 
@@ -142,6 +148,10 @@ class UnknownSessionError(CipherTuneError):
 
 class HoldingsError(CipherTuneError):
     """A worker does not hold what the client expects of it."""
+
+
+class WithheldError(CipherTuneError):
+    """A worker does not let its weights be read."""
 
 
 class QuotaError(CipherTuneError):

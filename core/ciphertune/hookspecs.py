@@ -73,6 +73,17 @@ def ciphertune_session_opened(session: SessionView) -> None:
 
 
 @hookspec
+def ciphertune_preparing(session: SessionView, done: int, total: int) -> None:
+    """Called as a session that opens reads the weights' codes to prepare its encryption.
+
+    Args:
+        session: the session; nothing can be evaluated yet.
+        done: codes read so far.
+        total: all that will be read, less what is cached.
+    """
+
+
+@hookspec
 def ciphertune_sending_key(worker: str, nbytes: int, done: bool) -> None:
     """Called before a large evaluation key is sent to a worker, and with ``done`` after it arrived or failed.
 

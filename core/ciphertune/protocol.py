@@ -27,7 +27,7 @@ OLDEST_VERSION = 1
 HELLO_VERSION = 1
 """In which ``hello``, its reply and errors about versions are always written, so that any two ends can read them."""
 
-KINDS = ("hello", "manifest", "open", "evaluate", "close", "stats", "ok", "error")
+KINDS = ("hello", "manifest", "weights", "open", "evaluate", "close", "stats", "ok", "error")
 ERROR_CODES = (
     "protocol",
     "version",
@@ -37,6 +37,7 @@ ERROR_CODES = (
     "quota",
     "busy",
     "holdings",
+    "withheld",
     "internal",
 )
 """``busy`` asks to try again later or elsewhere; ``holdings`` says that the worker no longer holds what the client

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ _LARGEST_CODE = {8: 127, 16: 32639}
 
 DIGEST_ROWS = 64
 """Rows that one digest covers; workers hold layers whole or cut at multiples of it."""
+LARGEST_READING = 1 << 24
+"""Bytes of codes in one reply at most, unless ``DIGEST_ROWS`` rows are more."""
 _CHUNK_VALUES = 1 << 22
 """Values worked on at once, so that quantizing a large layer takes little memory beside it."""
 
@@ -104,6 +106,21 @@ class Shard:
         if not (start < stop <= n and k > 0):
             raise ProtocolError(f"the manifest row of {name!r} has rows {start} to {stop} of {n}")
         return cls(name, start, stop, k, n, bits, digest)
+
+
+class CodeSource(Protocol):
+    """Where a client reads codes: its own model, a worker, a folder. It is not trusted."""
+
+    def read(self, layer: LayerInfo, start: int, stop: int) -> Tensor:
+        """The codes of rows start to stop of a layer, (stop - start, K), int8 or int16, on any device.
+
+        Both ends stand at multiples of ``DIGEST_ROWS`` or at the layer's end.
+        """
+        ...
+
+    def distrust(self, layer: LayerInfo, start: int, stop: int) -> bool:
+        """Take notice that these rows were not those of the layer; whether they can be had from elsewhere."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,11 +226,16 @@ def group_map(layers: Sequence[LayerInfo], direction: Direction) -> LinearMap:
     label = f"{' + '.join(layer.name for layer in layers)} ({direction})"
     features = layers[0].in_features
     outputs = sum(layer.out_features for layer in layers)
+    identity = hashlib.sha256(direction.encode())
+    for layer in layers:
+        identity.update(f"|{layer.out_features}|{layer.in_features}|{layer.weight_bits}|".encode())
+        identity.update(layer.row_digests)
     if direction == "forward":
-        return LinearMap(label, "forward", features, outputs, max(layer.max_row_norm for layer in layers))
+        norm = max(layer.max_row_norm for layer in layers)
+        return LinearMap(label, "forward", features, outputs, norm, identity.hexdigest())
     # A column of the stacked matrix is the layers' columns one after the other.
     norm = math.sqrt(sum(layer.max_column_norm**2 for layer in layers))
-    return LinearMap(label, "backward", outputs, features, norm)
+    return LinearMap(label, "backward", outputs, features, norm, identity.hexdigest())
 
 
 def code_dtype(bits: WeightBits | None) -> torch.dtype:

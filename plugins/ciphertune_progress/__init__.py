@@ -1,4 +1,4 @@
-"""A progress bar for training, and a line for large keys on their way, on standard error where that is a terminal."""
+"""Progress bars for training, keys and preparation, on standard error where that is a terminal."""
 
 from __future__ import annotations
 
@@ -79,6 +79,56 @@ def ciphertune_sending_key(worker: str, nbytes: int, done: bool) -> None:
     line.add_task(f"sending a key of {nbytes / 1e6:.0f} MB to {worker}", total=None)
     _keys[worker] = line
     line.start()
+
+
+# The bar of the session that prepares itself.
+_preparing: tuple[Any, Progress, TaskID] | None = None
+
+_FEWEST_CODES = 1 << 22
+"""Preparation of fewer takes no time worth showing."""
+
+
+@hookimpl
+def ciphertune_preparing(session: Any, done: int, total: int) -> None:
+    """Show how far the weights have been read."""
+    global _preparing
+    if _preparing is None:
+        hidden = total < _FEWEST_CODES or _bar is not None or sys.stderr is None or not sys.stderr.isatty()
+        if hidden or done >= total:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        bar = Progress(
+            TextColumn("preparing encryption"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("of {task.fields[size]} million weights"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        _preparing = session, bar, bar.add_task("preparing", total=total, size=f"{total / 1e6:.0f}")
+        bar.start()
+    shown, bar, task = _preparing
+    if shown is session:
+        bar.update(task, completed=done)
+        if done >= total:
+            _end_preparing()
+
+
+@hookimpl
+def ciphertune_session_closed(session: Any) -> None:
+    """Take away the bar of a preparation that was given up."""
+    if _preparing is not None and _preparing[0] is session:
+        _end_preparing()
+
+
+def _end_preparing() -> None:
+    global _preparing
+    ended, _preparing = _preparing, None
+    if ended is not None:
+        ended[1].stop()
 
 
 @hookimpl

@@ -508,7 +508,7 @@ def errors(backend: Backend, to: str, tokens: int) -> Tensor:
     both = Pair.make(to, 12, 30)
     x = torch.randn(tokens, 30, generator=torch.Generator().manual_seed(7))
     y = both.product("forward", x).double()
-    noise = backend.noise
+    noise = backend.noise(both.map("forward"))
     assert noise is not None
     scale = noise.token_scale(x, both.map("forward"))
     both.close()
@@ -520,7 +520,9 @@ def test_the_simulation_has_its_error() -> None:
     backend = choose("concrete-glwe").backend
     real = errors(backend, "concrete-glwe", 64)
     simulated = errors(backend, "simulation?of=concrete-glwe&seed=3", 4000)
-    variance = backend.noise.error_deviation(127 * math.sqrt(30)) ** 2
+    noise = backend.noise(LinearMap("layer", "forward", 30, 12, 127 * math.sqrt(30)))
+    assert noise is not None
+    variance = noise.error_deviation(127 * math.sqrt(30)) ** 2
     # Of 64 tokens with correlated outputs, the mean square has a relative deviation of about 0.1.
     assert float(simulated.square().mean()) == pytest.approx(variance, rel=0.1)
     assert float(real.square().mean()) == pytest.approx(variance, rel=0.5)
@@ -530,8 +532,8 @@ def test_the_simulation_has_its_error() -> None:
         total, own = error.sum(1).square().mean(), error.square().sum(1).mean()
         return float((total - own) / (error.shape[1] - 1) / own)
 
-    assert shared(simulated) == pytest.approx(backend.noise.correlation, abs=0.1)
-    assert shared(real) == pytest.approx(backend.noise.correlation, abs=0.3)
+    assert shared(simulated) == pytest.approx(noise.correlation, abs=0.1)
+    assert shared(real) == pytest.approx(noise.correlation, abs=0.3)
 
 
 # The whole framework.

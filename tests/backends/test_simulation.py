@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ciphertune
-from ciphertune.backend import NoiseModel
+from ciphertune.backend import LinearMap, NoiseModel
 from ciphertune.client.choice import choose
 from ciphertune.errors import SelectionError
 from ciphertune.plugins import registry
@@ -36,7 +36,7 @@ def losses(to: str, steps: int = 22) -> torch.Tensor:
     return torch.tensor(curve, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("options", ["", "request_bits=24", "reply_bits=16", "body_bits=24", "weight_bits=16"])
+@pytest.mark.parametrize("options", ["", "request_bits=24", "request_bits=32", "weight_bits=16"])
 def test_product_errors_have_the_same_size(options: str) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(100, 80, bias=False), torch.randn(400, 100)
@@ -60,8 +60,7 @@ class Packed(registry.load(registry.BACKENDS, "mlwe")):
 
     name = "packed"
 
-    @property
-    def noise(self) -> NoiseModel:
+    def noise(self, linear_map: LinearMap) -> NoiseModel:
         return NoiseModel(1e9, 0.0, 9.0, correlation=0.6, period=64)
 
 
@@ -70,7 +69,9 @@ def test_errors_of_neighbouring_outputs_are_alike(register: Callable[[str, Any],
     backend = choose("simulation?of=packed").backend
     client = backend.client(torch.device("cpu"))
     worker = type(backend).worker(client.open_fields(), {}, torch.device("cpu"))
-    request = {"x": torch.zeros(20000, 8), "scale": torch.ones(20000, dtype=torch.float64)}
+    linear_map = LinearMap("layer", "forward", 8, 100, 3.0)
+    request = client.encrypt(torch.zeros(20000, 8), linear_map).buffers
+    request["scale"] = torch.ones(20000, dtype=torch.float64)
     error = worker.evaluate(worker.prepare(torch.ones(100, 8, dtype=torch.int8)), "forward", request)["y"]
     covariance = torch.cov(error.t()) / 9
     assert float((covariance.diagonal() - 1).abs().max()) < 0.06
@@ -81,7 +82,7 @@ def test_errors_of_neighbouring_outputs_are_alike(register: Callable[[str, Any],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["", "request_bits=24&reply_bits=16"])
+@pytest.mark.parametrize("options", ["", "request_bits=32"])
 def test_loss_curves_agree_within_noise(options: str) -> None:
     joint = "&" if options else ""
     exact = losses("clear?weight_bits=8")
@@ -116,10 +117,12 @@ def test_the_seed_decides_everything() -> None:
 
 
 def test_it_declares_the_simulated_backends_noise_and_no_security() -> None:
-    options = "request_bits=24&reply_bits=32&body_bits=16&params=mlwe-1536&weight_bits=16"
-    simulated, real = choose(f"simulation?{options}").backend, choose(f"mlwe?{options}").backend
-    assert simulated.noise == real.noise
-    assert simulated.weight_bits == real.weight_bits == 16
+    for options in ("", "request_bits=32", "request_bits=24&weight_bits=16"):
+        simulated, real = (choose(f"{name}?{options}".rstrip("?")).backend for name in ("simulation", "mlwe"))
+        for features in (64, 16384):
+            linear_map = LinearMap("layer", "forward", features, 64, 36 * features**0.5)
+            assert simulated.noise(linear_map) == real.noise(linear_map)
+        assert simulated.weight_bits == real.weight_bits
     assert not simulated.security.encrypted
     assert real.security.encrypted
 
@@ -127,7 +130,7 @@ def test_it_declares_the_simulated_backends_noise_and_no_security() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("body_bits=32", "not be more than reply_bits=24"),
+        ("request_bits=16", "request_bits"),
         ("of=clear", "no noise model"),
         ("of=simulation", "name a backend"),
         ("of=mlew", "mlwe"),
@@ -142,9 +145,8 @@ def test_wrong_options(options: str, message: str) -> None:
 def test_options_of_any_backend_are_handed_on() -> None:
     wide, narrow = (choose(f"simulation?of=concrete-circuit&bits={bits}&seed=2").backend for bits in (30, 24))
     assert wide.options.seed == narrow.options.seed == 2
-    assert wide.noise is not None
-    assert narrow.noise is not None
-    assert wide.noise.half_range > narrow.noise.half_range
+    linear_map = LinearMap("layer", "forward", 8, 8, 100.0)
+    assert wide.noise(linear_map).half_range > narrow.noise(linear_map).half_range
     with pytest.raises(SelectionError, match=r"unknown option 'request_bits'.*bits.*seed"):
         choose("simulation?of=concrete-circuit&request_bits=24")
     with pytest.raises(SelectionError, match="unknown option 'bits'"):

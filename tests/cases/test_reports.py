@@ -272,12 +272,15 @@ def test_the_selection_that_keys_prints(tmp_path: Path, name: str) -> None:
 
 def test_the_home_folder_in_a_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ciphertune.key_files import keys_folder
+    from ciphertune_zmq.address import parse
+    from ciphertune_zmq.security import client_curve
 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert keys_folder("~/keys") == tmp_path / "keys"
-    model = ciphertune.outsource(toy(8, 8), to="mlwe?key=~/mlwe.key", layers="all")
-    ciphertune.session_of(model).close()
-    assert (tmp_path / "mlwe.key").exists()
+    CliRunner().invoke(cli, ["keys", str(tmp_path / "keys")], catch_exceptions=False)
+    for option in ("~/keys", str(tmp_path / "keys")):
+        options = choose(f"mlwe+zmq://127.0.0.1:5555?curve={option}").transport.options
+        assert client_curve(parse("127.0.0.1:5555"), options) is not None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems take other lengths")

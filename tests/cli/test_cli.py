@@ -52,13 +52,13 @@ def test_every_command_has_help(name: str) -> None:
 def test_backends_state_their_security() -> None:
     rows = {row["name"]: row for row in json.loads(invoke("backends", "--json").stdout)}
     assert rows["mlwe"]["encrypted"] is True
-    assert rows["mlwe"]["security_bits"] == 133.4
-    assert rows["mlwe"]["options"]["reply_bits"] == 24
+    assert rows["mlwe"]["security_bits"] == 130.2
+    assert rows["mlwe"]["options"]["mask_memory"] == 512
     for name in ("clear", "simulation"):
         assert rows[name]["encrypted"] is False
         assert rows[name]["security_bits"] is None
         assert "no protection" in rows[name]["security"]
-    assert "133 bits" in invoke("backends").output
+    assert "130 bits" in invoke("backends").output
 
 
 def test_transports_and_plugins() -> None:
@@ -179,7 +179,7 @@ def test_doctor_names_the_kernel() -> None:
     assert "kernel" in invoke("doctor").output
 
 
-@pytest.mark.parametrize("to", ["clear", "simulation?seed=1", "mlwe", "mlwe?request_bits=24&body_bits=24"])
+@pytest.mark.parametrize("to", ["clear", "simulation?seed=1", "mlwe", "mlwe?request_bits=32"])
 def test_bench_kernel_gives_one_complete_object(to: str) -> None:
     sizes = ["--tokens", "200", "--in-features", "96", "--out-features", "80", "--repeat", "2"]
     result = json.loads(invoke("bench", "kernel", "--to", to, *sizes, "--json").stdout)
@@ -193,11 +193,9 @@ def test_bench_kernel_gives_one_complete_object(to: str) -> None:
     else:
         assert 1e-6 < exact < result["relative_rms_error"] < 2e-2
     if to.startswith("mlwe"):
-        assert result["security_bits"] == 133.4
-        bytes_per_value = 3 if "request_bits=24" in to else 4
-        assert result["bytes_up"] == 200 * 96 * bytes_per_value + 32
-        body_bytes = 3 if "body_bits=24" in to else 2
-        assert result["bytes_down"] == (3 * 1280 + body_bytes * 200) * 80
+        bytes_per_value = 4 if "request_bits=32" in to else 3
+        assert result["security_bits"] == (135.2 if "request_bits=32" in to else 130.2)
+        assert (result["bytes_up"], result["bytes_down"]) == (200 * 96 * bytes_per_value, 200 * 80 * bytes_per_value)
     assert "encrypt" in invoke("bench", "kernel", "--to", to, *sizes).output
 
 
@@ -230,7 +228,7 @@ def test_bench_train_interleaves_micro_batches(monkeypatch: pytest.MonkeyPatch) 
     ("arguments", "message"),
     [
         (["bench", "kernel", "--to", "mlew"], "did you mean 'mlwe'"),
-        (["bench", "kernel", "--to", "mlwe?reply_bit=24"], "did you mean 'reply_bits'"),
+        (["bench", "kernel", "--to", "mlwe?request_bit=24"], "did you mean 'request_bits'"),
         (["bench", "kernel", "--tokens", "0"], "tokens must be 1 or more"),
         (["bench", "train", "--steps", "1"], "steps must be 2 or more"),
         (["bench", "train", "--repeat", "0"], "repeat must be 1 or more"),

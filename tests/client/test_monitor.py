@@ -142,7 +142,7 @@ def test_a_worker_that_hangs_keeps_the_others_from_nothing(farm: list[remote.Wor
 def test_the_rate_is_that_between_looks(farm: list[remote.WorkerProcess]) -> None:
     model = model_at(farm[1])
     try:
-        with Watch(f"mlwe+zmq://{farm[1].address}?insecure=1&reply_bits=24") as watch:
+        with Watch(f"mlwe+zmq://{farm[1].address}?insecure=1&request_bits=24") as watch:
             before = watch.look(20)[0]
             assert before.products_per_second is None
             for _ in range(4):
@@ -230,8 +230,8 @@ def test_without_a_terminal_it_looks_once(farm: list[remote.WorkerProcess]) -> N
         ("mlwe://127.0.0.1:1", "no transport that reaches"),
         ("zmq://", "needs the workers' addresses"),
         ("zmq://127.0.0.1:1?curv=keys", "did you mean 'curve'"),
-        ("zmq://127.0.0.1:1?reply_bits=24", "unknown option 'reply_bits'"),
-        ("mlwe+zmq://127.0.0.1:1?reply_bit=24", "did you mean 'reply_bits'"),
+        ("zmq://127.0.0.1:1?request_bits=24", "unknown option 'request_bits'"),
+        ("mlwe+zmq://127.0.0.1:1?request_bit=24", "did you mean 'request_bits'"),
         ("zmq://nonsense?insecure=1", "cannot read the address"),
     ],
 )

@@ -51,11 +51,13 @@ FRONT = {
         "Encrypted",
         "LinearMap",
         "NoiseModel",
+        "Preparation",
         "SecurityStatement",
         "WORST_RELATIVE_ERROR",
         "WeightBits",
         "Work",
         "WorkerHalf",
+        "in_order",
     ],
     "key_files": [
         "keys_folder",
@@ -120,7 +122,9 @@ FRONT = {
         "opening_links",
     ],
     "weights": [
+        "CodeSource",
         "DIGEST_ROWS",
+        "LARGEST_READING",
         "LayerInfo",
         "LayerWeight",
         "Shard",
@@ -138,6 +142,7 @@ FRONT = {
 HOOKS = {
     "ciphertune_select_layers": ["model", "candidates"],
     "ciphertune_session_opened": ["session"],
+    "ciphertune_preparing": ["session", "done", "total"],
     "ciphertune_sending_key": ["worker", "nbytes", "done"],
     "ciphertune_session_closed": ["session"],
     "ciphertune_before_request": ["session", "exchange"],

@@ -158,9 +158,9 @@ def test_more_workers_help_where_they_can(folder: Path) -> None:
     )
 
 
-def test_halves_cost_more_than_half(folder: Path) -> None:
+def test_halves_cost_little_more_than_half(folder: Path) -> None:
     whole, halves = total(folder, tokens=512), total(folder, tokens=512, micro_batches=2)
-    assert 1.2 * whole < halves < 2 * whole
+    assert whole < halves < 1.1 * whole
 
 
 def test_faster_workers_are_faster(folder: Path) -> None:
@@ -186,8 +186,8 @@ def test_products_are_scaled_from_the_nearest() -> None:
     one = speeds(products=(near, far))
     here = LinearMap("", "forward", 64, 64, 1.0)
     assert one.seconds(backend, "evaluate", here, 64) == pytest.approx(1e-2, rel=0.01)
-    # Twice the tokens are less than twice the work, for every request has its own public matrix.
-    assert 1 < one.seconds(backend, "evaluate", here, 128) / one.seconds(backend, "evaluate", here, 64) < 1.2
+    # Requests carry their own tokens and nothing else.
+    assert one.seconds(backend, "evaluate", here, 128) == pytest.approx(2e-2, rel=0.01)
     # What was measured backward says nothing of forward where there is better.
     other = speeds(products=(near, dataclasses.replace(near, direction="backward", evaluate=7.0)))
     assert other.seconds(backend, "evaluate", here, 64) == pytest.approx(1e-2)
@@ -313,10 +313,10 @@ def test_a_transport_is_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) 
         return LinkSpeed(1e9, 1e-3)
 
     monkeypatch.setattr(measure, "measure_link", link)
-    plan = make_plan(str(folder), "mlwe+zmq://10.0.0.5:1?insecure=1&reply_bits=16&timeout=3", tokens=8)
+    plan = make_plan(str(folder), "mlwe+zmq://10.0.0.5:1?insecure=1&pad_tokens=16&timeout=3", tokens=8)
     assert asked == [("zmq", {"insecure": "1"})]
     assert plan.speeds is not None
-    assert (plan.speeds.to, plan.speeds.link) == ("mlwe?reply_bits=16", LinkSpeed(1e9, 1e-3))
+    assert (plan.speeds.to, plan.speeds.link) == ("mlwe?pad_tokens=16", LinkSpeed(1e9, 1e-3))
 
 
 def test_measuring_leaves_random_numbers_alone(folder: Path) -> None:
@@ -360,6 +360,6 @@ def test_the_command_keeps_speeds(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     kept = read_speeds(path)
-    assert json.loads(result.output)["speeds"]["to"] == kept.to == "mlwe"
+    assert json.loads(result.stdout)["speeds"]["to"] == kept.to == "mlwe"
     refused = CliRunner().invoke(cli, [*arguments, "--no-measure"])
     assert isinstance(refused.exception, ConfigError)

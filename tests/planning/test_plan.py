@@ -28,8 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
     [
         "clear?x=",
         "simulation?seed=1",
-        "mlwe?params=mlwe-1536",
-        "mlwe?request_bits=24&reply_bits=32&body_bits=24",
+        "mlwe?request_bits=32",
+        "mlwe?request_bits=24&weight_bits=16",
         "mlwe?weight_bits=16",
         "mlwe?pad_tokens=32",
     ],

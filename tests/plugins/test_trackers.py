@@ -438,8 +438,7 @@ def test_mlflow_has_settings_metrics_and_how_it_ended(store: str, tmp_path: Path
 
     manager, client = PluginManager(), MlflowClient(store)
     plugin = manager.use(f"mlflow?uri={store}&experiment=private tuning&run=first")
-    key = tmp_path / "my secret.key"
-    trainer = trainer_of(manager, f"mlwe?key={key}", checkpoint_dir=tmp_path / "c", checkpoint_every=1)
+    trainer = trainer_of(manager, "mlwe?mask_memory=77", checkpoint_dir=tmp_path / "c", checkpoint_every=1)
     history = trainer.train(BATCHES, BATCHES[:1])
     run = client.get_run(plugin.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
@@ -451,7 +450,7 @@ def test_mlflow_has_settings_metrics_and_how_it_ended(store: str, tmp_path: Path
     params = run.data.params
     assert (params["backend"], params["transport"], params["optimizer"]) == ("mlwe", "local", "AdamW")
     assert (params["learning_rate"], params["total_steps"], params["outsourced_layers"]) == ("0.1", "5", "1")
-    assert params["backend.reply_bits"] == "24"
+    assert params["backend.mask_memory"] == "77"
     assert float(params["security_bits"]) >= 128
     files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
     assert files
@@ -459,7 +458,7 @@ def test_mlflow_has_settings_metrics_and_how_it_ended(store: str, tmp_path: Path
     trainer.evaluate(BATCHES[:1])
     assert len(client.get_metric_history(plugin.run_id, "eval_loss")) == 3
     assert client.get_run(plugin.run_id).info.status == "FINISHED"
-    again = trainer_of(manager, f"mlwe?key={key}", steps=6, checkpoint_dir=tmp_path / "c")
+    again = trainer_of(manager, "mlwe?mask_memory=77", steps=6, checkpoint_dir=tmp_path / "c")
     again.train(BATCHES, BATCHES[:1], resume=True)
     resumed = client.get_run(plugin.run_id)
     assert resumed.info.run_id != run.info.run_id

@@ -301,12 +301,12 @@ def test_hostile_text_stays_text(run: tuple[Page, dict[str, Any]]) -> None:
 def test_what_could_be_secret_is_not_shown(trained: Path, option: str) -> None:
     content = json.loads((trained / "out" / "result.json").read_text())
     secret = "hush-4711"
-    content["to"] = f"mlwe+zmq://me:{secret}@10.0.0.5:5555?reply_bits=24&{option}={secret}"
+    content["to"] = f"mlwe+zmq://me:{secret}@10.0.0.5:5555?request_bits=24&{option}={secret}"
     content["config"] |= {"to": content["to"], "plugins": [f"mlflow?uri=http://a:{secret}@b&{option}={secret}"]}
     content["comparison"]["to"] = content["to"]
     text = render(content)
     assert secret not in text
-    assert "reply_bits=24" in text
+    assert "request_bits=24" in text
     assert HIDDEN in text
 
 

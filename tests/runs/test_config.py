@@ -147,7 +147,7 @@ def test_a_run_under_encryption_follows_the_one_in_the_clear(project: Path) -> N
     )
     clear = run_training(free)
     encrypted = run_training(dataclasses.replace(free, to="mlwe"))
-    assert encrypted.security_bits == 133.4
+    assert encrypted.security_bits == 130.2
     assert max(abs(a - b) for a, b in zip(clear.losses, encrypted.losses, strict=True)) < 0.02
     assert clear.losses != encrypted.losses
     with pytest.raises(SelectionError):

@@ -52,7 +52,7 @@ class TestMlwe16(BackendSuite):
 
 
 class TestMlweSmallMessages(BackendSuite):
-    selection = "mlwe?request_bits=24&reply_bits=16"
+    selection = "mlwe?request_bits=32&banks=0&ahead=0"
 
 
 class TestSimulation(BackendSuite):
@@ -137,10 +137,8 @@ class Boaster(Named):
 
     name = "boaster"
 
-    @property
-    def noise(self) -> NoiseModel:
-        real = MLWEBackend().noise
-        assert real is not None
+    def noise(self, linear_map: LinearMap) -> NoiseModel:
+        real = MLWEBackend().noise(linear_map)
         return dataclasses.replace(
             real, input_variance=real.input_variance / 1e4, output_variance=real.output_variance / 1e4
         )

@@ -284,8 +284,8 @@ def test_a_backend_that_decrypts_to_another_shape(backend: str, monkeypatch: pyt
 
     def client(self: Any, device: torch.device) -> Any:
         half = make(self, device)
-        decrypt = half.decrypt
-        half.decrypt = lambda *arguments: cut(decrypt(*arguments))
+        put_together = half.put_together
+        half.put_together = lambda *arguments: cut(put_together(*arguments))
         return half
 
     monkeypatch.setattr(cls, "client", client)

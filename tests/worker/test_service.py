@@ -242,6 +242,10 @@ def test_mutated_messages_harm_nobody(serving: Service, data: st.DataObject) -> 
     backend = choose(data.draw(st.sampled_from(["clear?weight_bits=8", "mlwe", "simulation"]))).backend
     linear_map = group_map([describe("a", WEIGHT)], "forward")
     client = backend.client(torch.device("cpu"))
+    preparation = client.preparation(linear_map, group_map([describe("a", WEIGHT)], "backward"))
+    if preparation is not None:
+        preparation.absorb(0, WEIGHT.codes)
+        preparation.finish()
     opening = Message("open", {"backend": backend.name, "groups": [["a"]], "public": dict(client.open_fields())})
     session = call(serving, opening).fields["session"]
     x = torch.randn(3, 4)

@@ -52,8 +52,7 @@ class CircuitBackend(Backend):
             f"{SECURITY_BITS} bits",
         )
 
-    @property
-    def noise(self) -> NoiseModel:
+    def noise(self, linear_map: LinearMap | None = None) -> NoiseModel:
         """Rounding tokens to integers; the products of these are exact."""
         return NoiseModel(2.0 ** (self.options.bits - 1), 1 / 12, 0.0)
 
@@ -90,7 +89,7 @@ class CircuitBackend(Backend):
         """A client half with a fresh key. Raises ``PluginError`` where concrete-python is not installed."""
         from ciphertune_concrete.circuit.client import CircuitClient
 
-        return CircuitClient(self.options.bits, self.options.mode, self.noise, device)
+        return CircuitClient(self.options.bits, self.options.mode, self.noise(), device)
 
     @classmethod
     def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> WorkerHalf:

@@ -71,8 +71,7 @@ class GlweBackend(Backend):
             f"{DEVIATION:.4g} q; lattice-estimator, classical bits: {figures}",
         )
 
-    @property
-    def noise(self) -> NoiseModel:
+    def noise(self, linear_map: LinearMap | None = None) -> NoiseModel:
         """Errors in units of an encoded value's last bit; see ``params.errors``."""
         e = errors()
         output = e.switched + e.stored
@@ -98,7 +97,7 @@ class GlweBackend(Backend):
         from ciphertune_concrete.glwe.client import GlweClient
         from ciphertune_concrete.glwe.keys import key_pair
 
-        return GlweClient(key_pair(keys_folder(self.options.keys)), self.noise, device)
+        return GlweClient(key_pair(keys_folder(self.options.keys)), self.noise(), device)
 
     @classmethod
     def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> WorkerHalf:

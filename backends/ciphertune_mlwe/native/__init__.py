@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,15 +33,24 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(path))
     except OSError:
         return None
-    loaded.ct_transform_secrets.argtypes = [_POINTER, _POINTER, _INT]
-    loaded.ct_encrypt.argtypes = [
-        *(_POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER),
-        *(_INT, _INT, _INT, _INT, _INT, _POINTER),
-    ]
-    loaded.ct_encrypt.restype = ctypes.c_int
-    loaded.ct_decrypt.argtypes = [*(_POINTER,) * 4, *(_INT,) * 5, _POINTER, _INT]
-    loaded.ct_decrypt.restype = ctypes.c_int
-    loaded.ct_combine.argtypes = [_POINTER, _POINTER, *(_INT,) * 4, _POINTER, *(_INT,) * 4]
+    signatures = {
+        "transform_secrets": "ppi",
+        "transform_rows": "piip",
+        "pack_hints": "piiip",
+        "masks": "pipiiipiip",
+        "hint_masks": "ppiiip",
+        "encrypt": "pipipiiipi",
+        "decrypt": "pipipiiipi",
+        "split": "piiipii",
+        "join": "piiiiip",
+        "low_bits": "piip",
+        "combine": "ppiiiip",
+        "pack_weight": "piiiip",
+        "limbs": "piiiiip",
+        "multiply": "piipiiiiipi",
+    }
+    for name, arguments in signatures.items():
+        getattr(loaded, f"ct_{name}").argtypes = [_POINTER if each == "p" else _INT for each in arguments]
     loaded.ct_init()
     return loaded
 
@@ -53,9 +65,26 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="ciphertune-mlwe")
 
 
+if hasattr(os, "register_at_fork"):
+    # The threads of a pool are not there in a forked process: it would wait for them for ever.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def thread_count() -> int:
     """Threads that the compiled loops use: as many as torch."""
     return torch.get_num_threads()
+
+
+_here = threading.local()
+
+
+def step_back() -> None:
+    """Let the calling thread work alone, and only when the processor has nothing else to do (on Linux)."""
+    _here.alone = True
+    if sys.platform.startswith("linux"):
+        # A refusal is no harm: the thread then takes its share.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def over_rows(rows: int, multiple: int, task: Callable[[int, int], None]) -> None:
@@ -66,6 +95,9 @@ def over_rows(rows: int, multiple: int, task: Callable[[int, int], None]) -> Non
         multiple: parts start at multiples of this.
         task: releases the interpreter lock for most of its time; its errors are raised here.
     """
+    if getattr(_here, "alone", False):
+        task(0, rows)
+        return
     threads = thread_count()
     step = max(multiple, -(-rows // (threads * multiple)) * multiple)
     parts = [(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -4,7 +4,8 @@
  * the portable tensor code: all results are rounded to exact integers before they leave a transform.
  *
  * Layout: eight rows at a time stand side by side in the lanes of a vector, so that a transform of one row is plain
- * arithmetic on vectors with no shuffles. Built without OpenMP: a second OpenMP runtime beside torch's would fight it.
+ * arithmetic on vectors with no shuffles. Such a group of rows is a "pack". Built without OpenMP: a second OpenMP
+ * runtime beside torch's would fight it.
  */
 #include <math.h>
 #include <stdint.h>
@@ -23,9 +24,9 @@ static const double PI = 3.14159265358979323846;
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-typedef double vec __attribute__((vector_size(8 * LANES)));
 typedef struct {
-    vec re, im;
+    _Alignas(64) double re[LANES];
+    double im[LANES];
 } cvec;
 typedef struct {
     double re, im;
@@ -48,19 +49,31 @@ void ct_init(void) {
     }
 }
 
+/* Loops over lanes are written out, since compilers turn these into the widest vectors that there are; of a vector type
+ * that is wider than the machine's gcc 12 passes every operand through memory. */
+#define EACH_LANE for (int l = 0; l < LANES; l++)
+
 INLINE void forward(cvec *z) {
     int n = HALF / 2, node = 1;
     for (; n >= 1; n /= 2) {
         int blocks = HALF / (2 * n);
         for (int block = 0; block < blocks; block++, node++) {
             double wr = twiddle[node].re, wi = twiddle[node].im;
-            cvec *u = z + 2 * n * block, *v = u + n;
+            cvec *restrict u = z + 2 * n * block, *restrict v = z + 2 * n * block + n;
             for (int i = 0; i < n; i++) {
-                vec tr = v[i].re * wr - v[i].im * wi, ti = v[i].re * wi + v[i].im * wr;
-                v[i].re = u[i].re - tr;
-                v[i].im = u[i].im - ti;
-                u[i].re += tr;
-                u[i].im += ti;
+                double tr[LANES], ti[LANES], ur[LANES], ui[LANES];
+                EACH_LANE {
+                    tr[l] = v[i].re[l] * wr - v[i].im[l] * wi;
+                    ti[l] = v[i].re[l] * wi + v[i].im[l] * wr;
+                    ur[l] = u[i].re[l];
+                    ui[l] = u[i].im[l];
+                }
+                EACH_LANE {
+                    u[i].re[l] = ur[l] + tr[l];
+                    u[i].im[l] = ui[l] + ti[l];
+                    v[i].re[l] = ur[l] - tr[l];
+                    v[i].im[l] = ui[l] - ti[l];
+                }
             }
         }
     }
@@ -72,97 +85,22 @@ INLINE void inverse(cvec *z) {
         int blocks = HALF / (2 * n), node = blocks;
         for (int block = 0; block < blocks; block++, node++) {
             double wr = twiddle[node].re, wi = -twiddle[node].im;
-            cvec *u = z + 2 * n * block, *v = u + n;
+            cvec *restrict u = z + 2 * n * block, *restrict v = z + 2 * n * block + n;
             for (int i = 0; i < n; i++) {
-                vec dr = u[i].re - v[i].re, di = u[i].im - v[i].im;
-                u[i].re += v[i].re;
-                u[i].im += v[i].im;
-                v[i].re = dr * wr - di * wi;
-                v[i].im = dr * wi + di * wr;
+                double dr[LANES], di[LANES];
+                EACH_LANE {
+                    dr[l] = u[i].re[l] - v[i].re[l];
+                    di[l] = u[i].im[l] - v[i].im[l];
+                    u[i].re[l] += v[i].re[l];
+                    u[i].im[l] += v[i].im[l];
+                }
+                EACH_LANE {
+                    v[i].re[l] = dr[l] * wr - di[l] * wi;
+                    v[i].im[l] = dr[l] * wi + di[l] * wr;
+                }
             }
         }
     }
-}
-
-/* Transforms of secrets, divided by HALF: s (count, DEGREE) double in folded order -> out (count, HALF) complex. */
-CLONES void ct_transform_secrets(const double *s, complex64x2 *out, int64_t count) {
-    cvec z[HALF];
-    for (int64_t j = 0; j < count; j++) {
-        for (int i = 0; i < HALF; i++) {
-            z[i].re = (vec){0} + s[j * DEGREE + 2 * i];
-            z[i].im = (vec){0} + s[j * DEGREE + 2 * i + 1];
-        }
-        forward(z);
-        for (int i = 0; i < HALF; i++) {
-            out[j * HALF + i].re = z[i].re[0] / HALF;
-            out[j * HALF + i].im = z[i].im[0] / HALF;
-        }
-    }
-}
-
-/* The value of digit planes at one column range of one row, as int32 in units of the lowest digit. */
-INLINE void compose(const int8_t *planes, int64_t stride, int count, int64_t columns, int32_t *out) {
-    switch (count) {
-    case 2:
-        for (int64_t c = 0; c < columns; c++)
-            out[c] = planes[c] + 256 * planes[stride + c];
-        break;
-    case 3:
-        for (int64_t c = 0; c < columns; c++)
-            out[c] = planes[c] + 256 * planes[stride + c] + 65536 * planes[2 * stride + c];
-        break;
-    default:
-        for (int64_t c = 0; c < columns; c++)
-            out[c] = (int32_t)((uint32_t)(planes[c] + 256 * planes[stride + c] + 65536 * planes[2 * stride + c]) +
-                               ((uint32_t)(int32_t)planes[3 * stride + c] << 24));
-    }
-}
-
-/* Balanced digits of one row of int32 values; the lowest `dropped` are rounded away. */
-INLINE void split_row(const int32_t *values, int64_t columns, int8_t *out, int64_t stride, int planes, int dropped) {
-    /* Adding 128 at every digit below one makes each carry what balanced digits carry. */
-    uint32_t carry = 0;
-    for (int i = 0; i < dropped; i++)
-        carry += (uint32_t)128 << (8 * i);
-    for (int p = 0; p < planes; p++) {
-        int shift = 8 * (p + dropped);
-        for (int64_t c = 0; c < columns; c++)
-            out[p * stride + c] = (int8_t)(((uint32_t)values[c] + carry) >> shift);
-        carry += (uint32_t)128 << shift;
-    }
-}
-
-/* Transforms of the ring elements of LANES rows given as planes (rows, count, rank * DEGREE); missing rows are zero. */
-INLINE void transform_rows(const int8_t *a, int64_t row_stride, int count, int rank, int rows, int32_t *line,
-                           cvec *values) {
-    int64_t n = (int64_t)rank * DEGREE;
-    double *flat = (double *)values;
-    for (int lane = 0; lane < LANES; lane++) {
-        if (lane < rows)
-            compose(a + lane * row_stride, n, count, n, line);
-        else
-            memset(line, 0, n * sizeof *line);
-        for (int64_t i = 0; i < n; i++)
-            flat[i * LANES + lane] = line[i];
-    }
-    for (int r = 0; r < rank; r++)
-        forward(values + r * HALF);
-}
-
-/* One block of <a, s_j> for LANES rows: z (HALF) in folded order. */
-INLINE void inner_block(const cvec *values, const complex64x2 *secret, int rank, cvec *z) {
-    for (int i = 0; i < HALF; i++) {
-        vec re = {0}, im = {0};
-        for (int r = 0; r < rank; r++) {
-            cvec v = values[r * HALF + i];
-            double sr = secret[r * HALF + i].re, si = secret[r * HALF + i].im;
-            re += v.re * sr - v.im * si;
-            im += v.re * si + v.im * sr;
-        }
-        z[i].re = re;
-        z[i].im = im;
-    }
-    inverse(z);
 }
 
 static size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -175,140 +113,503 @@ INLINE int32_t low_bits(double v) {
     return (int32_t)bits;
 }
 
-/* b = <a, s> + e + round(scale * x) for `rows` features.
- *
- * a        (rows, 4, rank * DEGREE) int8: public digits
- * noise    (rows, noise_bytes): per row `tokens` 32-bit words, then `tokens` 16-bit words, little-endian
- * x        first feature's column of (tokens, x_stride) float; scale (tokens) double
- * secrets  (blocks, rank, HALF)
- * b        (rows, planes, tokens) int8
- * Returns 0, or 1 if memory ran out.
- */
-CLONES int ct_encrypt(const int8_t *a, const uint8_t *noise, int64_t noise_bytes, const float *x, int64_t x_stride,
-                      const double *scale, const complex64x2 *secrets, int64_t rank, int64_t tokens, int64_t rows,
-                      int64_t planes, int64_t dropped, int8_t *b) {
-    int64_t n = rank * DEGREE, blocks = (tokens + DEGREE - 1) / DEGREE;
-    size_t values_size = padded(sizeof(cvec) * HALF * rank), z_size = padded(sizeof(cvec) * HALF);
-    size_t line_size = padded(sizeof(int32_t) * (n > tokens ? n : tokens));
-    size_t body_size = padded(sizeof(int32_t) * LANES * blocks * DEGREE);
-    char *memory = aligned_alloc(64, values_size + z_size + line_size + body_size);
-    if (!memory)
-        return 1;
-    cvec *values = (cvec *)memory, *z = (cvec *)(memory + values_size);
-    int32_t *line = (int32_t *)(memory + values_size + z_size);
-    int32_t *body = (int32_t *)(memory + values_size + z_size + line_size);
-    for (int64_t row = 0; row < rows; row += LANES) {
-        int count = rows - row < LANES ? (int)(rows - row) : LANES;
-        transform_rows(a + row * 4 * n, 4 * n, 4, (int)rank, count, line, values);
-        for (int64_t j = 0; j < blocks; j++) {
-            inner_block(values, secrets + j * rank * HALF, (int)rank, z);
-            const double *flat = (const double *)z;
-            int64_t width = tokens - j * DEGREE < DEGREE ? tokens - j * DEGREE : DEGREE;
-            for (int lane = 0; lane < count; lane++) {
-                int32_t *out = body + lane * blocks * DEGREE + j * DEGREE;
-                for (int64_t t = 0; t < width; t++)
-                    out[t] = low_bits(flat[t * LANES + lane]);
-            }
-            /* The input is token-major: its eight features of one token share a cache line. */
-            for (int64_t t = 0; t < width; t++) {
-                const float *in = x + (j * DEGREE + t) * x_stride + row;
-                double s = scale[j * DEGREE + t];
-                for (int lane = 0; lane < count; lane++) {
-                    int32_t *out = body + lane * blocks * DEGREE + j * DEGREE + t;
-                    *out = (int32_t)((uint32_t)*out + (uint32_t)low_bits((double)in[lane] * s));
-                }
+/* Transforms of secrets, divided by HALF: s (count, DEGREE) double in folded order -> out (count, HALF) complex. */
+CLONES void ct_transform_secrets(const double *s, complex64x2 *out, int64_t count) {
+    cvec z[HALF];
+    for (int64_t j = 0; j < count; j++) {
+        for (int i = 0; i < HALF; i++) {
+            EACH_LANE {
+                z[i].re[l] = s[j * DEGREE + 2 * i];
+                z[i].im[l] = s[j * DEGREE + 2 * i + 1];
             }
         }
+        forward(z);
+        for (int i = 0; i < HALF; i++) {
+            out[j * HALF + i].re = z[i].re[0] / HALF;
+            out[j * HALF + i].im = z[i].im[0] / HALF;
+        }
+    }
+}
+
+/* Transforms of ring elements: a (rows, rank, DEGREE) int32 -> out, packs of (rank, HALF) vectors. */
+CLONES void ct_transform_rows(const int32_t *a, int64_t rank, int64_t rows, double *out) {
+    int64_t n = rank * DEGREE;
+    for (int64_t row = 0; row < rows; row += LANES) {
+        double *flat = out + row * n;
+        int count = rows - row < LANES ? (int)(rows - row) : LANES;
+        for (int64_t i = 0; i < n; i++)
+            for (int lane = 0; lane < LANES; lane++)
+                flat[i * LANES + lane] = lane < count ? a[(row + lane) * n + i] : 0;
+        for (int64_t r = 0; r < rank; r++)
+            forward((cvec *)flat + r * HALF);
+    }
+}
+
+/* Rounds ring elements to their top 24 bits, in the order in which ct_hint_masks reads them.
+ *
+ * h (rows, n) int32 -> out, packs of (n, 3, LANES) bytes, lowest plane first; a pack's missing rows are zero.
+ * `first` is the row of `out` that the first row goes to. Packs are shared by calls: not for several threads.
+ */
+void ct_pack_hints(const int32_t *h, int64_t n, int64_t rows, int64_t first, uint8_t *out) {
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t row = first + r;
+        uint8_t *pack = out + row / LANES * n * 3 * LANES + row % LANES;
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t v = ((uint32_t)h[r * n + i] + 128) >> 8;
+            pack[(3 * i + 0) * LANES] = (uint8_t)v;
+            pack[(3 * i + 1) * LANES] = (uint8_t)(v >> 8);
+            pack[(3 * i + 2) * LANES] = (uint8_t)(v >> 16);
+        }
+    }
+}
+
+/* One block of <a, s_j> for LANES rows: z (HALF) in folded order. */
+INLINE void inner_block(const cvec *values, const complex64x2 *secret, int rank, cvec *z) {
+    for (int i = 0; i < HALF; i++) {
+        double re[LANES] = {0}, im[LANES] = {0};
+        for (int r = 0; r < rank; r++) {
+            const cvec *v = values + r * HALF + i;
+            double sr = secret[r * HALF + i].re, si = secret[r * HALF + i].im;
+            EACH_LANE {
+                re[l] += v->re[l] * sr - v->im[l] * si;
+                im[l] += v->re[l] * si + v->im[l] * sr;
+            }
+        }
+        EACH_LANE {
+            z[i].re[l] = re[l];
+            z[i].im[l] = im[l];
+        }
+    }
+    inverse(z);
+}
+
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+/* Low 32 bits of eight values rounded to nearest; |v| < 2^51. */
+INLINE void low_bits_of(const double *v, ivec *out) {
+    int32_t bits[LANES];
+    EACH_LANE bits[l] = low_bits(v[l]);
+    memcpy(out, bits, sizeof bits);
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#else
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+
+/* Transposes eight vectors of eight. */
+INLINE void transpose(ivec *m) {
+    ivec a[8], b[8];
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = SHUFFLE(m[2 * i], m[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        a[2 * i + 1] = SHUFFLE(m[2 * i], m[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + j] = SHUFFLE(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            b[i + j + 2] = SHUFFLE(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < 4; i++) {
+        m[i] = SHUFFLE(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        m[i + 4] = SHUFFLE(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+/* Writes a block's integers, shifted left, to `count` rows of `out`, `width` of its columns. */
+INLINE void write_block(const cvec *z, int lift, int count, int64_t width, int32_t *out, int64_t stride) {
+    const double *flat = (const double *)z;
+    for (int64_t t = 0; t < width; t += 8) {
+        ivec m[8];
+        for (int i = 0; i < 8; i++) {
+            low_bits_of(flat + (t + i) * LANES, m + i);
+            m[i] <<= lift;
+        }
+        transpose(m);
+        size_t bytes = (width - t < 8 ? width - t : 8) * sizeof(int32_t);
+        for (int lane = 0; lane < count; lane++)
+            memcpy(out + lane * stride + t, &m[lane], bytes);
+    }
+}
+
+/* <a, s> + e for `rows` features, mod 2^32.
+ *
+ * values   from ct_transform_rows, of `stored` ring elements a row, of which the first `rank` count
+ * secrets  (ceil(tokens / DEGREE), rank, HALF)
+ * noise    (rows, noise_bytes); narrow 0: a byte a token, uniform; narrow 1: `tokens` 32-bit words, then `tokens`
+ *          16-bit words, for the centred binomial of 42 bits
+ * out      (rows, tokens) int32
+ */
+CLONES int ct_masks(const double *values, int64_t stored, const complex64x2 *secrets, int64_t rank, int64_t tokens,
+                    int64_t rows, const uint8_t *noise, int64_t noise_bytes, int64_t narrow, int32_t *out) {
+    cvec *z = aligned_alloc(64, padded(sizeof(cvec) * HALF));
+    if (!z)
+        return 1;
+    for (int64_t row = 0; row < rows; row += LANES) {
+        int count = rows - row < LANES ? (int)(rows - row) : LANES;
+        const cvec *pack = (const cvec *)(values + row * stored * DEGREE);
+        for (int64_t t = 0; t < tokens; t += DEGREE) {
+            inner_block(pack, secrets + t / DEGREE * rank * HALF, (int)rank, z);
+            write_block(z, 0, count, tokens - t < DEGREE ? tokens - t : DEGREE, out + row * tokens + t, tokens);
+        }
         for (int lane = 0; lane < count; lane++) {
-            int32_t *out = body + lane * blocks * DEGREE;
+            int32_t *line = out + (row + lane) * tokens;
             const uint8_t *bits = noise + (row + lane) * noise_bytes;
-            /* Centred binomial over 42 bits: constant time, and the same integers on every machine. */
+            if (!narrow) {
+                for (int64_t t = 0; t < tokens; t++)
+                    line[t] = (int32_t)((uint32_t)line[t] + bits[t]);
+                continue;
+            }
+            /* Constant time, and the same integers on every machine. */
             for (int64_t t = 0; t < tokens; t++) {
                 uint32_t word;
                 uint16_t half;
                 memcpy(&word, bits + 4 * t, 4);
                 memcpy(&half, bits + 4 * tokens + 2 * t, 2);
                 int e = __builtin_popcount(word) + __builtin_popcount(half & 0x3FF) - 21;
-                out[t] = (int32_t)((uint32_t)out[t] + (uint32_t)e);
+                line[t] = (int32_t)((uint32_t)line[t] + (uint32_t)e);
             }
-            split_row(out, tokens, b + (row + lane) * planes * tokens, tokens, (int)planes, (int)dropped);
         }
     }
-    memset(memory, 0, values_size + z_size + line_size + body_size);
-    free(memory);
+    memset(z, 0, sizeof(cvec) * HALF);
+    free(z);
     return 0;
 }
 
-/* y = centred(b - <a, s>) * unit for `rows` features, the phase counted in units of 2^-32 of the modulus.
- *
- * a (rows, a_planes, rank * DEGREE) and b (rows, b_planes, tokens) int8: top digits; unit (tokens) double
- * y first feature's column of (tokens, y_stride) float
- */
-CLONES int ct_decrypt(const int8_t *a, const int8_t *b, const complex64x2 *secrets, const double *unit, int64_t rank,
-                      int64_t tokens, int64_t rows, int64_t a_planes, int64_t b_planes, float *y, int64_t y_stride) {
-    int64_t n = rank * DEGREE, blocks = (tokens + DEGREE - 1) / DEGREE;
+/* <h, s> of hints for `rows` outputs, mod 2^32: hints from ct_pack_hints -> out (rows, tokens) int32. */
+CLONES int ct_hint_masks(const uint8_t *hints, const complex64x2 *secrets, int64_t rank, int64_t tokens, int64_t rows,
+                         int32_t *out) {
+    int64_t n = rank * DEGREE;
     size_t values_size = padded(sizeof(cvec) * HALF * rank), z_size = padded(sizeof(cvec) * HALF);
-    size_t line_size = padded(sizeof(int32_t) * n);
-    size_t body_size = padded(sizeof(int32_t) * LANES * DEGREE);
-    char *memory = aligned_alloc(64, values_size + z_size + line_size + body_size);
+    char *memory = aligned_alloc(64, values_size + z_size);
     if (!memory)
         return 1;
     cvec *values = (cvec *)memory, *z = (cvec *)(memory + values_size);
-    int32_t *line = (int32_t *)(memory + values_size + z_size);
-    int32_t *body = (int32_t *)(memory + values_size + z_size + line_size);
-    int a_lift = 32 - 8 * (int)a_planes, b_lift = 32 - 8 * (int)b_planes;
     for (int64_t row = 0; row < rows; row += LANES) {
         int count = rows - row < LANES ? (int)(rows - row) : LANES;
-        transform_rows(a + row * a_planes * n, a_planes * n, (int)a_planes, (int)rank, count, line, values);
-        for (int64_t j = 0; j < blocks; j++) {
-            inner_block(values, secrets + j * rank * HALF, (int)rank, z);
-            const double *flat = (const double *)z;
-            int64_t width = tokens - j * DEGREE < DEGREE ? tokens - j * DEGREE : DEGREE;
-            for (int lane = 0; lane < count; lane++) {
-                int32_t *phase = body + lane * DEGREE;
-                compose(b + (row + lane) * b_planes * tokens + j * DEGREE, tokens, (int)b_planes, width, phase);
-                /* Lifting both to the top of 32 bits makes wrap-around the centred remainder. */
-                for (int64_t t = 0; t < width; t++)
-                    phase[t] = (int32_t)(((uint32_t)phase[t] << b_lift) -
-                                         ((uint32_t)low_bits(flat[t * LANES + lane]) << a_lift));
-            }
-            for (int64_t t = 0; t < width; t++) {
-                double u = unit[j * DEGREE + t];
-                float *out = y + (j * DEGREE + t) * y_stride + row;
-                for (int lane = 0; lane < count; lane++)
-                    out[lane] = (float)(body[lane * DEGREE + t] * u);
+        const uint8_t *pack = hints + row * n * 3;
+        double *flat = (double *)values;
+        for (int64_t i = 0; i < n; i++) {
+            const uint8_t *low = pack + 3 * i * LANES, *middle = low + LANES, *high = middle + LANES;
+            EACH_LANE {
+                uint32_t v = (uint32_t)low[l] << 8 | (uint32_t)middle[l] << 16 | (uint32_t)high[l] << 24;
+                flat[i * LANES + l] = (double)((int32_t)v >> 8);
             }
         }
+        for (int64_t r = 0; r < rank; r++)
+            forward(values + r * HALF);
+        for (int64_t t = 0; t < tokens; t += DEGREE) {
+            inner_block(values, secrets + t / DEGREE * rank * HALF, (int)rank, z);
+            write_block(z, 8, count, tokens - t < DEGREE ? tokens - t : DEGREE, out + row * tokens + t, tokens);
+        }
     }
-    memset(memory, 0, values_size + z_size + line_size + body_size);
+    memset(memory, 0, values_size + z_size);
     free(memory);
     return 0;
 }
 
-/* Top digits of the sum over p of partial_p * 256^power_p mod 2^32, for `rows` rows.
+/* b = floor((mask + round(scale * x)) / 2^shift) as byte planes, for `rows` features.
  *
- * partials (count) pointers to the first row, rows partial_stride apart; out rows out_stride apart, digits
- * plane_stride apart.
+ * mask     (rows, mask_stride) int32, of which `tokens` columns count
+ * x        first feature's column of (tokens, x_stride) float; scale (tokens) double
+ * out      (rows, planes, out_stride) bytes, lowest plane first, of which `tokens` columns are written; shift is
+ *          32 - 8 * planes
  */
-CLONES void ct_combine(const int32_t *const *partials, const int64_t *powers, int64_t count, int64_t partial_stride,
-                       int64_t rows, int64_t columns, int8_t *out, int64_t out_stride, int64_t plane_stride,
-                       int64_t planes, int64_t dropped) {
-    enum { WIDTH = 256 };
-    int32_t total[WIDTH];
-    for (int64_t row = 0; row < rows; row++) {
-        for (int64_t start = 0; start < columns; start += WIDTH) {
-            int64_t width = columns - start < WIDTH ? columns - start : WIDTH;
-            for (int64_t p = 0; p < count; p++) {
-                const int32_t *in = partials[p] + row * partial_stride + start;
-                int shift = 8 * (int)powers[p];
-                if (p == 0)
-                    for (int64_t c = 0; c < width; c++)
-                        total[c] = (int32_t)((uint32_t)in[c] << shift);
+CLONES void ct_encrypt(const int32_t *mask, int64_t mask_stride, const float *x, int64_t x_stride, const double *scale,
+                       int64_t tokens, int64_t rows, int64_t planes, uint8_t *out, int64_t out_stride) {
+    int shift = 32 - 8 * (int)planes;
+    for (int64_t row = 0; row < rows; row += 8) {
+        int count = rows - row < 8 ? (int)(rows - row) : 8;
+        for (int64_t t = 0; t < tokens; t += 8) {
+            int width = tokens - t < 8 ? (int)(tokens - t) : 8;
+            /* The input is token-major: eight features of eight tokens at a time, turned over in registers. */
+            ivec m[8] = {{0}};
+            for (int i = 0; i < width; i++) {
+                const float *in = x + (t + i) * x_stride + row;
+                double v[LANES] = {0}, s = scale[t + i];
+                if (count == LANES)
+                    EACH_LANE v[l] = (double)in[l] * s;
                 else
-                    for (int64_t c = 0; c < width; c++)
-                        total[c] = (int32_t)((uint32_t)total[c] + ((uint32_t)in[c] << shift));
+                    for (int l = 0; l < count; l++)
+                        v[l] = (double)in[l] * s;
+                low_bits_of(v, m + i);
             }
-            split_row(total, width, out + row * out_stride + start, plane_stride, (int)planes, (int)dropped);
+            transpose(m);
+            for (int lane = 0; lane < count; lane++) {
+                const int32_t *masks = mask + (row + lane) * mask_stride + t;
+                uint8_t *to = out + (row + lane) * planes * out_stride + t;
+                int32_t line[8];
+                uint32_t value[8];
+                memcpy(line, m + lane, sizeof line);
+                if (width == 8) {
+                    for (int i = 0; i < 8; i++)
+                        value[i] = ((uint32_t)line[i] + (uint32_t)masks[i]) >> shift;
+                    for (int p = 0; p < planes; p++) {
+                        uint8_t bytes[8];
+                        for (int i = 0; i < 8; i++)
+                            bytes[i] = (uint8_t)(value[i] >> (8 * p));
+                        memcpy(to + p * out_stride, bytes, 8);
+                    }
+                    continue;
+                }
+                for (int i = 0; i < width; i++) {
+                    value[i] = ((uint32_t)line[i] + (uint32_t)masks[i]) >> shift;
+                    for (int p = 0; p < planes; p++)
+                        to[p * out_stride + i] = (uint8_t)(value[i] >> (8 * p));
+                }
+            }
         }
     }
+}
+
+/* y = centred(2^shift * reply - mask) * unit, for `rows` outputs, counted in units of 2^-32 of the modulus.
+ *
+ * reply (rows, planes, tokens_stride) bytes; mask (rows, mask_stride) int32; unit (tokens) float; y (rows, y_stride)
+ */
+CLONES void ct_decrypt(const uint8_t *reply, int64_t reply_stride, const int32_t *mask, int64_t mask_stride,
+                       const float *unit, int64_t tokens, int64_t rows, int64_t planes, float *y, int64_t y_stride) {
+    for (int64_t row = 0; row < rows; row++) {
+        const uint8_t *in = reply + row * planes * reply_stride;
+        const int32_t *masks = mask + row * mask_stride;
+        float *out = y + row * y_stride;
+        if (planes == 3)
+            for (int64_t t = 0; t < tokens; t++) {
+                uint32_t v = (uint32_t)in[t] << 8 | (uint32_t)in[reply_stride + t] << 16 |
+                             (uint32_t)in[2 * reply_stride + t] << 24;
+                out[t] = (float)(int32_t)(v - (uint32_t)masks[t]) * unit[t];
+            }
+        else
+            for (int64_t t = 0; t < tokens; t++) {
+                uint32_t v = in[t] | (uint32_t)in[reply_stride + t] << 8 | (uint32_t)in[2 * reply_stride + t] << 16 |
+                             (uint32_t)in[3 * reply_stride + t] << 24;
+                out[t] = (float)(int32_t)(v - (uint32_t)masks[t]) * unit[t];
+            }
+    }
+}
+
+/* Byte planes of values: (rows, columns) int32 -> (rows, planes, plane_stride) bytes, lowest plane first. */
+CLONES void ct_split(const int32_t *values, int64_t rows, int64_t columns, int64_t planes, uint8_t *out,
+                     int64_t out_stride, int64_t plane_stride) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t p = 0; p < planes; p++) {
+            uint8_t *to = out + row * out_stride + p * plane_stride;
+            const int32_t *in = values + row * columns;
+            for (int64_t c = 0; c < columns; c++)
+                to[c] = (uint8_t)((uint32_t)in[c] >> (8 * p));
+        }
+}
+
+/* Values of byte planes as doubles, centred: (rows, planes, plane_stride) bytes -> (rows, columns) double. */
+CLONES void ct_join(const uint8_t *in, int64_t in_stride, int64_t plane_stride, int64_t planes, int64_t rows,
+                    int64_t columns, double *out) {
+    for (int64_t row = 0; row < rows; row++) {
+        const uint8_t *from = in + row * in_stride;
+        double *to = out + row * columns;
+        if (planes == 3)
+            for (int64_t c = 0; c < columns; c++) {
+                uint32_t v = (uint32_t)from[c] << 8 | (uint32_t)from[plane_stride + c] << 16 |
+                             (uint32_t)from[2 * plane_stride + c] << 24;
+                to[c] = (double)((int32_t)v >> 8);
+            }
+        else
+            for (int64_t c = 0; c < columns; c++) {
+                uint32_t v = from[c] | (uint32_t)from[plane_stride + c] << 8 |
+                             (uint32_t)from[2 * plane_stride + c] << 16 | (uint32_t)from[3 * plane_stride + c] << 24;
+                to[c] = (double)(int32_t)v;
+            }
+    }
+}
+
+/* total (+)= low 32 bits of values rounded to nearest, |v| < 2^51; `add` 0 overwrites. */
+CLONES void ct_low_bits(const double *values, int64_t count, int64_t add, int32_t *total) {
+    if (add)
+        for (int64_t i = 0; i < count; i++)
+            total[i] = (int32_t)((uint32_t)total[i] + (uint32_t)low_bits(values[i]));
+    else
+        for (int64_t i = 0; i < count; i++)
+            total[i] = low_bits(values[i]);
+}
+
+/* total (+)= sum over p of partial_p << 8 p, less the offset of a row: planes were made signed by subtracting 128. */
+CLONES void ct_combine(const int32_t *partial, const int32_t *row_sums, int64_t rows, int64_t columns, int64_t planes,
+                       int64_t add, int32_t *total) {
+    for (int64_t row = 0; row < rows; row++) {
+        uint32_t offset = 0, each = (uint32_t)row_sums[row] << 7;
+        for (int p = 0; p < planes; p++)
+            offset += each << (8 * p);
+        const int32_t *in = partial + row * planes * columns;
+        uint32_t *out = (uint32_t *)total + row * columns;
+        for (int64_t c = 0; c < columns; c++) {
+            uint32_t value = offset + (add ? out[c] : 0);
+            for (int p = 0; p < planes; p++)
+                value += (uint32_t)in[p * columns + c] << (8 * p);
+            out[c] = value;
+        }
+    }
+}
+
+/* Products of int8 weights with values cut into limbs of 16 bits, for processors without byte dot products: one
+ * instruction multiplies sixteen pairs of int16 and adds them two by two into int32. Sums wrap mod 2^32, which is what
+ * they are wanted mod. */
+
+#define ROWS 4     /* weights' rows of a tile */
+#define COLUMNS 16 /* columns of a tile */
+#define PANELS 4   /* tiles of columns whose values are packed at once */
+#define DEPTH 1024 /* features packed at once */
+
+/* Whether ct_multiply is compiled for this processor. */
+int ct_has_multiply(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_supports("avx2");
+#else
+    return 0;
+#endif
+}
+
+/* Weights of `rows` rows as tiles of int16: (rows / ROWS, depth / 2, ROWS, 2), missing ones zero. */
+void ct_pack_weight(const int8_t *w, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t depth,
+                    int16_t *out) {
+    int64_t pairs = (depth + 1) / 2;
+    for (int64_t row = 0; row < rows; row += ROWS, out += pairs * ROWS * 2)
+        for (int r = 0; r < ROWS; r++) {
+            const int8_t *from = w + (row + r) * row_stride;
+            for (int64_t k = 0; k < 2 * pairs; k++)
+                out[(k / 2 * ROWS + r) * 2 + k % 2] = row + r < rows && k < depth ? from[k * column_stride] : 0;
+        }
+}
+
+/* Byte planes cut into limbs: in (rows, planes, columns) -> out (rows, limbs, columns) int16.
+ * 24 bits: 12 and a signed 12; 32 bits: 11, 11 and a signed 10. */
+CLONES void ct_limbs(const uint8_t *in, int64_t in_stride, int64_t plane_stride, int64_t planes, int64_t rows,
+                     int64_t columns, int16_t *out) {
+    for (int64_t row = 0; row < rows; row++) {
+        const uint8_t *from = in + row * in_stride;
+        if (planes == 3) {
+            int16_t *to = out + row * 2 * columns;
+            for (int64_t c = 0; c < columns; c++) {
+                uint32_t v = (uint32_t)from[c] << 8 | (uint32_t)from[plane_stride + c] << 16 |
+                             (uint32_t)from[2 * plane_stride + c] << 24;
+                to[c] = (int16_t)(v >> 8 & 0xFFF);
+                to[columns + c] = (int16_t)((int32_t)v >> 20);
+            }
+        } else {
+            int16_t *to = out + row * 3 * columns;
+            for (int64_t c = 0; c < columns; c++) {
+                uint32_t v = from[c] | (uint32_t)from[plane_stride + c] << 8 |
+                             (uint32_t)from[2 * plane_stride + c] << 16 | (uint32_t)from[3 * plane_stride + c] << 24;
+                to[c] = (int16_t)(v & 0x7FF);
+                to[columns + c] = (int16_t)(v >> 11 & 0x7FF);
+                to[2 * columns + c] = (int16_t)((int32_t)v >> 22);
+            }
+        }
+    }
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+/* One tile: ROWS x COLUMNS sums over `pairs` pairs of features, added to `total` after a shift. */
+__attribute__((target("avx2"))) static inline void tile(const int16_t *w, const int16_t *b, int64_t pairs, int shift,
+                                                        int32_t *total) {
+    __m256i s00 = _mm256_setzero_si256(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00, s31 = s00;
+    for (int64_t p = 0; p < pairs; p++, w += 2 * ROWS, b += 2 * COLUMNS) {
+        __m256i x = _mm256_load_si256((const __m256i *)b), y = _mm256_load_si256((const __m256i *)b + 1), v;
+        int32_t word[ROWS];
+        memcpy(word, w, sizeof word);
+        v = _mm256_set1_epi32(word[0]);
+        s00 = _mm256_add_epi32(s00, _mm256_madd_epi16(v, x));
+        s01 = _mm256_add_epi32(s01, _mm256_madd_epi16(v, y));
+        v = _mm256_set1_epi32(word[1]);
+        s10 = _mm256_add_epi32(s10, _mm256_madd_epi16(v, x));
+        s11 = _mm256_add_epi32(s11, _mm256_madd_epi16(v, y));
+        v = _mm256_set1_epi32(word[2]);
+        s20 = _mm256_add_epi32(s20, _mm256_madd_epi16(v, x));
+        s21 = _mm256_add_epi32(s21, _mm256_madd_epi16(v, y));
+        v = _mm256_set1_epi32(word[3]);
+        s30 = _mm256_add_epi32(s30, _mm256_madd_epi16(v, x));
+        s31 = _mm256_add_epi32(s31, _mm256_madd_epi16(v, y));
+    }
+    __m256i sums[] = {s00, s01, s10, s11, s20, s21, s30, s31};
+    __m128i by = _mm_cvtsi32_si128(shift);
+    for (int i = 0; i < 2 * ROWS; i++) {
+        __m256i *at = (__m256i *)total + i;
+        _mm256_store_si256(at, _mm256_add_epi32(_mm256_load_si256(at), _mm256_sll_epi32(sums[i], by)));
+    }
+}
+
+/* Values of some columns and features, packed: (panels, limbs, pairs, COLUMNS, 2), missing ones zero. */
+static void pack_values(const int16_t *b, int64_t stride, int64_t limb_stride, int64_t limbs, int64_t depth,
+                        int64_t columns, int16_t *out) {
+    int64_t pairs = (depth + 1) / 2;
+    for (int64_t first = 0; first < columns; first += COLUMNS)
+        for (int64_t limb = 0; limb < limbs; limb++) {
+            int64_t width = columns - first < COLUMNS ? columns - first : COLUMNS;
+            for (int64_t p = 0; p < pairs; p++, out += 2 * COLUMNS) {
+                const int16_t *even = b + 2 * p * stride + limb * limb_stride + first, *odd = even + stride;
+                int whole = 2 * p + 1 < depth;
+                if (whole && width == COLUMNS)
+                    for (int c = 0; c < COLUMNS; c++) {
+                        out[2 * c] = even[c];
+                        out[2 * c + 1] = odd[c];
+                    }
+                else
+                    for (int c = 0; c < COLUMNS; c++) {
+                        out[2 * c] = c < width ? even[c] : 0;
+                        out[2 * c + 1] = c < width && whole ? odd[c] : 0;
+                    }
+            }
+        }
+}
+#endif
+
+/* total (+)= weight x values mod 2^32.
+ *
+ * w      from ct_pack_weight, of `rows` rows and `depth` features
+ * b      (depth, limbs) rows of int16 values, `stride` and `limb_stride` apart; `columns` of them count
+ * total  (rows, total_stride) int32; `add` 0 overwrites
+ * Returns 0, or 1 if memory ran out or the processor cannot do this.
+ */
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx2")))
+#endif
+int ct_multiply(const int16_t *w, int64_t rows, int64_t depth, const int16_t *b, int64_t stride, int64_t limb_stride,
+                int64_t limbs, int64_t columns, int64_t add, int32_t *total, int64_t total_stride) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    int64_t all_pairs = (depth + 1) / 2, room = DEPTH / 2 * 2 * COLUMNS * PANELS * limbs;
+    int16_t *packed = aligned_alloc(64, padded(room * sizeof *packed));
+    if (!packed)
+        return 1;
+    for (int64_t first = 0; first < columns; first += COLUMNS * PANELS) {
+        int64_t width = columns - first < COLUMNS * PANELS ? columns - first : COLUMNS * PANELS;
+        for (int64_t start = 0; start < depth; start += DEPTH) {
+            int64_t deep = depth - start < DEPTH ? depth - start : DEPTH, pairs = (deep + 1) / 2;
+            pack_values(b + start * stride + first, stride, limb_stride, limbs, deep, width, packed);
+            for (int64_t row = 0; row < rows; row += ROWS) {
+                const int16_t *weights = w + (row / ROWS * all_pairs + start / 2) * ROWS * 2;
+                for (int64_t panel = 0; panel * COLUMNS < width; panel++) {
+                    _Alignas(64) int32_t sums[ROWS * COLUMNS] = {0};
+                    int shift = 0;
+                    for (int64_t limb = 0; limb < limbs; limb++, shift += limbs == 2 ? 12 : 11)
+                        tile(weights, packed + (panel * limbs + limb) * pairs * 2 * COLUMNS, pairs, shift, sums);
+                    int64_t count = rows - row < ROWS ? rows - row : ROWS;
+                    int64_t wide = width - panel * COLUMNS < COLUMNS ? width - panel * COLUMNS : COLUMNS;
+                    for (int64_t r = 0; r < count; r++) {
+                        int32_t *to = total + (row + r) * total_stride + first + panel * COLUMNS;
+                        if (add || start)
+                            for (int64_t c = 0; c < wide; c++)
+                                to[c] = (int32_t)((uint32_t)to[c] + (uint32_t)sums[r * COLUMNS + c]);
+                        else
+                            memcpy(to, sums + r * COLUMNS, wide * sizeof *to);
+                    }
+                }
+            }
+        }
+    }
+    free(packed);
+    return 0;
+#else
+    (void)w, (void)rows, (void)depth, (void)b, (void)stride, (void)limb_stride, (void)limbs, (void)columns;
+    (void)add, (void)total, (void)total_stride;
+    return 1;
+#endif
 }

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from ciphertune.backend import Backend, LinearMap
+from ciphertune.backend import DIRECTIONS, Backend, LinearMap
 from ciphertune.client.choice import choose
+from ciphertune.client.preparing import HeldCodes, prepare
 from ciphertune.errors import CipherTuneError, ConfigError, LayerError, PrecisionError
 from ciphertune.plugins import registry
 from ciphertune.weights import describe, group_map, quantize
@@ -127,11 +128,14 @@ def measure(to: str, product: Product, large: Product, repeat: int, seed: int) -
     values = torch.randn(product.out_features, product.in_features, generator=generator)
     x = torch.randn(product.tokens, product.in_features, generator=generator)
     held = quantize(values, backend.weight_bits)
-    linear_map = group_map([describe("layer", held)], "forward")
+    layers = [describe("layer", held)]
+    maps = {direction: group_map(layers, direction) for direction in DIRECTIONS}
+    linear_map = maps["forward"]
     backend.refuse_imprecise(linear_map)
     device, clock = torch.device("cpu"), time.perf_counter
     start = clock()
     client = backend.client(device)
+    prepare(client, [(layers, maps)], HeldCodes({"layer": held.codes}))
     keygen = clock() - start
     key = client.evaluation_key()
     start = clock()

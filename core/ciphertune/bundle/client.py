@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ciphertune._support.own_modes import own_modes
+from ciphertune.bundle.codes import FolderCodes
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
     CLIENT_MANIFEST,
@@ -43,6 +44,7 @@ def load_client(
     skeleton: nn.Module | None = None,
     worker: LocalWorker | None = None,
     plugins: PluginManager | None = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> Any:
     """The model of a bundle, its outsourced layers at the workers. No outsourced weight is ever allocated.
 
@@ -55,6 +57,8 @@ def load_client(
         skeleton: for a model that is not transformers': the module on the meta device, buffers real.
         worker: an embedded worker, for a transport that stays in this process.
         plugins: hook plugins; those of the process unless given.
+        weights: a worker's folder, or one with several of them, in which an encryption that prepares itself reads the
+            codes; the workers are asked for them if not given. It need not be trusted.
 
     Returns:
         The model, in evaluation mode.
@@ -62,11 +66,13 @@ def load_client(
     Raises:
         ConfigError: the folder is not a client's, damaged, or of other weights than the selection's backend takes.
         SelectionError, PluginError, SecurityError: about ``to``.
+        WeightsError: the encryption prepares itself from the codes, and they cannot be had.
         TransportError, UnknownLayerError, WorkerError: the workers cannot be reached, or do not hold these layers.
     """
     place = Path(folder)
     manifest = read_manifest_file(place / CLIENT_MANIFEST, CLIENT_FORMAT)
     choice = choose(to)
+    codes = None if weights is None else FolderCodes(weights)
     if not choice.transport.remote and worker is None:
         raise ConfigError(
             f"{to!r} evaluates in this process, but a client's folder holds no weights: name workers, for example "
@@ -92,7 +98,7 @@ def load_client(
     if not choice.options.share_inputs:
         groups = [(i,) for i in range(len(infos))]
     manager = plugins if plugins is not None else plugin_manager()
-    return attach(skeleton, chosen, infos, groups, choice, worker, torch.device(device), manager)
+    return attach(skeleton, chosen, infos, groups, choice, worker, torch.device(device), manager, codes)
 
 
 def is_client_folder(folder: str | os.PathLike[str]) -> bool:

@@ -143,6 +143,11 @@ def plan(
         "a step": f"{found.requests} requests, {megabytes(found.bytes_up)} up, {megabytes(found.bytes_down)} down",
         "without sharing inputs": f"{megabytes(apart)}, so sharing sends {total / apart:.2f}× of it",
     }
+    if found.prepared_codes:
+        facts["before the first step"] = (
+            f"the client reads {found.prepared_codes / 1e6:.1f} million weights once a session, and keeps "
+            f"{megabytes(found.prepared_bytes)} made of them in memory"
+        )
     if found.stays:
         name, why = next(iter(found.stays.items()))
         facts["layers that stay"] = f"{len(found.stays)}: {name} ({why})" + (" …" if len(found.stays) > 1 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import signal
@@ -74,6 +75,12 @@ class _JsonFormatter(logging.Formatter):
 @click.option(
     "--idle", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds a session may idle."
 )
+@click.option(
+    "--withhold-weights",
+    is_flag=True,
+    help="Let no client read codes. One that has to prepare itself from them, as mlwe does, then needs them from "
+    "elsewhere.",
+)
 @click.option("--metrics-port", type=click.IntRange(0, 65535), default=None, help="Prometheus metrics; 0: any port.")
 @click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address of the metrics.")
 @click.option(
@@ -107,6 +114,7 @@ def worker(
     max_sessions: int,
     max_key_mb: int,
     idle: float,
+    withhold_weights: bool,
     metrics_port: int | None,
     metrics_host: str,
     drain: float,
@@ -143,8 +151,11 @@ def worker(
     _say("weights loaded", layers=len(store), megabytes=round(store.nbytes / 1e6, 1), verified=verify)
     size = max_message_mb << 20
     keys = max_key_mb << 20
+    limits = SessionLimits(max_sessions, idle_seconds=idle, nbytes=keys, all_nbytes=8 * keys)
+    if withhold_weights:
+        limits = dataclasses.replace(limits, readings=0)
     service = Service(
-        Worker(store, place, SessionLimits(max_sessions, idle_seconds=idle, nbytes=keys, all_nbytes=8 * keys)),
+        Worker(store, place, limits),
         Quota(max_requests, max_client_mb << 20),
         Limits(buffer_bytes=size, total_bytes=size),
         evaluators,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ciphertune.backend import Direction, LinearMap
+from ciphertune.backend import DIRECTIONS, Direction, LinearMap
 from ciphertune.errors import UnknownLayerError
 from ciphertune.weights import DIGEST_ROWS, LayerInfo, Shard, group_map
 
@@ -169,8 +169,12 @@ def _pieces(group: Sequence[LayerInfo], parts: Sequence[_Part], index: _Index) -
         shards = tuple(part.shard for part in run)
         cut = [dataclasses.replace(layers[s.name], out_features=s.rows, scale=None, row_digests=b"") for s in shards]
         whole = sum(shard.rows for shard in shards) == total
-        maps = group_map(cut, "forward"), group_map(cut, "backward")
-        pieces.append(Piece(shards, tuple(part.rows for part in run), tuple(sorted(run[0].workers)), *maps, whole))
+        places = tuple((part.rows.start, part.rows.stop) for part in run)
+        forward, backward = (
+            dataclasses.replace(group_map(cut, direction), identity="", rows=places) for direction in DIRECTIONS
+        )
+        workers = tuple(sorted(run[0].workers))
+        pieces.append(Piece(shards, tuple(part.rows for part in run), workers, forward, backward, whole))
     return tuple(pieces)
 
 

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ciphertune._support.own_modes import own_modes
-from ciphertune.backend import Direction, LinearMap, SecurityStatement
+from ciphertune.backend import DIRECTIONS, Direction, LinearMap, SecurityStatement
 from ciphertune.client.choice import Choice
 from ciphertune.client.connection import Opening
+from ciphertune.client.placement import Piece
 from ciphertune.client.pool import JoiningWorkers, WorkerPool
+from ciphertune.client.preparing import prepare
 from ciphertune.client.product import Product
+from ciphertune.client.reading import WorkerCodes
 from ciphertune.errors import InputError, SecurityError, UnsupportedLayerError
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.selection import Selection
 from ciphertune.traffic import Exchange, Traffic
 from ciphertune.transport import Link, LocalWorker
-from ciphertune.weights import LayerInfo, group_map
+from ciphertune.weights import CodeSource, LayerInfo, group_map
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +37,15 @@ class _Group:
     """Layers that are evaluated as one product, and the maps of both directions.
 
     Attributes:
+        layers: the layers.
+        maps: of both directions.
+        parent: the group that a layer alone belongs to, and the layer's first row in it; None for any other group.
         precise: directions that the backend was asked about and does not refuse as imprecise.
     """
 
     layers: tuple[LayerInfo, ...]
     maps: dict[Direction, LinearMap]
+    parent: tuple[int, int] | None = None
     precise: set[Direction] = dataclasses.field(default_factory=set)
 
 
@@ -48,6 +59,8 @@ class Session:
         worker: the embedded worker, for a transport that stays in this process.
         device: where the client encrypts and decrypts.
         plugins: hook plugins; those of the process unless given.
+        codes: where the layers' codes can be read, for an encryption that prepares itself from them; the workers if
+            not given.
 
     Attributes:
         traffic: totals since the session opened.
@@ -58,6 +71,7 @@ class Session:
     Raises:
         UnsupportedLayerError, PrecisionError: the backend refuses a layer. Nothing was sent.
         TransportError, UnknownLayerError, WorkerError, ReplyError: as ``WorkerPool``.
+        WeightsError: the encryption prepares itself from the codes, and they cannot be had.
     """
 
     @own_modes()
@@ -69,6 +83,7 @@ class Session:
         worker: LocalWorker | None,
         device: torch.device,
         plugins: PluginManager | None = None,
+        codes: CodeSource | None = None,
     ) -> None:
         self.choice = choice
         self.layers = tuple(layers)
@@ -78,7 +93,7 @@ class Session:
         self.closed = False
         self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
-        self._groups = [self._group(tuple(self.layers[i] for i in group)) for group in groups]
+        self._groups = [self._group(groups, number) for number in range(len(groups))]
         self._client = choice.backend.client(device)
         self._counting = threading.Lock()
         links: Sequence[Link] = ()
@@ -96,6 +111,7 @@ class Session:
                     stack.callback(link.close)
             raise
         try:
+            self._prepare(codes)
             self.plugins.observe("ciphertune_session_opened", session=self)
         except BaseException:  # Ctrl-C, or warnings that are errors
             self.close()
@@ -153,8 +169,7 @@ class Session:
         )
         self.plugins.gate("ciphertune_before_request", session=self, exchange=exchange)
         product = Product(self.choice.backend, self._client, self.pool, exchange)
-        pieces = self.pool.pieces(group)
-        y = product.forward(pieces, x, linear_map) if direction == "forward" else product.backward(pieces, x)
+        y = product.evaluate(*self._cut(group, direction, x))
         with self._counting:
             self.traffic.add(exchange)
         self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
@@ -173,13 +188,63 @@ class Session:
             self._client.close()
             self.plugins.observe("ciphertune_session_closed", session=self)
 
-    def _group(self, layers: tuple[LayerInfo, ...]) -> _Group:
-        group = _Group(layers, {"forward": group_map(layers, "forward"), "backward": group_map(layers, "backward")})
+    def _cut(
+        self, number: int, direction: Direction, x: Tensor
+    ) -> tuple[Sequence[Piece], Sequence[LinearMap], Tensor, LinearMap]:
+        """How a product is evaluated: the pieces, their maps, what is sent, and the map that it is encrypted for.
+
+        Where a client half prepares itself for groups, a layer alone has nothing of its own: its product is some rows
+        of its group's, and its gradient the group's with zeros for the siblings.
+        """
+        group = self._groups[number]
+        offset = 0
+        if self.choice.backend.prepares and group.parent is not None:
+            parent, offset = group.parent
+            whole = self._groups[parent].maps[direction]
+            if direction == "backward":
+                columns = slice(offset, offset + x.shape[1])
+                x, alone = x.new_zeros(len(x), whole.in_features), x
+                x[:, columns] = alone
+                number, offset = parent, 0
+        else:
+            whole = group.maps[direction]
+        pieces = self.pool.pieces(number)
+        return pieces, [_moved(piece.map(direction), offset) for piece in pieces], x, whole
+
+    def _prepare(self, codes: CodeSource | None) -> None:
+        """Let the client half prepare itself for every group that is no part of another."""
+        if not self.choice.backend.prepares:
+            return
+        wanted = {number: group for number, group in enumerate(self._groups) if group.parent is None}
+        if codes is None:
+            codes = WorkerCodes(self.pool, {layer.name: i for i, group in wanted.items() for layer in group.layers})
+        begun = time.monotonic()
+        read = prepare(
+            self._client, [(group.layers, group.maps) for group in wanted.values()], codes, self._watch_codes
+        )
+        if read:
+            log.info(
+                "prepared for the products of %.1f million weights in %.1f s", read / 1e6, time.monotonic() - begun
+            )
+
+    def _group(self, groups: Sequence[tuple[int, ...]], number: int) -> _Group:
+        layers = tuple(self.layers[i] for i in groups[number])
+        maps = {direction: group_map(layers, direction) for direction in DIRECTIONS}
+        group = _Group(layers, maps, self._parent(groups, number))
         for linear_map in group.maps.values():
             if (why := self.choice.backend.refuse(linear_map)) is not None:
                 raise UnsupportedLayerError(f"{linear_map.label}: {self.selection.backend} refuses it: {why}")
         self._refuse_imprecise(group, "forward")
         return group
+
+    def _parent(self, groups: Sequence[tuple[int, ...]], number: int) -> tuple[int, int] | None:
+        """The larger group that a layer alone belongs to, and its first row there."""
+        first, *others = groups[number]
+        for place, members in enumerate(groups):
+            if not others and len(members) > 1 and first in members:
+                above = members[: members.index(first)]
+                return place, sum(self.layers[i].out_features for i in above)
+        return None
 
     def _refuse_imprecise(self, group: _Group, direction: Direction) -> None:
         if direction not in group.precise:
@@ -192,8 +257,19 @@ class Session:
             return None
         return lambda links: transport.joining_workers(endpoints, links)
 
+    def _watch_codes(self, done: int, total: int) -> None:
+        self.plugins.observe("ciphertune_preparing", session=self, done=done, total=total)
+
     def _watch_key(self, worker: str, nbytes: int, done: bool) -> None:
         self.plugins.observe("ciphertune_sending_key", worker=worker, nbytes=nbytes, done=done)
+
+
+def _moved(linear_map: LinearMap, offset: int) -> LinearMap:
+    """A piece's map with its rows counted from a larger group's top."""
+    if offset == 0:
+        return linear_map
+    rows = tuple((start + offset, stop + offset) for start, stop in linear_map.rows)
+    return dataclasses.replace(linear_map, rows=rows)
 
 
 def _check_input(x: Tensor, linear_map: LinearMap) -> None:

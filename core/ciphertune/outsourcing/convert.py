@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import WeightBits
@@ -29,7 +29,7 @@ from ciphertune.outsourcing.trained_whole import guard
 from ciphertune.outsourcing.trial import frozen_from_birth
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.transport import LocalWorker
-from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
+from ciphertune.weights import CodeSource, LayerInfo, LayerWeight, describe, quantize_layer
 from ciphertune.worker import WeightStore, Worker
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -58,6 +58,7 @@ def outsource(
         UnknownLayerError, UnsupportedLayerError, NothingOutsourcedError: about ``layers``.
         PrecisionError: a layer too large for the backend's guarantees.
         TransportError, WorkerError: no session could be opened.
+        WeightsError: the encryption prepares itself from the codes, and they cannot be had.
     """
     manager = plugins if plugins is not None else plugin_manager()
     choice = choose(to)
@@ -67,7 +68,32 @@ def outsource(
     infos, store = quantize_all(chosen, groups, choice.backend.weight_bits, keep=not choice.transport.remote)
     device = device_of(chosen)
     worker = None if choice.transport.remote else Worker(store, device)
-    return attach(model, chosen, infos, groups, choice, worker, device, manager)
+    codes = ModelCodes(chosen, choice.backend.weight_bits) if choice.transport.remote else None
+    return attach(model, chosen, infos, groups, choice, worker, device, manager, codes)
+
+
+class ModelCodes:
+    """``CodeSource`` of a model's own layers, quantized again one at a time.
+
+    Args:
+        chosen: the layers.
+        bits: of a code.
+    """
+
+    def __init__(self, chosen: Sequence[Candidate], bits: WeightBits | None) -> None:
+        self._chosen = {candidate.name: candidate for candidate in chosen}
+        self._bits = bits
+        self._last: tuple[str, Tensor] | None = None
+
+    def read(self, layer: LayerInfo, start: int, stop: int) -> Tensor:
+        """See ``CodeSource.read``."""
+        if self._last is None or self._last[0] != layer.name:
+            self._last = layer.name, quantize_layer(layer.name, self._chosen[layer.name].weight(), self._bits).codes
+        return self._last[1][start:stop]
+
+    def distrust(self, layer: LayerInfo, start: int, stop: int) -> bool:
+        """See ``CodeSource.distrust``: there is one model."""
+        return False
 
 
 @own_modes()
@@ -105,6 +131,7 @@ def attach(
     worker: LocalWorker | None,
     device: torch.device,
     plugins: PluginManager,
+    codes: CodeSource | None = None,
 ) -> ModelT:
     """Open a session and put outsourced layers in the place of linear ones.
 
@@ -117,13 +144,14 @@ def attach(
         worker: the embedded worker, for a transport that stays in this process.
         device: where the client encrypts and decrypts, and where the layers say their weight is.
         plugins: hook plugins.
+        codes: where the layers' codes can be read; the workers if not given.
 
     Raises:
-        PrecisionError, TransportError, WorkerError: as ``outsource``.
+        PrecisionError, TransportError, WorkerError, WeightsError: as ``outsource``.
     """
     # Members of a group are also groups of their own, for models in which siblings turn out to differ in input.
     evaluated = list(dict.fromkeys([*groups, *((i,) for group in groups for i in group)]))
-    session = Session(choice, infos, evaluated, worker, device, plugins)
+    session = Session(choice, infos, evaluated, worker, device, plugins, codes)
     kept = originals(model, chosen)
     for group in groups:
         handle = LayerGroup(session, evaluated.index(group), [evaluated.index((i,)) for i in group])

@@ -15,7 +15,7 @@ from torch import nn
 
 from ciphertune._support.environment import machine
 from ciphertune._support.options import split_options
-from ciphertune.backend import Backend, Direction
+from ciphertune.backend import DIRECTIONS, Backend, Direction
 from ciphertune.client.choice import Choice, SessionOptions, choose
 from ciphertune.client.session import Session
 from ciphertune.errors import ConfigError
@@ -23,7 +23,7 @@ from ciphertune.models.known import skeleton
 from ciphertune.outsourcing.convert import outsource, session_of
 from ciphertune.outsourcing.layers import choose_layers, linear_layers
 from ciphertune.planning.client_compute import BLOCKS, measure_client_compute
-from ciphertune.planning.products import DIRECTIONS, PlannedModel
+from ciphertune.planning.products import PlannedModel
 from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, product_name
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager, plugin_manager

@@ -6,13 +6,13 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from ciphertune.backend import Backend
+from ciphertune.backend import DIRECTIONS, Backend
 from ciphertune.bundle.spread import Spread
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import linear_layers
 from ciphertune.planning.estimate import Estimate, estimate_step
 from ciphertune.planning.measure import local_selection, measure_speeds
-from ciphertune.planning.products import DIRECTIONS, PlannedGroup, kept_parameters, plan_products
+from ciphertune.planning.products import PlannedGroup, kept_parameters, plan_products
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import Speeds, check_backend
 
@@ -98,6 +98,8 @@ class Plan:
         outsourced, at_client: weights.
         client_bytes: of the weights that stay, as the model stores them.
         worker_bytes: of the weights that the fullest worker holds.
+        prepared_codes: weights that the client reads once a session, before the first step.
+        prepared_bytes: memory of the client for what it makes of them.
         stays: layers that stay and why, by name.
         refused: layers, or groups of them, that the backend cannot evaluate, and why: outsourcing stops at them. The
             other figures are of the rest.
@@ -120,6 +122,8 @@ class Plan:
     at_client: int
     client_bytes: int
     worker_bytes: int
+    prepared_codes: int
+    prepared_bytes: int
     stays: dict[str, str]
     refused: dict[str, str]
     estimate: Estimate | None
@@ -215,6 +219,8 @@ def make_plan(
         at_client=sum(p.numel() for p in kept),
         client_bytes=sum(p.nbytes for p in kept),
         worker_bytes=planned.worker_bytes,
+        prepared_codes=sum(kind.weights for kind in shared) if backend.prepares else 0,
+        prepared_bytes=sum(backend.kept_bytes(group.forward, group.whole_backward) for group in planned.groups),
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
             for c in linear_layers(planned.model, allow_meta=True)

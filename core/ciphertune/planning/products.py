@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 from torch import nn
 
-from ciphertune.backend import Backend, Direction, LinearMap
+from ciphertune.backend import DIRECTIONS, Backend, Direction, LinearMap
 from ciphertune.bundle.spread import Spread, rows_of_worker
 from ciphertune.client.choice import Choice, choose
 from ciphertune.client.placement import Piece, place
@@ -19,8 +20,6 @@ from ciphertune.outsourcing.layers import Candidate, choose_layers, linear_layer
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.weights import LayerInfo, Shard, group_map
 
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-
 
 @dataclasses.dataclass(frozen=True)
 class PlannedGroup:
@@ -28,13 +27,14 @@ class PlannedGroup:
 
     Attributes:
         layers: their last names, joined by +.
-        forward: the map of all of them.
+        forward, whole_backward: the maps of all of them.
         pieces: how it is cut, and who holds what.
         backward: whether a gradient of its input is asked for.
     """
 
     layers: str
     forward: LinearMap
+    whole_backward: LinearMap
     pieces: tuple[Piece, ...]
     backward: bool
 
@@ -46,13 +46,12 @@ class PlannedGroup:
     def traffic(self, direction: Direction, backend: Backend, tokens: int) -> list[tuple[int, int]]:
         """Bytes up and down of each request of a product. Raises ``ConfigError`` where the backend does not say."""
         found = []
+        whole = self.forward if direction == "forward" else self.whole_backward
         for piece in self.pieces:
-            # Forward, the ciphertext for all of the group goes to each; backward, each gets one of its own.
-            sent = backend.traffic(self.forward if direction == "forward" else piece.backward, tokens)
-            returned = backend.traffic(piece.map(direction), tokens)
-            if sent is None or returned is None:
+            sent = backend.piece_traffic(whole, piece.map(direction), tokens)
+            if sent is None:
                 raise ConfigError(f"{backend.name!r} does not say what it sends, so it cannot be planned")
-            found.append((sent[0], returned[1]))
+            found.append(sent)
         return found
 
 
@@ -159,7 +158,8 @@ class _Placement:
         held = self._places[siblings] if self._placement == "layers" else 0.0
         worker_alone = int(held * self._workers)
         pieces = self._pieces(sizes, tuple(siblings.index(i) for i in group), worker_alone)
-        return PlannedGroup(name, group_map(members, "forward"), pieces, backward)
+        forward, whole_backward = (group_map(members, direction) for direction in DIRECTIONS)
+        return PlannedGroup(name, forward, whole_backward, pieces, backward)
 
     def _rows(self, info: LayerInfo, worker: int, place: float) -> tuple[int, int]:
         return rows_of_worker(self._placement, info.out_features, worker, self._workers, place)
@@ -189,9 +189,12 @@ def kept_parameters(planned: PlannedModel) -> list[nn.Parameter]:
 
 
 def _info(candidate: Candidate, backend: Backend) -> LayerInfo:
-    """Sizes alone; norms play no part in what travels."""
+    """Sizes and weight format; a plan reads no weight."""
     rows, columns = candidate.weight().shape
-    return LayerInfo(candidate.name, columns, rows, backend.weight_bits, None, 1.0, 1.0, b"")
+    # Norms are those of Gaussian weights, whose largest of a row is about three and a half deviations away.
+    top = 127 / 3.5
+    norms = top * math.sqrt(columns), top * math.sqrt(rows)
+    return LayerInfo(candidate.name, columns, rows, backend.weight_bits, None, *norms, b"")
 
 
 def _refusal(members: Sequence[LayerInfo], backend: Backend) -> str | None:

@@ -19,8 +19,8 @@ def redacted(text: str) -> str:
     Removed are the values of options whose names suggest keys, tokens or passwords, whether the value is the secret or
     a file that holds it, and the part of an address before an @.
 
-    >>> redacted("mlwe+zmq://10.0.0.5:5555?curve=keys&reply_bits=24")
-    'mlwe+zmq://10.0.0.5:5555?curve=(not shown)&reply_bits=24'
+    >>> redacted("mlwe+zmq://10.0.0.5:5555?curve=keys&request_bits=24")
+    'mlwe+zmq://10.0.0.5:5555?curve=(not shown)&request_bits=24'
     >>> redacted("mlwe+http://me:word@10.0.0.5:5555?no_authentication=1")
     'mlwe+http://(not shown)@10.0.0.5:5555?no_authentication=1'
     """

@@ -27,10 +27,13 @@ class ModelSection:
     Attributes:
         name: a folder or hub name for transformers, or the built-in ``smollm2``.
         gguf_file: file within the folder, for models in GGUF form.
+        weights: for the client's part of a bundle: a worker's folder to read codes in, where an encryption prepares
+            itself from them; the workers are asked if not given.
     """
 
     name: str
     gguf_file: str | None = None
+    weights: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

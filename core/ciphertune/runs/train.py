@@ -96,8 +96,11 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progr
     client = is_client_folder(config.model.name)
     if client and config.layers is not None:
         raise ConfigError("layers were chosen when the model was split: leave 'layers' out")
+    if not client and config.model.weights is not None:
+        raise ConfigError(f"model.weights is for the client's part of a bundle, and {config.model.name} is none")
     if client:
-        base, tokenizer = load_client(config.model.name, config.to), load_tokenizer(config.model.name)
+        base = load_client(config.model.name, config.to, weights=config.model.weights)
+        tokenizer = load_tokenizer(config.model.name)
     else:
         base, tokenizer = load_named_model(config.model.name, config.model.gguf_file)
     refuse_encoder(base, config.model.name, outsourced=client)

@@ -18,7 +18,7 @@ from ciphertune.client.choice import choose
 from ciphertune.errors import InputError, ProtocolError, ReplyError
 from ciphertune.protocol import Message, pack, unpack
 from ciphertune.testing.served import ServedWorker
-from ciphertune.weights import LayerWeight, describe, group_map, quantize
+from ciphertune.weights import DIGEST_ROWS, LayerWeight, describe, group_map, quantize
 
 _CPU = torch.device("cpu")
 
@@ -49,7 +49,13 @@ class Pair:
         opening = Message("open", {"public": dict(client.open_fields())}, client.evaluation_key())
         opened = unpack([bytes(frame) for frame in pack(opening)])
         worker = type(backend).worker(opened.fields["public"], opened.buffers, _CPU)
-        return cls(backend, client, worker, weight, worker.prepare(weight.codes))
+        pair = cls(backend, client, worker, weight, worker.prepare(weight.codes))
+        preparation = client.preparation(pair.map("forward"), pair.map("backward"))
+        if preparation is not None:
+            for row in range(0, out_features, DIGEST_ROWS):
+                preparation.absorb(row, weight.codes[row : row + DIGEST_ROWS])
+            preparation.finish()
+        return pair
 
     def map(self, direction: Direction) -> LinearMap:
         """The map of a direction, as a session knows it."""
@@ -119,7 +125,7 @@ class BackendSuite:
         assert y.dtype == torch.float32, f"outputs are {y.dtype}, not float32"
         assert y.shape == expected.shape
         assert torch.isfinite(y).all()
-        noise = pair.backend.noise
+        noise = pair.backend.noise(linear_map)
         if noise is None:
             size = float(expected.square().mean().sqrt())
             # Where outputs cancel, float32 can only be held against what was added up.
@@ -180,9 +186,11 @@ class BackendSuite:
         encrypted = both.client.encrypt(x, both.map("forward"))
         whole = both.client.decrypt(both.evaluate("forward", encrypted.buffers), encrypted.state, both.map("forward"))
         codes = both.weight.codes[8:19].contiguous()
-        part = dataclasses.replace(both.map("forward"), out_features=len(codes))
-        reply = _carried(both.worker.evaluate(both.worker.prepare(codes), "forward", _carried(encrypted.buffers)))
-        found = both.client.decrypt(reply, encrypted.state, part)
+        part = dataclasses.replace(both.map("forward"), out_features=len(codes), identity="", rows=((8, 19),))
+        (request,) = both.client.encrypt_pieces(x, both.map("forward"), [part])
+        reply = _carried(both.worker.evaluate(both.worker.prepare(codes), "forward", _carried(request.buffers)))
+        taken = both.client.take_reply(reply, request.state, part)
+        found = both.client.put_together([taken], [request.state], both.map("forward"), [part])
         # Each of the two answers has an error of its own.
         spread = float((whole.double() - x.double() @ both.matrix("forward").t()).square().mean().sqrt())
         size = float(whole.square().mean().sqrt())

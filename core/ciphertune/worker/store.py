@@ -93,6 +93,27 @@ class WeightStore:
             row += shard.rows
         return self._blocks[block][1][first:row]
 
+    def shard(self, name: str) -> Shard:
+        """Which rows of a layer are here. Raises ``UnknownLayerError``."""
+        return self._place(name)[2]
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of one row of a layer. Raises ``UnknownLayerError``."""
+        codes = self._blocks[self._place(name)[0]][1]
+        return codes.shape[1] * codes.element_size()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The codes of some rows of a layer, (stop - start, K), counted from the layer's first row.
+
+        Raises:
+            UnknownLayerError: a name this store does not hold.
+            ProtocolError: rows that are not here.
+        """
+        block, first, shard = self._place(name)
+        if not shard.start <= start < stop <= shard.stop:
+            raise ProtocolError(f"this worker holds rows {shard.start} to {shard.stop} of {name!r}")
+        return self._blocks[block][1][first + start - shard.start : first + stop - shard.start]
+
     def manifest(self) -> list[list[dict[str, Any]]]:
         """Return the shards of each block from the top, as plain data."""
         return [[dataclasses.asdict(shard) for shard in shards] for shards, _ in self._blocks]

@@ -25,13 +25,17 @@ from ciphertune.errors import (
     SelectionError,
     UnknownLayerError,
     UnknownSessionError,
+    WithheldError,
 )
 from ciphertune.plugins import registry
 from ciphertune.protocol import HELLO_VERSION, Message, error_message, spoken_versions
-from ciphertune.weights import holdings_digest
+from ciphertune.weights import DIGEST_ROWS, LARGEST_READING, holdings_digest
+from ciphertune.worker.readings import Readings
 from ciphertune.worker.store import WeightStore
 
 log = logging.getLogger(__name__)
+
+_ROWS: tuple[tuple[str, type], ...] = (("layer", str), ("start", int), ("stop", int))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,7 @@ class SessionLimits:
         idle_seconds: after which a session that nothing was asked of is closed.
         nbytes: bytes of evaluation keys that the sessions of one client may hold.
         all_nbytes: of all clients together.
+        readings: how often one client may read all weights within an hour; 0 to withhold them.
     """
 
     sessions: int = 4
@@ -51,6 +56,7 @@ class SessionLimits:
     idle_seconds: float = 600.0
     nbytes: int = 1 << 30
     all_nbytes: int = 8 << 30
+    readings: int = 32
 
 
 @dataclasses.dataclass
@@ -104,9 +110,11 @@ class Worker:
             weakref.WeakValueDictionary()
         )
         self._lock = threading.Lock()
+        self._readings = Readings(self.limits.readings * weights.nbytes, clock)
         self._operations = {
             "hello": self._hello,
             "manifest": self._manifest,
+            "weights": self._weights,
             "open": self._open,
             "evaluate": self._evaluate,
             "close": self._close,
@@ -169,6 +177,17 @@ class Worker:
 
     def _manifest(self, request: Message, peer: str) -> Message:
         return Message("ok", {"blocks": self._blocks})
+
+    def _weights(self, request: Message, peer: str) -> Message:
+        """Some rows of a layer, as a client reads them that prepares itself from the codes."""
+        name, start, stop = (_field(request, field, kind) for field, kind in _ROWS)
+        if self.limits.readings == 0:
+            raise WithheldError("this worker does not let its weights be read")
+        if stop - start > DIGEST_ROWS and stop - start > LARGEST_READING // self.weights.row_bytes(name):
+            raise ProtocolError(f"rows {start} to {stop} of {name!r} are more than one reply carries")
+        codes = self.weights.rows(name, start, stop)
+        self._readings.count(peer, codes.nbytes)
+        return Message("ok", {}, {"codes": codes})
 
     def _open(self, request: Message, peer: str) -> Message:
         name = _field(request, "backend", str)
@@ -259,6 +278,7 @@ _CODES: dict[type[CipherTuneError], str] = {
     HoldingsError: "holdings",
     UnknownLayerError: "unknown-layer",
     QuotaError: "quota",
+    WithheldError: "withheld",
     ProtocolError: "protocol",
     SelectionError: "protocol",
     PluginError: "plugin",

@@ -42,8 +42,7 @@ class CKKSBackend(Backend):
             "classical",
         )
 
-    @property
-    def noise(self) -> NoiseModel:
+    def noise(self, linear_map: LinearMap | None = None) -> NoiseModel:
         """The encryption's error; evaluation adds none.
 
         A coefficient of a fresh ciphertext carries the centred binomial error and the rounding of encoding. The two
@@ -61,7 +60,7 @@ class CKKSBackend(Backend):
         """A client half with a fresh key, which no file keeps."""
         from ciphertune_ckks.client import CKKSClient
 
-        return CKKSClient(self.noise, device)
+        return CKKSClient(self.noise(), device)
 
     @classmethod
     def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> WorkerHalf:

@@ -1,0 +1,87 @@
+"""The public matrix A of a client and a model: one for all products, never sent."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ciphertune_mlwe.kernels import Kernel
+from ciphertune_mlwe.params import PLANES
+from ciphertune_mlwe.planes import split_bytes
+from ciphertune_mlwe.transforms import Transforms
+
+_DOMAIN = b"ciphertune mlwe public matrix, degree 256, q = 2^32"
+
+KEPT_ROWS = 1 << 14
+"""Rows whose transforms are kept; those of longer inputs are made anew for each request."""
+
+
+class PublicMatrix:
+    """Rows a_k of r ring elements by feature index k: SHAKE-128 of domain, seed, model and k.
+
+    Every product uses the first rows. Those of fewer ring elements are prefixes of those of more.
+
+    Args:
+        seed: 32 bytes of the client.
+        model: SHA-256 over the layers that products are of.
+        degree: of the ring.
+        transforms: how ring elements are transformed.
+    """
+
+    def __init__(self, seed: bytes, model: bytes, degree: int, transforms: Transforms) -> None:
+        self._prefix = hashlib.shake_128(_DOMAIN + seed + model)
+        self._degree = degree
+        self._transforms = transforms
+        self._lock = threading.Lock()
+        self._kept: tuple[int, int, Tensor] = (0, 0, torch.empty(0, dtype=torch.float64))
+        self._operands: tuple[int, int, Tensor | None] = (0, 0, None)
+
+    def rows(self, start: int, stop: int, rank: int) -> Tensor:
+        """Rows start to stop, (rows, rank · degree) int32."""
+        size = 4 * rank * self._degree
+        stream = bytearray()
+        for row in range(start, stop):
+            xof = self._prefix.copy()
+            xof.update(row.to_bytes(8, "little"))
+            stream += xof.digest(size)
+        return torch.from_numpy(np.frombuffer(stream, dtype="<i4").reshape(stop - start, -1))
+
+    def operand(self, start: int, stop: int, rank: int, kernel: Kernel) -> Tensor:
+        """Rows start to stop for products with weights; kept until ``forget_operands`` where they are few."""
+        if stop > KEPT_ROWS:
+            return self._made(start, stop, rank, kernel)
+        with self._lock:
+            count, kept_rank, kept = self._operands
+            if kept is None or count < stop or kept_rank < rank:
+                kept_rank = max(rank, kept_rank)
+                count = min(KEPT_ROWS, max(stop, 2 * count))
+                kept = self._made(0, count, kept_rank, kernel)
+                self._operands = count, kept_rank, kept
+        return kept[start:stop, ..., : rank * self._degree]
+
+    def forget_operands(self) -> None:
+        """Free what ``operand`` keeps."""
+        with self._lock:
+            self._operands = (0, 0, None)
+
+    def transformed(self, features: int, rank: int) -> tuple[int, Tensor]:
+        """Transforms of the first rows, for ``Transforms.masks``, and the ring elements of a row that they hold."""
+        if features > KEPT_ROWS:
+            return rank, self._transforms.of_rows(self.rows(0, features, rank), rank)
+        with self._lock:
+            count, kept_rank, kept = self._kept
+            if count < features or kept_rank < rank:
+                kept_rank = max(rank, kept_rank)
+                kept = self._transforms.of_rows(self.rows(0, features, kept_rank), kept_rank)
+                self._kept = features, kept_rank, kept
+            return kept_rank, kept
+
+    def _made(self, start: int, stop: int, rank: int, kernel: Kernel) -> Tensor:
+        rows = self.rows(start, stop, rank).to(self._transforms.device)
+        planes = torch.empty(len(rows), PLANES, rows.shape[1], dtype=torch.uint8, device=rows.device)
+        split_bytes(rows, planes)
+        return kernel.operand(planes)

@@ -1,0 +1,353 @@
+"""The arithmetic of masks, encryption and decryption, as tensor operations for any device and as compiled loops.
+
+Both give the same ciphertexts for the same seeds, and the same decryptions up to float32 rounding.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ciphertune_mlwe import native
+from ciphertune_mlwe.params import HINT_PLANES, MODULUS_BITS, ParameterSet
+from ciphertune_mlwe.planes import lifted, low_bits, split_bytes
+from ciphertune_mlwe.prg import centred_binomial, expand, room, ternary
+from ciphertune_mlwe.ring import NegacyclicRing
+from ciphertune_mlwe.scratch import Scratch
+
+LANES = 8
+"""Rows that stand side by side in a pack of hints."""
+
+_DEGREE = 256
+
+
+class Transforms(abc.ABC):
+    """Products in the ring on one device. Safe to use from several threads.
+
+    Args:
+        device: where tensors live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def secrets(self, seed: bytes, parameters: ParameterSet, blocks: int) -> Tensor:
+        """Transforms of fresh ternary secrets, one for each block of ``degree`` tokens, from a seed used once."""
+        shape = blocks, parameters.rank, parameters.degree
+        values = ternary(seed, shape[0] * shape[1] * shape[2])
+        found = torch.from_numpy(values.astype(np.float64)).view(*shape)
+        made = self._of_secrets(found)
+        values.fill(0)
+        found.zero_()
+        return made
+
+    @abc.abstractmethod
+    def _of_secrets(self, secrets: Tensor) -> Tensor:
+        """Transforms of secrets (blocks, rank, degree) float64."""
+
+    @abc.abstractmethod
+    def of_rows(self, rows: Tensor, rank: int) -> Tensor:
+        """Transforms of ring elements (rows, rank · degree) int32, for ``masks``."""
+
+    @abc.abstractmethod
+    def pack(self, values: Tensor, first: int, hints: Tensor) -> None:
+        """Round ring elements to their top 24 bits and put them in their place among hints.
+
+        Args:
+            values: (rows, n) int32.
+            first: row of the hints that the first one goes to.
+            hints: (packs, n, 3, 8) uint8, as ``empty_hints``.
+        """
+
+    def empty_hints(self, rows: int, parameters: ParameterSet) -> Tensor:
+        """Memory for the hints of so many rows, zeros: (packs of 8 rows, n, 3 planes, 8) uint8."""
+        shape = -(-rows // LANES), parameters.dimension, HINT_PLANES, LANES
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+    @abc.abstractmethod
+    def masks(
+        self,
+        public: tuple[int, Tensor],
+        secrets: Tensor,
+        parameters: ParameterSet,
+        seed: bytes,
+        out: Tensor,
+    ) -> None:
+        """``⟨a_k, s_j⟩ + e`` mod 2^32.
+
+        Args:
+            public: from ``PublicMatrix.transformed``.
+            secrets: from ``secrets``.
+            parameters: of rank, degree and error.
+            seed: 32 bytes that the errors are made from; secret, used once.
+            out: (features, tokens) int32 to write to.
+        """
+
+    @abc.abstractmethod
+    def hint_masks(self, hints: Tensor, secrets: Tensor, parameters: ParameterSet, out: Tensor) -> None:
+        """``⟨h_i, s_j⟩`` mod 2^32 into ``out``, (rows, tokens) int32."""
+
+    @abc.abstractmethod
+    def encrypt(self, mask: Tensor, x: Tensor, scale: Tensor, planes: int) -> Tensor:
+        """``⌊(mask + round(scale · x)) / 2^(32 - 8 planes)⌋``.
+
+        Args:
+            mask: (features, tokens) int32, of any strides.
+            x: (tokens, features) float32.
+            scale: (tokens,) float64.
+            planes: bytes kept, from the top.
+
+        Returns:
+            (features, planes, tokens) uint8.
+        """
+
+    @abc.abstractmethod
+    def decrypt(self, reply: Tensor, mask: Tensor, unit: Tensor, out: Tensor) -> None:
+        """``centred(reply lifted to 32 bits - mask) · unit``.
+
+        Args:
+            reply: (rows, planes, tokens) uint8.
+            mask: (rows, tokens) int32, of any strides.
+            unit: (tokens,) float32, what one 2^-32 of the modulus is worth.
+            out: (rows, tokens) float32 to write to, rows of any stride.
+        """
+
+
+class TensorTransforms(Transforms):
+    """Portable tensor operations, in chunks of features that stay in the cache; tensors stay on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._ring = NegacyclicRing(_DEGREE, device)
+        self._scratch = Scratch(device)
+        self._busy = threading.Lock()
+
+    def _of_secrets(self, secrets: Tensor) -> Tensor:
+        return self._ring.transform(secrets.to(self.device))
+
+    def of_rows(self, rows: Tensor, rank: int) -> Tensor:
+        """See ``Transforms.of_rows``: (rows, rank, degree / 2) complex128."""
+        return self._ring.transform(rows.to(self.device, torch.float64).view(len(rows), rank, _DEGREE))
+
+    def pack(self, values: Tensor, first: int, hints: Tensor) -> None:
+        """See ``Transforms.pack``."""
+        rounded = values.to(torch.int64).add_(128).bitwise_right_shift_(8).to(torch.int32)
+        planes = torch.empty(len(values), HINT_PLANES, values.shape[1], dtype=torch.uint8, device=self.device)
+        split_bytes(rounded, planes)
+        rows = torch.arange(first, first + len(values), device=self.device)
+        hints[rows // LANES, :, :, rows % LANES] = planes.transpose(1, 2)
+
+    def masks(
+        self,
+        public: tuple[int, Tensor],
+        secrets: Tensor,
+        parameters: ParameterSet,
+        seed: bytes,
+        out: Tensor,
+    ) -> None:
+        """See ``Transforms.masks``."""
+        features, tokens = out.shape
+        row_bytes = parameters.error_row_bytes(tokens)
+        with self._busy:
+            for start, stop in self._chunks(features, len(secrets)):
+                values = public[1][start:stop, : parameters.rank]
+                body = low_bits(self._ring.inner(values, secrets, self._scratch))[:, :tokens]
+                stream = np.empty(room((stop - start) * row_bytes), dtype=np.uint8)
+                noise = torch.from_numpy(expand(seed, start, stop - start, row_bytes, stream))
+                noise = noise.view(stop - start, row_bytes).to(self.device)
+                if parameters.error == "byte":
+                    body += noise[:, :tokens]
+                else:
+                    body += centred_binomial(noise, tokens)
+                out[start:stop] = body
+            self._scratch.wipe()
+
+    def hint_masks(self, hints: Tensor, secrets: Tensor, parameters: ParameterSet, out: Tensor) -> None:
+        """See ``Transforms.hint_masks``."""
+        rows, tokens = out.shape
+        with self._busy:
+            for start, stop in self._chunks(rows, len(secrets)):
+                packs = hints[start // LANES : -(-stop // LANES)]
+                # Values of the packs' rows, (rows, planes, n), as integers of 24 bits.
+                planes = packs.permute(0, 3, 2, 1).reshape(-1, HINT_PLANES, parameters.dimension)[: stop - start]
+                values = lifted(planes).bitwise_right_shift_(8).to(torch.float64)
+                values = self._ring.transform(values.view(stop - start, parameters.rank, _DEGREE))
+                mask = low_bits(self._ring.inner(values, secrets, self._scratch))[:, :tokens]
+                out[start:stop] = mask.bitwise_left_shift_(8)
+            self._scratch.wipe()
+
+    def encrypt(self, mask: Tensor, x: Tensor, scale: Tensor, planes: int) -> Tensor:
+        """See ``Transforms.encrypt``."""
+        tokens, features = x.shape
+        b = torch.empty(features, planes, tokens, dtype=torch.uint8, device=self.device)
+        for start, stop in self._chunks(features, -(-tokens // _DEGREE)):
+            value = low_bits((x[:, start:stop].t().to(torch.float64) * scale).contiguous()).add_(mask[start:stop])
+            split_bytes(value.bitwise_right_shift_(MODULUS_BITS - 8 * planes), b[start:stop])
+        return b
+
+    def decrypt(self, reply: Tensor, mask: Tensor, unit: Tensor, out: Tensor) -> None:
+        """See ``Transforms.decrypt``."""
+        torch.mul(lifted(reply).sub_(mask), unit, out=out)
+
+    def _chunks(self, features: int, blocks: int) -> list[tuple[int, int]]:
+        step = max(LANES, min(128, (1 << 17) // (blocks * self._ring.half)) // LANES * LANES)
+        return [(start, min(start + step, features)) for start in range(0, features, step)]
+
+
+class NativeTransforms(Transforms):
+    """Compiled loops on the CPU: one pass over every value, rows spread over threads."""
+
+    _CHUNK = 64
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        library = native.library()
+        if library is None:
+            raise RuntimeError("the native library is not available")
+        self._library = library
+
+    def _of_secrets(self, secrets: Tensor) -> Tensor:
+        secrets = secrets.contiguous()
+        out = torch.empty(*secrets.shape, dtype=torch.float64)
+        count = secrets.shape[0] * secrets.shape[1]
+        self._library.ct_transform_secrets(native.pointer(secrets), native.pointer(out), count)
+        return out
+
+    def of_rows(self, rows: Tensor, rank: int) -> Tensor:
+        """See ``Transforms.of_rows``: packs of eight rows, (packs, rank · degree · 8) float64."""
+        rows = rows.contiguous()
+        packs = -(-len(rows) // LANES)
+        out = torch.empty(packs, rank * _DEGREE * LANES, dtype=torch.float64)
+
+        def task(start: int, stop: int) -> None:
+            self._library.ct_transform_rows(
+                native.pointer(rows) + start * rows.shape[1] * 4,
+                rank,
+                stop - start,
+                native.pointer(out) + start * rank * _DEGREE * 8,
+            )
+
+        native.over_rows(len(rows), LANES, task)
+        return out
+
+    def pack(self, values: Tensor, first: int, hints: Tensor) -> None:
+        """See ``Transforms.pack``."""
+        values = values.contiguous()
+        self._library.ct_pack_hints(native.pointer(values), values.shape[1], len(values), first, native.pointer(hints))
+
+    def masks(
+        self,
+        public: tuple[int, Tensor],
+        secrets: Tensor,
+        parameters: ParameterSet,
+        seed: bytes,
+        out: Tensor,
+    ) -> None:
+        """See ``Transforms.masks``."""
+        stored, values = public
+        features, tokens = out.shape
+        row_bytes = parameters.error_row_bytes(tokens)
+
+        def task(start: int, stop: int) -> None:
+            chunk = min(self._CHUNK, stop - start)
+            noise = np.empty(room(chunk * row_bytes), dtype=np.uint8)
+            for row in range(start, stop, chunk):
+                count = min(chunk, stop - row)
+                expand(seed, row, count, row_bytes, noise)
+                status = self._library.ct_masks(
+                    native.pointer(values) + row * stored * _DEGREE * 8,
+                    stored,
+                    native.pointer(secrets),
+                    parameters.rank,
+                    tokens,
+                    count,
+                    noise.ctypes.data,
+                    row_bytes,
+                    parameters.error == "binomial",
+                    native.pointer(out) + row * tokens * 4,
+                )
+                _check(status)
+            noise.fill(0)
+
+        native.over_rows(features, LANES, task)
+
+    def hint_masks(self, hints: Tensor, secrets: Tensor, parameters: ParameterSet, out: Tensor) -> None:
+        """See ``Transforms.hint_masks``."""
+        rows, tokens = out.shape
+
+        def task(start: int, stop: int) -> None:
+            status = self._library.ct_hint_masks(
+                native.pointer(hints) + start * parameters.dimension * HINT_PLANES,
+                native.pointer(secrets),
+                parameters.rank,
+                tokens,
+                stop - start,
+                native.pointer(out) + start * tokens * 4,
+            )
+            _check(status)
+
+        native.over_rows(rows, LANES, task)
+
+    def encrypt(self, mask: Tensor, x: Tensor, scale: Tensor, planes: int) -> Tensor:
+        """See ``Transforms.encrypt``."""
+        x, scale, mask = x.contiguous(), scale.contiguous(), _columns_contiguous(mask)
+        tokens, features = x.shape
+        b = torch.empty(features, planes, tokens, dtype=torch.uint8)
+
+        def task(start: int, stop: int) -> None:
+            self._library.ct_encrypt(
+                native.pointer(mask) + start * mask.stride(0) * 4,
+                mask.stride(0),
+                native.pointer(x) + start * 4,
+                features,
+                native.pointer(scale),
+                tokens,
+                stop - start,
+                planes,
+                native.pointer(b) + start * planes * tokens,
+                tokens,
+            )
+
+        native.over_rows(features, LANES, task)
+        return b
+
+    def decrypt(self, reply: Tensor, mask: Tensor, unit: Tensor, out: Tensor) -> None:
+        """See ``Transforms.decrypt``."""
+        reply, unit, mask = reply.contiguous(), unit.contiguous(), _columns_contiguous(mask)
+        rows, planes, tokens = reply.shape
+
+        def task(start: int, stop: int) -> None:
+            self._library.ct_decrypt(
+                native.pointer(reply) + start * planes * tokens,
+                tokens,
+                native.pointer(mask) + start * mask.stride(0) * 4,
+                mask.stride(0),
+                native.pointer(unit),
+                tokens,
+                stop - start,
+                planes,
+                native.pointer(out) + start * out.stride(0) * 4,
+                out.stride(0),
+            )
+
+        native.over_rows(rows, LANES, task)
+
+
+def make_transforms(device: torch.device) -> Transforms:
+    """The faster ones that work here."""
+    if device.type == "cpu" and native.library() is not None:
+        return NativeTransforms()
+    return TensorTransforms(device)
+
+
+def _columns_contiguous(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("the native encryption loops could not allocate their scratch memory")

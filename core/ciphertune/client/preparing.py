@@ -1,0 +1,151 @@
+"""What a client half makes of codes before the first product: one pass over them, held against what is known."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ciphertune.backend import ClientHalf, Direction, LinearMap
+from ciphertune.errors import WeightsError
+from ciphertune.weights import DIGEST_ROWS, CodeSource, LayerInfo, LayerWeight, code_dtype, row_digests
+
+_BLOCK_VALUES = 1 << 22
+"""Codes held at once."""
+
+Progress = Callable[[int, int], None]
+"""Called with codes read so far, and all of them."""
+
+
+class HeldCodes:
+    """``CodeSource`` of codes in memory, by layer."""
+
+    def __init__(self, codes: Mapping[str, Tensor]) -> None:
+        self._codes = codes
+
+    def read(self, layer: LayerInfo, start: int, stop: int) -> Tensor:
+        """See ``CodeSource.read``."""
+        return self._codes[layer.name][start:stop]
+
+    def distrust(self, layer: LayerInfo, start: int, stop: int) -> bool:
+        """See ``CodeSource.distrust``: there are no others."""
+        return False
+
+
+def prepare(
+    client: ClientHalf[Any],
+    groups: Sequence[tuple[Sequence[LayerInfo], Mapping[Direction, LinearMap]]],
+    source: CodeSource,
+    progress: Progress | None = None,
+) -> int:
+    """Stream the codes of those groups that the client half prepares for.
+
+    Codes are read while those before them are worked on; two blocks of a few megabytes are held at a time.
+
+    Args:
+        client: the client half.
+        groups: the layers of each group, and its maps.
+        source: where codes are read.
+        progress: told of codes read.
+
+    Returns:
+        How many codes were read.
+
+    Raises:
+        WeightsError: codes cannot be had, or are not those of the layers. What was prepared of their group is dropped.
+        TransportError, ReplyError: as the source.
+    """
+    wanted = []
+    for layers, maps in groups:
+        preparation = client.preparation(maps["forward"], maps["backward"])
+        if preparation is not None:
+            wanted.append((layers, preparation))
+    total = sum(layer.in_features * layer.out_features for layers, _ in wanted for layer in layers)
+    done = 0
+    with ThreadPoolExecutor(1, "ciphertune-codes") as reader:
+        for layers, preparation in wanted:
+            for row, codes in _verified(layers, source, reader):
+                preparation.absorb(row, codes)
+                done += codes.numel()
+                if progress is not None:
+                    progress(done, total)
+            preparation.finish()
+    return total
+
+
+def _verified(
+    layers: Sequence[LayerInfo], source: CodeSource, reader: ThreadPoolExecutor
+) -> Iterator[tuple[int, Tensor]]:
+    """The stacked codes of a group, each block with the row that it starts at, once they are found to be right."""
+    parts = [(layer, start, stop) for layer in layers for start, stop in _blocks(layer)]
+    below = itertools.accumulate((layer.out_features for layer in layers), initial=0)
+    firsts = dict(zip((layer.name for layer in layers), below, strict=False))
+    check = _Check(layers[0])
+    coming = reader.submit(source.read, *parts[0])
+    try:
+        for number, (layer, start, stop) in enumerate(parts):
+            codes = coming.result()
+            while (wrong := check.wrong(codes, start, stop)) is not None:
+                if not source.distrust(layer, start, stop):
+                    raise WeightsError(wrong)
+                codes = source.read(layer, start, stop)
+            if number + 1 < len(parts):
+                coming = reader.submit(source.read, *parts[number + 1])
+            yield firsts[layer.name] + start, codes
+            if stop == layer.out_features:
+                check.finish()
+                if number + 1 < len(parts):
+                    check = _Check(parts[number + 1][0])
+    finally:
+        coming.cancel()
+
+
+def _blocks(layer: LayerInfo) -> list[tuple[int, int]]:
+    """Rows of a layer that are read together."""
+    step = max(1, _BLOCK_VALUES // (layer.in_features * DIGEST_ROWS)) * DIGEST_ROWS
+    starts = range(0, layer.out_features, step)
+    return [(start, min(start + step, layer.out_features)) for start in starts]
+
+
+class _Check:
+    """Holds a layer's codes against its hashes as they come, and its norms at the end."""
+
+    def __init__(self, layer: LayerInfo) -> None:
+        self._layer = layer
+        self._row = 0.0
+        self._squares = torch.zeros(layer.in_features, dtype=torch.float64)
+
+    def wrong(self, codes: Tensor, start: int, stop: int) -> str | None:
+        """Why codes are not rows start to stop of the layer; None where they are."""
+        layer = self._layer
+        dtype = code_dtype(layer.weight_bits)
+        if codes.dtype != dtype or codes.shape != (stop - start, layer.in_features):
+            return (
+                f"{layer.name}: expected {dtype} codes of shape {(stop - start, layer.in_features)}, "
+                f"got {codes.dtype} {tuple(codes.shape)}"
+            )
+        scale = None if layer.scale is None else layer.scale[start:stop]
+        size = hashlib.sha256().digest_size
+        known = layer.row_digests[start // DIGEST_ROWS * size : -(-stop // DIGEST_ROWS) * size]
+        if row_digests(LayerWeight(codes, scale)) != known:
+            return f"{layer.name}: rows {start} to {stop} are not those of this model: their hash is another one"
+        squares = codes.to(device="cpu", dtype=torch.float64).square_()
+        self._row = max(self._row, math.sqrt(float(squares.sum(dim=1).max())))
+        self._squares += squares.sum(dim=0)
+        return None
+
+    def finish(self) -> None:
+        """Hold the norms against those that scales are chosen by. Raises ``WeightsError``."""
+        layer = self._layer
+        column = math.sqrt(float(self._squares.max()))
+        if (self._row, column) != (layer.max_row_norm, layer.max_column_norm):
+            raise WeightsError(
+                f"{layer.name}: the norms that are noted for this layer are not those of its weight. "
+                "Split the model again"
+            )
