@@ -47,6 +47,7 @@ def test_rows_are_prefixes_of_longer_ones_and_do_not_depend_on_how_they_are_aske
     assert torch.equal(one.rows(0, 9, 5), rows[:, :1280]), "five elements are a prefix of six"
     assert torch.equal(one.rows(4, 9, 6), rows[4:])
     assert torch.equal(matrix().rows(0, 9, 6), rows)
+    assert torch.unique(one.rows(0, 300, 5)[:, :2], dim=0).shape[0] == 300
 
 
 def test_matrices_of_other_seeds_and_models_are_others() -> None:

@@ -47,7 +47,8 @@ class Bench:
     def __init__(self, columns: int = 256, ahead: int = 0, machine: Machine | None = None) -> None:
         self.made: list[tuple[Order, str, torch.Tensor]] = []
         self.meanwhile: Callable[[], None] = lambda: None
-        self._seeds = itertools.count()  # threads may make blocks at the same time
+        # Taking the next is one step, whatever threads do.
+        self._seeds = itertools.count()
         watch = (machine or Machine()).watch()
         self.stock = MaskStock(self.make, self.size, lambda: columns, ahead, watch)
 
