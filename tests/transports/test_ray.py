@@ -211,7 +211,7 @@ def test_from_outside(
     options = {"curve": str(tmp_path / "keys")}
     (worker,) = deployed("outside", listen="zmq", port=port, listen_options=options)
     assert worker["address"].endswith(f":{port}")
-    run = training(f"127.0.0.1:{CLIENT_PORT}/outside")
+    run = training(f"127.0.0.1:{CLIENT_PORT}/outside", connect_timeout=300)
     assert [run.step(), run.step()] == expected[:2]
     to = f"clear+zmq://127.0.0.1:{port}?allow_insecure=1&weight_bits=8&curve={tmp_path / 'keys'}"
     direct = Training(to)
