@@ -68,7 +68,15 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _figures() -> str:
-    return _table(("what", "measured", "to reach"), figures.rows(_measured("results")))
+    found = _measured("results")
+    table = _table(("what", "measured", "to reach"), figures.rows(found))
+    return f"{table}\nMeasured on {_place(found['machine'])}.\n"
+
+
+def _place(machine: dict[str, Any]) -> str:
+    """A machine in words, and how busy it was."""
+    where = f"{machine['processor']} ({machine['capability']}), {machine['threads']} threads, torch {machine['torch']}"
+    return f"{where}; load of the machine before it began {machine['load_before']}"
 
 
 def _summary() -> str:
