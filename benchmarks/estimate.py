@@ -40,7 +40,7 @@ def bits(parameters: ParameterSet) -> dict[str, float]:
 def main() -> int:
     """Print the table, beside the figures that are quoted."""
     print(f"{'set':12}{'cost model':22}{'estimated':>10}{'quoted':>8}")
-    for parameters in PARAMETER_SETS.values():
+    for parameters in PARAMETER_SETS:
         try:
             found = bits(parameters)
         except ImportError as error:

@@ -77,7 +77,7 @@ class MLWEBackend(Backend):
     @property
     def security(self) -> SecurityStatement:
         """IND-CPA under Module-LWE."""
-        sets = [each for each in PARAMETER_SETS.values() if self.options.request_bits in (None, each.width)]
+        sets = [each for each in PARAMETER_SETS if self.options.request_bits in (None, each.width)]
         told = "; ".join(
             f"n = {each.dimension} ({each.width} bits travel, error: "
             + ("a uniform byte" if each.error == "byte" else f"centred binomial of variance {BINOMIAL_VARIANCE}")

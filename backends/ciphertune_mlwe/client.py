@@ -79,7 +79,6 @@ class MLWEClient(ClientHalf[EncryptionState]):
         self._prepared: dict[str, Prepared] = {}
         self._bank_columns = -1
         self._lock = threading.Lock()
-        self._closed = False
         self._stock = MaskStock(
             self._block, self._block_bytes, self._columns, mask_bytes if ahead else 0, watch or CloneWatch()
         )
@@ -115,7 +114,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         values = x.detach().to(self._device, torch.float32)
         if sent > tokens:
             values = torch.cat([values, values.new_zeros(sent - tokens, values.shape[1])])
-        scale = product.parameters.noise(product.digits).token_scale(values, whole)
+        scale = product.parameters.noise(self._digits).token_scale(values, whole)
         mask = self._stock.take(whole.identity, sent)
         planes = product.parameters.planes
         b = mask.take(lambda body: self._transforms.encrypt(body, values, scale, planes))
@@ -143,7 +142,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
                 raise ReplyError(f"{whole.label}: a value of the reply has {part.shape[1]} bytes")
         unit = state.scale.reciprocal().to(torch.float32)
         y = state.mask.reveal(lambda hint: self._decrypted(parts, whole, pieces, hint, unit))
-        if product.digits > 1:
+        if self._digits > 1:
             y = torch.add(*y.tensor_split(2), alpha=256)
         return y.t()[: state.tokens]
 
@@ -153,7 +152,6 @@ class MLWEClient(ClientHalf[EncryptionState]):
 
     def close(self) -> None:
         """Forget masks and hints."""
-        self._closed = True
         self._stock.close()
         with self._lock:
             self._prepared.clear()
@@ -201,7 +199,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
     def _product(self, whole: LinearMap) -> Prepared:
         product = self._prepared.get(whole.identity)
         if product is None:
-            if self._closed:
+            if self._stock.closed:
                 raise SecurityError(f"{whole.label}: the session is closed")
             raise SecurityError(f"{whole.label}: nothing was prepared for this product; its weights were not read")
         return product

@@ -24,14 +24,12 @@ class Prepared:
         parameters: of its ciphertexts.
         features: K, rows of the public matrix that its requests use.
         rows: outputs, once for each digit of the weight.
-        digits: of the weight.
         hints: H = M · A, as ``Transforms.pack`` keeps them.
     """
 
     parameters: ParameterSet
     features: int
     rows: int
-    digits: int
     hints: Tensor = dataclasses.field(repr=False)
 
 
@@ -91,6 +89,5 @@ class HintPreparation(Preparation):
         self._transforms.pack(self._sums.view(rows, -1), 0, backward)
         made = (self._digits * self._outputs, self._forward), (rows, backward)
         for linear_map, parameters, (count, hints) in zip(self._maps, self._parameters, made, strict=True):
-            prepared = Prepared(parameters, linear_map.in_features, count, self._digits, hints)
-            self._done(linear_map.identity, prepared)
+            self._done(linear_map.identity, Prepared(parameters, linear_map.in_features, count, hints))
         self._sums = self._sums.new_empty(0)

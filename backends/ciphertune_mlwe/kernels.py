@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ciphertune_mlwe.native import library, over_rows, pointer
+from ciphertune_mlwe.native import library_for, over_rows, pointer
 from ciphertune_mlwe.planes import join_bytes, low_bits
 
 _TRIAL_SECONDS = 0.05
@@ -59,7 +59,7 @@ class Float64Kernel(Kernel):
         for start in range(0, weight.shape[1], self.DEPTH):
             part = slice(start, start + self.DEPTH)
             values = torch.mm(weight[:, part].to(torch.float64), operand[part])
-            native = library() if out.device.type == "cpu" else None
+            native = library_for(out)
             if native is not None:
                 native.ct_low_bits(pointer(values), values.numel(), add, pointer(out))
             elif add:
@@ -131,7 +131,7 @@ class Int16Kernel(Kernel):
 
     @staticmethod
     def _library(tensor: Tensor) -> Any:
-        native = library() if tensor.device.type == "cpu" else None
+        native = library_for(tensor)
         if native is None or not native.ct_has_multiply():
             raise NotImplementedError("no compiled product for this processor")
         return native
@@ -156,7 +156,7 @@ class Int8Kernel(Kernel):
             partial = torch.empty(rows, planes * columns, dtype=torch.int32, device=out.device)
             int8_product(weight[:, part], operand[part].reshape(-1, planes * columns), partial)
             sums = weight[:, part].sum(dim=1, dtype=torch.int32)
-            native = library() if out.device.type == "cpu" else None
+            native = library_for(out)
             if native is not None:
                 native.ct_combine(pointer(partial), pointer(sums), rows, columns, planes, add, pointer(out))
             else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
 import os
 import sys
@@ -40,9 +39,8 @@ class MaskMemory:
         self._map: mmap.mmap | None = mapping
         self.matrix: Tensor
         if on_host:
-            count = math.prod((rows, columns))
-            self.matrix = torch.frombuffer(mapping, dtype=torch.int32, offset=_TAG_BYTES, count=count)
-            self.matrix = self.matrix.view(rows, columns)
+            flat = torch.frombuffer(mapping, dtype=torch.int32, offset=_TAG_BYTES, count=rows * columns)
+            self.matrix = flat.view(rows, columns)
         else:
             self.matrix = torch.empty(rows, columns, dtype=torch.int32, device=device)
 

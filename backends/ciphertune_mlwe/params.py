@@ -74,16 +74,13 @@ class ParameterSet:
         return NoiseModel(2.0 ** (MODULUS_BITS - 1), sent + 1 / 12, byte * self.dimension * 2 / 3, digits)
 
 
-_SETS = (
-    ParameterSet(
-        "mlwe-1280", 5, 256, 24, "byte", {"MATZOV": 156.0, "core-SVP classical": 130.2, "core-SVP quantum": 118.8}
-    ),
-    ParameterSet(
-        "mlwe-1536", 6, 256, 32, "binomial", {"MATZOV": 161.1, "core-SVP classical": 135.2, "core-SVP quantum": 123.2}
-    ),
+NARROW = ParameterSet(
+    "mlwe-1280", 5, 256, 24, "byte", {"MATZOV": 156.0, "core-SVP classical": 130.2, "core-SVP quantum": 118.8}
 )
-NARROW, WIDE = _SETS
-PARAMETER_SETS = {parameters.name: parameters for parameters in _SETS}
+WIDE = ParameterSet(
+    "mlwe-1536", 6, 256, 32, "binomial", {"MATZOV": 161.1, "core-SVP classical": 135.2, "core-SVP quantum": 123.2}
+)
+PARAMETER_SETS = (NARROW, WIDE)
 
 
 def parameters_of(linear_map: LinearMap, weight_bits: int, width: int | None) -> ParameterSet:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ciphertune_mlwe.native import library, pointer
+from ciphertune_mlwe.native import library_for, pointer
 
 
 def split_bytes(values: Tensor, out: Tensor) -> None:
@@ -18,7 +18,7 @@ def split_bytes(values: Tensor, out: Tensor) -> None:
         values: (rows, columns) int32, contiguous.
         out: (rows, planes, columns) uint8 to write to, columns contiguous.
     """
-    native = library() if values.device.type == "cpu" else None
+    native = library_for(values)
     rows, planes, columns = out.shape
     if native is not None:
         native.ct_split(pointer(values), rows, columns, planes, pointer(out), out.stride(0), out.stride(1))
@@ -31,7 +31,7 @@ def join_bytes(planes: Tensor) -> Tensor:
     """The values of all planes as (rows, columns) float64, centred: those mod 2^24 lie in ±2^23."""
     rows, count, columns = planes.shape
     out = torch.empty(rows, columns, dtype=torch.float64, device=planes.device)
-    native = library() if planes.device.type == "cpu" and planes.stride(2) == 1 and count in (3, 4) else None
+    native = library_for(planes) if planes.stride(2) == 1 and count in (3, 4) else None
     if native is not None:
         native.ct_join(pointer(planes), planes.stride(0), planes.stride(1), count, rows, columns, pointer(out))
         return out

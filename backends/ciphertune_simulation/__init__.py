@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.backend import (
+    DIRECTIONS,
     Backend,
     Buffers,
     ClientHalf,
@@ -133,8 +134,7 @@ class SimulationWorker(WorkerHalf):
         """See ``WorkerHalf.prepare``: the codes, and the norms of the outputs of either direction."""
         values = weight.to(torch.float32)
         found: dict[Direction, _Prepared] = {}
-        directions: tuple[Direction, ...] = ("forward", "backward")
-        for direction, matrix, floats in zip(directions, (weight, weight.t()), (values, values.t()), strict=True):
+        for direction, matrix, floats in zip(DIRECTIONS, (weight, weight.t()), (values, values.t()), strict=True):
             norms = torch.linalg.vector_norm(floats, dim=1)
             found[direction] = _Prepared(matrix, norms, direction.encode() + bytes(_bytes(norms)))
         return found

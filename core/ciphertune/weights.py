@@ -54,10 +54,12 @@ class LayerInfo:
 
         A worker that holds these rows of this weight announces the same one.
         """
+        return hashlib.sha256(self.digests_of(start, self.out_features if stop is None else stop)).hexdigest()
+
+    def digests_of(self, start: int, stop: int) -> bytes:
+        """The part of ``row_digests`` for rows start to stop, both at multiples of ``DIGEST_ROWS`` or the end."""
         size = hashlib.sha256().digest_size
-        last = self.out_features if stop is None else stop
-        part = self.row_digests[start // DIGEST_ROWS * size : -(-last // DIGEST_ROWS) * size]
-        return hashlib.sha256(part).hexdigest()
+        return self.row_digests[start // DIGEST_ROWS * size : -(-stop // DIGEST_ROWS) * size]
 
     def shard(self, start: int = 0, stop: int | None = None) -> Shard:
         """Rows start to stop of this layer, as a worker announces them."""
@@ -176,25 +178,49 @@ def quantize_layer(name: str, weight: Tensor, bits: WeightBits | None) -> LayerW
         raise UnsupportedLayerError(f"{name} cannot be outsourced: {error}") from error
 
 
+class CodeNorms:
+    """The largest norms of a layer's codes, from blocks of rows. Those of integer codes do not depend on the blocks.
+
+    Args:
+        features: K.
+        device: of the codes.
+
+    Attributes:
+        row: largest Euclidean norm of a row so far.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.row = 0.0
+        self._squares = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def add(self, codes: Tensor) -> None:
+        """Take some rows, (rows, K)."""
+        squares = codes.to(self._squares.device, torch.float64).square_()
+        self.row = max(self.row, math.sqrt(float(squares.sum(dim=1).max())))
+        self._squares += squares.sum(dim=0)
+
+    @property
+    def column(self) -> float:
+        """Largest Euclidean norm of a column so far."""
+        return math.sqrt(float(self._squares.max()))
+
+
 def describe(name: str, weight: LayerWeight) -> LayerInfo:
     """The client's view of a weight."""
     codes = weight.codes
     n, k = codes.shape
     bits: WeightBits | None = {torch.int8: 8, torch.int16: 16}.get(codes.dtype)  # type: ignore[assignment]
-    row_norm = 0.0
-    squares = torch.zeros(k, dtype=torch.float64, device=codes.device)
+    norms = CodeNorms(k, codes.device)
     for part in _chunks(codes):
-        values = codes[part].to(torch.float64).square_()
-        row_norm = max(row_norm, math.sqrt(float(values.sum(dim=1).max())))
-        squares += values.sum(dim=0)
+        norms.add(codes[part])
     return LayerInfo(
         name=name,
         in_features=k,
         out_features=n,
         weight_bits=bits,
         scale=weight.scale,
-        max_row_norm=row_norm,
-        max_column_norm=math.sqrt(float(squares.max())),
+        max_row_norm=norms.row,
+        max_column_norm=norms.column,
         row_digests=row_digests(weight),
     )
 

@@ -64,7 +64,7 @@ def ciphertune_sending_key(worker: str, nbytes: int, done: bool) -> None:
     shown = _keys.pop(worker, None)
     if shown is not None:
         shown.stop()
-    if done or _keys or _bar is not None or sys.stderr is None or not sys.stderr.isatty():
+    if done or _keys or _bar is not None or not _on_a_terminal():
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -93,7 +93,7 @@ def ciphertune_preparing(session: Any, done: int, total: int) -> None:
     """Show how far the weights have been read."""
     global _preparing
     if _preparing is None:
-        hidden = total < _FEWEST_CODES or _bar is not None or sys.stderr is None or not sys.stderr.isatty()
+        hidden = total < _FEWEST_CODES or _bar is not None or not _on_a_terminal()
         if hidden or done >= total:
             return
         from rich.console import Console
@@ -136,7 +136,7 @@ def ciphertune_training_start(trainer: Any, total_steps: int, start_step: int) -
     """Show the bar."""
     global _bar
     _close()
-    if sys.stderr is not None and sys.stderr.isatty():
+    if _on_a_terminal():
         _bar = _Bar(trainer, total_steps, start_step)
 
 
@@ -152,6 +152,10 @@ def ciphertune_training_end(trainer: Any) -> None:
     """Close the bar."""
     if _bar is not None and _bar.trainer is trainer:
         _close()
+
+
+def _on_a_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _close() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from ciphertune.backend import Direction
 from ciphertune.errors import ProtocolError
-from ciphertune_mlwe import MLWEBackend, kernels, planes, worker
+from ciphertune_mlwe import MLWEBackend, kernels, native, planes, worker
 from ciphertune_mlwe.kernels import KERNELS, Float64Kernel, Int8Kernel, Kernel, choose_kernel
 from ciphertune_mlwe.params import WIDE
 from ciphertune_mlwe.planes import low_bits
@@ -70,7 +70,7 @@ def test_bytes_are_unsigned_and_come_back_centred(count: int, values: list[int])
     for portable in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if portable:
-                patch.setattr(planes, "library", lambda: None)
+                patch.setattr(native, "library", lambda: None)
             out = torch.empty(1, count, len(values), dtype=torch.uint8)
             planes.split_bytes(torch.tensor([values], dtype=torch.int32), out)
             back = planes.join_bytes(out)[0].tolist()
@@ -258,6 +258,18 @@ def values_of(b: torch.Tensor) -> torch.Tensor:
     return (b.long() * (256 ** torch.arange(b.shape[1]))[:, None]).sum(1)
 
 
+def hold_exact(kernel: Kernel, w: torch.Tensor, b: torch.Tensor) -> None:
+    """Compare a product, and the same added to it, with exact ones mod 2^8P."""
+    out = torch.full((len(w), b.shape[2]), 7, dtype=torch.int32)
+    kernel.multiply(w, kernel.operand(b), out)
+    first = out.long().clone()
+    kernel.multiply(w, kernel.operand(b), out, add=True)
+    want = w.long() @ values_of(b)
+    modulus = 2 ** (8 * b.shape[1])
+    assert torch.equal((first - want) % modulus, torch.zeros_like(want))
+    assert torch.equal((out.long() - 2 * want) % modulus, torch.zeros_like(want))
+
+
 @pytest.fixture
 def int16() -> None:
     if kernels.speed(KERNELS["int16"], CPU) == 0:
@@ -277,15 +289,7 @@ def test_products_of_limbs_are_exact_for_any_sizes_and_strides(data: st.DataObje
         w = w.t().contiguous().t()
     b = torch.randint(0, 256, (depth, count, columns + 2), dtype=torch.uint8)[:, :, 1 : columns + 1]
     w[0], b[:, :, 0] = -128, 255
-    kernel = KERNELS["int16"]
-    out = torch.full((rows, columns), 7, dtype=torch.int32)
-    kernel.multiply(w, kernel.operand(b), out)
-    first = out.long().clone()
-    kernel.multiply(w, kernel.operand(b), out, add=True)
-    want = w.long() @ values_of(b)
-    modulus = 2 ** (8 * count)
-    assert torch.equal((first - want) % modulus, torch.zeros_like(want))
-    assert torch.equal((out.long() - 2 * want) % modulus, torch.zeros_like(want))
+    hold_exact(KERNELS["int16"], w, b)
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -298,22 +302,14 @@ def test_products_are_exact_for_any_sizes_and_strides(name: str, portable: bool,
     w = data.draw(matrices(rows, depth))
     b = torch.randint(0, 256, (depth, count, columns + 2), dtype=torch.uint8)[:, :, 1 : columns + 1]
     kernel = KERNELS[name]
-    out = torch.full((rows, columns), 7, dtype=torch.int32)
     with pytest.MonkeyPatch.context() as patch:
         # Older releases of torch have no int8 product for the CPU: there the stand-in is always used.
         if kernels.speed(KERNELS["int8"], CPU) == 0 or data.draw(st.booleans()):
             patch.setattr(torch, "_int_mm", confused)
         if portable:
-            patch.setattr(kernels, "library", lambda: None)
-            patch.setattr(planes, "library", lambda: None)
+            patch.setattr(native, "library", lambda: None)
         patch.setattr(type(kernel), "DEPTH", data.draw(st.sampled_from([5, 1 << 13])))
-        kernel.multiply(w, kernel.operand(b), out)
-        first = out.long().clone()
-        kernel.multiply(w, kernel.operand(b), out, add=True)
-    want = w.long() @ values_of(b)
-    modulus = 2 ** (8 * count)
-    assert torch.equal((first - want) % modulus, torch.zeros_like(want))
-    assert torch.equal((out.long() - 2 * want) % modulus, torch.zeros_like(want))
+        hold_exact(kernel, w, b)
 
 
 @pytest.mark.parametrize("name", ["int8", "int16", "float64"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from mlwe_halves import CPU, Halves, error_of, negacyclic, random_codes
 
-from ciphertune.backend import Direction, LinearMap
+from ciphertune.backend import DIRECTIONS, Direction, LinearMap
 from ciphertune.bench.kernel import bench_kernel
 from ciphertune.errors import PrecisionError, ReplyError, SecurityError, SelectionError
 from ciphertune_mlwe import MLWEBackend, native
@@ -25,7 +25,6 @@ from ciphertune_mlwe.transforms import NativeTransforms, TensorTransforms, Trans
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 SETS = [NARROW, WIDE]
-DIRECTIONS: list[Direction] = ["forward", "backward"]
 MADE: list[Callable[[], Transforms]] = [lambda: TensorTransforms(CPU)]
 if native.library() is not None:
     MADE.append(NativeTransforms)
@@ -348,7 +347,7 @@ def test_wrong_options(options: dict[str, str]) -> None:
 
 def test_security_is_stated_under_three_cost_models() -> None:
     statement = MLWEBackend().security
-    assert statement.bits == 130.2 == min(each.security_bits for each in PARAMETER_SETS.values())
+    assert statement.bits == 130.2 == min(each.security_bits for each in PARAMETER_SETS)
     for figure in ("MATZOV 156", "core-SVP classical 130.2", "core-SVP quantum 118.8", "n = 1536"):
         assert figure in statement.assumption
 

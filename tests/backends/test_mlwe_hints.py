@@ -7,7 +7,7 @@ import pytest
 import torch
 from mlwe_halves import CPU, Halves, error_of, random_codes
 
-from ciphertune.backend import Direction, LinearMap
+from ciphertune.backend import DIRECTIONS, Direction, LinearMap
 from ciphertune.errors import SecurityError
 from ciphertune_mlwe import native, public
 from ciphertune_mlwe.client import MLWEClient
@@ -18,7 +18,6 @@ from ciphertune_mlwe.transforms import NativeTransforms, TensorTransforms, make_
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 SEED = bytes(range(32))
-DIRECTIONS: list[Direction] = ["forward", "backward"]
 
 
 def matrix(seed: bytes = SEED, model: bytes = b"") -> PublicMatrix:

@@ -9,14 +9,13 @@ import pytest
 import torch
 from mlwe_halves import Halves, error_of, random_codes
 
-from ciphertune.backend import Direction, Encrypted, LinearMap
+from ciphertune.backend import DIRECTIONS, Direction, Encrypted, LinearMap
 from ciphertune.errors import ReplyError
 from ciphertune_mlwe.masks import Mask
 
 pytestmark = pytest.mark.usefixtures("two_threads", "code")
 Rows = tuple[tuple[int, int], ...]
 FEATURES, OUTPUTS, TOKENS = 70, 150, 5
-DIRECTIONS: list[Direction] = ["forward", "backward"]
 CUTS: list[list[Rows]] = [
     [((0, 150),)],
     [((0, 64),), ((64, 150),)],

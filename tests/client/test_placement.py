@@ -56,7 +56,7 @@ def test_rows_of_a_group_are_one_piece_at_each_worker() -> None:
     (pieces,) = placed([[Q, K, V]], first, second)
     assert [(p.names, p.workers) for p in pieces] == [(("q", "k", "v"), (0,)), (("q", "v"), (1,))]
     assert pieces[1].shards == (Q.shard(64), V.shard(64))
-    assert pieces[1].rows == (slice(64, 128), slice(128 + 64 + 64, 262))
+    assert pieces[1].forward.rows == ((64, 128), (128 + 64 + 64, 262))
     assert [p.forward.out_features for p in pieces] == [192, 70]
 
 
@@ -233,10 +233,10 @@ def test_every_row_is_evaluated_once_by_workers_that_hold_it(data: st.DataObject
         )
         for piece in pieces:
             assert piece.forward.out_features == sum(shard.rows for shard in piece.shards)
-            for shard, where in zip(piece.shards, piece.rows, strict=True):
+            for shard, (start, stop) in zip(piece.shards, piece.forward.rows, strict=True):
                 offset = offsets[shard.name]
-                assert (where.start, where.stop) == (offset + shard.start, offset + shard.stop)
-                rows += range(where.start, where.stop)
+                assert (start, stop) == (offset + shard.start, offset + shard.stop)
+                rows += range(start, stop)
             for worker in piece.workers:
                 flat = [[(s.name, s.start, s.stop) for s in block] for block in blocks[worker]]
                 wanted = [(s.name, s.start, s.stop) for s in piece.shards]

@@ -122,6 +122,7 @@ FRONT = {
         "opening_links",
     ],
     "weights": [
+        "CodeNorms",
         "CodeSource",
         "DIGEST_ROWS",
         "LARGEST_READING",

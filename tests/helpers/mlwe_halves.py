@@ -13,7 +13,7 @@ import torch
 
 from ciphertune.backend import Direction, LinearMap
 from ciphertune.weights import LayerWeight, describe, group_map
-from ciphertune_mlwe import MLWEBackend, kernels, native, planes
+from ciphertune_mlwe import MLWEBackend, native
 from ciphertune_mlwe.client import MLWEClient
 
 CPU = torch.device("cpu")
@@ -74,8 +74,6 @@ def portable_code() -> Iterator[None]:
     """The tensor operations in the place of the compiled loops."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "library", lambda: None)
-        for module in (kernels, planes):
-            patch.setattr(module, "library", lambda: None)
         for half in ("client", "worker"):
             patch.setattr(f"ciphertune_mlwe.{half}.choose_kernel", lambda device: ("float64", 1.0))
         yield

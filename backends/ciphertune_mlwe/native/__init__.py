@@ -55,6 +55,11 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def library_for(tensor: Tensor) -> ctypes.CDLL | None:
+    """The shared library where it can work on a tensor, which is on the CPU."""
+    return library() if tensor.device.type == "cpu" else None
+
+
 def pointer(tensor: Tensor) -> int:
     """Address of a CPU tensor's data; the caller keeps the tensor alive and has checked its layout."""
     return tensor.data_ptr()

@@ -113,6 +113,12 @@ INLINE int32_t low_bits(double v) {
     return (int32_t)bits;
 }
 
+/* The value of three or four bytes that lie `stride` apart, lowest first, at the top of 32 bits. */
+INLINE uint32_t lifted(const uint8_t *from, int64_t stride, int planes) {
+    uint32_t v = (uint32_t)from[0] | (uint32_t)from[stride] << 8 | (uint32_t)from[2 * stride] << 16;
+    return planes == 3 ? v << 8 : v | (uint32_t)from[3 * stride] << 24;
+}
+
 /* Transforms of secrets, divided by HALF: s (count, DEGREE) double in folded order -> out (count, HALF) complex. */
 CLONES void ct_transform_secrets(const double *s, complex64x2 *out, int64_t count) {
     cvec z[HALF];
@@ -290,11 +296,7 @@ CLONES int ct_hint_masks(const uint8_t *hints, const complex64x2 *secrets, int64
         const uint8_t *pack = hints + row * n * 3;
         double *flat = (double *)values;
         for (int64_t i = 0; i < n; i++) {
-            const uint8_t *low = pack + 3 * i * LANES, *middle = low + LANES, *high = middle + LANES;
-            EACH_LANE {
-                uint32_t v = (uint32_t)low[l] << 8 | (uint32_t)middle[l] << 16 | (uint32_t)high[l] << 24;
-                flat[i * LANES + l] = (double)((int32_t)v >> 8);
-            }
+            EACH_LANE flat[i * LANES + l] = (double)((int32_t)lifted(pack + 3 * i * LANES + l, LANES, 3) >> 8);
         }
         for (int64_t r = 0; r < rank; r++)
             forward(values + r * HALF);
@@ -373,17 +375,11 @@ CLONES void ct_decrypt(const uint8_t *reply, int64_t reply_stride, const int32_t
         const int32_t *masks = mask + row * mask_stride;
         float *out = y + row * y_stride;
         if (planes == 3)
-            for (int64_t t = 0; t < tokens; t++) {
-                uint32_t v = (uint32_t)in[t] << 8 | (uint32_t)in[reply_stride + t] << 16 |
-                             (uint32_t)in[2 * reply_stride + t] << 24;
-                out[t] = (float)(int32_t)(v - (uint32_t)masks[t]) * unit[t];
-            }
+            for (int64_t t = 0; t < tokens; t++)
+                out[t] = (float)(int32_t)(lifted(in + t, reply_stride, 3) - (uint32_t)masks[t]) * unit[t];
         else
-            for (int64_t t = 0; t < tokens; t++) {
-                uint32_t v = in[t] | (uint32_t)in[reply_stride + t] << 8 | (uint32_t)in[2 * reply_stride + t] << 16 |
-                             (uint32_t)in[3 * reply_stride + t] << 24;
-                out[t] = (float)(int32_t)(v - (uint32_t)masks[t]) * unit[t];
-            }
+            for (int64_t t = 0; t < tokens; t++)
+                out[t] = (float)(int32_t)(lifted(in + t, reply_stride, 4) - (uint32_t)masks[t]) * unit[t];
     }
 }
 
@@ -406,17 +402,11 @@ CLONES void ct_join(const uint8_t *in, int64_t in_stride, int64_t plane_stride, 
         const uint8_t *from = in + row * in_stride;
         double *to = out + row * columns;
         if (planes == 3)
-            for (int64_t c = 0; c < columns; c++) {
-                uint32_t v = (uint32_t)from[c] << 8 | (uint32_t)from[plane_stride + c] << 16 |
-                             (uint32_t)from[2 * plane_stride + c] << 24;
-                to[c] = (double)((int32_t)v >> 8);
-            }
+            for (int64_t c = 0; c < columns; c++)
+                to[c] = (double)((int32_t)lifted(from + c, plane_stride, 3) >> 8);
         else
-            for (int64_t c = 0; c < columns; c++) {
-                uint32_t v = from[c] | (uint32_t)from[plane_stride + c] << 8 |
-                             (uint32_t)from[2 * plane_stride + c] << 16 | (uint32_t)from[3 * plane_stride + c] << 24;
-                to[c] = (double)(int32_t)v;
-            }
+            for (int64_t c = 0; c < columns; c++)
+                to[c] = (double)(int32_t)lifted(from + c, plane_stride, 4);
     }
 }
 
@@ -487,16 +477,14 @@ CLONES void ct_limbs(const uint8_t *in, int64_t in_stride, int64_t plane_stride,
         if (planes == 3) {
             int16_t *to = out + row * 2 * columns;
             for (int64_t c = 0; c < columns; c++) {
-                uint32_t v = (uint32_t)from[c] << 8 | (uint32_t)from[plane_stride + c] << 16 |
-                             (uint32_t)from[2 * plane_stride + c] << 24;
+                uint32_t v = lifted(from + c, plane_stride, 3);
                 to[c] = (int16_t)(v >> 8 & 0xFFF);
                 to[columns + c] = (int16_t)((int32_t)v >> 20);
             }
         } else {
             int16_t *to = out + row * 3 * columns;
             for (int64_t c = 0; c < columns; c++) {
-                uint32_t v = from[c] | (uint32_t)from[plane_stride + c] << 8 |
-                             (uint32_t)from[2 * plane_stride + c] << 16 | (uint32_t)from[3 * plane_stride + c] << 24;
+                uint32_t v = lifted(from + c, plane_stride, 4);
                 to[c] = (int16_t)(v & 0x7FF);
                 to[columns + c] = (int16_t)(v >> 11 & 0x7FF);
                 to[2 * columns + c] = (int16_t)((int32_t)v >> 22);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import signal
@@ -151,9 +150,8 @@ def worker(
     _say("weights loaded", layers=len(store), megabytes=round(store.nbytes / 1e6, 1), verified=verify)
     size = max_message_mb << 20
     keys = max_key_mb << 20
-    limits = SessionLimits(max_sessions, idle_seconds=idle, nbytes=keys, all_nbytes=8 * keys)
-    if withhold_weights:
-        limits = dataclasses.replace(limits, readings=0)
+    readings = 0 if withhold_weights else SessionLimits.readings
+    limits = SessionLimits(max_sessions, idle_seconds=idle, nbytes=keys, all_nbytes=8 * keys, readings=readings)
     service = Service(
         Worker(store, place, limits),
         Quota(max_requests, max_client_mb << 20),

@@ -20,14 +20,13 @@ class Piece:
 
     Attributes:
         shards: its rows, in the order in which its workers hold them.
-        rows: where each shard stands in the group's stacked matrix.
         workers: indices of the workers that hold all of it: replicas of each other.
-        forward, backward: the maps of this part.
+        forward, backward: the maps of this part; their ``rows`` say where each shard stands in the group's stacked
+            matrix.
         whole: whether it is all of the group, in the group's order.
     """
 
     shards: tuple[Shard, ...]
-    rows: tuple[slice, ...]
     workers: tuple[int, ...]
     forward: LinearMap
     backward: LinearMap
@@ -174,7 +173,7 @@ def _pieces(group: Sequence[LayerInfo], parts: Sequence[_Part], index: _Index) -
             dataclasses.replace(group_map(cut, direction), identity="", rows=places) for direction in DIRECTIONS
         )
         workers = tuple(sorted(run[0].workers))
-        pieces.append(Piece(shards, tuple(part.rows for part in run), workers, forward, backward, whole))
+        pieces.append(Piece(shards, workers, forward, backward, whole))
     return tuple(pieces)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from ciphertune.backend import ClientHalf, Direction, LinearMap
 from ciphertune.errors import WeightsError
-from ciphertune.weights import DIGEST_ROWS, CodeSource, LayerInfo, LayerWeight, code_dtype, row_digests
+from ciphertune.weights import DIGEST_ROWS, CodeNorms, CodeSource, LayerInfo, LayerWeight, code_dtype, row_digests
 
 _BLOCK_VALUES = 1 << 22
 """Codes held at once."""
@@ -118,8 +116,7 @@ class _Check:
 
     def __init__(self, layer: LayerInfo) -> None:
         self._layer = layer
-        self._row = 0.0
-        self._squares = torch.zeros(layer.in_features, dtype=torch.float64)
+        self._norms = CodeNorms(layer.in_features, torch.device("cpu"))
 
     def wrong(self, codes: Tensor, start: int, stop: int) -> str | None:
         """Why codes are not rows start to stop of the layer; None where they are."""
@@ -131,20 +128,15 @@ class _Check:
                 f"got {codes.dtype} {tuple(codes.shape)}"
             )
         scale = None if layer.scale is None else layer.scale[start:stop]
-        size = hashlib.sha256().digest_size
-        known = layer.row_digests[start // DIGEST_ROWS * size : -(-stop // DIGEST_ROWS) * size]
-        if row_digests(LayerWeight(codes, scale)) != known:
+        if row_digests(LayerWeight(codes, scale)) != layer.digests_of(start, stop):
             return f"{layer.name}: rows {start} to {stop} are not those of this model: their hash is another one"
-        squares = codes.to(device="cpu", dtype=torch.float64).square_()
-        self._row = max(self._row, math.sqrt(float(squares.sum(dim=1).max())))
-        self._squares += squares.sum(dim=0)
+        self._norms.add(codes)
         return None
 
     def finish(self) -> None:
         """Hold the norms against those that scales are chosen by. Raises ``WeightsError``."""
         layer = self._layer
-        column = math.sqrt(float(self._squares.max()))
-        if (self._row, column) != (layer.max_row_norm, layer.max_column_norm):
+        if (self._norms.row, self._norms.column) != (layer.max_row_norm, layer.max_column_norm):
             raise WeightsError(
                 f"{layer.name}: the norms that are noted for this layer are not those of its weight. "
                 "Split the model again"

@@ -50,7 +50,7 @@ class WorkerCodes:
             if low < high:
                 blocks.append((low, self._ask(layer, low, high, workers)))
         codes = [codes for _, codes in sorted(blocks, key=lambda block: block[0])]
-        return codes[0] if len(codes) == 1 else _joined(codes)
+        return codes[0] if len(codes) == 1 else torch.cat([part.cpu() for part in codes])
 
     def distrust(self, layer: LayerInfo, start: int, stop: int) -> bool:
         """See ``CodeSource.distrust``: workers that gave them are asked for this layer no more."""
@@ -101,7 +101,3 @@ class WorkerCodes:
             if refused or time.monotonic() > end:
                 raise WeightsError(f"rows {start} to {stop} of {layer.name} could not be read: {problem}")
             self._pool.closed.wait(BACKOFF_SECONDS)
-
-
-def _joined(codes: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.cpu() for part in codes])

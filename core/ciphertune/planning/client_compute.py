@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ciphertune.backend import Direction
+from ciphertune.backend import DIRECTIONS, Direction
 from ciphertune.linear import OutsourcedLinear
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import Candidate, sibling_groups
@@ -124,7 +124,7 @@ class _Pass(NamedTuple):
 
     def between(self, layers: str, direction: Direction) -> float:
         """Median time before products of a kind, but for the first of each direction: begin and head are there."""
-        firsts = {next((i for i, m in enumerate(self.marks) if m.direction == d), -1) for d in ("forward", "backward")}
+        firsts = {next((i for i, m in enumerate(self.marks) if m.direction == d), -1) for d in DIRECTIONS}
         alike = [i for i, m in enumerate(self.marks) if (m.layers, m.direction) == (layers, direction)]
         rest = [i for i in alike if i not in firsts]
         return statistics.median(self.marks[i].seconds for i in rest) if rest else 0.0

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ciphertune.backend import Backend, Direction, LinearMap
+from ciphertune.backend import DIRECTIONS, Backend, Direction, LinearMap
 from ciphertune.errors import ConfigError
 
 FORMAT = "ciphertune-speeds-1"
@@ -183,7 +183,7 @@ def _client_compute(row: Mapping[str, Any]) -> ClientCompute:
 
 def _product(row: Mapping[str, Any]) -> ProductSpeed:
     direction = row["direction"]
-    if direction not in ("forward", "backward"):
+    if direction not in DIRECTIONS:
         raise ValueError(f"a product of direction {direction!r}")
     sizes = [_number(row, name, least=1.0) for name in ("tokens", "in_features", "out_features")]
     if any(size != int(size) for size in sizes):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ciphertune
-from ciphertune.backend import Backend, Buffers, ClientHalf, Direction, LinearMap, WorkerHalf
+from ciphertune.backend import DIRECTIONS, Backend, Buffers, ClientHalf, Direction, LinearMap, WorkerHalf
 from ciphertune.client.choice import choose
 from ciphertune.errors import InputError, ProtocolError, ReplyError
 from ciphertune.protocol import Message, pack, unpack
@@ -331,8 +331,7 @@ class BackendSuite:
     def test_the_plan_of_traffic_holds(self, pair: Callable[..., Pair]) -> None:
         """Bytes that the backend foretells are the bytes it sends."""
         both = pair(24, 40)
-        directions: tuple[Direction, ...] = ("forward", "backward")
-        for direction in directions:
+        for direction in DIRECTIONS:
             linear_map = both.map(direction)
             foretold = both.backend.traffic(linear_map, 9)
             if foretold is None:

@@ -15,7 +15,7 @@ import msgpack
 import torch
 
 from ciphertune._support.own_modes import own_modes
-from ciphertune.backend import Backend, Direction, WorkerHalf
+from ciphertune.backend import DIRECTIONS, Backend, Direction, WorkerHalf
 from ciphertune.errors import (
     CipherTuneError,
     HoldingsError,
@@ -244,7 +244,7 @@ class Worker:
         direction: Direction = _field(request, "direction", str)
         if not 0 <= index < len(session.groups):
             raise ProtocolError(f"group {index} is not one of the {len(session.groups)} that the session opened")
-        if direction not in ("forward", "backward"):
+        if direction not in DIRECTIONS:
             raise ProtocolError("the direction is neither forward nor backward")
         with self._lock:
             session.busy += 1
