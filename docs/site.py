@@ -39,6 +39,7 @@ MODULES = {
     "weights": "Weights",
     "status": "Status of a worker",
     "selection": "Selection strings",
+    "cache": "Cache",
     "key_files": "Key files",
     "plugins.manager": "Hook plugins",
     "hookspecs": "What hooks see",

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from ciphertune.plugins.manager import PluginManager
 from ciphertune.traffic import Exchange
 
 pytest_plugins = ["ciphertune.testing.fixtures"]
+
+# What tests keep on disk is not the user's.
+_kept = tempfile.TemporaryDirectory(prefix="ciphertune-tests-")
+for _name, _part in (("CIPHERTUNE_CACHE", "cache"), ("CIPHERTUNE_KEYS", "keys")):
+    os.environ[_name] = str(Path(_kept.name) / _part)
 
 # Run by hand (`make fuzz`, `make soak`), with packages that the tests do not install.
 collect_ignore = ["long"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -29,6 +30,9 @@ from ciphertune_mlwe.params import (
     parameters_of,
 )
 
+_HINT_MEMORY = 4096
+"""Megabytes of hints in memory where the system does not tell how much there is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MLWEOptions:
@@ -42,6 +46,9 @@ class MLWEOptions:
         banks: let requests of few tokens share secrets, as token-by-token generation needs to be fast.
         ahead: make masks before the data, while the client waits.
         mask_memory: megabytes for banks and for masks that are made ahead.
+        hint_memory: megabytes of hints that are held in memory; others are read from disk for each product. If not
+            given, a quarter of the machine's memory.
+        hint_disk: megabytes of hints that are kept on disk for later sessions, of all models; 0 to keep none.
     """
 
     request_bits: Literal[24, 32] | None = None
@@ -50,12 +57,18 @@ class MLWEOptions:
     banks: bool = True
     ahead: bool = True
     mask_memory: int = 512
+    hint_memory: int | None = None
+    hint_disk: int = 20480
 
     def __post_init__(self) -> None:
         if not 1 <= self.pad_tokens <= 1 << 16:
             raise SelectionError(f"option pad_tokens={self.pad_tokens} must be between 1 and 65536")
         if not 1 <= self.mask_memory <= 1 << 20:
             raise SelectionError(f"option mask_memory={self.mask_memory} must be between 1 and 1048576 megabytes")
+        if self.hint_memory is not None and not 0 <= self.hint_memory <= 1 << 24:
+            raise SelectionError(f"option hint_memory={self.hint_memory} must be between 0 and 16777216 megabytes")
+        if not 0 <= self.hint_disk <= 1 << 24:
+            raise SelectionError(f"option hint_disk={self.hint_disk} must be between 0 and 16777216 megabytes")
 
 
 class MLWEBackend(Backend):
@@ -99,6 +112,16 @@ class MLWEBackend(Backend):
         bits: WeightBits = self.options.weight_bits
         return bits
 
+    @property
+    def _hint_memory(self) -> int:
+        """Megabytes of hints in memory."""
+        if self.options.hint_memory is not None:
+            return int(self.options.hint_memory)
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 22
+        except (AttributeError, OSError, ValueError):
+            return _HINT_MEMORY
+
     def noise(self, linear_map: LinearMap) -> NoiseModel:
         """See ``Backend.noise``."""
         return self.parameters(linear_map).noise(self._digits)
@@ -125,11 +148,15 @@ class MLWEBackend(Backend):
         return Work(tokens * (k + n), tokens * k * n, tokens * n, by)
 
     def client(self, device: torch.device) -> ClientHalf[Any]:
-        """A client half with a public matrix of its own."""
+        """A client half; its public matrix is its own, or with hints on disk that of the client and the model."""
         from ciphertune_mlwe.client import MLWEClient
+        from ciphertune_mlwe.hint_store import HintStore
 
         o = self.options
-        return MLWEClient(self.parameters, self._digits, o.pad_tokens, o.banks, o.mask_memory << 20, o.ahead, device)
+        store = HintStore(self._hint_memory << 20, o.hint_disk << 20, device)
+        return MLWEClient(
+            self.parameters, self._digits, o.pad_tokens, o.banks, o.mask_memory << 20, o.ahead, device, store
+        )
 
     @classmethod
     def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> WorkerHalf:
@@ -141,7 +168,9 @@ class MLWEBackend(Backend):
         return MLWEWorker(fields, device)
 
     def diagnose(self, device: torch.device) -> Mapping[str, Any]:
-        """Which product kernel this machine uses, and its speed."""
+        """Which product kernel this machine uses, its speed, and where hints are."""
+        from ciphertune.cache import entries
+        from ciphertune_mlwe.hint_cache import PART
         from ciphertune_mlwe.kernels import choose_kernel
         from ciphertune_mlwe.native import library
 
@@ -151,4 +180,6 @@ class MLWEBackend(Backend):
             "kernel": chosen,
             f"{chosen} product (GMAC/s)": round(speed, 1),
             "encryption loops": loops,
+            "hints in memory at most (GB)": round(self._hint_memory / 1024, 1),
+            "hints on disk (GB)": round(sum(each.nbytes for each in entries(PART)) / 1e9, 2),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from ciphertune.backend import Buffers, ClientHalf, Encrypted, LinearMap
 from ciphertune.errors import InputError, ReplyError, SecurityError
 from ciphertune_mlwe.clones import CloneWatch
+from ciphertune_mlwe.hint_store import Hints, HintStore
 from ciphertune_mlwe.hints import HintPreparation, Prepared
 from ciphertune_mlwe.kernels import KERNELS, choose_kernel
 from ciphertune_mlwe.masks import BANK_COLUMNS, Block, Mask, MaskStock, Order
@@ -20,7 +22,7 @@ from ciphertune_mlwe.params import ParameterSet
 from ciphertune_mlwe.planes import lifted
 from ciphertune_mlwe.prg import fresh_seed
 from ciphertune_mlwe.public import PublicMatrix
-from ciphertune_mlwe.transforms import make_transforms
+from ciphertune_mlwe.transforms import LANES, hint_shape, make_transforms
 
 MAX_TOKENS = 1 << 24
 """Tokens of one product at most."""
@@ -52,7 +54,8 @@ class MLWEClient(ClientHalf[EncryptionState]):
         mask_bytes: memory for banks and for masks made ahead.
         ahead: whether masks are made ahead.
         device: where encryption and decryption run.
-        seed: of the public matrix.
+        store: of hints.
+        seed: of the public matrix; None for a fresh one, or the one that hints on disk are of.
         watch: notices that the machine was copied.
     """
 
@@ -65,6 +68,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         mask_bytes: int,
         ahead: bool,
         device: torch.device,
+        store: HintStore | None = None,
         seed: bytes | None = None,
         watch: CloneWatch | None = None,
     ) -> None:
@@ -75,7 +79,9 @@ class MLWEClient(ClientHalf[EncryptionState]):
         self._mask_bytes = mask_bytes
         self._device = device
         self._transforms = make_transforms(device)
-        self._public = PublicMatrix(seed or fresh_seed(), b"", 256, self._transforms)
+        self._store = store or HintStore(1 << 62, 0, device)
+        self._seed = seed
+        self._public = PublicMatrix(seed or fresh_seed(), b"", self._transforms)
         self._prepared: dict[str, Prepared] = {}
         self._bank_columns = -1
         self._lock = threading.Lock()
@@ -83,10 +89,30 @@ class MLWEClient(ClientHalf[EncryptionState]):
             self._block, self._block_bytes, self._columns, mask_bytes if ahead else 0, watch or CloneWatch()
         )
 
+    def begin(self, model: bytes) -> None:
+        """See ``ClientHalf.begin``: take hints of this model on disk into use."""
+        seed = self._store.open(model) if self._seed is None else None
+        if seed is not None:
+            self._public = PublicMatrix(seed, model, self._transforms)
+
     def preparation(self, forward: LinearMap, backward: LinearMap) -> HintPreparation | None:
-        """See ``ClientHalf.preparation``: the hints of both directions, unless they are here."""
-        if {forward.identity, backward.identity} <= self._prepared.keys():
+        """See ``ClientHalf.preparation``: the hints of both directions, unless they are here or on disk.
+
+        Raises:
+            CacheError: hints would fit neither in memory nor on disk.
+        """
+        missing = [each for each in (forward, backward) if each.identity not in self._prepared]
+        for each in missing:
+            rows = self._digits * each.out_features
+            found = self._store.find(each.identity, rows, self._parameters(each))
+            if found is not None:
+                self._add(each, rows, found)
+        if all(each.identity in self._prepared for each in missing):
             return None
+        for each in missing:
+            if each.identity not in self._prepared:
+                shape = hint_shape(self._digits * each.out_features, self._parameters(each))
+                self._store.announce(math.prod(shape))
         return HintPreparation(
             forward,
             backward,
@@ -153,6 +179,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
     def close(self) -> None:
         """Forget masks and hints."""
         self._stock.close()
+        self._store.close()
         with self._lock:
             self._prepared.clear()
         self._public.forget_operands()
@@ -204,9 +231,16 @@ class MLWEClient(ClientHalf[EncryptionState]):
             raise SecurityError(f"{whole.label}: nothing was prepared for this product; its weights were not read")
         return product
 
-    def _keep(self, identity: str, prepared: Prepared) -> None:
+    def _keep(self, linear_map: LinearMap, rows: int, hints: Tensor) -> None:
+        """Keep hints that were made, unless one direction's were on disk already."""
+        if linear_map.identity not in self._prepared:
+            parameters = self._parameters(linear_map)
+            self._add(linear_map, rows, self._store.keep(linear_map.identity, rows, parameters, hints))
+
+    def _add(self, linear_map: LinearMap, rows: int, hints: Hints) -> None:
+        prepared = Prepared(self._parameters(linear_map), linear_map.in_features, rows, hints)
         with self._lock:
-            self._prepared[identity] = prepared
+            self._prepared[linear_map.identity] = prepared
             self._bank_columns = -1
 
     def _block(self, order: Order) -> Block:
@@ -221,7 +255,9 @@ class MLWEClient(ClientHalf[EncryptionState]):
         try:
             public = self._public.transformed(product.features, parameters.rank)
             self._transforms.masks(public, secrets, parameters, fresh_seed(), block.body.matrix)
-            self._transforms.hint_masks(product.hints, secrets, parameters, block.hint.matrix)
+            for row, hints in product.hints.parts():
+                rows = block.hint.matrix[row : row + LANES * len(hints)]
+                self._transforms.hint_masks(hints, secrets, parameters, rows)
         finally:
             secrets.zero_()
         return block

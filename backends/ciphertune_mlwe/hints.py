@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.backend import LinearMap, Preparation
+from ciphertune_mlwe.hint_store import Hints
 from ciphertune_mlwe.kernels import Kernel
 from ciphertune_mlwe.params import ParameterSet
 from ciphertune_mlwe.planes import digits_of
@@ -24,13 +25,13 @@ class Prepared:
         parameters: of its ciphertexts.
         features: K, rows of the public matrix that its requests use.
         rows: outputs, once for each digit of the weight.
-        hints: H = M · A, as ``Transforms.pack`` keeps them.
+        hints: H = M · A.
     """
 
     parameters: ParameterSet
     features: int
     rows: int
-    hints: Tensor = dataclasses.field(repr=False)
+    hints: Hints = dataclasses.field(repr=False)
 
 
 class HintPreparation(Preparation):
@@ -44,7 +45,7 @@ class HintPreparation(Preparation):
         parameters: of their ciphertexts.
         digits: of the weight.
         public, transforms, kernel: the arithmetic.
-        done: takes what was made, by the maps' identities.
+        done: takes what was made: the map, the number of rows and the hints as ``Transforms.pack`` writes them.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class HintPreparation(Preparation):
         public: PublicMatrix,
         transforms: Transforms,
         kernel: Kernel,
-        done: Callable[[str, Prepared], None],
+        done: Callable[[LinearMap, int, Tensor], None],
     ) -> None:
         self._maps = forward, backward
         self._parameters = parameters
@@ -67,13 +68,17 @@ class HintPreparation(Preparation):
         self._done = done
         self._outputs = forward.out_features
         self._features = forward.in_features
-        self._forward = transforms.empty_hints(digits * self._outputs, parameters[0])
-        shape = digits, self._features, parameters[1].dimension
-        self._sums = torch.zeros(shape, dtype=torch.int32, device=transforms.device)
+        self._forward: Tensor | None = None
+        self._sums = torch.empty(0)
 
     def absorb(self, row: int, codes: Tensor) -> None:
         """See ``Preparation.absorb``."""
         ahead, back = self._parameters
+        if self._forward is None:
+            # Memory is taken group by group, as codes come.
+            self._forward = self._transforms.empty_hints(self._digits * self._outputs, ahead)
+            shape = self._digits, self._features, back.dimension
+            self._sums = torch.zeros(shape, dtype=torch.int32, device=self._transforms.device)
         inputs = self._public.operand(0, self._features, ahead.rank, self._kernel)
         outputs = self._public.operand(row, row + len(codes), back.rank, self._kernel)
         part = torch.empty(len(codes), ahead.dimension, dtype=torch.int32, device=self._transforms.device)
@@ -84,10 +89,12 @@ class HintPreparation(Preparation):
 
     def finish(self) -> None:
         """See ``Preparation.finish``."""
+        if self._forward is None:
+            raise RuntimeError("no codes came")
+        self._done(self._maps[0], self._digits * self._outputs, self._forward)
+        self._forward = None
         rows = self._digits * self._features
         backward = self._transforms.empty_hints(rows, self._parameters[1])
         self._transforms.pack(self._sums.view(rows, -1), 0, backward)
-        made = (self._digits * self._outputs, self._forward), (rows, backward)
-        for linear_map, parameters, (count, hints) in zip(self._maps, self._parameters, made, strict=True):
-            self._done(linear_map.identity, Prepared(parameters, linear_map.in_features, count, hints))
-        self._sums = self._sums.new_empty(0)
+        self._sums = torch.empty(0)
+        self._done(self._maps[1], rows, backward)

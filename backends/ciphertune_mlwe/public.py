@@ -12,7 +12,7 @@ from torch import Tensor
 from ciphertune_mlwe.kernels import Kernel
 from ciphertune_mlwe.params import PLANES
 from ciphertune_mlwe.planes import split_bytes
-from ciphertune_mlwe.transforms import Transforms
+from ciphertune_mlwe.transforms import DEGREE, Transforms
 
 _DOMAIN = b"ciphertune mlwe public matrix, degree 256, q = 2^32"
 
@@ -27,14 +27,12 @@ class PublicMatrix:
 
     Args:
         seed: 32 bytes of the client.
-        model: SHA-256 over the layers that products are of.
-        degree: of the ring.
+        model: SHA-256 over the layers that products are of; empty for a seed that serves no other model.
         transforms: how ring elements are transformed.
     """
 
-    def __init__(self, seed: bytes, model: bytes, degree: int, transforms: Transforms) -> None:
+    def __init__(self, seed: bytes, model: bytes, transforms: Transforms) -> None:
         self._prefix = hashlib.shake_128(_DOMAIN + seed + model)
-        self._degree = degree
         self._transforms = transforms
         self._lock = threading.Lock()
         self._kept: tuple[int, int, Tensor] = (0, 0, torch.empty(0, dtype=torch.float64))
@@ -42,7 +40,7 @@ class PublicMatrix:
 
     def rows(self, start: int, stop: int, rank: int) -> Tensor:
         """Rows start to stop, (rows, rank · degree) int32."""
-        size = 4 * rank * self._degree
+        size = 4 * rank * DEGREE
         stream = bytearray()
         for row in range(start, stop):
             xof = self._prefix.copy()
@@ -61,7 +59,7 @@ class PublicMatrix:
                 count = min(KEPT_ROWS, max(stop, 2 * count))
                 kept = self._made(0, count, kept_rank, kernel)
                 self._operands = count, kept_rank, kept
-        return kept[start:stop, ..., : rank * self._degree]
+        return kept[start:stop, ..., : rank * DEGREE]
 
     def forget_operands(self) -> None:
         """Free what ``operand`` keeps."""

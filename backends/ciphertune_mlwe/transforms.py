@@ -22,7 +22,13 @@ from ciphertune_mlwe.scratch import Scratch
 LANES = 8
 """Rows that stand side by side in a pack of hints."""
 
-_DEGREE = 256
+DEGREE = 256
+"""Of the ring."""
+
+
+def hint_shape(rows: int, parameters: ParameterSet) -> tuple[int, int, int, int]:
+    """The shape of hints of so many rows: packs, n, planes, rows of a pack."""
+    return -(-rows // LANES), parameters.dimension, HINT_PLANES, LANES
 
 
 class Transforms(abc.ABC):
@@ -65,8 +71,7 @@ class Transforms(abc.ABC):
 
     def empty_hints(self, rows: int, parameters: ParameterSet) -> Tensor:
         """Memory for the hints of so many rows, zeros: (packs of 8 rows, n, 3 planes, 8) uint8."""
-        shape = -(-rows // LANES), parameters.dimension, HINT_PLANES, LANES
-        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        return torch.zeros(hint_shape(rows, parameters), dtype=torch.uint8, device=self.device)
 
     @abc.abstractmethod
     def masks(
@@ -122,7 +127,7 @@ class TensorTransforms(Transforms):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._ring = NegacyclicRing(_DEGREE, device)
+        self._ring = NegacyclicRing(DEGREE, device)
         self._scratch = Scratch(device)
         self._busy = threading.Lock()
 
@@ -131,7 +136,7 @@ class TensorTransforms(Transforms):
 
     def of_rows(self, rows: Tensor, rank: int) -> Tensor:
         """See ``Transforms.of_rows``: (rows, rank, degree / 2) complex128."""
-        return self._ring.transform(rows.to(self.device, torch.float64).view(len(rows), rank, _DEGREE))
+        return self._ring.transform(rows.to(self.device, torch.float64).view(len(rows), rank, DEGREE))
 
     def pack(self, values: Tensor, first: int, hints: Tensor) -> None:
         """See ``Transforms.pack``."""
@@ -175,7 +180,7 @@ class TensorTransforms(Transforms):
                 # Values of the packs' rows, (rows, planes, n), as integers of 24 bits.
                 planes = packs.permute(0, 3, 2, 1).reshape(-1, HINT_PLANES, parameters.dimension)[: stop - start]
                 values = lifted(planes).bitwise_right_shift_(8).to(torch.float64)
-                values = self._ring.transform(values.view(stop - start, parameters.rank, _DEGREE))
+                values = self._ring.transform(values.view(stop - start, parameters.rank, DEGREE))
                 mask = low_bits(self._ring.inner(values, secrets, self._scratch))[:, :tokens]
                 out[start:stop] = mask.bitwise_left_shift_(8)
             self._scratch.wipe()
@@ -184,7 +189,7 @@ class TensorTransforms(Transforms):
         """See ``Transforms.encrypt``."""
         tokens, features = x.shape
         b = torch.empty(features, planes, tokens, dtype=torch.uint8, device=self.device)
-        for start, stop in self._chunks(features, -(-tokens // _DEGREE)):
+        for start, stop in self._chunks(features, -(-tokens // DEGREE)):
             value = low_bits((x[:, start:stop].t().to(torch.float64) * scale).contiguous()).add_(mask[start:stop])
             split_bytes(value.bitwise_right_shift_(MODULUS_BITS - 8 * planes), b[start:stop])
         return b
@@ -221,14 +226,14 @@ class NativeTransforms(Transforms):
         """See ``Transforms.of_rows``: packs of eight rows, (packs, rank · degree · 8) float64."""
         rows = rows.contiguous()
         packs = -(-len(rows) // LANES)
-        out = torch.empty(packs, rank * _DEGREE * LANES, dtype=torch.float64)
+        out = torch.empty(packs, rank * DEGREE * LANES, dtype=torch.float64)
 
         def task(start: int, stop: int) -> None:
             self._library.ct_transform_rows(
                 native.pointer(rows) + start * rows.shape[1] * 4,
                 rank,
                 stop - start,
-                native.pointer(out) + start * rank * _DEGREE * 8,
+                native.pointer(out) + start * rank * DEGREE * 8,
             )
 
         native.over_rows(len(rows), LANES, task)
@@ -259,7 +264,7 @@ class NativeTransforms(Transforms):
                 count = min(chunk, stop - row)
                 expand(seed, row, count, row_bytes, noise)
                 status = self._library.ct_masks(
-                    native.pointer(values) + row * stored * _DEGREE * 8,
+                    native.pointer(values) + row * stored * DEGREE * 8,
                     stored,
                     native.pointer(secrets),
                     parameters.rank,

@@ -208,6 +208,16 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         """Public key material the worker needs to evaluate; sent once per worker and session."""
         return {}
 
+    def begin(self, model: bytes) -> None:
+        """Take notice of the model that products will be of, once and before anything else.
+
+        A client half that keeps what it prepares between sessions finds it by this.
+
+        Args:
+            model: SHA-256 over the names, sizes and weights of the outsourced layers.
+        """
+        return
+
     def preparation(self, forward: LinearMap, backward: LinearMap) -> Preparation | None:
         """What is to be made of a group's codes before its first product; None where nothing is.
 

@@ -19,6 +19,7 @@ CipherTuneError
 ├── TransportError            the link to a worker failed
 │   └── TransportTimeoutError no answer within the deadline
 ├── WeightsError              codes that a client prepares itself from cannot be had, or are others
+├── CacheError                what is kept on disk between sessions cannot be written, or was altered
 ├── WorkerError               the worker answered with an error of its own
 ├── UnknownSessionError       (worker) the session that a request names is not open
 ├── HoldingsError             (worker) it does not hold what the client expects
@@ -108,6 +109,10 @@ class TransportTimeoutError(TransportError, TimeoutError):
 
 class WeightsError(CipherTuneError):
     """Codes that a client prepares itself from are not to be had, or are not those of its model."""
+
+
+class CacheError(CipherTuneError):
+    """What is kept on disk between sessions cannot be written or read, or was altered."""
 
 
 class WorkerError(CipherTuneError):

@@ -247,6 +247,15 @@ def _raw(tensor: Tensor) -> memoryview:
     return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
+def model_digest(layers: Sequence[LayerInfo]) -> bytes:
+    """SHA-256 over names, sizes and row digests of a model's outsourced layers, in their order."""
+    digest = hashlib.sha256()
+    for layer in layers:
+        row = [layer.name, layer.out_features, layer.in_features, layer.weight_bits]
+        digest.update(json.dumps(row).encode() + hashlib.sha256(layer.row_digests).digest())
+    return digest.digest()
+
+
 def group_map(layers: Sequence[LayerInfo], direction: Direction) -> LinearMap:
     """The map of layers that share one input, their outputs concatenated (forward) or summed (backward)."""
     label = f"{' + '.join(layer.name for layer in layers)} ({direction})"

@@ -59,14 +59,14 @@ CPU = torch.device("cpu")
 def _circuits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of their own for the tests, and worker processes that they start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CIPHERTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield cache.cache_folder()
 
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "ciphertune" / "concrete-circuit"
+    monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path))
+    return tmp_path / "concrete-circuit"
 
 
 class TestCircuit(BackendSuite):
@@ -345,8 +345,8 @@ class TestCache:
 
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").write_text("")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        with pytest.raises(PluginError, match="set XDG_CACHE_HOME"):
+        monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path / "file"))
+        with pytest.raises(PluginError, match="set CIPHERTUNE_CACHE"):
             self.make(codes_of(3, 4))
 
     @pytest.mark.parametrize("damage", ["library", "description", "facts", "nothing in it"])

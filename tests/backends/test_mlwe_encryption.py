@@ -135,7 +135,7 @@ def test_masks_and_ciphertexts_are_exact_integer_arithmetic(
 ) -> None:
     transforms = made()
     features, blocks = 11, -(-tokens // 256)
-    public = PublicMatrix(bytes(range(32)), b"model", 256, transforms)
+    public = PublicMatrix(bytes(range(32)), b"model", transforms)
     secrets = transforms.secrets(bytes(32), parameters, blocks)
     mask = torch.empty(features, tokens, dtype=torch.int32)
     transforms.masks(public.transformed(features, parameters.rank), secrets, parameters, bytes(range(64, 96)), mask)
@@ -201,7 +201,7 @@ def test_known_answers() -> None:
     for make in MADE:
         transforms = make()
         for parameters in SETS:
-            public = PublicMatrix(bytes(range(32)), b"", 256, transforms)
+            public = PublicMatrix(bytes(range(32)), b"", transforms)
             secrets = transforms.secrets(bytes(range(32, 64)), parameters, 2)
             mask = torch.empty(20, 300, dtype=torch.int32)
             values = public.transformed(20, parameters.rank)

@@ -21,7 +21,7 @@ SEED = bytes(range(32))
 
 
 def matrix(seed: bytes = SEED, model: bytes = b"") -> PublicMatrix:
-    return PublicMatrix(seed, model, 256, make_transforms(CPU))
+    return PublicMatrix(seed, model, make_transforms(CPU))
 
 
 def client(weight_bits: int = 8, sets: dict[Direction, ParameterSet] | None = None) -> MLWEClient:
@@ -31,7 +31,7 @@ def client(weight_bits: int = 8, sets: dict[Direction, ParameterSet] | None = No
     def parameters(linear_map: LinearMap) -> ParameterSet:
         return chosen[linear_map.direction]
 
-    return MLWEClient(parameters, weight_bits // 8, 1, True, 1 << 24, False, CPU, SEED)
+    return MLWEClient(parameters, weight_bits // 8, 1, True, 1 << 24, False, CPU, seed=SEED)
 
 
 def test_rows_are_a_stream_of_shake() -> None:
@@ -96,7 +96,8 @@ def test_hints_are_exact_products_rounded_to_24_bits(outputs: int, features: int
         sets: dict[Direction, ParameterSet] = {"forward": NARROW, "backward": WIDE}
         halves = Halves(codes, client(weight_bits, sets), step)
         for direction in DIRECTIONS:
-            packed = halves.client._prepared[halves.maps[direction].identity].hints
+            ((first, packed),) = halves.client._prepared[halves.maps[direction].identity].hints.parts()
+            assert first == 0
             n = sets[direction].dimension
             matrices = digits if direction == "forward" else [digit.t() for digit in digits]
             # Each digit's rows one below the other.

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 import ciphertune
 import ciphertune.cli.doctor
 from ciphertune.bench import child, train
+from ciphertune.cache import Hold, cache_folder
 from ciphertune.cli import _COMMANDS, LazyGroup, cli, main
 from ciphertune.cli.output import print_table
 from ciphertune.errors import PluginError
@@ -306,3 +307,33 @@ def test_brackets_in_tables_are_text(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "[::1]:5555" in shown
     assert "ciphertune[concrete-ml]" in shown
+
+
+def test_the_cache_is_shown_and_emptied_but_for_what_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path))
+    assert "Nothing is kept" in invoke("cache").output
+    for part, name in (("a", "one"), ("a", "two"), ("b", "three")):
+        used = Hold(tmp_path / part / name)
+        (tmp_path / part / name / "file").write_bytes(bytes(1000))
+        if name == "two":
+            held = used
+        else:
+            used.close()
+    assert [row["bytes"] for row in json.loads(invoke("cache", "--json").output)["kept"]] == [1000] * 3
+    assert [row["name"] for row in json.loads(invoke("cache", "--part", "b", "--json").output)["kept"]] == ["three"]
+    assert "Removed 2 entries" in invoke("cache", "--clear").output
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["two"]
+    held.close()
+    assert json.loads(invoke("cache", "--clear", "--json").output) == {"kept": [], "removed_bytes": 1000}
+
+
+def test_the_cache_folder_is_the_users_or_the_one_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CIPHERTUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("part") == tmp_path / "ciphertune" / "part"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder("part") == Path.home() / ".cache" / "ciphertune" / "part"
+    monkeypatch.setenv("CIPHERTUNE_CACHE", "~/here")
+    assert cache_folder("part") == Path.home() / "here" / "part"

@@ -252,7 +252,7 @@ def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
             text = text.replace('"language-reference"', '"../text.txt"').replace("length = 128", "length = 12")
             (tmp_path / "examples" / example.name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path / "cache"))
     # Processes of benchmarks would import everything again; tests/cli/test_cli.py starts them.
     monkeypatch.setattr(train, "_child", lambda request: json.loads(json.dumps(child.steps(**request))))
     player = Player(page, port)

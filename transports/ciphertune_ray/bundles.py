@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from ciphertune.bundle.files import WORKER_MANIFEST
 from ciphertune.bundle.worker import read_blocks
+from ciphertune.cache import cache_folder
 from ciphertune.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class _Store:
         if self._folder is None:
             raw = self._read(WORKER_MANIFEST)
             # Named by the manifest, so that another bundle at the same address gets another folder.
-            self._folder = _cache() / hashlib.sha256(raw).hexdigest()
+            self._folder = cache_folder("bundles") / hashlib.sha256(raw).hexdigest()
             _write(self._folder / WORKER_MANIFEST, lambda file: file.write_bytes(raw))
         target = self._folder / name
         if not target.exists():
@@ -152,10 +152,6 @@ class _Store:
             self._files.get_file(f"{self._root}/{name}", str(file))
         except Exception as error:
             raise ConfigError(f"{self._url}/{name} cannot be fetched: {type(error).__name__}: {error}") from error
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("CIPHERTUNE_CACHE") or Path.home() / ".cache" / "ciphertune") / "bundles"
 
 
 def _write(target: Path, write: Callable[[Path], Any]) -> None:

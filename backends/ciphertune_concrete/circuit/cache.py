@@ -10,13 +10,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ciphertune import cache
 from ciphertune.errors import PluginError
 
 log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Folder of compiled circuits, made with mode 0700 if missing: ``$XDG_CACHE_HOME/ciphertune/concrete-circuit``.
+    """Folder of compiled circuits, made with mode 0700 if missing: ``concrete-circuit`` of the cache.
 
     Circuits hold weights, and are libraries that this process executes.
 
@@ -24,16 +25,14 @@ def cache_folder() -> Path:
         PluginError: it cannot be made, or belongs to, or can be written by, somebody else. The path is in the log only,
             for the text goes to clients.
     """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    parent = (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "ciphertune"
-    folder = parent / "concrete-circuit"
+    folder = cache.cache_folder("concrete-circuit")
     try:
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
     except OSError as error:
         log.error("no cache of circuits at %s: %s", folder, error)
-        raise PluginError("the folder of compiled circuits cannot be made: set XDG_CACHE_HOME") from None
+        raise PluginError("the folder of compiled circuits cannot be made: set CIPHERTUNE_CACHE") from None
     private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
     if os.name == "posix" and not (private and status.st_uid == os.geteuid()):
         log.error("%s is open to others: run chmod 700, or remove it", folder)

@@ -16,6 +16,7 @@ from ciphertune.errors import CipherTuneError
 _COMMANDS = {
     "backends": ("listing", "Installed backends and what each protects."),
     "bench": ("bench", "Measure products and training steps against plaintext in the same run."),
+    "cache": ("cache", "What backends and transports keep on disk between runs; empty it."),
     "demo": ("demo", "Fine-tune a real model on real data under encryption, in one command."),
     "doctor": ("doctor", "Versions, threads, kernels and their speed on this machine."),
     "keys": ("keys", "Make the keys with which clients and workers recognise each other."),

@@ -27,7 +27,7 @@ from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.selection import Selection
 from ciphertune.traffic import Exchange, Traffic
 from ciphertune.transport import Link, LocalWorker
-from ciphertune.weights import CodeSource, LayerInfo, group_map
+from ciphertune.weights import CodeSource, LayerInfo, group_map, model_digest
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Session:
         UnsupportedLayerError, PrecisionError: the backend refuses a layer. Nothing was sent.
         TransportError, UnknownLayerError, WorkerError, ReplyError: as ``WorkerPool``.
         WeightsError: the encryption prepares itself from the codes, and they cannot be had.
+        CacheError: there is no room for what it prepares.
     """
 
     @own_modes()
@@ -98,6 +99,7 @@ class Session:
         self._counting = threading.Lock()
         links: Sequence[Link] = ()
         try:
+            self._client.begin(model_digest(self.layers))
             links = choice.transport.connect(choice.selection.endpoints, worker)
             fields = {"backend": choice.selection.backend, "public": dict(self._client.open_fields())}
             opening = Opening(fields, self._client.evaluation_key(), self._watch_key)
