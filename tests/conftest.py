@@ -61,6 +61,13 @@ def _keep_together(item: pytest.Item, group: str) -> None:
     assert item.nodeid.endswith(f"@{group}")
 
 
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for what the test keeps between sessions."""
+    monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What was imported is left alone by later collections of garbage, each of which takes half a second otherwise."""
     gc.collect()

@@ -22,6 +22,9 @@ from ciphertune.weights import DIGEST_ROWS, LARGEST_READING, LayerWeight, descri
 from ciphertune.worker import SessionLimits, WeightStore, Worker
 from ciphertune.worker.readings import Readings
 
+# Each test reads the codes itself.
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
 X = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
 
 
@@ -218,14 +221,14 @@ def test_norms_that_are_not_those_of_the_weights(farm: Farm, bundle: Any) -> Non
         load(farm, folder)
 
 
-def test_progress_is_told_and_an_interruption_closes_the_session(farm: Farm, bundle: Any) -> None:
+def test_progress_is_told_and_an_interrupted_set_up_goes_on(farm: Farm, bundle: Any, empty_cache: Path) -> None:
     told: list[tuple[int, int]] = []
 
     class Watching:
         @hookimpl
         def ciphertune_preparing(self, done: int, total: int) -> None:
             told.append((done, total))
-            if len(told) == 3 + 2:
+            if len(told) == 3 + 3:
                 raise KeyboardInterrupt
 
     manager = PluginManager()
@@ -235,9 +238,13 @@ def test_progress_is_told_and_an_interruption_closes_the_session(farm: Farm, bun
     load(farm, folder, plugins=manager)
     total = 40 * 270 + 270 * 9
     assert told == [(8000, total), (10800, total), (total, total)]
+    for hints in empty_cache.rglob("*.hints"):
+        hints.unlink()
     with pytest.raises(KeyboardInterrupt):
         load(farm, folder, plugins=manager)
-    assert one.count("close") == 1
+    assert one.count("close") == 1, "the session is closed"
+    load(farm, folder, plugins=manager)
+    assert told[6:] == [(270 * 9, 270 * 9)], "the first group was done"
 
 
 @functools.cache

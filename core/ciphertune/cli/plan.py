@@ -145,7 +145,7 @@ def plan(
     }
     if found.prepared_codes:
         facts["before the first step"] = (
-            f"the client reads {found.prepared_codes / 1e6:.1f} million weights once a session, and keeps "
+            f"the client reads {found.prepared_codes / 1e6:.1f} million weights, and keeps "
             f"{megabytes(found.prepared_bytes)} made of them in memory"
         )
     if found.stays:
