@@ -98,7 +98,7 @@ class Plan:
         outsourced, at_client: weights.
         client_bytes: of the weights that stay, as the model stores them.
         worker_bytes: of the weights that the fullest worker holds.
-        prepared_codes: weights that the client reads before the first step, unless it finds on disk what it makes of them.
+        prepared_codes: weights that the client reads before the first step, unless what it makes of them is on disk.
         prepared_bytes: memory of the client for what it makes of them.
         stays: layers that stay and why, by name.
         refused: layers, or groups of them, that the backend cannot evaluate, and why: outsourcing stops at them. The
