@@ -13,6 +13,7 @@
 #include <string.h>
 
 #define LANES 8
+#define TOKENS 64 /* columns that are encrypted at a time */
 #define HALF 128 /* complex coefficients of a folded polynomial of degree 256 */
 #define DEGREE (2 * HALF)
 static const double PI = 3.14159265358979323846;
@@ -320,45 +321,37 @@ CLONES int ct_hint_masks(const uint8_t *hints, const complex64x2 *secrets, int64
 CLONES void ct_encrypt(const int32_t *mask, int64_t mask_stride, const float *x, int64_t x_stride, const double *scale,
                        int64_t tokens, int64_t rows, int64_t planes, uint8_t *out, int64_t out_stride) {
     int shift = 32 - 8 * (int)planes;
-    for (int64_t row = 0; row < rows; row += 8) {
-        int count = rows - row < 8 ? (int)(rows - row) : 8;
-        for (int64_t t = 0; t < tokens; t += 8) {
-            int width = tokens - t < 8 ? (int)(tokens - t) : 8;
-            /* The input is token-major: eight features of eight tokens at a time, turned over in registers. */
-            ivec m[8] = {{0}};
-            for (int i = 0; i < width; i++) {
-                const float *in = x + (t + i) * x_stride + row;
-                double v[LANES] = {0}, s = scale[t + i];
-                if (count == LANES)
-                    EACH_LANE v[l] = (double)in[l] * s;
-                else
-                    for (int l = 0; l < count; l++)
-                        v[l] = (double)in[l] * s;
-                low_bits_of(v, m + i);
+    /* Some tokens at a time, so that lines of the input that several packs of features share are still in the cache. */
+    for (int64_t first = 0; first < tokens; first += TOKENS) {
+        int64_t width = tokens - first < TOKENS ? tokens - first : TOKENS;
+        for (int64_t row = 0; row < rows; row += LANES) {
+            int64_t count = rows - row < LANES ? rows - row : LANES;
+            int32_t turned[LANES][TOKENS];
+            for (int64_t t = 0; t < width; t += LANES) {
+                /* The input is token-major: eight features of eight tokens are turned over in registers. */
+                ivec m[LANES] = {{0}};
+                for (int64_t i = 0; i < LANES && t + i < width; i++) {
+                    const float *in = x + (first + t + i) * x_stride + row;
+                    double v[LANES] = {0}, s = scale[first + t + i];
+                    if (count == LANES)
+                        EACH_LANE v[l] = (double)in[l] * s;
+                    else
+                        for (int l = 0; l < count; l++)
+                            v[l] = (double)in[l] * s;
+                    low_bits_of(v, m + i);
+                }
+                transpose(m);
+                EACH_LANE memcpy(turned[l] + t, m + l, sizeof *m);
             }
-            transpose(m);
-            for (int lane = 0; lane < count; lane++) {
-                const int32_t *masks = mask + (row + lane) * mask_stride + t;
-                uint8_t *to = out + (row + lane) * planes * out_stride + t;
-                int32_t line[8];
-                uint32_t value[8];
-                memcpy(line, m + lane, sizeof line);
-                if (width == 8) {
-                    for (int i = 0; i < 8; i++)
-                        value[i] = ((uint32_t)line[i] + (uint32_t)masks[i]) >> shift;
-                    for (int p = 0; p < planes; p++) {
-                        uint8_t bytes[8];
-                        for (int i = 0; i < 8; i++)
-                            bytes[i] = (uint8_t)(value[i] >> (8 * p));
-                        memcpy(to + p * out_stride, bytes, 8);
-                    }
-                    continue;
-                }
-                for (int i = 0; i < width; i++) {
-                    value[i] = ((uint32_t)line[i] + (uint32_t)masks[i]) >> shift;
-                    for (int p = 0; p < planes; p++)
-                        to[p * out_stride + i] = (uint8_t)(value[i] >> (8 * p));
-                }
+            for (int64_t lane = 0; lane < count; lane++) {
+                const int32_t *masks = mask + (row + lane) * mask_stride + first, *in = turned[lane];
+                uint8_t *to = out + (row + lane) * planes * out_stride + first;
+                uint32_t value[TOKENS];
+                for (int64_t t = 0; t < width; t++)
+                    value[t] = ((uint32_t)in[t] + (uint32_t)masks[t]) >> shift;
+                for (int64_t p = 0; p < planes; p++, to += out_stride)
+                    for (int64_t t = 0; t < width; t++)
+                        to[t] = (uint8_t)(value[t] >> (8 * p));
             }
         }
     }
