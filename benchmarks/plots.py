@@ -67,21 +67,6 @@ def _ratios(found: Mapping[str, Any], figure: Any) -> None:
     panels[0].legend(ncols=2)
 
 
-def _bytes(found: Mapping[str, Any], figure: Any) -> None:
-    """Bytes a value, up and down, over tokens, for several options."""
-    axes = figure.subplots()
-    smallest = min(row["in_features"] for row in found["grid"])
-    rows = [row for row in found["grid"] if row["in_features"] == smallest]
-    for colour, to in zip(COLOURS, dict.fromkeys(row["to"] for row in rows), strict=False):
-        for way, style in (("down", "-"), ("up", ":")):
-            line = sorted((row["tokens"], row[f"bytes_{way}_per_value"]) for row in rows if row["to"] == to)
-            axes.plot(*zip(*line, strict=True), style, color=colour, marker="o", markersize=4, label=f"{way}: {to}")
-    _powers(axes, sorted({row["tokens"] for row in rows}))
-    axes.set_ylim(0)
-    axes.set_title("Bytes a value of the input (up) and of the output (down)")
-    axes.legend(fontsize=11)
-
-
 def _losses(found: Mapping[str, Any], figure: Any) -> None:
     """Training losses, encrypted on top of plaintext."""
     runs = found["runs"]
@@ -148,7 +133,6 @@ def _workers(found: Mapping[str, Any], figure: Any) -> None:
 # Name of the plot → the measurements it is made of, how, and its size in inches.
 PLOTS: dict[str, tuple[str, Callable[[Mapping[str, Any], Any], None], tuple[float, float]]] = {
     "ratios": ("sweep.json", _ratios, (6, 6.4)),
-    "bytes": ("sweep.json", _bytes, (6, 3.8)),
     "losses": ("losses.json", _losses, (6, 6.4)),
     "compare": ("compare.json", _compare, (6, 5.6)),
     "workers": ("predict.json", _workers, (6, 6.4)),

@@ -62,6 +62,13 @@ def _measured(name: str) -> Any:
     return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def _note(name: str, *parts: str) -> str:
+    """What a measurement says of itself, such as that it is out of date; a new one says nothing."""
+    found = functools.reduce(lambda content, part: content[part], parts, _measured(name))
+    note = found.get("note")
+    return f"\n**{note}**\n" if note else ""
+
+
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [header, ("---",) * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
@@ -80,7 +87,7 @@ def _place(machine: dict[str, Any]) -> str:
 
 
 def _summary() -> str:
-    return _table(("what", "measured"), figures.summary(_measured("results")))
+    return _table(("what", "measured"), figures.summary(_measured("results"))) + _note("results")
 
 
 def _step() -> str:
@@ -93,7 +100,8 @@ def _step() -> str:
         for name, key in (("in the clear", "loss_plaintext"), ("`mlwe`", "loss_encrypted"))
     ]
     steps = ("", *(str(n) for n in range(1, len(step["loss_plaintext"]) + 1)))
-    return f"{first}\nloss, LoRA, optimizer) as in plaintext. The losses of its steps:\n\n{_table(steps, losses)}"
+    table = _table(steps, losses) + _note("results")
+    return f"{first}\nloss, LoRA, optimizer) as in plaintext. The losses of its steps:\n\n{table}"
 
 
 _PHASES = {"encrypt": "encrypting", "evaluate": "evaluating", "decrypt": "decrypting"}
@@ -111,12 +119,7 @@ def _ratios() -> str:
         "![Evaluation, and encryption, evaluation and decryption together, over the plaintext product, for "
         "several numbers of features, falling with the number of tokens](images/performance/ratios.svg)\n\n"
         f"Measured on {where}; load of the machine before it began {machine['load_before']}{busy}.\n"
-    )
-
-
-def _bytes() -> str:
-    alt = "Bytes a value up, which stay the same, and down, which fall with the number of tokens"
-    return f"![{alt}](images/performance/bytes.svg)\n"
+    ) + _note("sweep")
 
 
 def _losses() -> str:
@@ -138,7 +141,7 @@ def _losses() -> str:
     return (
         "![Training losses of a network and of a language model: the encrypted curve lies on the one in the clear]"
         f"(images/performance/losses.svg)\n\n{_table(header, rows)}"
-    )
+    ) + _note("losses")
 
 
 def _compare() -> str:
@@ -148,7 +151,7 @@ def _compare() -> str:
         "![Seconds and megabytes of one product under every installed backend](images/performance/compare.svg)\n\n"
         "The whole table, with errors, keys and security, and what is measured and what is scaled: "
         "[comparison](concrete.md#comparison).\n"
-    )
+    ) + _note("compare")
 
 
 def _overlap() -> str:
@@ -177,7 +180,7 @@ def _overlap() -> str:
     return (
         _table(header, rows) + f"\nMeasured on {m['processor']} ({m['capability']}), torch {m['torch']}, medians of "
         f"{measured['repeat']} rounds{exceptions}; load of the machine before it began {m['load_before']}.\n"
-    )
+    ) + _note("overlap")
 
 
 def _cluster() -> str:
@@ -192,7 +195,7 @@ def _cluster() -> str:
         _table(("one worker over", f"SmolLM2 step of {found['tokens']:,} tokens", "over zmq"), rows)
         + f"\nMeasured on {m['processor']} ({m['capability']}), torch {m['torch']}, medians of "
         f"{found['steps'] - 1} steps; load of the machine before it began {m['load_before']}.\n"
-    )
+    ) + _note("cluster")
 
 
 def _separate() -> str:
@@ -202,7 +205,7 @@ def _separate() -> str:
         if found["machine"] is None
         else _where(found["machine"])
     )
-    return f"{_table(('what', 'measured', 'to reach'), separate.rows(found))}\n{where}\n"
+    return f"{_table(('what', 'measured', 'to reach'), separate.rows(found))}\n{where}\n" + _note("separate")
 
 
 _BOTTLENECKS = {
@@ -232,7 +235,7 @@ def _predicted() -> str:
             by = {r["bandwidth"]: r for r in rows if (r["model"], r["workers"]) == (model, workers)}
             lines.append((str(workers), *(_cell(by[bandwidth]) for bandwidth in bandwidths)))
         parts.append(f"\n**`{model}`**\n\n{_table(('workers', *bandwidths), lines)}")
-    return "".join(parts)
+    return "".join(parts) + _note("predict", "table")
 
 
 def _cell(row: Any) -> str:
@@ -262,7 +265,7 @@ def _validated() -> str:
         )
     header = ("a step", "workers", "latency one way", "measured", "predicted", "error")
     pinned = "client and workers on a core each" if found["pinned"] else "client and workers on the same cores"
-    return f"SmolLM2-135M over zmq, {pinned}. {_where(found['machine'])}\n\n{_table(header, rows)}"
+    return f"SmolLM2-135M over zmq, {pinned}. {_where(found['machine'])}\n\n{_table(header, rows)}" + _note("predict", "validate")
 
 
 def _where(machine: Any) -> str:
@@ -287,7 +290,6 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {
         "figures": _figures,
         "ratios": _ratios,
-        "bytes": _bytes,
         "losses": _losses,
         "step": _step,
         "compare": _compare,

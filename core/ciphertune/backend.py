@@ -36,15 +36,37 @@ class SecurityStatement:
 
     Attributes:
         encrypted: whether a worker sees only ciphertext.
-        bits: classical security in bits, None where nothing is encrypted.
+        bits: classical security in bits, None where nothing is encrypted. Where several cost models are known, that of
+            the most cautious one that counts classical operations.
         summary: one sentence for tables and reports.
         assumption: the hardness assumption and where its figures come from.
+        estimates: bits of the cheapest known attack by cost model, where they are known.
     """
 
     encrypted: bool
     bits: float | None
     summary: str
     assumption: str = ""
+    estimates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def level(self) -> str:
+        """The security in few words, with the cost models that bits are counted by.
+
+        >>> SecurityStatement(False, None, "").level
+        'none'
+        >>> SecurityStatement(True, 130.2, "", estimates={"MATZOV": 156.0, "core-SVP classical": 130.2}).level
+        '156 bits by MATZOV, 130 by core-SVP classical'
+        >>> SecurityStatement(True, 128, "").level
+        '128 bits'
+        """
+        if not self.encrypted:
+            return "none"
+        if self.bits is None:
+            return "encrypted"
+        found = self.estimates
+        first, *others = [f"{bits:.0f}{{}} by {model}" for model, bits in found.items()] or [f"{self.bits:.0f}{{}}"]
+        return ", ".join([first.format(" bits"), *(each.format("") for each in others)])
 
 
 @dataclasses.dataclass(frozen=True)

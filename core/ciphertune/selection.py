@@ -38,9 +38,9 @@ class Selection:
 
         >>> Selection.parse("mlwe").transport
         'local'
-        >>> s = Selection.parse("mlwe+zmq://10.0.0.5:5555,10.0.0.6:5555?reply_bits=24")
+        >>> s = Selection.parse("mlwe+zmq://10.0.0.5:5555,10.0.0.6:5555?request_bits=24")
         >>> s.backend, s.transport, s.endpoints, dict(s.options)
-        ('mlwe', 'zmq', ('10.0.0.5:5555', '10.0.0.6:5555'), {'reply_bits': '24'})
+        ('mlwe', 'zmq', ('10.0.0.5:5555', '10.0.0.6:5555'), {'request_bits': '24'})
         >>> Selection.parse("simulation?seed=7").options["seed"]
         '7'
 
@@ -69,8 +69,8 @@ class Selection:
     def __str__(self) -> str:
         """The canonical text.
 
-        >>> str(Selection.parse("mlwe+local://?reply_bits=16"))
-        'mlwe?reply_bits=16'
+        >>> str(Selection.parse("mlwe+local://?request_bits=32"))
+        'mlwe?request_bits=32'
         """
         query = "?" + urlencode(self.options) if self.options else ""
         if self.transport == DEFAULT_TRANSPORT and not self.endpoints:

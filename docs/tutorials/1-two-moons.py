@@ -128,7 +128,7 @@ print(f"{session.traffic.requests} products, {session.traffic.bytes_up / 1e6:.1f
 # | --- | --- |
 # | at the worker, in the clear | the original weights, rounded to 8 bits |
 # | crosses, encrypted | activations and gradients: inputs and results of linear layers |
-# | stays with you | points, labels, biases, activation functions, adapters, loss, optimizer, secret key |
+# | stays with you | points, labels, biases, activation functions, adapters, loss, optimizer, secrets of the encryption |
 #
 # Without an address, the worker half of `mlwe` runs in this very process. That shows the cost and the accuracy and
 # protects nothing; [two roles](3-two-roles.ipynb) puts it into a process of its own. A worker learns the shapes, the

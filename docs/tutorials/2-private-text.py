@@ -196,7 +196,7 @@ plt.show()
 # | --- | --- |
 # | at the worker, in the clear | weights of the blocks' linear layers, rounded to 8 bits |
 # | crosses, encrypted | what goes into these layers and comes out, forward and backward, in training and in writing |
-# | stays with you | text, tokens, embeddings, output head, attention, norms, adapters, loss, secret key |
+# | stays with you | text, tokens, embeddings, output head, attention, norms, adapters, loss, secrets of the encryption |
 #
 # - A worker learns how many tokens a product has. While a model writes there is a product a layer for each new token, so
 #   it learns how long prompt and answer are, and when. `mlwe?pad_tokens=64` rounds the tokens of a product up.

@@ -254,8 +254,8 @@ print(session.security.summary)
 # %% [markdown]
 # | who | has or learns | does not get |
 # | --- | --- | --- |
-# | worker | weights (8 bits), names and shapes of layers, rows of a product, direction, times, which client | images, labels, activations, gradients, adapters, secret keys |
-# | data owner | biases, scales and hashes of weights, results of products | weights as such |
+# | worker | weights (8 bits), names and shapes of layers, rows of a product, direction, times, which client | images, labels, activations, gradients, adapters, secrets of the encryption |
+# | data owner | biases, scales and hashes of weights, results of products; codes of weights, once, block by block, which it does not keep | |
 # | the wire (CURVE) | sizes and times | everything else |
 #
 # - **A data owner can work the weights out**: whoever may send any input to a linear layer, and gets its result, finds its

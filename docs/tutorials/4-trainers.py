@@ -155,7 +155,7 @@ for name, which in (("in the clear", clear), ("encrypted", trainer)):
 # %% [markdown]
 # ## Resume
 # Say the machine went down after half of the steps. `Trainer`'s checkpoint holds adapters, optimizer, schedule and the
-# state of the random numbers: no weight that is outsourced, and no key. A new session draws new keys, so the losses
+# state of the random numbers: no weight that is outsourced, and no secret. A new session draws new ones, so the losses
 # that follow are those of the first run but for the noise of the encryption.
 
 # %%

@@ -243,7 +243,7 @@ print(f"original weights and the adapter trained under encryption: {accuracy(tun
 # | --- | --- |
 # | at the worker, in the clear | weights of the encoder's linear layers, rounded to 8 bits |
 # | crosses, encrypted | inputs and results of these layers, forward and backward, in training and for every answer |
-# | stays with you | sentences, labels, answers, embeddings, attention, norms, head, adapters, loss, secret key |
+# | stays with you | sentences, labels, answers, embeddings, attention, norms, head, adapters, loss, secrets of the encryption |
 #
 # - A worker learns how many tokens a product has. All sentences are padded to the same length here, so it learns how
 #   many there are, and not how long each is.

@@ -34,7 +34,7 @@ def test_the_quick_demo_learns_and_writes_its_results(to: str, tmp_path: Path) -
     assert written == {"adapter", "loss.png", "report.html", "result.json"}
     assert result.traffic["requests"] > 0 < result.traffic["bytes_up"]
     assert ("IN THE CLEAR" in " ".join(result.crossed)) == (to == "clear")
-    assert ("the secret key" in result.stayed) == (to == "mlwe")
+    assert ("the secrets of the encryption" in result.stayed) == (to == "mlwe")
     assert len(said) == 3
 
 

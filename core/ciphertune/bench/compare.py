@@ -75,8 +75,9 @@ def bench_compare(
         seed: of x and W.
 
     Returns:
-        ``machine``, ``large`` and ``rows``. A row has ``to``, ``encrypted``, ``security_bits``, ``scaling``, and the
-        figures ``small`` and ``large``; or, where the backend cannot run, ``to`` and ``reason``.
+        ``machine``, ``large`` and ``rows``. A row has ``to``, ``encrypted``, ``security_bits``,
+        ``security_level``, ``scaling``, and the figures ``small`` and ``large``; or, where the backend cannot run,
+        ``to`` and ``reason``.
 
     Raises:
         ConfigError: a size, repeat or time that is not positive.
@@ -179,6 +180,7 @@ def measure(to: str, product: Product, large: Product, repeat: int, seed: int) -
         "growth": _growth(backend, product, large),
         "encrypted": backend.security.encrypted,
         "security_bits": backend.security.bits,
+        "security_level": backend.security.level,
     }
 
 
@@ -221,7 +223,7 @@ def _row(to: str, large: Product, repeat: int, seconds: float, seed: int) -> dic
         whole: dict[str, Any] = {"reason": ""}
         if expected <= seconds:
             whole = _child(to, large, large, repeat, seed, keys, seconds)
-    shared: dict[str, Any] = {name: small.pop(name) for name in ("encrypted", "security_bits")}
+    shared: dict[str, Any] = {name: small.pop(name) for name in ("encrypted", "security_bits", "security_level")}
     if "reason" in whole:
         reason = reason or whole["reason"]
         figures = {name: small[name] * factor for name, factor in growth.items() if name != "by"}

@@ -97,6 +97,7 @@ def bench_kernel(
         "relative_rms_error": _relative(y, exact),
         "relative_rms_error_quantized_weight": _relative(y, exact_held),
         "security_bits": choice.backend.security.bits,
+        "security_level": choice.backend.security.level,
         "repeat": repeat,
         "threads": torch.get_num_threads(),
     }

@@ -58,7 +58,7 @@ def _small(rows: Sequence[Mapping[str, Any]]) -> Table:
         cells.append(
             (
                 row["to"],
-                security(row),
+                row["security_level"],
                 s["product"],
                 *(duration(s[name]) for name in times),
                 *(size(s[name]) for name in sizes),
@@ -93,13 +93,6 @@ def _large(rows: Sequence[Mapping[str, Any]], product: str) -> Table:
         if row["limit"]:
             notes.append(f"{row['to']}: {row['limit']}")
     return f"One product of {product} (T × K × N)", columns, cells, notes
-
-
-def security(row: Mapping[str, Any]) -> str:
-    """Describe the security of a row in few words."""
-    if not row["encrypted"]:
-        return "none"
-    return "encrypted" if row["security_bits"] is None else f"{row['security_bits']:.0f} bits"
 
 
 def duration(seconds: float) -> str:

@@ -51,7 +51,7 @@ def kernel(to: str, tokens: int, in_features: int, out_features: int, repeat: in
             "down": _bytes(result, "down"),
             "error against float32 weights": _error(result["relative_rms_error"]),
             "error against the worker's weights": _error(result["relative_rms_error_quantized_weight"]),
-            "security": f"{result['security_bits']} bits" if result["security_bits"] else "none",
+            "security": result["security_level"],
         },
     )
 

@@ -57,7 +57,7 @@ def _show(r: DemoResult) -> None:
         f"\n{r.outsourced_layers} layers with {100 * r.outsourced_fraction:.1f}% of the weights were at the worker: "
         f"{traffic['requests']} requests, {megabytes(traffic['bytes_up'])} up, {megabytes(traffic['bytes_down'])} down."
     )
-    bits = f", {r.security_bits:.0f} bits" if r.security_bits else ""
+    bits = f"; {r.security_level}" if r.security_bits else ""
     click.echo(f"Security: {r.security}{bits}.")
     click.echo("Left the client:      " + ";\n                      ".join(r.crossed))
     click.echo("Stayed at the client: " + ";\n                      ".join(r.stayed))

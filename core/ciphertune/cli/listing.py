@@ -59,6 +59,7 @@ def _describe(group: str, plugin: Any) -> dict[str, Any]:
     return {
         "encrypted": security.encrypted,
         "security_bits": security.bits,
+        "security_level": security.level,
         "security": security.summary,
         "assumption": security.assumption,
         "licence": plugin.licence,
@@ -89,9 +90,8 @@ def backends(as_json: bool) -> None:
         if row["error"]:
             table.append((row["name"], "cannot be loaded", row["error"], "", row["package"]))
             continue
-        bits = f"{row['security_bits']:.0f} bits" if row["security_bits"] else "none"
         security = row["security"] + (f". Licence: {row['licence']}" if row["licence"] else "")
-        table.append((row["name"], bits, security, _options(row), row["package"]))
+        table.append((row["name"], row["security_level"], security, _options(row), row["package"]))
     print_table("Backends", ["name", "security", "what it protects", "options", "package"], table)
 
 

@@ -56,7 +56,7 @@ def train(
             facts["held-out perplexity"] = f"{last['perplexity']:.2f}"
     facts["outsourced weights"] = f"{100 * result.outsourced_fraction:.1f}%"
     facts["traffic"] = f"{megabytes(result.traffic['bytes_up'])} up, {megabytes(result.traffic['bytes_down'])} down"
-    bits = f", {result.security_bits:.0f} bits" if result.security_bits else ""
+    bits = f"; {result.security_level}" if result.security_bits else ""
     facts["security"] = result.security + bits
     facts["adapter"] = result.adapter
     facts["report"] = result.report

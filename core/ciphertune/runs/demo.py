@@ -199,5 +199,5 @@ def _boundary(encrypted: bool, fraction: float) -> tuple[list[str], list[str]]:
         f"{100 * (1 - fraction):.1f}% of the weights",
     )
     if encrypted:
-        stayed = (*stayed, "the secret key")
+        stayed = (*stayed, "the secrets of the encryption")
     return crossed, list(stayed)

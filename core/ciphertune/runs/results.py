@@ -109,6 +109,7 @@ class Result:
         outsourced_fraction: share of the model's weights that were at the workers.
         security: the backend's statement.
         security_bits: None where nothing is encrypted.
+        security_level: the same in words, by cost model where several are known.
         costs: cost of the run by phase and layer.
         adapter, report, plot: paths of the files written.
     """
@@ -118,6 +119,7 @@ class Result:
     outsourced_fraction: float
     security: str
     security_bits: float | None
+    security_level: str
     costs: RunCosts
     adapter: str
     report: str
@@ -132,6 +134,7 @@ def common_figures(to: str, session: Session, share: Share, meter: CostMeter, ou
         "outsourced_fraction": share.fraction,
         "security": session.security.summary,
         "security_bits": session.security.bits,
+        "security_level": session.security.level,
         "costs": meter.costs(),
         "adapter": str(output.adapter),
         "report": str(output.report),
