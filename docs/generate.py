@@ -265,7 +265,8 @@ def _validated() -> str:
         )
     header = ("a step", "workers", "latency one way", "measured", "predicted", "error")
     pinned = "client and workers on a core each" if found["pinned"] else "client and workers on the same cores"
-    return f"SmolLM2-135M over zmq, {pinned}. {_where(found['machine'])}\n\n{_table(header, rows)}" + _note("predict", "validate")
+    table = _table(header, rows) + _note("predict", "validate")
+    return f"SmolLM2-135M over zmq, {pinned}. {_where(found['machine'])}\n\n{table}"
 
 
 def _where(machine: Any) -> str:

@@ -187,7 +187,7 @@ def test_the_command(here: None) -> None:
     assert found["large"] == "8 × 768 × 768"
     shown = CliRunner(env={"COLUMNS": "240"}).invoke(cli, arguments)
     assert shown.exit_code == 0
-    for text in ("130 bits", "4 × 64 × 64", "One product of 8 × 768 × 768", "key sent"):
+    for text in ("130 by", "4 × 64 × 64", "One product of 8 × 768 × 768", "key sent"):
         assert text in shown.output
 
 

@@ -54,12 +54,14 @@ def test_backends_state_their_security() -> None:
     rows = {row["name"]: row for row in json.loads(invoke("backends", "--json").stdout)}
     assert rows["mlwe"]["encrypted"] is True
     assert rows["mlwe"]["security_bits"] == 130.2
+    assert rows["mlwe"]["security_level"] == ("156 bits by MATZOV, 130 by core-SVP classical, 119 by core-SVP quantum")
+    assert rows["clear"]["security_level"] == "none"
     assert rows["mlwe"]["options"]["mask_memory"] == 512
     for name in ("clear", "simulation"):
         assert rows[name]["encrypted"] is False
         assert rows[name]["security_bits"] is None
         assert "no protection" in rows[name]["security"]
-    assert "130 bits" in invoke("backends").output
+    assert "156 bits by" in invoke("backends").output
 
 
 def test_transports_and_plugins() -> None:
