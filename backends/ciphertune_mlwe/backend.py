@@ -46,6 +46,7 @@ class MLWEOptions:
         banks: let requests of few tokens share secrets, as token-by-token generation needs to be fast.
         ahead: make masks before the data, while the client waits.
         mask_memory: megabytes for banks and for masks that are made ahead.
+        check: hold every answer against secret vectors before it is decrypted.
         hint_memory: megabytes of hints that are held in memory; others are read from disk for each product. If not
             given, a quarter of the machine's memory.
         hint_disk: megabytes of hints that are kept on disk for later sessions, of all models; 0 to keep none.
@@ -57,6 +58,7 @@ class MLWEOptions:
     banks: bool = True
     ahead: bool = True
     mask_memory: int = 512
+    check: bool = True
     hint_memory: int | None = None
     hint_disk: int = 20480
 
@@ -123,6 +125,11 @@ class MLWEBackend(Backend):
         except (AttributeError, OSError, ValueError):
             return _HINT_MEMORY
 
+    @property
+    def checks_answers(self) -> bool:
+        """See ``Backend.checks_answers``: unless the option says otherwise."""
+        return bool(self.options.check)
+
     def noise(self, linear_map: LinearMap) -> NoiseModel:
         """See ``Backend.noise``."""
         return self.parameters(linear_map).noise(self._digits)
@@ -155,8 +162,9 @@ class MLWEBackend(Backend):
 
         o = self.options
         store = HintStore(self._hint_memory << 20, o.hint_disk << 20, device)
+        mask_bytes = o.mask_memory << 20
         return MLWEClient(
-            self.parameters, self._digits, o.pad_tokens, o.banks, o.mask_memory << 20, o.ahead, device, store
+            self.parameters, self._digits, o.pad_tokens, o.banks, mask_bytes, o.ahead, device, store, o.check
         )
 
     @classmethod

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ciphertune.backend import Buffers, ClientHalf, Encrypted, LinearMap
-from ciphertune.errors import InputError, ReplyError, SecurityError
+from ciphertune.backend import Buffers, ClientHalf, Encrypted, LinearMap, Preparation
+from ciphertune.errors import InputError, ReplyError, SecurityError, WrongReplyError
+from ciphertune_mlwe.checks import CheckVectors, Rows, Vectors, cuts_of, right
 from ciphertune_mlwe.clones import CloneWatch
 from ciphertune_mlwe.hint_store import Hints, HintStore
-from ciphertune_mlwe.hints import HintPreparation, Prepared
+from ciphertune_mlwe.hints import CheckPreparation, GroupPreparation, HintPreparation, Prepared
 from ciphertune_mlwe.kernels import KERNELS, choose_kernel
 from ciphertune_mlwe.masks import BANK_COLUMNS, Block, Mask, MaskStock, Order
 from ciphertune_mlwe.params import ParameterSet
 from ciphertune_mlwe.planes import lifted
-from ciphertune_mlwe.prg import fresh_seed
+from ciphertune_mlwe.prg import SEED_BYTES, fresh_seed
 from ciphertune_mlwe.public import PublicMatrix
 from ciphertune_mlwe.transforms import LANES, hint_shape, make_transforms
 
@@ -32,12 +33,21 @@ _FEWEST_BANK_COLUMNS = 32
 
 @dataclasses.dataclass(frozen=True)
 class EncryptionState:
-    """State that decryption needs: tokens asked for and sent, the mask, and the scale per sent token, float64."""
+    """State that decryption needs.
+
+    Attributes:
+        tokens, sent: tokens asked for, and sent.
+        mask: of the ciphertext.
+        scale: per sent token, float64.
+        b: what was sent for a piece, and ``vectors`` its check vectors; None where answers are not checked.
+    """
 
     tokens: int
     sent: int
     mask: Mask = dataclasses.field(repr=False)
     scale: Tensor = dataclasses.field(repr=False)
+    b: Tensor | None = dataclasses.field(default=None, repr=False)
+    vectors: Vectors | None = dataclasses.field(default=None, repr=False)
 
 
 class MLWEClient(ClientHalf[EncryptionState]):
@@ -54,7 +64,8 @@ class MLWEClient(ClientHalf[EncryptionState]):
         mask_bytes: memory for banks and for masks made ahead.
         ahead: whether masks are made ahead.
         device: where encryption and decryption run.
-        store: of hints.
+        store: of hints and check vectors.
+        check: whether answers are checked.
         seed: of the public matrix; None for a fresh one, or the one that hints on disk are of.
         watch: notices that the machine was copied.
     """
@@ -69,6 +80,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         ahead: bool,
         device: torch.device,
         store: HintStore | None = None,
+        check: bool = True,
         seed: bytes | None = None,
         watch: CloneWatch | None = None,
     ) -> None:
@@ -80,6 +92,8 @@ class MLWEClient(ClientHalf[EncryptionState]):
         self._device = device
         self._transforms = make_transforms(device)
         self._store = store or HintStore(1 << 62, 0, device)
+        self._check = check
+        self._checks: dict[str, CheckVectors] = {}
         self._seed = seed
         self._public = PublicMatrix(seed or fresh_seed(), b"", self._transforms)
         self._prepared: dict[str, Prepared] = {}
@@ -95,34 +109,34 @@ class MLWEClient(ClientHalf[EncryptionState]):
         if seed is not None:
             self._public = PublicMatrix(seed, model, self._transforms)
 
-    def preparation(self, forward: LinearMap, backward: LinearMap) -> HintPreparation | None:
-        """See ``ClientHalf.preparation``: the hints of both directions, unless they are here or on disk.
+    def preparation(
+        self, forward: LinearMap, backward: LinearMap, pieces: Sequence[LinearMap] = ()
+    ) -> GroupPreparation | None:
+        """See ``ClientHalf.preparation``: hints of both directions and check vectors, unless they are here or on disk.
 
         Raises:
             CacheError: hints would fit neither in memory nor on disk.
         """
-        missing = [each for each in (forward, backward) if each.identity not in self._prepared]
+        parts: list[Preparation] = []
+        missing = [each for each in (forward, backward) if not self._found(each)]
         for each in missing:
-            rows = self._digits * each.out_features
-            found = self._store.find(each.identity, rows, self._parameters(each))
-            if found is not None:
-                self._add(each, rows, found)
-        if all(each.identity in self._prepared for each in missing):
-            return None
-        for each in missing:
-            if each.identity not in self._prepared:
-                shape = hint_shape(self._digits * each.out_features, self._parameters(each))
-                self._store.announce(math.prod(shape))
-        return HintPreparation(
-            forward,
-            backward,
-            (self._parameters(forward), self._parameters(backward)),
-            self._digits,
-            self._public,
-            self._transforms,
-            KERNELS[choose_kernel(self._device)[0]],
-            self._keep,
-        )
+            self._store.announce(math.prod(hint_shape(self._digits * each.out_features, self._parameters(each))))
+        if missing:
+            parameters = self._parameters(forward), self._parameters(backward)
+            kernel = KERNELS[choose_kernel(self._device)[0]]
+            parts.append(
+                HintPreparation(
+                    forward, backward, parameters, self._digits, self._public, self._transforms, kernel, self._keep
+                )
+            )
+        rows = [piece.rows for piece in pieces]
+        if self._check and not self._covers(forward, backward, rows):
+            cuts = cuts_of(forward.out_features, [*rows, *self._cuts(forward)])
+            vectors = CheckVectors(
+                fresh_seed(), forward.out_features, forward.in_features, self._digits, cuts, self._device
+            )
+            parts.append(CheckPreparation(vectors, lambda made: self._keep_checks(forward, backward, made)))
+        return GroupPreparation(parts) if parts else None
 
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[EncryptionState]:
         """See ``ClientHalf.encrypt``. Buffer: ``b`` (features, planes, tokens) uint8."""
@@ -133,6 +147,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
     ) -> list[Encrypted[EncryptionState]]:
         """See ``ClientHalf.encrypt_pieces``: one ciphertext; backward pieces get the rows of their features."""
         product = self._product(whole)
+        vectors = [self._vectors(whole, piece) for piece in pieces]
         tokens = len(x)
         sent = -(-tokens // self._pad) * self._pad
         if sent > MAX_TOKENS:
@@ -144,10 +159,21 @@ class MLWEClient(ClientHalf[EncryptionState]):
         mask = self._stock.take(whole.identity, sent)
         planes = product.parameters.planes
         b = mask.take(lambda body: self._transforms.encrypt(body, values, scale, planes))
-        state = EncryptionState(tokens, sent, mask, scale)
-        if whole.direction == "forward":
-            return [Encrypted({"b": b}, state)] * len(pieces)
-        return [Encrypted({"b": _rows(b, piece.rows)}, state) for piece in pieces]
+        found = []
+        for piece, each in zip(pieces, vectors, strict=True):
+            part = b if whole.direction == "forward" else _rows(b, piece.rows)
+            found.append(Encrypted({"b": part}, EncryptionState(tokens, sent, mask, scale, part, each)))
+        return found
+
+    def check_reply(self, reply: Buffers, state: EncryptionState, piece: LinearMap) -> None:
+        """See ``ClientHalf.check_reply``: an equality of integers, before anything is decrypted."""
+        y = self.take_reply(reply, state, piece)
+        if state.b is None or state.vectors is None:
+            return
+        if y.shape[1] != state.b.shape[1]:
+            raise ReplyError(f"{piece.label}: a value of the reply has {y.shape[1]} bytes")
+        if not right(state.vectors, state.b, y):
+            raise WrongReplyError(f"{piece.label}: the answer is not the product that was asked for")
 
     def take_reply(self, reply: Buffers, state: EncryptionState, piece: LinearMap) -> Tensor:
         """See ``ClientHalf.take_reply``: ``y`` (rows, planes, tokens) uint8, still encrypted."""
@@ -173,7 +199,8 @@ class MLWEClient(ClientHalf[EncryptionState]):
         return y.t()[: state.tokens]
 
     def decrypt(self, reply: Buffers, state: EncryptionState, linear_map: LinearMap) -> Tensor:
-        """See ``ClientHalf.decrypt``, of a product in one piece."""
+        """See ``ClientHalf.decrypt``, of a product in one piece. Raises ``WrongReplyError`` too."""
+        self.check_reply(reply, state, linear_map)
         return self.put_together([self.take_reply(reply, state, linear_map)], [state], linear_map, [linear_map])
 
     def close(self) -> None:
@@ -182,6 +209,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         self._store.close()
         with self._lock:
             self._prepared.clear()
+            self._checks.clear()
         self._public.forget_operands()
 
     def _decrypted(
@@ -230,6 +258,51 @@ class MLWEClient(ClientHalf[EncryptionState]):
                 raise SecurityError(f"{whole.label}: the session is closed")
             raise SecurityError(f"{whole.label}: nothing was prepared for this product; its weights were not read")
         return product
+
+    def _found(self, linear_map: LinearMap) -> bool:
+        """Whether a product's hints are here, or were found on disk."""
+        if linear_map.identity not in self._prepared:
+            rows = self._digits * linear_map.out_features
+            hints = self._store.find(linear_map.identity, rows, self._parameters(linear_map))
+            if hints is not None:
+                self._add(linear_map, rows, hints)
+        return linear_map.identity in self._prepared
+
+    def _cuts(self, forward: LinearMap) -> list[Rows]:
+        """The cuts that a group's check vectors allow already."""
+        known = self._checks.get(forward.identity)
+        return [] if known is None else [[(cut, cut)] for cut in known.cuts]
+
+    def _covers(self, forward: LinearMap, backward: LinearMap, pieces: Sequence[Rows]) -> bool:
+        """Whether check vectors for these pieces are here, or were found on disk."""
+        known = self._checks.get(forward.identity)
+        if known is not None and known.covers(pieces):
+            return True
+        sizes = forward.out_features, forward.in_features, self._digits
+        cuts = cuts_of(forward.out_features, [*pieces, *self._cuts(forward)])
+        content = self._store.find_checks(forward.identity, cuts, CheckVectors.nbytes(*sizes, cuts))
+        if content is None:
+            return False
+        vectors = CheckVectors(content[:SEED_BYTES], *sizes, cuts, self._device)
+        vectors.load(content[SEED_BYTES:])
+        self._add_checks(forward, backward, vectors)
+        return True
+
+    def _keep_checks(self, forward: LinearMap, backward: LinearMap, vectors: CheckVectors) -> None:
+        self._store.keep_checks(forward.identity, vectors.cuts, vectors.to_bytes())
+        self._add_checks(forward, backward, vectors)
+
+    def _add_checks(self, forward: LinearMap, backward: LinearMap, vectors: CheckVectors) -> None:
+        with self._lock:
+            self._checks[forward.identity] = self._checks[backward.identity] = vectors
+
+    def _vectors(self, whole: LinearMap, piece: LinearMap) -> Vectors | None:
+        if not self._check:
+            return None
+        checks = self._checks.get(whole.identity)
+        if checks is None or not checks.covers([piece.rows]):
+            raise SecurityError(f"{whole.label}: the answer for rows {list(piece.rows)} could not be checked")
+        return checks.forward(piece.rows) if whole.direction == "forward" else checks.backward(piece.rows)
 
     def _keep(self, linear_map: LinearMap, rows: int, hints: Tensor) -> None:
         """Keep hints that were made, unless one direction's were on disk already."""

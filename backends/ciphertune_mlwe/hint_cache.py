@@ -1,4 +1,4 @@
-"""Hints on disk: a file for each group and direction, every piece of it authenticated each time it is read."""
+"""Hints and check vectors on disk, in files of which every piece is authenticated each time that it is read."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import hashlib
 import hmac
+import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ciphertune.cache import Hold, cache_folder, make_room
 from ciphertune.errors import CacheError, KeyFileError
 from ciphertune.key_files import keys_folder, make_keys_folder, read_key_file, write_key_file
 from ciphertune_mlwe.params import ParameterSet
-from ciphertune_mlwe.transforms import LANES, hint_shape
+from ciphertune_mlwe.transforms import hint_shape
 
 PART = "mlwe-hints"
 """Part of the cache that hints are in."""
@@ -72,31 +73,30 @@ def client_secret() -> ClientSecret:
         raise KeyFileError(f"{path} is damaged; remove it, and hints are made anew") from None
 
 
-class DiskHints:
-    """Hints of one product that stay on disk and are read in pieces of a few megabytes.
+class SealedFile:
+    """Bytes on disk, written once and read in pieces of a few megabytes, each of them authenticated.
 
     Args:
         path: the file.
         key: that its pieces are authenticated by, less the file's salt.
-        shape: of the hints.
+        shape: of the bytes as a tensor; pieces are ranges of its first dimension.
         device: where pieces are wanted.
     """
 
-    def __init__(self, path: Path, key: bytes, shape: tuple[int, int, int, int], device: torch.device) -> None:
+    def __init__(self, path: Path, key: bytes, shape: tuple[int, ...], device: torch.device) -> None:
         self._path = path
         self._key = key
         self._shape = shape
         self._device = device
-        pack = shape[1] * shape[2] * shape[3]
-        self._step = max(1, _CHUNK // pack)
+        row = math.prod(shape[1:])
+        self._step = max(1, _CHUNK // row)
         chunks = -(-shape[0] // self._step)
-        self._size = len(_MAGIC) + _SALT + chunks * _TAG + shape[0] * pack
+        self._size = len(_MAGIC) + _SALT + chunks * _TAG + shape[0] * row
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the hints themselves."""
-        packs, dimension, planes, lanes = self._shape
-        return packs * dimension * planes * lanes
+        """Bytes without tags."""
+        return math.prod(self._shape)
 
     def exists(self) -> bool:
         """Whether the file is there, whole."""
@@ -106,7 +106,7 @@ class DiskHints:
             return False
 
     def parts(self) -> Iterator[tuple[int, Tensor]]:
-        """The hints in order, each part with the row that it starts at; a part's memory serves the next one too.
+        """All of it in order, each part with the index that it starts at; a part's memory serves the next one too.
 
         Raises:
             CacheError: the file is gone, or is not what was written. It is removed.
@@ -118,7 +118,7 @@ class DiskHints:
             self.remove()
             why = "was cut or altered" if isinstance(error, _AlteredError) else f"cannot be read: {error.strerror}"
             raise CacheError(
-                f"the hints in {self._path} {why}. They were given up; open the session again to make them anew"
+                f"what was kept in {self._path} {why}. It was given up; open the session again to make it anew"
             ) from None
 
     def expect(self) -> None:
@@ -128,10 +128,10 @@ class DiskHints:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def whole(self) -> Tensor:
-        """All hints, in memory. Raises as ``parts``."""
+        """All of it, in memory. Raises as ``parts``."""
         out = torch.empty(self._shape, dtype=torch.uint8, device=self._device)
-        for row, part in self.parts():
-            out[row // LANES : row // LANES + len(part)] = part
+        for first, part in self.parts():
+            out[first : first + len(part)] = part
         return out
 
     def verify(self) -> None:
@@ -139,7 +139,7 @@ class DiskHints:
         for _ in self.parts():
             pass
 
-    def write(self, hints: Tensor) -> None:
+    def write(self, content: Tensor) -> None:
         """Write the file whole or not at all. Raises ``OSError``."""
         salt = secrets.token_bytes(_SALT)
         mac = self._mac(salt)
@@ -148,7 +148,7 @@ class DiskHints:
             with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as file:
                 _write(file, _MAGIC + salt)
                 for index, start in enumerate(range(0, self._shape[0], self._step)):
-                    data = hints[start : start + self._step].cpu().contiguous().view(-1).numpy().data
+                    data = content[start : start + self._step].cpu().contiguous().view(-1).numpy().data
                     _write(file, _tag(mac, index, data))
                     _write(file, data)
             draft.replace(self._path)
@@ -165,18 +165,18 @@ class DiskHints:
         if head[: len(_MAGIC)] != _MAGIC or len(head) != len(_MAGIC) + _SALT:
             raise _AlteredError
         mac = self._mac(head[len(_MAGIC) :])
-        packs, *rest = self._shape
-        room = torch.empty(min(self._step, packs), *rest, dtype=torch.uint8)
-        for index, start in enumerate(range(0, packs, self._step)):
-            part = room[: min(self._step, packs - start)]
+        count, *rest = self._shape
+        room = torch.empty(min(self._step, count), *rest, dtype=torch.uint8)
+        for index, start in enumerate(range(0, count, self._step)):
+            part = room[: min(self._step, count - start)]
             view = part.view(-1).numpy().data
             tag = file.read(_TAG)
             filled = 0
-            while filled < len(view) and (count := file.readinto(view[filled:])):
-                filled += count
+            while filled < len(view) and (got := file.readinto(view[filled:])):
+                filled += got
             if filled < len(view) or not hmac.compare_digest(tag, _tag(mac, index, view)):
                 raise _AlteredError
-            yield start * LANES, part.to(self._device)
+            yield start, part.to(self._device)
         if file.read(1):
             raise _AlteredError
 
@@ -206,7 +206,7 @@ class HintCache:
         self._device = device
         self._held = Hold(self._folder, self._tidy)
 
-    def of(self, identity: str, rows: int, parameters: ParameterSet) -> DiskHints:
+    def of(self, identity: str, rows: int, parameters: ParameterSet) -> SealedFile:
         """The place of one product's hints, whether they are there or not.
 
         Args:
@@ -214,9 +214,21 @@ class HintCache:
             rows: of the hints.
             parameters: of the product's ciphertexts.
         """
-        name = hashlib.sha256(self._context + parameters.name.encode() + b"|" + identity.encode()).hexdigest()
-        path = self._folder / f"{name}.hints"
-        return DiskHints(path, self._secret.mac_key, hint_shape(rows, parameters), self._device)
+        return self._file(f"{parameters.name}|{identity}", "hints", hint_shape(rows, parameters))
+
+    def checks_of(self, identity: str, cuts: Sequence[int], nbytes: int) -> SealedFile:
+        """The place of a group's check vectors, which are secret.
+
+        Args:
+            identity: of the group's forward map.
+            cuts: rows at which pieces may begin and end.
+            nbytes: of the vectors.
+        """
+        return self._file(f"{identity}|{','.join(map(str, cuts))}", "checks", (nbytes,))
+
+    def _file(self, what: str, kind: str, shape: tuple[int, ...]) -> SealedFile:
+        name = hashlib.sha256(self._context + kind.encode() + b"|" + what.encode()).hexdigest()
+        return SealedFile(self._folder / f"{name}.{kind}", self._secret.mac_key, shape, self._device)
 
     def make_room(self, nbytes: int) -> bool:
         """Whether so many bytes more can be written; other models' hints go for them, oldest use first.

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ciphertune.errors import CacheError, KeyFileError
-from ciphertune_mlwe.hint_cache import DiskHints, HintCache, client_secret
+from ciphertune_mlwe.hint_cache import HintCache, SealedFile, client_secret
 from ciphertune_mlwe.params import ParameterSet
+from ciphertune_mlwe.transforms import LANES
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class StreamedHints:
         course: shared by all of a session.
     """
 
-    def __init__(self, hints: DiskHints, course: _Course) -> None:
+    def __init__(self, hints: SealedFile, course: _Course) -> None:
         self._hints = hints
         self._course = course
 
@@ -73,7 +74,8 @@ class StreamedHints:
     def parts(self) -> Iterator[tuple[int, Tensor]]:
         """See ``Hints.parts``. Raises ``CacheError`` where the file is not what was written."""
         self._course.used(self._hints)
-        return self._hints.parts()
+        for pack, part in self._hints.parts():
+            yield pack * LANES, part
 
 
 class _Course:
@@ -81,10 +83,10 @@ class _Course:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last: DiskHints | None = None
-        self._next: dict[DiskHints, DiskHints] = {}
+        self._last: SealedFile | None = None
+        self._next: dict[SealedFile, SealedFile] = {}
 
-    def used(self, hints: DiskHints) -> None:
+    def used(self, hints: SealedFile) -> None:
         with self._lock:
             if self._last is not None and self._last is not hints:
                 self._next[self._last] = hints
@@ -201,6 +203,27 @@ class HintStore:
         if written is None:
             raise CacheError(f"hints of {_told(hints.nbytes)} fit neither in memory nor on disk")
         return StreamedHints(written, self._course)
+
+    def find_checks(self, identity: str, cuts: Sequence[int], nbytes: int) -> bytes | None:
+        """A group's check vectors for these cuts, if they are on disk and are what was written."""
+        if self._cache is None:
+            return None
+        file = self._cache.checks_of(identity, cuts, nbytes)
+        try:
+            return bytes(file.whole().cpu().numpy()) if file.exists() else None
+        except CacheError as error:
+            log.warning("%s", error)
+            return None
+
+    def keep_checks(self, identity: str, cuts: Sequence[int], content: bytes) -> None:
+        """Keep a group's check vectors for the next session, if there is room."""
+        if not self._writes or self._cache is None:
+            return
+        try:
+            values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            self._cache.checks_of(identity, cuts, len(content)).write(values)
+        except OSError as error:
+            log.warning("check vectors are not kept on disk: %s", error.strerror)
 
     def close(self) -> None:
         """Hold nothing on disk any more. Idempotent."""

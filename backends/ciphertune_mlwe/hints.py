@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ciphertune.backend import LinearMap, Preparation
+from ciphertune_mlwe.checks import CheckVectors
 from ciphertune_mlwe.hint_store import Hints
 from ciphertune_mlwe.kernels import Kernel
 from ciphertune_mlwe.params import ParameterSet
@@ -32,6 +33,48 @@ class Prepared:
     features: int
     rows: int
     hints: Hints = dataclasses.field(repr=False)
+
+
+class GroupPreparation(Preparation):
+    """Several things that are made in one pass over a group's codes.
+
+    Args:
+        parts: what makes them.
+    """
+
+    def __init__(self, parts: Sequence[Preparation]) -> None:
+        self._parts = parts
+
+    def absorb(self, row: int, codes: Tensor) -> None:
+        """See ``Preparation.absorb``."""
+        for part in self._parts:
+            part.absorb(row, codes)
+
+    def finish(self) -> None:
+        """See ``Preparation.finish``."""
+        for part in self._parts:
+            part.finish()
+
+
+class CheckPreparation(Preparation):
+    """Makes the check vectors of a group.
+
+    Args:
+        vectors: to fill.
+        done: takes them.
+    """
+
+    def __init__(self, vectors: CheckVectors, done: Callable[[CheckVectors], None]) -> None:
+        self._vectors = vectors
+        self._done = done
+
+    def absorb(self, row: int, codes: Tensor) -> None:
+        """See ``Preparation.absorb``."""
+        self._vectors.absorb(row, codes)
+
+    def finish(self) -> None:
+        """See ``Preparation.finish``."""
+        self._done(self._vectors)
 
 
 class HintPreparation(Preparation):

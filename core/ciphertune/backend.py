@@ -240,11 +240,18 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         """
         return
 
-    def preparation(self, forward: LinearMap, backward: LinearMap) -> Preparation | None:
+    def preparation(
+        self, forward: LinearMap, backward: LinearMap, pieces: Sequence[LinearMap] = ()
+    ) -> Preparation | None:
         """What is to be made of a group's codes before its first product; None where nothing is.
 
-        Asked once a group when a session opens, with the group's maps of both directions. The client streams the
-        codes for a preparation, in memory that does not grow with the model.
+        Asked for each group when a session opens, and again when its products are cut otherwise, as when a worker
+        joins. The client streams the codes for a preparation, in memory that does not grow with the model.
+
+        Args:
+            forward: the group's map.
+            backward: the same transposed.
+            pieces: forward maps of the pieces that products are cut into; none for products in one piece.
         """
         return None
 
@@ -266,6 +273,17 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         if whole.direction == "forward":
             return [self.encrypt(x, whole)] * len(pieces)
         return [self.encrypt(_columns(x, piece.rows), piece) for piece in pieces]
+
+    def check_reply(self, reply: Buffers, state: StateT, piece: LinearMap) -> None:
+        """Hold one piece's reply against what was asked for, before anything is decrypted. Called once as it comes.
+
+        A reply that fails is asked of another worker, and whoever gave it is asked no more.
+
+        Raises:
+            WrongReplyError: it is another product.
+            ReplyError: it cannot belong to the request.
+        """
+        return
 
     def take_reply(self, reply: Buffers, state: StateT, piece: LinearMap) -> Any:
         """What is kept of one piece's reply until ``put_together`` has those of all; as it stands, its decryption.
@@ -407,6 +425,11 @@ class Backend(abc.ABC):
     def weight_bits(self) -> WeightBits | None:
         """How weights are stored at the worker: 8 or 16 bit integers per output channel, or None for float32."""
         return 8
+
+    @property
+    def checks_answers(self) -> bool:
+        """Whether the client half holds every answer against what was asked for (``ClientHalf.check_reply``)."""
+        return False
 
     def noise(self, linear_map: LinearMap) -> NoiseModel | None:
         """The error model of a group's product with these options, or None where it has no closed form."""

@@ -16,6 +16,7 @@ CipherTuneError
 ├── ProtocolError             a message that breaks the protocol
 │   ├── VersionError          the other end speaks no version of the protocol that this one does
 │   └── ReplyError            a reply that cannot belong to its request
+│       └── WrongReplyError   a reply of the right form that is not the product that was asked for
 ├── TransportError            the link to a worker failed
 │   └── TransportTimeoutError no answer within the deadline
 ├── WeightsError              codes that a client prepares itself from cannot be had, or are others
@@ -97,6 +98,10 @@ class VersionError(ProtocolError):
 
 class ReplyError(ProtocolError):
     """A reply that cannot belong to its request: tampered with, truncated, or of another shape."""
+
+
+class WrongReplyError(ReplyError):
+    """A reply of the right form is not the product that was asked for: the worker is broken, or lies."""
 
 
 class TransportError(CipherTuneError):

@@ -84,6 +84,20 @@ def ciphertune_preparing(session: SessionView, done: int, total: int) -> None:
 
 
 @hookspec
+def ciphertune_worker_excluded(session: SessionView, worker: str, layers: tuple[str, ...], direction: str) -> None:
+    """Called once a worker gave an answer that is not the product that was asked for. It is asked no more.
+
+    On any thread.
+
+    Args:
+        session: the session.
+        worker: address of the worker.
+        layers: names of the layers of the product.
+        direction: forward or backward.
+    """
+
+
+@hookspec
 def ciphertune_sending_key(worker: str, nbytes: int, done: bool) -> None:
     """Called before a large evaluation key is sent to a worker, and with ``done`` after it arrived or failed.
 

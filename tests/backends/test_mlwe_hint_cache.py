@@ -147,7 +147,7 @@ def test_nothing_is_computed_with_hints_that_change_while_they_are_in_use(folder
         one.unlink()
     else:
         damage(one, how, other)
-    with pytest.raises(CacheError, match="make them anew"):
+    with pytest.raises(CacheError, match="make it anew"):
         check(halves)
     assert not one.exists()
 

@@ -43,6 +43,7 @@ def replies(halves: Halves, direction: Direction, sent: list[Encrypted[Any]], ma
     for request, part in zip(sent, maps, strict=True):
         prepared = halves.worker.prepare(codes_of(halves, part.rows))
         reply = halves.worker.evaluate(prepared, direction, request.buffers)
+        halves.client.check_reply(reply, request.state, part)
         taken.append(halves.client.take_reply(reply, request.state, part))
     return taken
 
@@ -71,6 +72,7 @@ def test_pieces_are_cuts_of_one_ciphertext(
     whole = halves.maps[direction]
     x = torch.randn(TOKENS, whole.in_features, generator=torch.Generator().manual_seed(0))
     maps = [cut(whole, rows) for rows in pieces]
+    halves.prepare([cut(halves.maps["forward"], rows) for rows in pieces])
     sent = halves.client.encrypt_pieces(x, whole, maps)
     (b,) = encrypted
     for request, part in zip(sent, maps, strict=True):
@@ -81,7 +83,8 @@ def test_pieces_are_cuts_of_one_ciphertext(
     assert error_of(y, halves.exact(x, direction)) < 2**-9
     # To the bit what one worker's reply to the whole ciphertext gives.
     reply = halves.worker.evaluate(halves.worker.prepare(halves.codes), direction, {"b": b})
-    assert torch.equal(y, halves.client.decrypt(reply, sent[0].state, whole))
+    taken = halves.client.take_reply(reply, sent[0].state, whole)
+    assert torch.equal(y, halves.client.put_together([taken], [sent[0].state], whole, [whole]))
 
 
 @pytest.mark.parametrize("weight_bits", [8, 16])
@@ -93,6 +96,7 @@ def test_forward_pieces_come_in_any_order_and_leave_out_rows(weight_bits: int) -
     for count in (1, 2, 3):
         for chosen in itertools.permutations(parts, count):
             maps = [cut(whole, rows) for rows in chosen]
+            halves.prepare(maps)
             sent = halves.client.encrypt_pieces(x, whole, maps)
             taken = replies(halves, "forward", sent, maps)
             y = halves.client.put_together(taken, [each.state for each in sent], whole, maps)
@@ -105,6 +109,7 @@ def test_pieces_whose_replies_are_none_of_the_request(direction: Direction) -> N
     halves = Halves(random_codes(OUTPUTS, FEATURES))
     whole = halves.maps[direction]
     maps = [cut(whole, rows) for rows in CUTS[1]]
+    halves.prepare([cut(halves.maps["forward"], rows) for rows in CUTS[1]])
     sent = halves.client.encrypt_pieces(torch.randn(TOKENS, whole.in_features), whole, maps)
     states = [each.state for each in sent]
     good = replies(halves, direction, sent, maps)

@@ -155,6 +155,7 @@ HOOKS = {
     "ciphertune_select_layers": ["model", "candidates"],
     "ciphertune_session_opened": ["session"],
     "ciphertune_preparing": ["session", "done", "total"],
+    "ciphertune_worker_excluded": ["session", "worker", "layers", "direction"],
     "ciphertune_sending_key": ["worker", "nbytes", "done"],
     "ciphertune_session_closed": ["session"],
     "ciphertune_before_request": ["session", "exchange"],

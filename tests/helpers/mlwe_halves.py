@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,10 +40,14 @@ class Halves:
             "forward": group_map([info], "forward"),
             "backward": group_map([info], "backward"),
         }
-        preparation = self.client.preparation(self.maps["forward"], self.maps["backward"])
+        self.prepare(step=step)
+
+    def prepare(self, pieces: Sequence[LinearMap] = (), step: int = 64) -> None:
+        """Read the codes for what the client still lacks."""
+        preparation = self.client.preparation(self.maps["forward"], self.maps["backward"], pieces)
         if preparation is not None:
-            for row in range(0, len(codes), step):
-                preparation.absorb(row, codes[row : row + step])
+            for row in range(0, len(self.codes), step):
+                preparation.absorb(row, self.codes[row : row + step])
             preparation.finish()
 
     def matrix(self, direction: Direction) -> torch.Tensor:

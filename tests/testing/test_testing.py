@@ -41,7 +41,7 @@ def over(faults: Faults, **options: Any) -> Any:
 
 
 def test_what_is_exported() -> None:
-    names = ["BackendSuite", "EchoHandler", "Faults", "PluginSuite", "ServedWorker", "TransportSuite"]
+    names = ["BackendSuite", "EchoHandler", "Faults", "LyingWorker", "PluginSuite", "ServedWorker", "TransportSuite"]
     assert ciphertune.testing.__all__ == names
     assert set(names) <= set(dir(ciphertune.testing))
     assert all(getattr(ciphertune.testing, name).__doc__ for name in names)

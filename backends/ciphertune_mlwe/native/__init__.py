@@ -41,6 +41,7 @@ def library() -> ctypes.CDLL | None:
         "hint_masks": "ppiiip",
         "encrypt": "pipipiiipi",
         "decrypt": "pipipiiipi",
+        "weighted_sums": "piiiiipipi",
         "split": "piiipii",
         "join": "piiiiip",
         "low_bits": "piip",

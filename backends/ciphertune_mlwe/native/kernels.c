@@ -376,6 +376,63 @@ CLONES void ct_decrypt(const uint8_t *reply, int64_t reply_stride, const int32_t
     }
 }
 
+#define DRAWN 8 /* vectors that are usual, whose sums stay in registers */
+#define DEEP 32 /* rows whose values are read at a time */
+typedef uint32_t uvec __attribute__((vector_size(32), aligned(4)));
+
+/* sums[j][t] += weights[row][j] * value[row][t], of DRAWN vectors and eight tokens. */
+INLINE void add_weighted(const uint32_t (*value)[TOKENS], const int32_t *weights, int64_t rows, uint32_t (*sums)[TOKENS]) {
+    uvec s[DRAWN];
+    for (int j = 0; j < DRAWN; j++)
+        memcpy(&s[j], sums[j], sizeof s[j]);
+    for (int64_t row = 0; row < rows; row++, weights += DRAWN) {
+        uvec v;
+        memcpy(&v, value[row], sizeof v);
+        for (int j = 0; j < DRAWN; j++)
+            s[j] += v * (uint32_t)weights[j];
+    }
+    for (int j = 0; j < DRAWN; j++)
+        memcpy(sums[j], &s[j], sizeof s[j]);
+}
+
+/* out = sum over rows of weight x value, mod 2^32, values lifted to the top of 32 bits: check vectors times ciphertext.
+ *
+ * in (rows, planes, tokens) bytes; weights (rows, count) int32, count of 64 at most; out (count, out_stride) int32
+ */
+CLONES void ct_weighted_sums(const uint8_t *in, int64_t in_stride, int64_t plane_stride, int64_t planes, int64_t rows,
+                             int64_t tokens, const int32_t *weights, int64_t count, int32_t *out, int64_t out_stride) {
+    for (int64_t first = 0; first < tokens; first += TOKENS) {
+        int64_t width = tokens - first < TOKENS ? tokens - first : TOKENS;
+        /* Few tokens: sums of one token lie side by side, so that loops run over vectors. */
+        int turned = width < DRAWN || count != DRAWN;
+        uint32_t sums[64][TOKENS] = {{0}}, value[DEEP][TOKENS] = {{0}};
+        for (int64_t start = 0; start < rows; start += DEEP) {
+            int64_t deep = rows - start < DEEP ? rows - start : DEEP;
+            const int32_t *w = weights + start * count;
+            for (int64_t row = 0; row < deep; row++) {
+                const uint8_t *from = in + (start + row) * in_stride + first;
+                if (planes == 3)
+                    for (int64_t t = 0; t < width; t++)
+                        value[row][t] = lifted(from + t, plane_stride, 3);
+                else
+                    for (int64_t t = 0; t < width; t++)
+                        value[row][t] = lifted(from + t, plane_stride, 4);
+            }
+            if (turned)
+                for (int64_t row = 0; row < deep; row++)
+                    for (int64_t t = 0; t < width; t++)
+                        for (int64_t j = 0; j < count; j++)
+                            sums[t][j] += value[row][t] * (uint32_t)w[row * count + j];
+            else
+                for (int64_t t = 0; t < width; t += 8)
+                    add_weighted((const uint32_t(*)[TOKENS])(value[0] + t), w, deep, (uint32_t(*)[TOKENS])(sums[0] + t));
+        }
+        for (int64_t j = 0; j < count; j++)
+            for (int64_t t = 0; t < width; t++)
+                out[j * out_stride + first + t] = (int32_t)(turned ? sums[t][j] : sums[j][t]);
+    }
+}
+
 /* Byte planes of values: (rows, columns) int32 -> (rows, planes, plane_stride) bytes, lowest plane first. */
 CLONES void ct_split(const int32_t *values, int64_t rows, int64_t columns, int64_t planes, uint8_t *out,
                      int64_t out_stride, int64_t plane_stride) {

@@ -106,6 +106,7 @@ class WorkerConnection:
         failures: in a row.
         not_before: when it may be asked again.
         last_problem: what went wrong last.
+        excluded: whether it gave a wrong answer, and is asked no more.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class WorkerConnection:
         self.failures = 0
         self.not_before = 0.0
         self.last_problem = "no worker answers"
+        self.excluded = False
         self._longest_backoff = longest_backoff
         self._clock = clock
         self._opened = 0  # groups that the open session knows

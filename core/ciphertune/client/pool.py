@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+from ciphertune.backend import Direction
 from ciphertune.client.connection import BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, Opening, Retry, WorkerConnection
 from ciphertune.client.placement import Piece, place
 from ciphertune.client.timeouts import Timeouts
@@ -26,6 +27,9 @@ JoiningWorkers = Callable[[Sequence[Link]], Sequence[Link]]
 """Opens links to workers that have joined, given the links that are open."""
 
 
+ExclusionWatch = Callable[[str, tuple[str, ...], Direction], None]
+
+
 class WorkerPool:
     """Sessions with every worker that serves some of a model's layers.
 
@@ -36,6 +40,7 @@ class WorkerPool:
         timeouts: how long to wait for workers.
         joining: asked for workers that have joined, on a thread of its own; None where none ever do.
         joining_seconds: how often it is asked.
+        excluded: told of a worker that gave a wrong answer: its name, the layers and the direction.
         clock: seconds, as ``time.monotonic``; by it failing workers are left alone.
 
     Attributes:
@@ -57,6 +62,7 @@ class WorkerPool:
         timeouts: Timeouts,
         joining: JoiningWorkers | None = None,
         joining_seconds: float = 2.0,
+        excluded: ExclusionWatch = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.opening = opening
@@ -65,6 +71,7 @@ class WorkerPool:
         self._clock = clock
         self.workers = [self._connection(link) for link in links]
         self._groups = groups
+        self._told_of_exclusion = excluded
         self._choosing = threading.Lock()
         self._introduce(self.workers)
         try:
@@ -107,7 +114,10 @@ class WorkerPool:
         ready = [
             worker
             for worker in self.replicas(piece)
-            if worker not in excluding and worker.not_before <= now and not (with_session and worker.session is None)
+            if worker not in excluding
+            and not worker.excluded
+            and worker.not_before <= now
+            and not (with_session and worker.session is None)
         ]
         with self._choosing:
             worker = min(ready, key=lambda w: (w.in_flight, w.failures, w.last_used), default=None)
@@ -121,9 +131,18 @@ class WorkerPool:
         with self._choosing:
             worker.in_flight -= 1
 
+    def exclude(self, worker: WorkerConnection, piece: Piece, direction: Direction) -> None:
+        """Ask a worker for nothing more in this session: it gave a wrong answer for a piece."""
+        with self._choosing:
+            known, worker.excluded = worker.excluded, True
+        worker.last_problem = f"it gave a wrong answer for {' + '.join(piece.names)} ({direction})"
+        if not known:
+            log.error("%s is asked no more: %s", worker.name, worker.last_problem)
+            self._told_of_exclusion(worker.name, piece.names, direction)
+
     def retry_seconds(self, piece: Piece) -> float:
         """Seconds until a worker that holds a piece may be asked again; not above 0 where one may be asked now."""
-        return min(worker.not_before for worker in self.replicas(piece)) - self._clock()
+        return min(worker.not_before for worker in self.replicas(piece) if not worker.excluded) - self._clock()
 
     def close(self) -> None:
         """Close the session at every worker that still listens, and drop the links. Idempotent."""

@@ -38,7 +38,7 @@ class HeldCodes:
 
 def prepare(
     client: ClientHalf[Any],
-    groups: Sequence[tuple[Sequence[LayerInfo], Mapping[Direction, LinearMap]]],
+    groups: Sequence[tuple[Sequence[LayerInfo], Mapping[Direction, LinearMap], Sequence[LinearMap]]],
     source: CodeSource,
     progress: Progress | None = None,
 ) -> int:
@@ -48,7 +48,7 @@ def prepare(
 
     Args:
         client: the client half.
-        groups: the layers of each group, and its maps.
+        groups: the layers of each group, its maps, and forward maps of the pieces that its products are cut into.
         source: where codes are read.
         progress: told of codes read.
 
@@ -60,8 +60,8 @@ def prepare(
         TransportError, ReplyError: as the source.
     """
     wanted = []
-    for layers, maps in groups:
-        preparation = client.preparation(maps["forward"], maps["backward"])
+    for layers, maps, pieces in groups:
+        preparation = client.preparation(maps["forward"], maps["backward"], pieces)
         if preparation is not None:
             wanted.append((layers, preparation))
     total = sum(layer.in_features * layer.out_features for layers, _ in wanted for layer in layers)

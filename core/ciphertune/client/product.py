@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ciphertune.backend import Backend, Buffers, ClientHalf, LinearMap
+from ciphertune.backend import Backend, Buffers, ClientHalf, Encrypted, LinearMap
 from ciphertune.client.placement import Piece
 from ciphertune.client.pool import WorkerPool
 from ciphertune.client.request import PendingRequest
@@ -52,8 +52,7 @@ class Product:
         exchange.encrypt_seconds += clock() - start
         with contextlib.ExitStack() as stack:
             requests = [
-                self._send(piece, part, each.buffers, stack)
-                for piece, part, each in zip(pieces, maps, encrypted, strict=True)
+                self._send(piece, part, each, stack) for piece, part, each in zip(pieces, maps, encrypted, strict=True)
             ]
             parts = []
             for request, part, each in zip(requests, maps, encrypted, strict=True):
@@ -70,12 +69,17 @@ class Product:
         return y
 
     def _send(
-        self, piece: Piece, linear_map: LinearMap, buffers: Buffers, stack: contextlib.ExitStack
+        self, piece: Piece, linear_map: LinearMap, encrypted: Encrypted[Any], stack: contextlib.ExitStack
     ) -> PendingRequest:
         """Send the request for a piece; it is given up when ``stack`` unwinds."""
         start = time.perf_counter()
         allowance = self._backend.allowance(linear_map, self._exchange.tokens)
-        request = PendingRequest(self._pool, piece, linear_map.direction, buffers, allowance)
+        buffers = encrypted.buffers
+
+        def check(reply: Buffers) -> None:
+            self._client.check_reply(reply, encrypted.state, linear_map)
+
+        request = PendingRequest(self._pool, piece, linear_map.direction, buffers, check, allowance)
         stack.callback(request.abandon)
         self._exchange.wait_seconds += time.perf_counter() - start
         self._exchange.requests += 1
@@ -90,7 +94,8 @@ class Product:
         exchange.retries += request.attempts - 1
         exchange.bytes_down += reply.nbytes
         exchange.turn_seconds += elsewhere
-        exchange.wait_seconds += clock() - start - elsewhere
+        exchange.wait_seconds += clock() - start - elsewhere - request.check_seconds
+        exchange.decrypt_seconds += request.check_seconds
         exchange.evaluate_seconds += _seconds(reply)
         return reply.buffers
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from ciphertune.backend import Direction
+from ciphertune.backend import Buffers, Direction
 from ciphertune.client.connection import BACKOFF_SECONDS, Retry, UnknownSession, WorkerConnection
 from ciphertune.client.placement import Piece
 from ciphertune.client.pool import WorkerPool
-from ciphertune.errors import TransportError, TransportTimeoutError, WorkerError
+from ciphertune.errors import ReplyError, TransportError, TransportTimeoutError, WorkerError
 from ciphertune.protocol import Message
 
 
@@ -33,10 +33,12 @@ class PendingRequest:
         piece: what is to be evaluated.
         direction: of the product.
         buffers: of the request.
+        check: raises ``ReplyError`` for a reply that is not the product.
         allowance: seconds that it may take longer than others.
 
     Attributes:
         attempts: how often it was sent.
+        check_seconds: time that replies were checked.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class PendingRequest:
         piece: Piece,
         direction: Direction,
         buffers: Mapping[str, Any],
+        check: Callable[[Buffers], None],
         allowance: float = 0.0,
     ) -> None:
         self.attempts = 0
+        self.check_seconds = 0.0
+        self._check = check
         self._pool = pool
         self._piece = piece
         self._direction = direction
@@ -67,6 +72,7 @@ class PendingRequest:
             TransportTimeoutError: the deadline passed.
             TransportError: the session was closed.
             WorkerError, ReplyError: a worker refused the request for good, or answered nonsense.
+            WrongReplyError: every worker that holds the piece gave a wrong answer.
         """
         while True:
             if self._pool.closed.is_set():
@@ -151,9 +157,27 @@ class PendingRequest:
                 raise
             worker.mark_failed(str(error))
         else:
-            worker.mark_answered()
-            return reply
+            if self._accept(worker, reply):
+                worker.mark_answered()
+                return reply
         return None
+
+    def _accept(self, worker: WorkerConnection, reply: Message) -> bool:
+        """Whether a reply is the product that was asked for; whoever gave another one is asked no more."""
+        begun = time.perf_counter()
+        try:
+            self._check(reply.buffers)
+        except ReplyError as error:
+            self._pool.exclude(worker, self._piece, self._direction)
+            if all(each.excluded for each in self._pool.replicas(self._piece)):
+                raise type(error)(
+                    f"{worker.name}: {error}. It is broken or lies, and no other worker holds these rows. Nothing of "
+                    "the answer was used: resume from the last checkpoint with a worker that computes rightly"
+                ) from None
+            return False
+        finally:
+            self.check_seconds += time.perf_counter() - begun
+        return True
 
     def _pause(self) -> None:
         """Wait until a worker may be asked again."""

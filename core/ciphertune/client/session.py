@@ -105,15 +105,19 @@ class Session:
             opening = Opening(fields, self._client.evaluation_key(), self._watch_key)
             members = [group.layers for group in self._groups]
             seconds = choice.transport.joining_seconds
-            self.pool = WorkerPool(links, members, opening, choice.options, self._joining(), seconds)
+            self.pool = WorkerPool(
+                links, members, opening, choice.options, self._joining(), seconds, self._watch_exclusions
+            )
         except BaseException:
             with contextlib.ExitStack() as stack:
                 stack.callback(self._client.close)
                 for link in links:
                     stack.callback(link.close)
             raise
+        self._covering = threading.Lock()
+        self._covered: dict[int, tuple[Piece, ...]] = {}
         try:
-            self._prepare(codes)
+            self._prepare(list(range(len(groups))), codes)
             self.plugins.observe("ciphertune_session_opened", session=self)
         except BaseException:  # Ctrl-C, or warnings that are errors
             self.close()
@@ -210,20 +214,35 @@ class Session:
                 number, offset = parent, 0
         else:
             whole = group.maps[direction]
-        pieces = self.pool.pieces(number)
+        pieces = self._prepared_pieces(number)
         return pieces, [_moved(piece.map(direction), offset) for piece in pieces], x, whole
 
-    def _prepare(self, codes: CodeSource | None) -> None:
-        """Let the client half prepare itself for every group that is no part of another."""
+    def _prepared_pieces(self, number: int) -> tuple[Piece, ...]:
+        """The pieces of a group's products, for which the client half is prepared."""
+        pieces = self.pool.pieces(number)
+        if self.choice.backend.prepares and pieces is not self._covered[number]:
+            with self._covering:
+                # A worker joined. Where rows are cut otherwise for it, codes are read once more.
+                if [each.shards for each in pieces] != [each.shards for each in self._covered[number]]:
+                    self._prepare([number], None)
+                self._covered[number] = pieces
+        return pieces
+
+    def _prepare(self, numbers: Sequence[int], codes: CodeSource | None) -> None:
+        """Let the client half prepare itself for groups, each as a part of the group that it belongs to, if any."""
         if not self.choice.backend.prepares:
             return
-        wanted = {number: group for number, group in enumerate(self._groups) if group.parent is None}
+        wanted: dict[int, list[LinearMap]] = {}
+        for number in numbers:
+            parent, offset = self._groups[number].parent or (number, 0)
+            pieces = self._covered[number] = self.pool.pieces(number)
+            wanted.setdefault(parent, []).extend(_moved(piece.forward, offset) for piece in pieces)
         if codes is None:
-            codes = WorkerCodes(self.pool, {layer.name: i for i, group in wanted.items() for layer in group.layers})
+            names = {layer.name: i for i in wanted for layer in self.members(i)}
+            codes = WorkerCodes(self.pool, names)
         begun = time.monotonic()
-        read = prepare(
-            self._client, [(group.layers, group.maps) for group in wanted.values()], codes, self._watch_codes
-        )
+        groups = [(self.members(i), self._groups[i].maps, pieces) for i, pieces in wanted.items()]
+        read = prepare(self._client, groups, codes, self._watch_codes)
         if read:
             log.info(
                 "prepared for the products of %.1f million weights in %.1f s", read / 1e6, time.monotonic() - begun
@@ -261,6 +280,11 @@ class Session:
 
     def _watch_codes(self, done: int, total: int) -> None:
         self.plugins.observe("ciphertune_preparing", session=self, done=done, total=total)
+
+    def _watch_exclusions(self, worker: str, layers: tuple[str, ...], direction: Direction) -> None:
+        self.plugins.observe(
+            "ciphertune_worker_excluded", session=self, worker=worker, layers=layers, direction=direction
+        )
 
     def _watch_key(self, worker: str, nbytes: int, done: bool) -> None:
         self.plugins.observe("ciphertune_sending_key", worker=worker, nbytes=nbytes, done=done)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ciphertune.testing.backends import BackendSuite as BackendSuite
     from ciphertune.testing.echo import EchoHandler as EchoHandler
     from ciphertune.testing.faults import Faults as Faults
+    from ciphertune.testing.lies import LyingWorker as LyingWorker
     from ciphertune.testing.plugins import PluginSuite as PluginSuite
     from ciphertune.testing.served import ServedWorker as ServedWorker
     from ciphertune.testing.transports import TransportSuite as TransportSuite
@@ -24,6 +25,7 @@ _HOMES = {
     "BackendSuite": "backends",
     "EchoHandler": "echo",
     "Faults": "faults",
+    "LyingWorker": "lies",
     "PluginSuite": "plugins",
     "ServedWorker": "served",
     "TransportSuite": "transports",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import ciphertune
 from ciphertune.backend import DIRECTIONS, Backend, Buffers, ClientHalf, Direction, LinearMap, WorkerHalf
 from ciphertune.client.choice import choose
-from ciphertune.errors import InputError, ProtocolError, ReplyError
+from ciphertune.errors import InputError, ProtocolError, ReplyError, WrongReplyError
 from ciphertune.protocol import Message, pack, unpack
+from ciphertune.testing.lies import LIES, LyingWorker
 from ciphertune.testing.served import ServedWorker
 from ciphertune.weights import DIGEST_ROWS, LayerWeight, describe, group_map, quantize
 
@@ -50,12 +51,16 @@ class Pair:
         opened = unpack([bytes(frame) for frame in pack(opening)])
         worker = type(backend).worker(opened.fields["public"], opened.buffers, _CPU)
         pair = cls(backend, client, worker, weight, worker.prepare(weight.codes))
-        preparation = client.preparation(pair.map("forward"), pair.map("backward"))
-        if preparation is not None:
-            for row in range(0, out_features, DIGEST_ROWS):
-                preparation.absorb(row, weight.codes[row : row + DIGEST_ROWS])
-            preparation.finish()
+        pair.prepare()
         return pair
+
+    def prepare(self, pieces: Sequence[LinearMap] = ()) -> None:
+        """Let the client half prepare itself for products that are cut into pieces, by forward maps of these."""
+        preparation = self.client.preparation(self.map("forward"), self.map("backward"), pieces)
+        if preparation is not None:
+            for row in range(0, len(self.weight.codes), DIGEST_ROWS):
+                preparation.absorb(row, self.weight.codes[row : row + DIGEST_ROWS])
+            preparation.finish()
 
     def map(self, direction: Direction) -> LinearMap:
         """The map of a direction, as a session knows it."""
@@ -187,8 +192,10 @@ class BackendSuite:
         whole = both.client.decrypt(both.evaluate("forward", encrypted.buffers), encrypted.state, both.map("forward"))
         codes = both.weight.codes[8:19].contiguous()
         part = dataclasses.replace(both.map("forward"), out_features=len(codes), identity="", rows=((8, 19),))
+        both.prepare([part])
         (request,) = both.client.encrypt_pieces(x, both.map("forward"), [part])
         reply = _carried(both.worker.evaluate(both.worker.prepare(codes), "forward", _carried(request.buffers)))
+        both.client.check_reply(reply, request.state, part)
         taken = both.client.take_reply(reply, request.state, part)
         found = both.client.put_together([taken], [request.state], both.map("forward"), [part])
         # Each of the two answers has an error of its own.
@@ -277,6 +284,26 @@ class BackendSuite:
                 bad[name] = changes[damage](tensor)
             damaged.append(bad)
         return damaged
+
+    @pytest.mark.parametrize("lie", LIES)
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_wrong_answers_are_refused(self, pair: Callable[..., Pair], direction: Direction, lie: str) -> None:
+        """A backend that checks answers refuses each lie, before it decrypts; and none of an honest worker's."""
+        both = pair(24, 40)
+        if not both.backend.checks_answers:
+            pytest.skip("this backend does not say that it checks answers")
+        linear_map = both.map(direction)
+        liar = LyingWorker(both.worker, lie, honest=1)
+        prepared = liar.prepare(both.weight.codes)
+        for wrong in (False, True):
+            x = torch.randn(3, linear_map.in_features, generator=torch.Generator().manual_seed(6))
+            encrypted = both.client.encrypt(x, linear_map)
+            reply = _carried(liar.evaluate(prepared, direction, _carried(encrypted.buffers)))
+            if wrong:
+                with pytest.raises(WrongReplyError):
+                    both.client.check_reply(reply, encrypted.state, linear_map)
+            else:
+                both.client.check_reply(reply, encrypted.state, linear_map)
 
     def test_opening_fields_that_are_none(self, pair: Callable[..., Pair]) -> None:
         """A worker half is not made from public fields of the wrong type."""
