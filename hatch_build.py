@@ -13,6 +13,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path("backends/ciphertune_mlwe/native")
+_SOURCES = ("kernels.c", "product.c")
 # No contraction: the same integers as the portable code on every machine.
 _FLAGS = ["-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno"]
 
@@ -32,7 +33,8 @@ class NativeBuildHook(BuildHookInterface[Any]):
             target.unlink(missing_ok=True)
             return
         temporary = target.with_suffix(".tmp")
-        command = [*compiler.split(), *_FLAGS, str(root / _FOLDER / "kernels.c"), "-o", str(temporary), "-lm"]
+        sources = [str(root / _FOLDER / name) for name in _SOURCES]
+        command = [*compiler.split(), *_FLAGS, *sources, "-o", str(temporary), "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -74,8 +74,8 @@ class HintPreparation(Preparation):
     def absorb(self, row: int, codes: Tensor) -> None:
         """See ``Preparation.absorb``."""
         ahead, back = self._parameters
-        inputs = self._public.operand(0, self._features, ahead.rank, self._kernel)
-        outputs = self._public.operand(row, row + len(codes), back.rank, self._kernel)
+        inputs = self._public.operand(0, self._features, ahead.rank)
+        outputs = self._public.operand(row, row + len(codes), back.rank)
         part = torch.empty(len(codes), ahead.dimension, dtype=torch.int32, device=self._transforms.device)
         for index, digit in enumerate(digits_of(codes.to(self._transforms.device))):
             self._kernel.multiply(digit, inputs, part)

@@ -21,6 +21,22 @@ if TYPE_CHECKING:
 LIBRARY = "kernels.so"
 _INT = ctypes.c_int64
 _POINTER = ctypes.c_void_p
+_SIGNATURES = {
+    "transform_secrets": "ppi",
+    "transform_rows": "piip",
+    "pack_hints": "piiip",
+    "masks": "pipiiipiip",
+    "hint_masks": "ppiiip",
+    "encrypt": "pipipiiipi",
+    "decrypt": "pipipiiipi",
+    "split": "piiipii",
+    "join": "piiiiip",
+    "low_bits": "piip",
+    "combine": "ppiiiip",
+    "product": "ipiiiipiiiipipii",
+    "product_name": "i",
+    "product_available": "i",
+}
 
 
 @functools.cache
@@ -33,31 +49,34 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(path))
     except OSError:
         return None
-    signatures = {
-        "transform_secrets": "ppi",
-        "transform_rows": "piip",
-        "pack_hints": "piiip",
-        "masks": "pipiiipiip",
-        "hint_masks": "ppiiip",
-        "encrypt": "pipipiiipi",
-        "decrypt": "pipipiiipi",
-        "split": "piiipii",
-        "join": "piiiiip",
-        "low_bits": "piip",
-        "combine": "ppiiiip",
-        "pack_weight": "piiiip",
-        "limbs": "piiiiip",
-        "multiply": "piipiiiiipi",
-    }
-    for name, arguments in signatures.items():
-        getattr(loaded, f"ct_{name}").argtypes = [_POINTER if each == "p" else _INT for each in arguments]
+    declare(loaded)
     loaded.ct_init()
     return loaded
+
+
+def declare(loaded: ctypes.CDLL, prefix: str = "") -> None:
+    """Tell ctypes the arguments of the library's functions, those whose names start with the prefix."""
+    for name, arguments in _SIGNATURES.items():
+        if name.startswith(prefix):
+            getattr(loaded, f"ct_{name}").argtypes = [_POINTER if each == "p" else _INT for each in arguments]
+    loaded.ct_product_name.restype = ctypes.c_char_p
 
 
 def library_for(tensor: Tensor) -> ctypes.CDLL | None:
     """The shared library where it can work on a tensor, which is on the CPU."""
     return library() if tensor.device.type == "cpu" else None
+
+
+@functools.cache
+def products(native: ctypes.CDLL) -> dict[str, int]:
+    """The library's product kernels that this processor has, and their numbers."""
+    found: dict[str, int] = {}
+    index = 0
+    while (name := native.ct_product_name(index)) is not None:
+        if native.ct_product_available(index):
+            found[name.decode()] = index
+        index += 1
+    return found
 
 
 def pointer(tensor: Tensor) -> int:
