@@ -48,7 +48,7 @@
 #define LATER(isa) TARGET(isa)
 #endif
 
-#define DEEP 512         /* features of a block: a panel of values and the codes of a tile stay in the first cache */
+#define DEEP 384         /* features of a block: a panel of values and the codes of a tile stay in the first cache */
 #define TALL 96          /* rows of a block, a multiple of the rows of every tile */
 #define WIDE 16          /* columns of a panel */
 #define VALUES (1 << 21) /* bytes of packed values to aim at */
@@ -704,7 +704,9 @@ TARGET("avx2") INLINE int32_t total_of(__m256i low, __m256i high) {
     return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
 }
 
-/* Some rows, their codes side by side, times some columns of (limb, depth) int16, `long` apart. */
+#define AHEAD 4 /* rows that are fetched before they are needed */
+
+/* Some rows, the codes of each side by side, times some columns of (limb, depth) int16, `apart` from each other. */
 TARGET("avx2") INLINE void rows_direct(const product *p, int64_t row, int rows, const int16_t *x, int64_t apart,
                                        int64_t column, int columns, int32_t *sums) {
     __m256i low[4][2], high[4][2];
@@ -717,6 +719,7 @@ TARGET("avx2") INLINE void rows_direct(const product *p, int64_t row, int rows, 
     for (int64_t k = 0; k < whole; k += 16)
         for (int r = 0; r < rows; r++) {
             __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + r * p->row_stride + k)));
+            _mm_prefetch((const char *)w + (AHEAD + r) * p->row_stride + k, _MM_HINT_T0);
             for (int c = 0; c < columns; c++) {
                 const int16_t *at = x + 2 * c * apart + k;
                 low[r][c] = _mm256_add_epi32(low[r][c], _mm256_madd_epi16(v, _mm256_loadu_si256((const __m256i *)at)));
@@ -737,7 +740,7 @@ TARGET("avx2") INLINE void rows_direct(const product *p, int64_t row, int rows, 
 }
 
 #define STRIP 16 /* rows, whose codes lie side by side */
-#define PAIRS 8  /* of features that are read together: so many streams processors can read ahead */
+#define PAIRS 5  /* of features that are read together: lines of more rows may fall on the same places of the cache */
 
 /* A strip times some columns, for `pairs` pairs of features of `values` (pair, column, limb). */
 TARGET("avx2") INLINE void strip_direct(const product *p, int64_t row, int64_t k, int64_t pairs, const int32_t *x,
@@ -876,8 +879,10 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int tiled(const kernel *k, const product *p) {
     int64_t wide = VALUES / (p->depth * 4) / WIDE * WIDE;
     wide = least(wide < 64 ? 64 : wide > 512 ? 512 : wide, up(p->columns, WIDE));
+    /* Blocks of features of about the same depth: one of a few would hardly pay for its tiles. */
+    int64_t layers = up(p->depth, DEEP) / DEEP, step = up((p->depth + layers - 1) / layers, 64);
     int64_t height = k->rows[p->planes - 3], panel_bytes = DEEP * 4 * WIDE, layer_bytes = DEEP * 4 * wide;
-    size_t values_size = (size_t)(up(p->depth, DEEP) / DEEP * layer_bytes);
+    size_t values_size = (size_t)(layers * layer_bytes);
     size_t codes_size = padded((size_t)(TALL * k->row_bytes)), own_size = padded((size_t)(TALL * wide) * 4);
     char *memory = aligned_alloc(64, values_size + codes_size + own_size);
     if (!memory)
@@ -890,15 +895,15 @@ static int tiled(const kernel *k, const product *p) {
         k->begin();
     for (int64_t first = 0; first < p->columns; first += wide) {
         int64_t width = least(wide, p->columns - first);
-        for (int64_t start = 0; start < p->depth; start += DEEP)
-            k->pack(p, first, width, start, least(DEEP, p->depth - start), values + start / DEEP * layer_bytes);
+        for (int64_t start = 0; start < p->depth; start += step)
+            k->pack(p, first, width, start, least(step, p->depth - start), values + start / step * layer_bytes);
         for (int64_t row = 0; row < p->rows; row += TALL) {
             int64_t count = least(TALL, p->rows - row);
             int32_t *total = p->bytes ? own : p->total + row * p->total_stride + first;
             int64_t stride = p->bytes ? wide : p->total_stride;
-            for (int64_t start = 0; start < p->depth; start += DEEP) {
-                int64_t deep = least(DEEP, p->depth - start);
-                const uint8_t *panel = values + start / DEEP * layer_bytes;
+            for (int64_t start = 0; start < p->depth; start += step) {
+                int64_t deep = least(step, p->depth - start);
+                const uint8_t *panel = values + start / step * layer_bytes;
                 k->expand(p, row, count, up(count, height), start, deep, codes);
                 for (int64_t c = 0; c < width; c += WIDE, panel += panel_bytes)
                     for (int64_t r = 0; r < count; r += height) {
