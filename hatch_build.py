@@ -34,12 +34,16 @@ class NativeBuildHook(BuildHookInterface[Any]):
             return
         temporary = target.with_suffix(".tmp")
         sources = [str(root / _FOLDER / name) for name in _SOURCES]
-        command = [*compiler.split(), *_FLAGS, *sources, "-o", str(temporary), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            detail = getattr(error, "stderr", "") or error
-            self.app.display_warning(f"ciphertune: native loops did not compile, using portable code: {detail}")
+        # Products in plain C are slow, but still better than none where a compiler or assembler is too old for others.
+        for plain in ([], ["-DCT_PLAIN"]):
+            try:
+                command = [*compiler.split(), *_FLAGS, *plain, *sources, "-o", str(temporary), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                break
+            except (OSError, subprocess.CalledProcessError) as error:
+                detail = getattr(error, "stderr", "") or error
+                self.app.display_warning(f"ciphertune: native loops did not compile as they should: {detail}")
+        else:
             temporary.unlink(missing_ok=True)
             target.unlink(missing_ok=True)
             return

@@ -7,14 +7,14 @@
  * Sums are wanted mod 2^24 or 2^32 and wrap mod 2^32, so no depth is too great.
  *
  * Built with -DCT_EMULATE, plain loops stand in for the instructions that not every machine has, so that those kernels
- * can be tested anywhere.
+ * can be tested anywhere. Built with -DCT_PLAIN, for compilers that refuse some of them, only plain C is left.
  */
 #define _GNU_SOURCE /* syscall */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(CT_PLAIN)
 #define X86
 #include <cpuid.h>
 #include <immintrin.h>
@@ -23,7 +23,7 @@
 #define X86_NEW
 #endif
 #endif
-#if defined(__aarch64__) && defined(__GNUC__) && defined(__AARCH64EL__)
+#if defined(__aarch64__) && defined(__GNUC__) && defined(__AARCH64EL__) && !defined(CT_PLAIN)
 #define ARM
 #endif
 #if defined(__linux__) && defined(X86)
@@ -436,7 +436,7 @@ INLINE void dot_bytes(void *memory, const void *values, const void *codes, int l
 #define DOT8(s, x, w) dot_bytes(&(s), &(x), &(w), 8, 0)
 #define DOT16(s, x, w) dot_bytes(&(s), &(x), &(w), 16, 0)
 #else
-#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(__ARM_FEATURE_DOTPROD) || defined(__clang__)
 #define DOT4(s, x, w) __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(x), "w"(w))
 #else
 #define DOT4(s, x, w) __asm__(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(x), "w"(w))
@@ -481,7 +481,7 @@ INLINE void dot_bytes(void *memory, const void *values, const void *codes, int l
     } while (0)
 
 #if defined(X86)
-LATER("avx512f") static void avx512_tile(const void *memory, int64_t row, const uint8_t *panel, int64_t depth,
+LATER("avx512f,avx512vnni") static void avx512_tile(const void *memory, int64_t row, const uint8_t *panel, int64_t depth,
                                           int planes, int add, int32_t *out, int64_t stride) {
     const int8_t *codes = (const int8_t *)memory + row * DEEP;
     if (planes == 3)
@@ -492,7 +492,7 @@ LATER("avx512f") static void avx512_tile(const void *memory, int64_t row, const 
 #endif
 
 #if defined(X86_NEW)
-LATER("avx2") static void avx_tile(const void *memory, int64_t row, const uint8_t *panel, int64_t depth, int planes,
+LATER("avx2,avxvnni") static void avx_tile(const void *memory, int64_t row, const uint8_t *panel, int64_t depth, int planes,
                                     int add, int32_t *out, int64_t stride) {
     const int8_t *codes = (const int8_t *)memory + row * DEEP;
     if (planes == 3)
@@ -515,6 +515,10 @@ INLINE uint32_t less(const int8_t *codes, int64_t depth, int planes) {
     return ((uint32_t)sum << 7) * (planes == 3 ? 0x010101u : 0x01010101u);
 }
 
+/* Clang wants to hear of the instruction here, gcc's assembler in the macro. */
+#if defined(__clang__) && defined(ARM) && !defined(CT_EMULATE)
+TARGET("dotprod")
+#endif
 static void neon_tile(const void *memory, int64_t row, const uint8_t *panel, int64_t depth, int planes, int add,
                       int32_t *out, int64_t stride) {
     const int8_t *codes = (const int8_t *)memory + row * DEEP;
@@ -569,7 +573,7 @@ static void amx_end(void) {}
 /* Signed codes times unsigned values. */
 #define DOT_TILES(sums, codes, values)                                                                                 \
     __asm__ volatile("tdpbsud %%tmm" #values ", %%tmm" #codes ", %%tmm" #sums ::)
-static void amx_begin(void) {
+TARGET("amx-tile") static void amx_begin(void) {
     _Alignas(64) struct {
         uint8_t palette, start, reserved[14];
         uint16_t row_bytes[16];
@@ -581,7 +585,7 @@ static void amx_begin(void) {
     }
     __asm__ volatile("ldtilecfg %0" ::"m"(shape));
 }
-static void amx_end(void) { __asm__ volatile("tilerelease" ::); }
+TARGET("amx-tile") static void amx_end(void) { __asm__ volatile("tilerelease" ::); }
 #endif
 
 static void pack_tiles(const product *p, int64_t first, int64_t width, int64_t start, int64_t deep, uint8_t *out) {
@@ -604,7 +608,7 @@ LATER("avx512f") INLINE void put_tiles(const int32_t *sums, int planes, int add,
 
 /* Codes are the left operand, whose rows lie DEEP apart, a panel's planes the right ones; the eight tile registers hold
  * sums of 32 rows and three planes or of 16 rows and four planes, some codes and some values. */
-LATER("avx512f") static void amx_tile(const void *memory, int64_t row, const uint8_t *panel, int64_t depth, int planes,
+LATER("avx512f,amx-tile,amx-int8") static void amx_tile(const void *memory, int64_t row, const uint8_t *panel, int64_t depth, int planes,
                                        int add, int32_t *out, int64_t stride) {
     const int8_t *codes = (const int8_t *)memory + row * DEEP;
     _Alignas(64) int32_t sums[6 * 256];
@@ -739,34 +743,38 @@ TARGET("avx2") INLINE void rows_direct(const product *p, int64_t row, int rows, 
         }
 }
 
-#define STRIP 16 /* rows, whose codes lie side by side */
-#define PAIRS 5  /* of features that are read together: lines of more rows may fall on the same places of the cache */
+#define STRIP 32 /* rows, whose codes lie side by side */
+#define PAIRS 8  /* of features that are read together: so many streams processors can read ahead */
 
-/* A strip times some columns, for `pairs` pairs of features of `values` (pair, column, limb). */
-TARGET("avx2") INLINE void strip_direct(const product *p, int64_t row, int64_t k, int64_t pairs, const int32_t *x,
-                                        int64_t column, int columns, int32_t *sums) {
-    __m256i low[2][2], high[2][2];
+/* Rows, eight for each of `vectors`, times some columns, for `pairs` pairs of features of x (pair, column, limb). */
+TARGET("avx2") INLINE void strip_direct(const product *p, int64_t row, int vectors, int64_t k, int64_t pairs,
+                                        const int32_t *x, int64_t column, int columns, int32_t *sums) {
+    __m256i low[2][4], high[2][4];
     for (int c = 0; c < columns; c++)
-        low[c][0] = low[c][1] = high[c][0] = high[c][1] = _mm256_setzero_si256();
+        for (int v = 0; v < vectors; v++)
+            low[c][v] = high[c][v] = _mm256_setzero_si256();
     for (int64_t i = 0; i < pairs; i++) {
         const int8_t *even = p->codes + (k + 2 * i) * p->code_stride + row;
         const int8_t *odd = k + 2 * i + 1 < p->depth ? even + p->code_stride : even;
-        __m128i a = _mm_loadu_si128((const __m128i *)even), b = _mm_loadu_si128((const __m128i *)odd);
-        __m256i first = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
-        __m256i second = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
-        for (int c = 0; c < columns; c++) {
-            const int32_t *two = x + 2 * (i * p->columns + column + c);
-            __m256i l = _mm256_set1_epi32(two[0]), h = _mm256_set1_epi32(two[1]);
-            low[c][0] = _mm256_add_epi32(low[c][0], _mm256_madd_epi16(first, l));
-            low[c][1] = _mm256_add_epi32(low[c][1], _mm256_madd_epi16(second, l));
-            high[c][0] = _mm256_add_epi32(high[c][0], _mm256_madd_epi16(first, h));
-            high[c][1] = _mm256_add_epi32(high[c][1], _mm256_madd_epi16(second, h));
+        const int32_t *two = x + 2 * (i * p->columns + column);
+        for (int v = 0; v < vectors; v += 2) {
+            __m128i a = _mm_loadu_si128((const __m128i *)(even + 8 * v));
+            __m128i b = _mm_loadu_si128((const __m128i *)(odd + 8 * v));
+            __m256i first = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+            __m256i second = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+            for (int c = 0; c < columns; c++) {
+                __m256i l = _mm256_set1_epi32(two[2 * c]), h = _mm256_set1_epi32(two[2 * c + 1]);
+                low[c][v] = _mm256_add_epi32(low[c][v], _mm256_madd_epi16(first, l));
+                low[c][v + 1] = _mm256_add_epi32(low[c][v + 1], _mm256_madd_epi16(second, l));
+                high[c][v] = _mm256_add_epi32(high[c][v], _mm256_madd_epi16(first, h));
+                high[c][v + 1] = _mm256_add_epi32(high[c][v + 1], _mm256_madd_epi16(second, h));
+            }
         }
     }
     for (int c = 0; c < columns; c++)
-        for (int i = 0; i < 2; i++) {
-            __m256i *to = (__m256i *)(sums + (column + c) * p->rows + row) + i;
-            __m256i all = _mm256_add_epi32(low[c][i], _mm256_slli_epi32(high[c][i], 16));
+        for (int v = 0; v < vectors; v++) {
+            __m256i *to = (__m256i *)(sums + (column + c) * p->rows + row) + v;
+            __m256i all = _mm256_add_epi32(low[c][v], _mm256_slli_epi32(high[c][v], 16));
             _mm256_storeu_si256(to, k ? _mm256_add_epi32(all, _mm256_loadu_si256(to)) : all);
         }
 }
@@ -809,10 +817,12 @@ TARGET("avx2") static void avx2_direct(const product *p, const int32_t *values, 
         const int32_t *x = memory + 2 * i * p->columns;
         for (int64_t row = 0; row < whole; row += STRIP) {
             int64_t c = 0;
-            for (; c + 2 <= p->columns; c += 2)
-                strip_direct(p, row, 2 * i, some, x, c, 2, sums);
+            for (; c + 2 <= p->columns; c += 2) {
+                strip_direct(p, row, 2, 2 * i, some, x, c, 2, sums);
+                strip_direct(p, row + 16, 2, 2 * i, some, x, c, 2, sums);
+            }
             if (c < p->columns)
-                strip_direct(p, row, 2 * i, some, x, c, 1, sums);
+                strip_direct(p, row, 4, 2 * i, some, x, c, 1, sums);
         }
     }
     for (int64_t row = whole; row < p->rows; row++)
@@ -951,7 +961,7 @@ static int keeps(unsigned mask) {
     unsigned a, b, c, d, low, high;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1))
         return 0;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    __asm__ volatile(".byte 0x0f, 0x01, 0xd0" /* xgetbv */ : "=a"(low), "=d"(high) : "c"(0));
     return (low & mask) == mask;
 }
 static int has_avx512_vnni(void) {
