@@ -16,9 +16,9 @@ CONCRETE_ML_STAMP := .venv-concrete-ml/.installed
 # What an old torch, an old numpy and transformers 4 could break, and the backend itself.
 CONCRETE_ML_TESTS := $(addprefix tests/,front/test_linear.py front/test_protocol.py outsourcing/test_group.py \
 	outsourcing/test_peft.py worker/test_worker.py training/test_trainer.py backends/test_mlwe_arithmetic.py \
-	backends/test_mlwe_encryption.py testing/test_conformance.py::TestClear testing/test_conformance.py::TestMlwe \
-	backends/test_concrete_ml.py)
-NATIVE := backends/ciphertune_mlwe/native/kernels.c
+	backends/test_mlwe_product.py backends/test_mlwe_encryption.py testing/test_conformance.py::TestClear \
+	testing/test_conformance.py::TestMlwe backends/test_concrete_ml.py)
+NATIVE := $(addprefix backends/ciphertune_mlwe/native/,kernels.c product.c)
 SOURCES := pyproject.toml hatch_build.py $(NATIVE) Makefile $(wildcard requirements/*.txt)
 
 # Errors only: where pip looked in vain is no news.

@@ -13,6 +13,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path("backends/ciphertune_mlwe/native")
+_SOURCES = ("kernels.c", "product.c")
 # No contraction: the same integers as the portable code on every machine.
 _FLAGS = ["-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno"]
 
@@ -32,12 +33,17 @@ class NativeBuildHook(BuildHookInterface[Any]):
             target.unlink(missing_ok=True)
             return
         temporary = target.with_suffix(".tmp")
-        command = [*compiler.split(), *_FLAGS, str(root / _FOLDER / "kernels.c"), "-o", str(temporary), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            detail = getattr(error, "stderr", "") or error
-            self.app.display_warning(f"ciphertune: native loops did not compile, using portable code: {detail}")
+        sources = [str(root / _FOLDER / name) for name in _SOURCES]
+        # Products in plain C are slow, but still better than none where a compiler or assembler is too old for others.
+        for plain in ([], ["-DCT_PLAIN"]):
+            try:
+                command = [*compiler.split(), *_FLAGS, *plain, *sources, "-o", str(temporary), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                break
+            except (OSError, subprocess.CalledProcessError) as error:
+                detail = getattr(error, "stderr", "") or error
+                self.app.display_warning(f"ciphertune: native loops did not compile as they should: {detail}")
+        else:
             temporary.unlink(missing_ok=True)
             target.unlink(missing_ok=True)
             return

@@ -122,8 +122,8 @@ class HintPreparation(Preparation):
             self._forward = self._transforms.empty_hints(self._digits * self._outputs, ahead)
             shape = self._digits, self._features, back.dimension
             self._sums = torch.zeros(shape, dtype=torch.int32, device=self._transforms.device)
-        inputs = self._public.operand(0, self._features, ahead.rank, self._kernel)
-        outputs = self._public.operand(row, row + len(codes), back.rank, self._kernel)
+        inputs = self._public.operand(0, self._features, ahead.rank)
+        outputs = self._public.operand(row, row + len(codes), back.rank)
         part = torch.empty(len(codes), ahead.dimension, dtype=torch.int32, device=self._transforms.device)
         for index, digit in enumerate(digits_of(codes.to(self._transforms.device))):
             self._kernel.multiply(digit, inputs, part)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import abc
 import functools
 import itertools
+import os
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ciphertune_mlwe.native import library_for, over_rows, pointer
-from ciphertune_mlwe.planes import join_bytes, low_bits
+from ciphertune.errors import ConfigError
+from ciphertune_mlwe.native import library_for, over_rows, pointer, products
+from ciphertune_mlwe.planes import join_bytes, low_bits, split_bytes
 
 _TRIAL_SECONDS = 0.05
 """After which a slow kernel is timed no more."""
+
+BLOCK_VALUES = 1 << 21
+"""Sums held at once."""
 
 _FEWEST = 2
 """The least that a size must be for a layout to be clear from strides."""
@@ -25,23 +29,97 @@ class Kernel(abc.ABC):
     """One way to multiply int8 weights with values mod 2^8P that are given as P byte planes, exactly mod 2^8P."""
 
     @abc.abstractmethod
-    def operand(self, planes: Tensor) -> Tensor:
-        """Values in the form that ``multiply`` takes; the first dimension stays that of features.
-
-        Args:
-            planes: (K, P, C) uint8, P of 3 or 4, lowest plane first, columns contiguous.
-        """
-
-    @abc.abstractmethod
-    def multiply(self, weight: Tensor, operand: Tensor, out: Tensor, *, add: bool = False) -> None:
+    def multiply(self, weight: Tensor, planes: Tensor, out: Tensor, *, add: bool = False) -> None:
         """``weight · values``, whose low 8P bits are exact.
 
         Args:
             weight: (N, K) int8, stored row by row or column by column.
-            operand: from ``operand``; K features of it.
+            planes: (K, P, C) uint8, P of 3 or 4, lowest plane first, columns contiguous.
             out: (N, C) int32, contiguous, to write to.
             add: add to what is there.
         """
+
+    def product(self, weight: Tensor, planes: Tensor, out: Tensor) -> None:
+        """``weight · values`` as byte planes.
+
+        Args:
+            weight: as for ``multiply``.
+            planes: as for ``multiply``.
+            out: (N, P, C) uint8, contiguous, to write to.
+        """
+        rows, columns = weight.shape[0], planes.shape[2]
+        # One block of columns at a time, so that sums stay in the cache.
+        step = max(64, BLOCK_VALUES // rows // 64 * 64)
+        for start in range(0, columns, step):
+            block = slice(start, start + step)
+            sums = torch.empty(rows, min(step, columns - start), dtype=torch.int32, device=out.device)
+            self.multiply(weight, planes[:, :, block], sums)
+            split_bytes(sums, out[:, :, block])
+
+
+class NativeKernel(Kernel):
+    """A compiled product for some processors, from planes to planes in one pass (``native/product.c``).
+
+    Args:
+        name: what the compiled code calls it.
+    """
+
+    _ALONE = 1 << 23
+    """Multiply-adds below which waking another thread takes longer than it saves."""
+    _MULTIPLE = 16
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def multiply(self, weight: Tensor, planes: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """See ``Kernel.multiply``."""
+        self._run(weight, planes, out, 0, add)
+
+    def product(self, weight: Tensor, planes: Tensor, out: Tensor) -> None:
+        """See ``Kernel.product``."""
+        self._run(weight, planes, out, planes.shape[1], False)
+
+    def _run(self, weight: Tensor, planes: Tensor, out: Tensor, out_planes: int, add: bool) -> None:
+        """Write ``out`` as so many byte planes or, of none, as int32."""
+        native = library_for(out)
+        which = None if native is None else products(native).get(self._name)
+        if native is None or which is None:
+            raise NotImplementedError(f"no {self._name} product here")
+        weight = _plain(weight)
+        planes = planes if planes.stride(2) == 1 else planes.contiguous()
+        rows, depth = weight.shape
+        count, columns = planes.shape[1:]
+
+        def part(first: int, last: int, left: int, right: int) -> None:
+            target = pointer(out) + first * out.stride(0) * out.element_size() + left * out.element_size()
+            status = native.ct_product(
+                which,
+                pointer(weight) + first * weight.stride(0),
+                weight.stride(0),
+                weight.stride(1),
+                last - first,
+                depth,
+                pointer(planes) + left,
+                planes.stride(0),
+                planes.stride(1),
+                count,
+                right - left,
+                target if out_planes else None,
+                columns,
+                None if out_planes else target,
+                columns,
+                add,
+            )
+            if status:
+                raise MemoryError("the native product could not allocate its scratch memory")
+
+        # A part of the rows packs all values again, one of the columns expands all weights again: values take longer.
+        if rows * depth * columns < self._ALONE:
+            part(0, rows, 0, columns)
+        elif 4 * columns < rows:
+            over_rows(rows, self._MULTIPLE, lambda first, last: part(first, last, 0, columns))
+        else:
+            over_rows(columns, self._MULTIPLE, lambda left, right: part(0, rows, left, right))
 
 
 class Float64Kernel(Kernel):
@@ -50,15 +128,11 @@ class Float64Kernel(Kernel):
     DEPTH = 1 << 13
     """Features of one product: 2^31 · 2^7 · 2^13 = 2^51."""
 
-    def operand(self, planes: Tensor) -> Tensor:
-        """See ``Kernel.operand``: (K, C) float64."""
-        return join_bytes(planes)
-
-    def multiply(self, weight: Tensor, operand: Tensor, out: Tensor, *, add: bool = False) -> None:
+    def multiply(self, weight: Tensor, planes: Tensor, out: Tensor, *, add: bool = False) -> None:
         """See ``Kernel.multiply``."""
         for start in range(0, weight.shape[1], self.DEPTH):
             part = slice(start, start + self.DEPTH)
-            values = torch.mm(weight[:, part].to(torch.float64), operand[part])
+            values = torch.mm(weight[:, part].to(torch.float64), join_bytes(planes[part]))
             native = library_for(out)
             if native is not None:
                 native.ct_low_bits(pointer(values), values.numel(), add, pointer(out))
@@ -69,102 +143,32 @@ class Float64Kernel(Kernel):
             add = True
 
 
-class Int16Kernel(Kernel):
-    """Compiled products of values cut into limbs of 16 bits, for processors without byte dot products (AVX2).
-
-    A value of 24 bits is two limbs and one of 32 bits three, where bytes would be three and four.
-    """
-
-    _TILE = 4
-    _WIDE = 64
-    """Columns from which threads share them rather than rows."""
-
-    def operand(self, planes: Tensor) -> Tensor:
-        """See ``Kernel.operand``: (K, limbs, C) int16."""
-        native = self._library(planes)
-        planes = planes if planes.stride(2) == 1 else planes.contiguous()
-        rows, count, columns = planes.shape
-        out = torch.empty(rows, count - 1, columns, dtype=torch.int16)
-        native.ct_limbs(pointer(planes), planes.stride(0), planes.stride(1), count, rows, columns, pointer(out))
-        return out
-
-    def multiply(self, weight: Tensor, operand: Tensor, out: Tensor, *, add: bool = False) -> None:
-        """See ``Kernel.multiply``."""
-        native = self._library(out)
-        rows, depth = weight.shape
-        _, limbs, columns = operand.shape
-        pairs = (depth + 1) // 2
-        packed = torch.empty(-(-rows // self._TILE) * self._TILE * pairs * 2, dtype=torch.int16)
-
-        def pack(start: int, stop: int) -> None:
-            native.ct_pack_weight(
-                pointer(weight) + start * weight.stride(0),
-                weight.stride(0),
-                weight.stride(1),
-                stop - start,
-                depth,
-                pointer(packed) + 4 * start * pairs,
-            )
-
-        def part(first: int, last: int, left: int, right: int) -> None:
-            status = native.ct_multiply(
-                pointer(packed) + 4 * first * pairs,
-                last - first,
-                depth,
-                pointer(operand) + 2 * left,
-                operand.stride(0),
-                operand.stride(1),
-                limbs,
-                right - left,
-                add,
-                pointer(out) + 4 * (first * out.stride(0) + left),
-                out.stride(0),
-            )
-            if status:
-                raise MemoryError("the native product could not allocate its scratch memory")
-
-        over_rows(rows, self._TILE, pack)
-        if columns >= self._WIDE:
-            over_rows(columns, self._WIDE // 2, lambda left, right: part(0, rows, left, right))
-        else:
-            over_rows(rows, self._TILE, lambda first, last: part(first, last, 0, columns))
-
-    @staticmethod
-    def _library(tensor: Tensor) -> Any:
-        native = library_for(tensor)
-        if native is None or not native.ct_has_multiply():
-            raise NotImplementedError("no compiled product for this processor")
-        return native
-
-
 class Int8Kernel(Kernel):
-    """The processor's own int8 product with int32 sums (VNNI, AMX, tensor cores), a product for each plane."""
+    """Torch's int8 product with int32 sums (tensor cores; on processors VNNI or AMX), a product for each plane."""
 
     DEPTH = 1 << 15
     """Features of one product: 2^15 · 128 · 128 stays inside int32."""
 
-    def operand(self, planes: Tensor) -> Tensor:
-        """See ``Kernel.operand``: (K, P, C) int8, 128 less than the bytes, for products of signed numbers."""
-        return planes.view(torch.int8).bitwise_xor(-128)
-
-    def multiply(self, weight: Tensor, operand: Tensor, out: Tensor, *, add: bool = False) -> None:
+    def multiply(self, weight: Tensor, planes: Tensor, out: Tensor, *, add: bool = False) -> None:
         """See ``Kernel.multiply``."""
         rows, depth = weight.shape
-        planes, columns = operand.shape[1:]
+        count, columns = planes.shape[1:]
         for start in range(0, depth, self.DEPTH):
             part = slice(start, start + self.DEPTH)
-            partial = torch.empty(rows, planes * columns, dtype=torch.int32, device=out.device)
-            int8_product(weight[:, part], operand[part].reshape(-1, planes * columns), partial)
+            # 128 less than the bytes, for a product of signed numbers.
+            values = planes[part].view(torch.int8).bitwise_xor(-128).reshape(-1, count * columns)
+            partial = torch.empty(rows, count * columns, dtype=torch.int32, device=out.device)
+            int8_product(weight[:, part], values, partial)
             sums = weight[:, part].sum(dim=1, dtype=torch.int32)
             native = library_for(out)
             if native is not None:
-                native.ct_combine(pointer(partial), pointer(sums), rows, columns, planes, add, pointer(out))
+                native.ct_combine(pointer(partial), pointer(sums), rows, columns, count, add, pointer(out))
             else:
                 if not add:
                     out.zero_()
-                for plane in range(planes):
-                    values = partial[:, plane * columns : (plane + 1) * columns] + 128 * sums[:, None]
-                    out.add_(values.bitwise_left_shift_(8 * plane))
+                for plane in range(count):
+                    each = partial[:, plane * columns : (plane + 1) * columns] + 128 * sums[:, None]
+                    out.add_(each.bitwise_left_shift_(8 * plane))
             add = True
 
 
@@ -194,20 +198,36 @@ def _plain(matrix: Tensor) -> Tensor:
     return matrix if plain else matrix.contiguous()
 
 
-KERNELS: dict[str, Kernel] = {"int8": Int8Kernel(), "int16": Int16Kernel(), "float64": Float64Kernel()}
+KERNELS: dict[str, Kernel] = {
+    **{name: NativeKernel(name) for name in ("amx", "avx512-vnni", "avx-vnni", "avx2", "neon", "portable")},
+    "torch-int8": Int8Kernel(),
+    "torch-float64": Float64Kernel(),
+}
 
 
 @functools.cache
 def choose_kernel(device: torch.device) -> tuple[str, float]:
     """The fastest kernel that is exact here: the fastest first is held against exact products, then the next.
 
+    ``CIPHERTUNE_KERNEL`` names the one to use instead.
+
     Returns:
         Its name, and its speed in billions of multiply-adds of whole values a second.
+
+    Raises:
+        ConfigError: the kernel that was asked for is unknown, missing or not exact here.
     """
+    wanted = os.environ.get("CIPHERTUNE_KERNEL")
     speeds = {name: speed(kernel, device) for name, kernel in KERNELS.items()}
-    for name in sorted(speeds, key=lambda each: -speeds[each]):
-        if speeds[name] > 0 and exact(KERNELS[name], device):
+    here = sorted((name for name in speeds if speeds[name] > 0), key=lambda each: -speeds[each])
+    for name in here if not wanted else [wanted] if wanted in here else []:
+        if exact(KERNELS[name], device):
             return name, speeds[name]
+    if wanted:
+        reason = "is not exact" if wanted in here else "is not available" if wanted in KERNELS else "is no kernel"
+        raise ConfigError(
+            f"CIPHERTUNE_KERNEL: {wanted!r} {reason}; for products on {device} this machine has {', '.join(here)}"
+        )
     raise RuntimeError(f"no product of integers is exact on {device}")
 
 
@@ -216,7 +236,7 @@ def speed(kernel: Kernel, device: torch.device) -> float:
     generator = torch.Generator().manual_seed(0)
     w = torch.randint(-128, 128, (256, 256), dtype=torch.int8, generator=generator).to(device)
     x = torch.randint(0, 256, (256, 3, 256), dtype=torch.uint8, generator=generator).to(device)
-    out = torch.empty(256, 256, dtype=torch.int32, device=device)
+    out = torch.empty(256, 3, 256, dtype=torch.uint8, device=device)
     best = float("inf")
     begun = time.perf_counter()
     for _ in range(5):
@@ -224,7 +244,7 @@ def speed(kernel: Kernel, device: torch.device) -> float:
         if start - begun > _TRIAL_SECONDS:
             break
         try:
-            kernel.multiply(w, kernel.operand(x), out)
+            kernel.product(w, x, out)
         except (RuntimeError, AttributeError, NotImplementedError):
             return 0.0
         if device.type == "cuda":
@@ -236,21 +256,22 @@ def speed(kernel: Kernel, device: torch.device) -> float:
 def exact(kernel: Kernel, device: torch.device) -> bool:
     """Whether a kernel gives exact products of any sizes in every layout that is in use."""
     generator = torch.Generator().manual_seed(0)
-    for rows, depth, columns in (
-        *itertools.product((1, 2, 19), (1, 2, 33), (1, 2, 17)),
-        (33, 1025, 17),
-        (64, 4096, 64),
-        (256, 512, 256),
+    for rows, depth, columns, planes in (
+        *itertools.product((1, 2, 19), (1, 2, 33), (1, 2, 17), (3,)),
+        (35, 67, 5, 4),
+        (33, 1025, 17, 4),
+        (64, 4096, 64, 3),
+        (256, 512, 256, 3),
     ):
         w = torch.randint(-128, 128, (rows, depth), dtype=torch.int8, generator=generator)
-        x = torch.randint(0, 256, (depth, 3, columns), dtype=torch.uint8, generator=generator)
+        x = torch.randint(0, 256, (depth, planes, columns), dtype=torch.uint8, generator=generator)
         # Extreme values show kernels that saturate intermediate sums.
         w[0], x[:, :, 0] = -128, 255
         if rows > 1 and columns > 1:
             w[1], x[:, :, 1] = 127, 0
-            x[:, 2, 1] = 128
+            x[:, planes - 1, 1] = 128
         w, x = w.to(device), x.to(device)
-        layouts = [w, w.t().contiguous().t()] if depth > 33 else weight_layouts(w)
+        layouts = [w, w.t().contiguous().t()] if depth > 67 else weight_layouts(w)
         if not all(_exact(kernel, each, x) for each in layouts):
             return False
     return True
@@ -269,12 +290,23 @@ def weight_layouts(weight: Tensor) -> list[Tensor]:
 
 
 def _exact(kernel: Kernel, w: Tensor, x: Tensor) -> bool:
-    out = torch.empty(w.shape[0], x.shape[2], dtype=torch.int32, device=w.device)
-    expected = w.cpu().to(torch.int64) @ (x.cpu().to(torch.int64) * torch.tensor([1, 256, 65536])[:, None]).sum(1)
+    planes, columns = x.shape[1:]
+    out = torch.empty(w.shape[0], columns, dtype=torch.int32, device=w.device)
+    y = torch.empty(w.shape[0], planes, columns, dtype=torch.uint8, device=w.device)
+    scale = 256 ** torch.arange(planes)[:, None]
+    # In float64, which is exact here and much faster than int64.
+    values = (x.cpu().to(torch.int64) * scale).sum(1).to(torch.float64)
+    expected = (w.cpu().to(torch.float64) @ values).to(torch.int64)
+    mask = (1 << 8 * planes) - 1
+
+    def right(found: Tensor, times: int) -> bool:
+        return bool((((found.cpu().to(torch.int64) - times * expected) & mask) == 0).all())
+
     try:
-        kernel.multiply(w, kernel.operand(x), out)
-        first = bool((((out.cpu().to(torch.int64) - expected) & 0xFFFFFF) == 0).all())
-        kernel.multiply(w, kernel.operand(x), out, add=True)
+        kernel.product(w, x, y)
+        kernel.multiply(w, x, out)
+        first = right(out, 1)
+        kernel.multiply(w, x, out, add=True)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
-    return first and bool((((out.cpu().to(torch.int64) - 2 * expected) & 0xFFFFFF) == 0).all())
+    return first and right(out, 2) and right((y.cpu().to(torch.int64) * scale).sum(1), 1)

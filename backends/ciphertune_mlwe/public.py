@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ciphertune_mlwe.kernels import Kernel
 from ciphertune_mlwe.params import PLANES
 from ciphertune_mlwe.planes import split_bytes
 from ciphertune_mlwe.transforms import DEGREE, Transforms
@@ -48,16 +47,19 @@ class PublicMatrix:
             stream += xof.digest(size)
         return torch.from_numpy(np.frombuffer(stream, dtype="<i4").reshape(stop - start, -1))
 
-    def operand(self, start: int, stop: int, rank: int, kernel: Kernel) -> Tensor:
-        """Rows start to stop for products with weights; kept until ``forget_operands`` where they are few."""
+    def operand(self, start: int, stop: int, rank: int) -> Tensor:
+        """Byte planes of rows start to stop, for products with weights.
+
+        They are kept until ``forget_operands`` where they are few.
+        """
         if stop > KEPT_ROWS:
-            return self._made(start, stop, rank, kernel)
+            return self._made(start, stop, rank)
         with self._lock:
             count, kept_rank, kept = self._operands
             if kept is None or count < stop or kept_rank < rank:
                 kept_rank = max(rank, kept_rank)
                 count = min(KEPT_ROWS, max(stop, 2 * count))
-                kept = self._made(0, count, kept_rank, kernel)
+                kept = self._made(0, count, kept_rank)
                 self._operands = count, kept_rank, kept
         return kept[start:stop, ..., : rank * DEGREE]
 
@@ -78,8 +80,8 @@ class PublicMatrix:
                 self._kept = features, kept_rank, kept
             return kept_rank, kept
 
-    def _made(self, start: int, stop: int, rank: int, kernel: Kernel) -> Tensor:
+    def _made(self, start: int, stop: int, rank: int) -> Tensor:
         rows = self.rows(start, stop, rank).to(self._transforms.device)
         planes = torch.empty(len(rows), PLANES, rows.shape[1], dtype=torch.uint8, device=rows.device)
         split_bytes(rows, planes)
-        return kernel.operand(planes)
+        return planes

@@ -11,10 +11,7 @@ from torch import Tensor
 from ciphertune.backend import Buffers, Direction, WorkerHalf
 from ciphertune.errors import ProtocolError
 from ciphertune_mlwe.kernels import KERNELS, Kernel, choose_kernel
-from ciphertune_mlwe.planes import digits_of, split_bytes
-
-BLOCK_VALUES = 1 << 21
-"""Sums held at once."""
+from ciphertune_mlwe.planes import digits_of
 
 PLANES = (3, 4)
 """Bytes that a value of a request may have."""
@@ -59,15 +56,8 @@ class MLWEWorker(WorkerHalf):
         b = self._read(request, features)
         planes, tokens = b.shape[1:]
         y = torch.empty(len(digits) * rows, planes, tokens, dtype=torch.uint8, device=self._device)
-        # One block of columns at a time, so that sums stay in the cache.
-        step = max(64, BLOCK_VALUES // rows // 64 * 64)
-        for start in range(0, tokens, step):
-            block = slice(start, start + step)
-            operand = self._kernel.operand(b[:, :, block])
-            sums = torch.empty(rows, min(step, tokens - start), dtype=torch.int32, device=self._device)
-            for index, digit in enumerate(digits):
-                self._kernel.multiply(digit, operand, sums)
-                split_bytes(sums, y[index * rows : (index + 1) * rows, :, block])
+        for index, digit in enumerate(digits):
+            self._kernel.product(digit, b, y[index * rows : (index + 1) * rows])
         return {"y": y}
 
     def _read(self, request: Buffers, features: int) -> Tensor:

@@ -79,7 +79,7 @@ def portable_code() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "library", lambda: None)
         for half in ("client", "worker"):
-            patch.setattr(f"ciphertune_mlwe.{half}.choose_kernel", lambda device: ("float64", 1.0))
+            patch.setattr(f"ciphertune_mlwe.{half}.choose_kernel", lambda device: ("torch-float64", 1.0))
         yield
 
 

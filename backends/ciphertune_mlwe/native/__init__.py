@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 import sys
 import threading
@@ -18,9 +19,28 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+log = logging.getLogger(__name__)
+
 LIBRARY = "kernels.so"
 _INT = ctypes.c_int64
 _POINTER = ctypes.c_void_p
+_SIGNATURES = {
+    "transform_secrets": "ppi",
+    "transform_rows": "piip",
+    "pack_hints": "piiip",
+    "masks": "pipiiipiip",
+    "hint_masks": "ppiiip",
+    "encrypt": "pipipiiipi",
+    "decrypt": "pipipiiipi",
+    "weighted_sums": "piiiiipipi",
+    "split": "piiipii",
+    "join": "piiiiip",
+    "low_bits": "piip",
+    "combine": "ppiiiip",
+    "product": "ipiiiipiiiipipii",
+    "product_name": "i",
+    "product_available": "i",
+}
 
 
 @functools.cache
@@ -31,34 +51,37 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         loaded = ctypes.CDLL(str(path))
-    except OSError:
+        declare(loaded)
+    except (OSError, AttributeError):
+        log.warning("%s is of another version or another machine: install the package again, or it is slow", path)
         return None
-    signatures = {
-        "transform_secrets": "ppi",
-        "transform_rows": "piip",
-        "pack_hints": "piiip",
-        "masks": "pipiiipiip",
-        "hint_masks": "ppiiip",
-        "encrypt": "pipipiiipi",
-        "decrypt": "pipipiiipi",
-        "weighted_sums": "piiiiipipi",
-        "split": "piiipii",
-        "join": "piiiiip",
-        "low_bits": "piip",
-        "combine": "ppiiiip",
-        "pack_weight": "piiiip",
-        "limbs": "piiiiip",
-        "multiply": "piipiiiiipi",
-    }
-    for name, arguments in signatures.items():
-        getattr(loaded, f"ct_{name}").argtypes = [_POINTER if each == "p" else _INT for each in arguments]
     loaded.ct_init()
     return loaded
+
+
+def declare(loaded: ctypes.CDLL, prefix: str = "") -> None:
+    """Tell ctypes the arguments of the library's functions, those whose names start with the prefix."""
+    for name, arguments in _SIGNATURES.items():
+        if name.startswith(prefix):
+            getattr(loaded, f"ct_{name}").argtypes = [_POINTER if each == "p" else _INT for each in arguments]
+    loaded.ct_product_name.restype = ctypes.c_char_p
 
 
 def library_for(tensor: Tensor) -> ctypes.CDLL | None:
     """The shared library where it can work on a tensor, which is on the CPU."""
     return library() if tensor.device.type == "cpu" else None
+
+
+@functools.cache
+def products(native: ctypes.CDLL) -> dict[str, int]:
+    """The library's product kernels that this processor has, and their numbers."""
+    found: dict[str, int] = {}
+    index = 0
+    while (name := native.ct_product_name(index)) is not None:
+        if native.ct_product_available(index):
+            found[name.decode()] = index
+        index += 1
+    return found
 
 
 def pointer(tensor: Tensor) -> int:
