@@ -46,8 +46,8 @@ class Vectors:
     """The vectors for one piece of a product.
 
     Attributes:
-        left: r of the piece's outputs, (outputs, 64) int8.
-        right: rᵀ·M, (digits of the weight, inputs, 64) int32.
+        left: r of the piece's outputs, (64, outputs) int8.
+        right: rᵀ·M, (digits of the weight, 64, inputs) int32.
     """
 
     left: Tensor = dataclasses.field(repr=False)
@@ -73,8 +73,8 @@ class CheckVectors:
         self._device = device
         self._left = _entries(seed, b"outputs\0", outputs, device), _entries(seed, b"features", features, device)
         parts = len(self.cuts) - 1
-        self._forward = torch.zeros(parts, digits, features, VECTORS, dtype=torch.int32, device=device)
-        self._backward = torch.zeros(digits, outputs, VECTORS, dtype=torch.int32, device=device)
+        self._forward = torch.zeros(parts, digits, VECTORS, features, dtype=torch.int32, device=device)
+        self._backward = torch.zeros(digits, VECTORS, outputs, dtype=torch.int32, device=device)
         self._found: dict[tuple[tuple[int, int], ...], Vectors] = {}
         self._finding = threading.Lock()
 
@@ -90,9 +90,10 @@ class CheckVectors:
             for part, (start, stop) in enumerate(zip(self.cuts, self.cuts[1:], strict=False)):
                 first, last = max(start, row), min(stop, row + len(codes))
                 if first < last:
-                    rows = self._left[0][first:last].to(torch.float32)
-                    self._forward[part, index] += _exact_product(values[first - row : last - row].t(), rows)
-            self._backward[index, row : row + len(codes)] = _exact_product(values, self._left[1].to(torch.float32))
+                    rows = self._left[0][:, first:last].to(torch.float32)
+                    self._forward[part, index] += _exact_product(rows, values[first - row : last - row])
+            made = _exact_product(self._left[1].to(torch.float32), values.t())
+            self._backward[index, :, row : row + len(codes)] = made
 
     def covers(self, pieces: Sequence[Rows]) -> bool:
         """Whether all these pieces begin and end at cuts."""
@@ -108,14 +109,16 @@ class CheckVectors:
                 right = torch.stack([self._forward[part].sum(0, dtype=torch.int32) for part in parts]).sum(
                     0, dtype=torch.int32
                 )
-                self._found[key] = Vectors(torch.cat([self._left[0][start:stop] for start, stop in ranges]), right)
+                self._found[key] = Vectors(
+                    torch.cat([self._left[0][:, start:stop] for start, stop in ranges], dim=1), right
+                )
             return self._found[key]
 
     def backward(self, rows: Rows) -> Vectors:
         """The vectors of backward products of a piece, whose inputs are the group's outputs in these rows."""
         if not rows:
             return Vectors(self._left[1], self._backward)
-        return Vectors(self._left[1], torch.cat([self._backward[:, start:stop] for start, stop in rows], dim=1))
+        return Vectors(self._left[1], torch.cat([self._backward[..., start:stop] for start, stop in rows], dim=2))
 
     @staticmethod
     def nbytes(outputs: int, features: int, digits: int, cuts: Sequence[int]) -> int:
@@ -153,58 +156,57 @@ def right(vectors: Vectors, request: Tensor, reply: Tensor) -> bool:
         request: (inputs, planes, tokens) uint8, as it was sent.
         reply: (digits · outputs, planes, tokens) uint8, as it came.
     """
-    digits, outputs = len(vectors.right), len(vectors.left)
     chosen = slice(None)
     if request.shape[2] > FEW_TOKENS:
         chosen = torch.tensor(_draw.sample(range(VECTORS), DRAWN), device=request.device)  # type: ignore[assignment]
-    left = vectors.left[:, chosen].to(torch.int32)
-    for digit in range(digits):
-        found = weighted_sums(left, reply[digit * outputs : (digit + 1) * outputs])
-        if not torch.equal(found, weighted_sums(vectors.right[digit][:, chosen], request)):
-            return False
-    return True
+    left = vectors.left[chosen].to(torch.int32)
+    answers = reply.tensor_split(len(vectors.right))
+    sums = weighted_sums([(left, answer) for answer in answers] + [(digit[chosen], request) for digit in vectors.right])
+    return all(map(torch.equal, sums[: len(answers)], sums[len(answers) :]))
 
 
-def weighted_sums(weights: Tensor, planes: Tensor) -> Tensor:
-    """``weightsᵀ · values``, mod 2^8P and lifted to the top of 32 bits.
+def weighted_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """``weights · values``, mod 2^8P and lifted to the top of 32 bits, for several pairs of as many tokens.
 
     Args:
-        weights: (rows, count) int32.
-        planes: (rows, P, tokens) uint8, P of 3 or 4, lowest first.
+        pairs: (count, rows) int32, and planes (rows, P, tokens) uint8, P of 3 or 4, lowest first.
 
     Returns:
-        (count, tokens) int32.
+        (count, tokens) int32 of each.
     """
-    library = native.library_for(planes)
+    library = native.library_for(pairs[0][1])
     if library is None:
-        return _portable_sums(weights, lifted(planes))
-    weights = weights.contiguous()
-    planes = planes if planes.stride(2) == 1 else planes.contiguous()
-    rows, count = weights.shape
-    tokens = planes.shape[2]
-    out = torch.empty(count, tokens, dtype=torch.int32)
+        return [_portable_sums(weights, lifted(planes)) for weights, planes in pairs]
+    pairs = [(weights.contiguous(), _tokens_contiguous(planes)) for weights, planes in pairs]
+    tokens = pairs[0][1].shape[2]
+    out = [torch.empty(len(weights), tokens, dtype=torch.int32) for weights, _ in pairs]
 
     def task(first: int, last: int) -> None:
-        library.ct_weighted_sums(
-            native.pointer(planes) + first,
-            planes.stride(0),
-            planes.stride(1),
-            planes.shape[1],
-            rows,
-            last - first,
-            native.pointer(weights),
-            count,
-            native.pointer(out) + 4 * first,
-            tokens,
-        )
+        for (weights, planes), sums in zip(pairs, out, strict=True):
+            library.ct_weighted_sums(
+                native.pointer(planes) + first,
+                planes.stride(0),
+                planes.stride(1),
+                planes.shape[1],
+                len(planes),
+                last - first,
+                native.pointer(weights),
+                len(weights),
+                native.pointer(sums) + 4 * first,
+                tokens,
+            )
 
     native.over_rows(tokens, _TILE, task)
     return out
 
 
+def _tokens_contiguous(planes: Tensor) -> Tensor:
+    return planes if planes.stride(2) == 1 else planes.contiguous()
+
+
 def _portable_sums(weights: Tensor, values: Tensor) -> Tensor:
     """In float64, whose sums of products of 16-bit halves are exact for up to 2^20 rows."""
-    w_low, w_high = _halves(weights.t())
+    w_low, w_high = _halves(weights)
     v_low, v_high = _halves(values)
     low = (w_low @ v_low).to(torch.int64)
     high = (w_low @ v_high + w_high @ v_low).to(torch.int64)
@@ -219,19 +221,19 @@ def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _entries(seed: bytes, label: bytes, count: int, device: torch.device) -> Tensor:
-    """(count, 64) int8, each −1, 0, 0 or +1 by two bits of a keystream."""
+    """(64, count) int8, each −1, 0, 0 or +1 by two bits of a keystream."""
     size = count * VECTORS // 4
     stream = Keystream(seed, label=label).fill(np.empty(room(size), dtype=np.uint8), size)
     bits = torch.from_numpy(stream.copy())
     pairs = torch.stack([bits.bitwise_right_shift(2 * place).bitwise_and(3) for place in range(4)], dim=1)
     entries = pairs.bitwise_and(1).to(torch.int8) - pairs.bitwise_right_shift(1).to(torch.int8)
-    return entries.view(count, VECTORS).to(device)
+    return entries.view(count, VECTORS).t().contiguous().to(device)
 
 
-def _exact_product(codes: Tensor, entries: Tensor) -> Tensor:
-    """Of int8 codes (A, B) and entries of r (B, 64), both as float32: int32."""
-    total = torch.zeros(len(codes), VECTORS, dtype=torch.int32, device=codes.device)
-    for start in range(0, codes.shape[1], _EXACT_FEATURES):
+def _exact_product(entries: Tensor, codes: Tensor) -> Tensor:
+    """Of entries of r (64, A) and int8 codes (A, B), both as float32: int32."""
+    total = torch.zeros(VECTORS, codes.shape[1], dtype=torch.int32, device=codes.device)
+    for start in range(0, len(codes), _EXACT_FEATURES):
         part = slice(start, start + _EXACT_FEATURES)
-        total += torch.mm(codes[:, part], entries[part]).to(torch.int32)
+        total += torch.mm(entries[:, part], codes[part]).to(torch.int32)
     return total

@@ -117,8 +117,8 @@ def pool(codes: Tensor, seed: int = 0, cuts: tuple[int, ...] | None = None) -> C
 
 def seen_by(vectors: Vectors, request: Tensor, reply: Tensor) -> int:
     """How many of the 64 vectors see that a reply is wrong."""
-    left = weighted_sums(vectors.left.to(torch.int32), reply)
-    return int((left != weighted_sums(vectors.right[0], request)).any(dim=1).sum())
+    left, wanted = weighted_sums([(vectors.left.to(torch.int32), reply), (vectors.right[0], request)])
+    return int((left != wanted).any(dim=1).sum())
 
 
 @pytest.mark.parametrize("planes", [3, 4])
@@ -141,8 +141,8 @@ def test_plus_and_minus_one_alone_would_not_see_half_the_modulus() -> None:
     """Why entries may be zero: with odd entries alone no vector sees half the modulus added to two rows."""
     codes = random_codes(OUTPUTS, FEATURES)
     b, y = asked(codes, 3, "forward", 0)
-    r = torch.randint(0, 2, (OUTPUTS, checks.VECTORS)) * 2 - 1
-    odd = Vectors(r.to(torch.int8), (codes.long().t() @ r).to(torch.int32)[None])
+    r = torch.randint(0, 2, (checks.VECTORS, OUTPUTS)) * 2 - 1
+    odd = Vectors(r.to(torch.int8), (r @ codes.long()).to(torch.int32)[None])
     assert seen_by(odd, b, planes_of(y, 3)) == 0
     assert seen_by(odd, b, planes_of(half_of_two_rows(y.clone(), torch.Generator()), 3)) == 0
     assert seen_by(odd, b, planes_of(zero_a_row(y.clone(), torch.Generator()), 3)) == checks.VECTORS
@@ -154,7 +154,7 @@ def test_entries_are_minus_one_zero_zero_and_one() -> None:
     assert share == pytest.approx([0.25, 0.5, 0.25], abs=0.05)
     other = pool(random_codes(OUTPUTS, FEATURES), 1)
     assert not torch.equal(left, other.forward(()).left)
-    assert not torch.equal(other.forward(()).left[:8], other.backward(()).left[:8])
+    assert not torch.equal(other.forward(()).left[:, :8], other.backward(()).left[:, :8])
 
 
 def test_eight_are_drawn_once_the_reply_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_eight_are_drawn_once_the_reply_is_there(monkeypatch: pytest.MonkeyPatch
     one = pool(codes).forward(())
     b, y = asked(codes, 3, "forward", 0)
     told = planes_of(one_unit(y, torch.Generator()), 3)
-    blind = [j for j in range(checks.VECTORS) if int(one.left[7, j]) == 0]
+    blind = [j for j in range(checks.VECTORS) if int(one.left[j, 7]) == 0]
     drawn: list[list[int]] = []
 
     class Drawing:
@@ -197,13 +197,12 @@ def test_few_tokens_are_held_against_all_vectors(monkeypatch: pytest.MonkeyPatch
 )
 def test_weighted_sums_are_exact(rows: int, count: int, tokens: int, planes: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.randint(-(2**31), 2**31, (rows, count), dtype=torch.int32, generator=generator)
+    weights = torch.randint(-(2**31), 2**31, (count, rows), dtype=torch.int32, generator=generator)
     values = torch.randint(0, 256, (rows, planes, tokens), dtype=torch.uint8, generator=generator)
-    wanted = (weights.long().t() @ lifted(values).long()) & 0xFFFFFFFF
-    assert torch.equal(weighted_sums(weights, values).long() & 0xFFFFFFFF, wanted)
     strided = torch.randint(0, 256, (rows, planes, 2 * tokens), dtype=torch.uint8, generator=generator)[:, :, ::2]
-    wanted = (weights.long().t() @ lifted(strided).long()) & 0xFFFFFFFF
-    assert torch.equal(weighted_sums(weights, strided).long() & 0xFFFFFFFF, wanted)
+    for sums, of in zip(weighted_sums([(weights, values), (weights, strided)]), (values, strided), strict=True):
+        wanted = (weights.long() @ lifted(of).long()) & 0xFFFFFFFF
+        assert torch.equal(sums.long() & 0xFFFFFFFF, wanted)
 
 
 @pytest.mark.usefixtures("code")
@@ -265,13 +264,15 @@ def test_pieces_are_held_against_sums_of_their_parts() -> None:
     assert torch.equal(cut.forward(()).right, whole.forward(()).right)
     rows = ((80, 150), (10, 64))
     piece = cut.forward(rows)
-    assert torch.equal(piece.left, torch.cat([whole.forward(()).left[80:150], whole.forward(()).left[10:64]]))
+    assert torch.equal(
+        piece.left, torch.cat([whole.forward(()).left[:, 80:150], whole.forward(()).left[:, 10:64]], dim=1)
+    )
     chosen = torch.cat([codes[80:150], codes[10:64]]).long()
     low = (chosen + 128) % 256 - 128
     for digit, values in enumerate((low, (chosen - low) // 256)):
-        assert torch.equal(piece.right[digit].long(), values.t() @ piece.left.long())
+        assert torch.equal(piece.right[digit].long(), piece.left.long() @ values)
         r = cut.backward(rows).left.long()
-        assert torch.equal(cut.backward(rows).right[digit].long(), values @ r)
+        assert torch.equal(cut.backward(rows).right[digit].long(), r @ values.t())
     assert cut.covers([rows, ((0, 150),), ()])
     assert not cut.covers([((0, 11),)])
     assert cuts_of(150, [rows, (), ((3, 10),)]) == [0, 3, 10, 64, 80, 150]

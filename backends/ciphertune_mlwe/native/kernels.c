@@ -380,35 +380,66 @@ CLONES void ct_decrypt(const uint8_t *reply, int64_t reply_stride, const int32_t
 #define DEEP 32 /* rows whose values are read at a time */
 typedef uint32_t uvec __attribute__((vector_size(32), aligned(4)));
 
-/* sums[j][t] += weights[row][j] * value[row][t], of DRAWN vectors and eight tokens. */
-INLINE void add_weighted(const uint32_t (*value)[TOKENS], const int32_t *weights, int64_t rows, uint32_t (*sums)[TOKENS]) {
+/* sums[j][t] += weights[j][row] * value[row][t], of DRAWN vectors and eight tokens. */
+INLINE void add_weighted(const uint32_t (*value)[TOKENS], const int32_t *weights, int64_t stride, int64_t rows,
+                         uint32_t (*sums)[TOKENS]) {
     uvec s[DRAWN];
     for (int j = 0; j < DRAWN; j++)
         memcpy(&s[j], sums[j], sizeof s[j]);
-    for (int64_t row = 0; row < rows; row++, weights += DRAWN) {
+    for (int64_t row = 0; row < rows; row++) {
         uvec v;
         memcpy(&v, value[row], sizeof v);
         for (int j = 0; j < DRAWN; j++)
-            s[j] += v * (uint32_t)weights[j];
+            s[j] += v * (uint32_t)weights[j * stride + row];
     }
     for (int j = 0; j < DRAWN; j++)
         memcpy(sums[j], &s[j], sizeof s[j]);
 }
 
+#define FEW 16 /* tokens up to which loops run over rows */
+#define LINE 256 /* rows of such a loop */
+
+/* out (count, out_stride) = weights (count, rows) times values, of a few tokens. */
+INLINE void few_weighted(const uint8_t *in, int64_t in_stride, int64_t plane_stride, int64_t planes, int64_t rows,
+                         int64_t tokens, const int32_t *weights, int64_t count, int32_t *out, int64_t out_stride) {
+    uint32_t line[FEW][LINE];
+    for (int64_t j = 0; j < count; j++)
+        memset(out + j * out_stride, 0, tokens * sizeof *out);
+    for (int64_t start = 0; start < rows; start += LINE) {
+        int64_t deep = rows - start < LINE ? rows - start : LINE;
+        for (int64_t row = 0; row < deep; row++) {
+            const uint8_t *from = in + (start + row) * in_stride;
+            for (int64_t t = 0; t < tokens; t++)
+                line[t][row] = planes == 3 ? lifted(from + t, plane_stride, 3) : lifted(from + t, plane_stride, 4);
+        }
+        for (int64_t j = 0; j < count; j++)
+            for (int64_t t = 0; t < tokens; t++) {
+                const int32_t *w = weights + j * rows + start;
+                uint32_t sum = 0;
+                for (int64_t row = 0; row < deep; row++)
+                    sum += line[t][row] * (uint32_t)w[row];
+                out[j * out_stride + t] = (int32_t)((uint32_t)out[j * out_stride + t] + sum);
+            }
+    }
+}
+
 /* out = sum over rows of weight x value, mod 2^32, values lifted to the top of 32 bits: check vectors times ciphertext.
  *
- * in (rows, planes, tokens) bytes; weights (rows, count) int32, count of 64 at most; out (count, out_stride) int32
+ * in (rows, planes, tokens) bytes; weights (count, rows) int32; out (count, out_stride) int32
  */
 CLONES void ct_weighted_sums(const uint8_t *in, int64_t in_stride, int64_t plane_stride, int64_t planes, int64_t rows,
                              int64_t tokens, const int32_t *weights, int64_t count, int32_t *out, int64_t out_stride) {
+    if (count != DRAWN || tokens <= FEW) {
+        for (int64_t first = 0; first < tokens; first += FEW)
+            few_weighted(in + first, in_stride, plane_stride, planes, rows, tokens - first < FEW ? tokens - first : FEW,
+                         weights, count, out + first, out_stride);
+        return;
+    }
     for (int64_t first = 0; first < tokens; first += TOKENS) {
         int64_t width = tokens - first < TOKENS ? tokens - first : TOKENS;
-        /* Few tokens: sums of one token lie side by side, so that loops run over vectors. */
-        int turned = width < DRAWN || count != DRAWN;
-        uint32_t sums[64][TOKENS] = {{0}}, value[DEEP][TOKENS] = {{0}};
+        uint32_t sums[DRAWN][TOKENS] = {{0}}, value[DEEP][TOKENS] = {{0}};
         for (int64_t start = 0; start < rows; start += DEEP) {
             int64_t deep = rows - start < DEEP ? rows - start : DEEP;
-            const int32_t *w = weights + start * count;
             for (int64_t row = 0; row < deep; row++) {
                 const uint8_t *from = in + (start + row) * in_stride + first;
                 if (planes == 3)
@@ -418,18 +449,12 @@ CLONES void ct_weighted_sums(const uint8_t *in, int64_t in_stride, int64_t plane
                     for (int64_t t = 0; t < width; t++)
                         value[row][t] = lifted(from + t, plane_stride, 4);
             }
-            if (turned)
-                for (int64_t row = 0; row < deep; row++)
-                    for (int64_t t = 0; t < width; t++)
-                        for (int64_t j = 0; j < count; j++)
-                            sums[t][j] += value[row][t] * (uint32_t)w[row * count + j];
-            else
-                for (int64_t t = 0; t < width; t += 8)
-                    add_weighted((const uint32_t(*)[TOKENS])(value[0] + t), w, deep, (uint32_t(*)[TOKENS])(sums[0] + t));
+            for (int64_t t = 0; t < width; t += 8)
+                add_weighted((const uint32_t(*)[TOKENS])(value[0] + t), weights + start, rows, deep,
+                             (uint32_t(*)[TOKENS])(sums[0] + t));
         }
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t t = 0; t < width; t++)
-                out[j * out_stride + first + t] = (int32_t)(turned ? sums[t][j] : sums[j][t]);
+        for (int64_t j = 0; j < DRAWN; j++)
+            memcpy(out + j * out_stride + first, sums[j], width * sizeof *out);
     }
 }
 
