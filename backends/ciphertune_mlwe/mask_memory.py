@@ -17,7 +17,11 @@ from ciphertune_mlwe.prg import Keystream, fresh_seed, room
 _TAG_BYTES = 64
 # Linux has these: out of core dumps, wiped in forks (which Python has no name for), and in large pages, of which fewer
 # have to be mapped.
-_ADVICE = (getattr(mmap, "MADV_DONTDUMP", 16), 18, getattr(mmap, "MADV_HUGEPAGE", 14)) if sys.platform.startswith("linux") else ()
+_ADVICE = (
+    (getattr(mmap, "MADV_DONTDUMP", 16), 18, getattr(mmap, "MADV_HUGEPAGE", 14))
+    if sys.platform.startswith("linux")
+    else ()
+)
 
 
 class MaskMemory:
