@@ -40,13 +40,18 @@ def train(
     compare: Path | None,
     as_json: bool,
 ) -> None:
-    """Fine-tune a model as described by the TOML file CONFIG."""
+    """Fine-tune a model as described by the file CONFIG.
+
+    It is TOML (see the page on configuration), or YAML with the keys of 'trl sft --config'; those that do not apply are
+    named.
+    """
     from ciphertune.runs.config import load_config
+    from ciphertune.runs.trl import is_trl, load_trl
 
     def say(line: str) -> None:
         click.echo(line, err=True)
 
-    settings = load_config(config)
+    settings = load_trl(config, say) if is_trl(config) else load_config(config)
     if to is not None:
         settings = dataclasses.replace(settings, to=to)
     settings = dataclasses.replace(settings, plugins=(*settings.plugins, *plugins))

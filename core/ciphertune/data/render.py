@@ -47,6 +47,21 @@ def use_template(tokenizer: Any, path: str | None) -> None:
         raise ConfigError(f"data.chat_template_path: cannot read {path}: {reason}") from error
 
 
+_PROMPTS = ("completion", "instruction")
+"""Forms that have a prompt."""
+
+
+def check_loss(form: Form, completion_only: bool | None, assistant_only: bool) -> None:
+    """Raise ``ConfigError`` where a form of examples has no part of the kind that alone is to be learned."""
+    if completion_only and form not in _PROMPTS:
+        raise ConfigError(
+            f"data.completion_only_loss is for prompts with completions, and these are "
+            f"{'conversations: set data.assistant_only_loss' if form == 'messages' else 'texts'}"
+        )
+    if assistant_only and form == "text":
+        raise ConfigError("data.assistant_only_loss is for conversations, and these are texts")
+
+
 class Renderer:
     """Makes tokens of examples, as TRL's ``SFTTrainer`` does.
 
@@ -69,16 +84,9 @@ class Renderer:
     def __init__(
         self, tokenizer: Any, form: Form, *, completion_only: bool | None = None, assistant_only: bool = False
     ) -> None:
-        prompts = form in ("completion", "instruction")
-        if completion_only and not prompts:
-            raise ConfigError(
-                f"data.completion_only_loss is for prompts with completions, and these are "
-                f"{'conversations: set data.assistant_only_loss' if form == 'messages' else 'texts'}"
-            )
-        if assistant_only and form == "text":
-            raise ConfigError("data.assistant_only_loss is for conversations, and these are texts")
+        check_loss(form, completion_only, assistant_only)
         self.tokenizer = tokenizer
-        self.completion_only = prompts if completion_only is None else completion_only
+        self.completion_only = form in _PROMPTS if completion_only is None else completion_only
         self.assistant_only = assistant_only
         self.moved = 0
 

@@ -94,8 +94,8 @@ class ClassificationTask:
         return base, tokenizer
 
     def trained_whole(self) -> list[str]:
-        """The modules whose weights are new. A head that peft knows is trained whole as well."""
-        return self._new
+        """The modules whose weights are new, without the heads that peft trains whole by itself."""
+        return [name for name in self._new if name not in ("classifier", "score")]
 
     def batches(self, tokenizer: Any) -> Batches:
         """Texts with the numbers of their labels. Raises ``ConfigError``."""

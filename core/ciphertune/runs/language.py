@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ciphertune.data.examples import Columns, Example, examples_of, form_of
-from ciphertune.data.render import Renderer, Tokens, use_template
+from ciphertune.data.render import Renderer, Tokens, check_loss, use_template
 from ciphertune.data.sequences import Collator, Cut, apart, joined, padding
 from ciphertune.data.splitting import split
 from ciphertune.errors import ConfigError
@@ -42,6 +42,7 @@ class LanguageTask:
         columns = Columns(data.text_field, data.prompt_field, data.completion_field)
         read = read_source(data, data.source)
         self.form = "text" if read.prose else form_of(read.rows, columns)
+        check_loss(self.form, data.completion_only_loss, data.assistant_only_loss)
         self.one_text = read.prose and len(read.rows) == 1
         self.examples = examples_of(read.rows, self.form, Columns() if read.prose else columns)
         self.held: list[Example] = []

@@ -21,7 +21,7 @@ from ciphertune.runs.classification import ClassificationTask
 from ciphertune.runs.config import LoraSection, TrainConfig
 from ciphertune.runs.language import LanguageTask
 from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
-from ciphertune.runs.task import RunTask
+from ciphertune.runs.task import Batches, RunTask
 from ciphertune.training.checkpoint import list_checkpoints
 from ciphertune.training.lora import add_lora, check_adapter, load_adapter
 from ciphertune.training.trainer import LoraTrainer
@@ -114,6 +114,7 @@ def _run(
     base, tokenizer = task.load()
     _check_length(config.data.length, base)
     data = task.batches(tokenizer)
+    _check_vocabulary(data, base, config.model.name)
     for note in data.notes:
         progress(f"Data: {note}")
     model = _adapted(base, config, task)
@@ -187,6 +188,16 @@ def _check_length(length: int, model: Any) -> None:
     most = getattr(model.config, "max_position_embeddings", None)
     if isinstance(most, int) and length > most:
         raise ConfigError(f"data.length is {length}, and the model takes {most} tokens at most: lower data.length")
+
+
+def _check_vocabulary(data: Batches, model: Any, name: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    most = max(max(sequence.ids, default=0) for sequence in (*data.train, *data.held))
+    if most >= rows:
+        raise ConfigError(
+            f"the tokenizer of {name!r} gave token {most}, and the model has embeddings of {rows} tokens: they are not "
+            "of one model"
+        )
 
 
 def read_comparison(path: Path) -> Comparison:

@@ -146,6 +146,8 @@ def _peft(what: str) -> Iterator[None]:
     with warnings.catch_warnings():
         # peft asks transformers for a property under a name that transformers is about to drop.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        # It sets this itself for layers that store their weight the other way round.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         try:
             yield
         except (ValueError, RuntimeError, TypeError, KeyError, UserWarning, OSError) as error:
