@@ -10,9 +10,9 @@ import pytest
 from tiny import TEMPLATE, save_letters
 
 from ciphertune.data.examples import Columns, Example, examples_of, form_of
-from ciphertune.data.render import IGNORED, Renderer, use_template
+from ciphertune.data.render import IGNORED, Renderer, Tokens, use_template
 from ciphertune.data.rows import Row
-from ciphertune.data.sequences import Collator, Tokens, apart, joined, padding
+from ciphertune.data.sequences import Collator, apart, joined, padding
 from ciphertune.errors import ConfigError
 
 TURNS = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]

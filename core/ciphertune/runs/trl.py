@@ -47,6 +47,8 @@ _READ = (
 # Keys that would change what is learned, with the values that ask for what is done here anyway.
 _MATTERS: dict[str, tuple[Any, ...]] = {
     "optim": ("adamw_torch", "adamw_torch_fused", "adamw_hf"),
+    "optim_args": (None, ""),
+    "optim_target_modules": (None, []),
     "adam_beta1": (0.9,),
     "adam_beta2": (0.999,),
     "adam_epsilon": (1e-8,),
@@ -60,6 +62,8 @@ _MATTERS: dict[str, tuple[Any, ...]] = {
     "lora_modules_to_save": (None, []),
     "lora_target_parameters": (None, []),
     "lora_task_type": ("CAUSAL_LM",),
+    "load_in_4bit": (False,),
+    "load_in_8bit": (False,),
     "loss_type": ("nll", "chunked_nll"),
     "lr_scheduler_kwargs": (None, {}),
     "model_init_kwargs": (None, {}),
@@ -76,18 +80,28 @@ _MATTERS: dict[str, tuple[Any, ...]] = {
 }
 # Keys that say how TRL is to compute, report or store, and change nothing that is learned.
 _ASIDE = (
-    *("activation_offloading", "attn_implementation", "average_tokens_across_devices", "bf16", "bf16_full_eval"),
-    *("bnb_4bit_quant_storage", "bnb_4bit_quant_type", "data_seed", "dataloader_num_workers", "dataloader_pin_memory"),
-    *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataset_num_proc", "dataset_streaming"),
-    *("ddp_find_unused_parameters", "ddp_timeout", "deepspeed", "disable_tqdm", "do_eval", "do_train", "dtype"),
-    *("eval_accumulation_steps", "eval_packing", "fp16", "fsdp", "fsdp_config", "gradient_checkpointing"),
-    *("gradient_checkpointing_kwargs", "greater_is_better", "hub_model_id", "hub_private_repo", "hub_strategy"),
-    *("hub_token", "ignore_bias_buffers", "include_num_input_tokens_seen", "load_in_4bit", "load_in_8bit"),
-    *("log_level", "logging_dir", "logging_first_step", "logging_steps", "logging_strategy", "metric_for_best_model"),
-    *("overwrite_output_dir", "padding_free", "per_device_eval_batch_size", "project", "push_to_hub"),
-    *("remove_unused_columns", "report_to", "run_name", "save_only_model", "save_safetensors", "tf32"),
-    *("torch_compile", "torch_dtype", "trackio_space_id", "trust_remote_code", "use_bnb_nested_quant", "use_cpu"),
-    *("use_liger_kernel",),
+    *("accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("activation_offloading", "attn_implementation", "average_tokens_across_devices", "batch_eval_metrics"),
+    *("bf16", "bf16_full_eval", "bnb_4bit_quant_storage", "bnb_4bit_quant_type", "data_seed"),
+    *("dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers"),
+    *("dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("dataset_num_proc", "dataset_streaming", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb"),
+    *("ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "disable_tqdm"),
+    *("do_eval", "do_predict", "do_train", "dtype", "enable_jit_checkpoint", "eval_accumulation_steps"),
+    *("eval_delay", "eval_do_concat_batches", "eval_packing", "eval_use_gather_object", "fp16"),
+    *("fp16_full_eval", "fsdp", "fsdp_config", "full_determinism", "gradient_checkpointing"),
+    *("gradient_checkpointing_kwargs", "greater_is_better", "hub_always_push", "hub_model_id"),
+    *("hub_private_repo", "hub_revision", "hub_strategy", "hub_token", "ignore_bias_buffers"),
+    *("ignore_data_skip", "include_for_metrics", "include_num_input_tokens_seen", "label_names"),
+    *("length_column_name", "liger_kernel_config", "local_rank", "log_level", "log_level_replica"),
+    *("log_on_each_node", "logging_dir", "logging_first_step", "logging_nan_inf_filter", "logging_steps"),
+    *("logging_strategy", "metric_for_best_model", "overwrite_output_dir", "padding_free"),
+    *("parallelism_config", "per_device_eval_batch_size", "prediction_loss_only", "project", "push_to_hub"),
+    *("remove_unused_columns", "report_to", "restore_callback_states_from_checkpoint", "run_name"),
+    *("save_on_each_node", "save_only_model", "save_safetensors", "skip_memory_metrics", "tf32"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_dtype", "torch_empty_cache_steps"),
+    *("trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "trust_remote_code"),
+    *("use_bnb_nested_quant", "use_cache", "use_cpu", "use_liger_kernel"),
 )
 _SCHEDULES = {"linear": "linear", "constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine"}
 _FORMATS = ("json", "csv", "parquet", "arrow", "text")
