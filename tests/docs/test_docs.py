@@ -25,7 +25,7 @@ import pytest
 import remote
 import yaml
 from click.testing import CliRunner
-from tiny import TEXT, save_words
+from tiny import TEMPLATE, TEXT, save_words
 
 from ciphertune.bench import child, train
 from ciphertune.cli import cli
@@ -286,6 +286,7 @@ def model_folder(tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("model")
     tiny("llama").save_pretrained(folder)
     save_words(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
