@@ -180,11 +180,11 @@ def test_what_would_change_the_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     said: list[str] = []
     text = (
-        "model_name_or_path: m\ndataset_name: a.jsonl\nuse_peft: true\noptim: adafactor\nuse_dora: true\npacking: true\n"
-        "neftune_noise_alpha: 5\nuse_rslora: false\nadam_epsilon: 1e-8\npacking_strategy: bfd\n"
+        "model_name_or_path: m\ndataset_name: a.jsonl\nuse_peft: true\noptim: adafactor\nuse_dora: true\n"
+        "packing: true\nneftune_noise_alpha: 5\nuse_rslora: false\nadam_epsilon: 1e-8\npacking_strategy: bfd\n"
     )
     load(tmp_path, text, said)
     assert said == [
         "sft.yaml: not done here, so that the result will differ from TRL's: optim: adafactor, use_dora: True, "
-        "neftune_noise_alpha: 5, packing_strategy: bfd"
+        "packing: true\nneftune_noise_alpha: 5, packing_strategy: bfd"
     ]
