@@ -167,6 +167,40 @@ def test_a_model_that_is_not_there(project: Path) -> None:
         run_training(dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(project / "out2"))))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./mine",
+        "/private/mine",
+        "a/b/c",
+        "../mine",
+        "run.toml",
+        "patients.safetensors",
+        "smolm2",
+        "SmolLM-2",
+        "here/mine",
+    ],
+)
+@pytest.mark.parametrize("task", ["language", "classification"])
+def test_a_private_name_is_not_sent_to_a_hub(
+    tmp_path: Path, name: str, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "a.csv").write_text("text,label\none,a\ntwo,b\nthree,a\n")
+    asked: list[Any] = []
+    for loader in ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, loader), "from_pretrained", lambda *a, **k: asked.append(a))
+    content = {"task": task, "model": {"name": name}, "data": {"source": "a.csv"}, "training": {"output": "o"}}
+    with pytest.raises(
+        ConfigError, match=r"cannot load the model .*there is no such folder; .*not looked for on a hub"
+    ):
+        run_training(parse_config(content))
+    assert asked == []
+
+
 def test_plugins_of_the_file_and_of_the_command_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = project / "run.toml"
     file.write_text('plugins = ["history?path=out/history.csv"]\n' + file.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import io
 import os
@@ -46,6 +47,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     transformers = import_optional("transformers", _EXTRA)
     if gguf_file is not None:
         import_optional("gguf", _EXTRA)
+    refuse_path(path)
     refuse_adapter(Path(path))
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _quiet(transformers, offline=Path(path).exists()), _loading(path):
@@ -134,10 +136,35 @@ def load_classifier(name: str, labels: Sequence[str], gguf_file: str | None = No
     return model, tokenizer, sorted(set(new))
 
 
+_FILES = (".toml", ".yaml", ".yml", ".json", ".jsonl", ".txt", ".gguf", ".safetensors", ".bin", ".pt", ".zip")
+
+
+def refuse_path(name: str) -> None:
+    """Raise ``ConfigError`` for a name that was meant for something on this machine, where there is no such folder.
+
+    Names of folders can be private, so one that looks like a path, or like a built-in model, is not sent to a hub.
+
+    >>> refuse_path("owner/name")
+    """
+    if Path(name).exists() or not name:
+        return
+    parts = name.replace(os.sep, "/").split("/")
+    if name.lower().endswith(_FILES):
+        reason = "what ends like a file is"
+    elif len(parts) > 2 or parts[0] in ("", ".", "..", "~") or (len(parts) == 2 and Path(parts[0]).is_dir()):
+        reason = "a path is"
+    elif difflib.get_close_matches(name.lower(), ["smollm2"], n=1, cutoff=0.8):
+        reason = "did you mean 'smollm2'? What is so close to a built-in name is"
+    else:
+        return
+    raise ConfigError(f"cannot load the model {name!r}: there is no such folder; {reason} not looked for on a hub")
+
+
 def _found(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
     """What transformers calls a model, and further arguments for it."""
     if name == "smollm2":
         name, gguf_file = str(smollm2_folder()), SMOLLM2_FILE
+    refuse_path(name)
     if gguf_file is None:
         return name, {}
     import_optional("gguf", _EXTRA)
@@ -174,6 +201,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
     if not whole or gguf_file is not None:
         return load_causal_model(name, gguf_file)
     transformers = import_optional("transformers", _EXTRA)
+    refuse_path(name)
     refuse_adapter(Path(name))
     with _quiet(transformers, offline=Path(name).exists()):
         with _loading(name):
