@@ -10,22 +10,20 @@ import math
 import sys
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 
+from ciphertune import LoraTrainer
 from ciphertune.models.load import load_named_model
 from ciphertune.runs.config import load_config
-from ciphertune.runs.train import split_rows, texts_of
+from ciphertune.runs.language import LanguageTask
 
 
 def main(name: str, path: Path) -> None:
     config = load_config(path)
     base, tokenizer = load_named_model(name)
-    model = PeftModel.from_pretrained(base, Path(config.training.output) / "adapter").eval()
-    _, rows = split_rows(texts_of(config.data), tokenizer, config.data)
-    with torch.no_grad():
-        losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in rows]
-    loss = sum(losses) / len(losses)
+    model = PeftModel.from_pretrained(base, Path(config.training.output) / "adapter", is_trainable=True)
+    held = LanguageTask(config).batches(tokenizer).evaluation(config.data.batch_size) or []
+    loss = LoraTrainer(model, require_outsourced=False).evaluate(held)["eval_loss"]
     split = json.loads((Path(config.training.output) / "result.json").read_text())["evaluations"][-1]["eval_loss"]
     print(f"held-out perplexity: {math.exp(loss):.3f} on the original model, {math.exp(split):.3f} through the workers")
 

@@ -165,7 +165,8 @@ def ciphertune_evaluation(trainer: Any, step: int, metrics: Mapping[str, float])
     Args:
         trainer: whose evaluation.
         step: optimizer steps done so far.
-        metrics: eval_loss and, for language models, perplexity, which may be infinite; more in later versions.
+        metrics: eval_loss; for language models, perplexity, which may be infinite; for classifiers, eval_accuracy and
+            eval_f1; more in later versions.
     """
 
 

@@ -62,9 +62,8 @@ class TensorBoard(Tracker):
                 values[f"train/{unit}_per_second"] = metrics[unit] / metrics["seconds"]
             values |= {f"traffic/{n}": metrics[n] for n in ("bytes_up", "bytes_down", "retries")}
         else:
-            values = {
-                f"eval/{n.removeprefix('eval_')}": metrics[n] for n in ("eval_loss", "perplexity") if n in metrics
-            }
+            known = ("eval_loss", "perplexity", "eval_accuracy", "eval_f1")
+            values = {f"eval/{n.removeprefix('eval_')}": metrics[n] for n in known if n in metrics}
         ended = self._writer is None  # an evaluation after the run
         if ended:
             self._open()

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 import ciphertune
 from ciphertune.cli import cli, main
 from ciphertune.client.choice import choose
+from ciphertune.data.splitting import split
 from ciphertune.errors import ConfigError, SelectionError
 from ciphertune.plugins import registry
+from ciphertune.training.lora import add_lora
 from ciphertune.weights import quantize
 from ciphertune.worker.service import Service
 from ciphertune.worker.store import WeightStore
 from ciphertune.worker.worker import Worker
-from ciphertune.workloads.language import add_lora
-from ciphertune.workloads.texts import rows_of, split_texts
+from ciphertune.workloads.texts import rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -117,7 +118,7 @@ def test_an_evaluation_under_inference_mode_between_training_steps(mode: str, ti
 @pytest.mark.parametrize(("count", "share"), [(100, 0.1), (100, 0.4), (100, 0.7), (10, 0.35), (100, 0.02), (3, 0.1)])
 def test_the_share_that_is_held_out(count: int, share: float) -> None:
     texts = [str(number) for number in range(count)]
-    train, held = split_texts(texts, share)
+    train, held = split(texts, share)
     assert sorted([*train, *held]) == sorted(texts)
     assert abs(len(held) - share * count) <= max(1.0, 0.1 * share * count)
     assert train

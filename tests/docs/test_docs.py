@@ -7,6 +7,7 @@ executed, data is read. What is not run as it stands is in one of the three tabl
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -25,12 +26,13 @@ import pytest
 import remote
 import yaml
 from click.testing import CliRunner
-from tiny import TEXT, save_words
+from tiny import TEMPLATE, TEXT, save_words
 
 from ciphertune.bench import child, train
 from ciphertune.cli import cli
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.runs.config import load_config, parse_config, tomllib  # type: ignore[attr-defined]
+from ciphertune.runs.trl import convert
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")])
@@ -192,6 +194,11 @@ class Player:
                 json.loads(line)
         elif fence.language in ("yaml", "yml"):
             list(yaml.safe_load_all(body))
+            if "model_name_or_path" in body:
+                convert(yaml.safe_load(body), Path())
+        elif fence.language == "csv":
+            header, *rows = csv.reader(body.splitlines(), strict=True)
+            assert all(len(row) == len(header) for row in rows), where
         else:
             raise AssertionError(f"{where}: nothing runs {fence.language!r}; run it here, or exclude it with a reason")
 
@@ -286,6 +293,7 @@ def model_folder(tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("model")
     tiny("llama").save_pretrained(folder)
     save_words(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 

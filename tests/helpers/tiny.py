@@ -71,6 +71,13 @@ def model(kind: str) -> nn.Module:
     return made
 
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""A chat template, of letters alone."""
+
+
 def save_words(folder: Path) -> None:
     """A tokenizer with a token for each word of ``TEXT``."""
     from tokenizers import pre_tokenizers

@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from ciphertune.cli import cli
-from ciphertune.errors import ConfigError, SelectionError, TrainingError
+from ciphertune.errors import ConfigError, SelectionError
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.runs.config import DataSection, load_config, parse_config
-from ciphertune.runs.train import run_training, texts_of
+from ciphertune.runs.task import read_source
+from ciphertune.runs.train import run_training
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -32,7 +33,7 @@ def test_defaults_and_conversion() -> None:
     assert config.to == "mlwe"
     assert config.training.learning_rate == 1.0
     assert config.training.max_grad_norm == 2.0
-    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert config.lora.target_modules is None
 
 
 @pytest.mark.parametrize(
@@ -91,27 +92,30 @@ def test_the_example_is_valid() -> None:
     assert config.training.steps
 
 
+def texts_of(source: Path | str) -> list[str]:
+    data = DataSection(str(source))
+    return [row.fields["text"] for row in read_source(data, data.source).rows]
+
+
 def test_texts_from_files_folders_and_json_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.md").write_text("two")
-    (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "b.md").write_text("two")
+    (folder / "c.bin").write_bytes(b"\xff\xfe")
     lines = tmp_path / "d.jsonl"
     lines.write_text('{"text": "three"}\n\n{"text": "four"}\n')
-    assert texts_of(DataSection(str(tmp_path))) == ["one", "two"]
-    assert texts_of(DataSection(str(lines))) == ["three", "four"]
-    assert texts_of(DataSection(str(tmp_path / "a.txt"))) == ["one"]
-    assert len(texts_of(DataSection("language-reference"))) > 50
+    assert texts_of(folder) == ["one", "two"]
+    assert texts_of(lines) == ["three", "four"]
+    assert texts_of(folder / "a.txt") == ["one"]
+    assert len(texts_of("language-reference")) > 50
     with pytest.raises(ConfigError, match=r"cannot read data\.source"):
-        texts_of(DataSection(str(tmp_path / "none.txt")))
+        texts_of(folder / "none.txt")
     with pytest.raises(ConfigError, match=r"cannot read data\.source"):
-        texts_of(DataSection(str(tmp_path / "c.bin")))
-    (tmp_path / "a.txt").write_text(" \n")
+        texts_of(folder / "c.bin")
+    (folder / "a.txt").write_text(" \n")
     with pytest.raises(ConfigError, match="holds no text"):
-        texts_of(DataSection(str(tmp_path / "a.txt")))
-    lines.write_text('{"text": "fine"}\n{"texts": "private words"}\n')
-    with pytest.raises(ConfigError, match="line 2 of") as caught:
-        texts_of(DataSection(str(lines)))
-    assert "private words" not in str(caught.value)
+        texts_of(folder / "a.txt")
 
 
 def test_a_run_trains_saves_and_resumes_exactly(project: Path) -> None:
@@ -122,7 +126,7 @@ def test_a_run_trains_saves_and_resumes_exactly(project: Path) -> None:
     whole = run_training(config)
     assert whole.steps == 8
     assert whole.losses[-1] < whole.losses[0]
-    assert len(whole.evaluations) == 2
+    assert [entry["step"] for entry in whole.evaluations] == [0, 4, 8]
     written = json.loads((project / "out" / "result.json").read_text())
     assert written["losses"] == whole.losses
     assert written["config"]["model"]["name"].endswith("model")
@@ -136,8 +140,9 @@ def test_a_run_trains_saves_and_resumes_exactly(project: Path) -> None:
     (project / "ck" / "checkpoint-8").rename(project / "gone")
     again = run_training(config, resume=True)
     assert again.losses == whole.losses
-    with pytest.raises(TrainingError):
+    with pytest.raises(ConfigError, match=r"result\.json is of an earlier run: .*--overwrite, or .*--resume"):
         run_training(config)
+    assert run_training(config, overwrite=True).losses == whole.losses
 
 
 def test_a_run_under_encryption_follows_the_one_in_the_clear(project: Path) -> None:
@@ -146,12 +151,12 @@ def test_a_run_under_encryption_follows_the_one_in_the_clear(project: Path) -> N
         config, training=dataclasses.replace(config.training, checkpoint_dir=None, checkpoint_every=None)
     )
     clear = run_training(free)
-    encrypted = run_training(dataclasses.replace(free, to="mlwe"))
+    encrypted = run_training(dataclasses.replace(free, to="mlwe"), overwrite=True)
     assert encrypted.security_bits == 130.2
     assert max(abs(a - b) for a, b in zip(clear.losses, encrypted.losses, strict=True)) < 0.02
     assert clear.losses != encrypted.losses
     with pytest.raises(SelectionError):
-        run_training(dataclasses.replace(free, to="mlwe?bits=1"))
+        run_training(dataclasses.replace(free, to="mlwe?bits=1"), overwrite=True)
     with pytest.raises(ConfigError, match="nothing to resume"):
         run_training(free, resume=True)
 
@@ -160,6 +165,40 @@ def test_a_model_that_is_not_there(project: Path) -> None:
     config = load_config(project / "run.toml")
     with pytest.raises(ConfigError, match="cannot load the model"):
         run_training(dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(project / "out2"))))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./mine",
+        "/private/mine",
+        "a/b/c",
+        "../mine",
+        "run.toml",
+        "patients.safetensors",
+        "smolm2",
+        "SmolLM-2",
+        "here/mine",
+    ],
+)
+@pytest.mark.parametrize("task", ["language", "classification"])
+def test_a_private_name_is_not_sent_to_a_hub(
+    tmp_path: Path, name: str, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "a.csv").write_text("text,label\none,a\ntwo,b\nthree,a\n")
+    asked: list[Any] = []
+    for loader in ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, loader), "from_pretrained", lambda *a, **k: asked.append(a))
+    content = {"task": task, "model": {"name": name}, "data": {"source": "a.csv"}, "training": {"output": "o"}}
+    with pytest.raises(
+        ConfigError, match=r"cannot load the model .*there is no such folder; .*not looked for on a hub"
+    ):
+        run_training(parse_config(content))
+    assert asked == []
 
 
 def test_plugins_of_the_file_and_of_the_command_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,7 @@ def test_an_untyped_number_and_a_path_are_taken() -> None:
         ({"interleave": 0}, "interleave must be 1 or more, not 0"),
         ({"max_grad_norm": math.nan}, "max_grad_norm must be above 0, not nan"),
         ({"eval_every": 0}, "eval_every must be 1 or more, not 0"),
+        ({"warmup_steps": 2.5}, "warmup_steps must be a whole number, or below 1 a share, not 2.5"),
         ({"checkpoint_dir": 3}, "checkpoint_dir must be a path, not 3"),
         ({"checkpoint_every": 5}, "checkpoint_every is set but checkpoint_dir is not"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be 1 or more, not 0"),
@@ -87,7 +88,7 @@ def test_a_wrong_setting_is_the_same_mistake_in_python_and_in_a_file(arguments: 
 def test_the_file_has_every_setting() -> None:
     values = {"schedule": "linear", "steps": 4, "accumulation": 2, "interleave": 2, "eval_every": 1}
     values |= {"checkpoint_dir": "c", "checkpoint_every": 1, "keep_checkpoints": 3, "max_grad_norm": 2.0}
-    values |= {"learning_rate": 0.5, "weight_decay": 0.1, "epochs": 2}
+    values |= {"learning_rate": 0.5, "weight_decay": 0.1, "epochs": 2, "warmup_steps": 2.0, "eval_on_start": False}
     assert values.keys() == {field.name for field in dataclasses.fields(TrainingSettings)}
     training = parse_config(
         {"model": {"name": "m"}, "data": {"source": "d"}, "training": {"output": "o", **values}}
@@ -117,7 +118,43 @@ def test_schedules() -> None:
 def test_a_schedule_is_for_the_optimizer_that_the_trainer_makes(own: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match="schedule 'linear' is for the optimizer that LoraTrainer makes"):
         trainer_of(schedule="linear", **own)
+    with pytest.raises(TrainingError, match="warmup_steps 3 is for the optimizer that LoraTrainer makes"):
+        trainer_of(warmup_steps=3, **own)
     trainer_of(**own)
+
+
+@pytest.mark.parametrize("given", [4, 0.2])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_learning_rate_rises_first(schedule: Any, given: float) -> None:
+    history = trainer_of(schedule=schedule, warmup_steps=given, learning_rate=0.1, steps=20).train(DATA)
+    rates = [entry["learning_rate"] for entry in history.steps]
+    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert rates[12] == pytest.approx(0.1 if schedule == "constant" else 0.05)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_warming_up_leaves_steps_to_train() -> None:
+    with pytest.raises(TrainingError, match="warmup_steps is 9, so 9 steps, and there are 9 in all"):
+        trainer_of(warmup_steps=9, steps=9).train(DATA)
+
+
+def test_a_run_that_warms_up_is_resumed(tmp_path: Path) -> None:
+    def losses(folder: str, resume: bool = False) -> list[float]:
+        trainer = trainer_of(warmup_steps=5, schedule="linear", steps=8, checkpoint_dir=tmp_path / folder)
+        return trainer.train(DATA, resume=resume).losses
+
+    whole = losses("a")
+    (tmp_path / "a" / "checkpoint-8").rename(tmp_path / "gone")
+    assert losses("a", resume=True) == whole
+
+
+def test_an_evaluation_before_the_first_step() -> None:
+    trainer = trainer_of(steps=2, eval_on_start=True)
+    before = trainer.evaluate(DATA)["eval_loss"]
+    evaluations = trainer.train(DATA, DATA).evaluations
+    assert [entry["step"] for entry in evaluations] == [0, 2]
+    assert evaluations[0]["eval_loss"] == before > evaluations[1]["eval_loss"]
+    assert "eval_accuracy" not in evaluations[0]
 
 
 def test_what_a_resumed_run_must_share() -> None:

@@ -25,7 +25,7 @@ _COMMANDS = {
     "plugins": ("listing", "Installed hook plugins."),
     "split": ("split", "Split a model into the parts that a data owner and workers hold."),
     "top": ("top", "Watch workers: load, sessions, queue, throughput."),
-    "train": ("train", "Fine-tune as a TOML file says."),
+    "train": ("train", "Fine-tune as a TOML file, or a YAML file of TRL's, says."),
     "transports": ("listing", "Installed transports."),
     "worker": ("worker", "Serve the layers of a bundle to clients on other machines."),
 }

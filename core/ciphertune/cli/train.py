@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -21,6 +22,7 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
     help="Use a hook plugin, beside those that the file names; may be repeated.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Write over the results and checkpoints of an earlier run.")
 @click.option(
     "--compare",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -30,18 +32,32 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON at the end and nothing else.")
 def train(
-    config: Path, to: str | None, plugins: tuple[str, ...], resume: bool, compare: Path | None, as_json: bool
+    config: Path,
+    to: str | None,
+    plugins: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    compare: Path | None,
+    as_json: bool,
 ) -> None:
-    """Fine-tune a model as described by the TOML file CONFIG."""
-    from ciphertune.runs.config import load_config
+    """Fine-tune a model as described by the file CONFIG.
 
-    settings = load_config(config)
+    It is TOML (see the page on configuration), or YAML with the keys of 'trl sft --config'; those that do not apply are
+    named.
+    """
+    from ciphertune.runs.config import load_config
+    from ciphertune.runs.trl import is_trl, load_trl
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    settings = load_trl(config, say) if is_trl(config) else load_config(config)
     if to is not None:
         settings = dataclasses.replace(settings, to=to)
     settings = dataclasses.replace(settings, plugins=(*settings.plugins, *plugins))
     from ciphertune.runs.train import run_training
 
-    result = run_training(settings, resume=resume, compare=compare, progress=lambda line: click.echo(line, err=True))
+    result = run_training(settings, resume=resume, overwrite=overwrite, compare=compare, progress=say)
     if as_json:
         print_json(dataclasses.asdict(result))
         return
@@ -50,10 +66,7 @@ def train(
         "training loss, first and last": f"{result.losses[0]:.4f}  {result.losses[-1]:.4f}",
     }
     if result.evaluations:
-        last = result.evaluations[-1]
-        facts["held-out loss"] = f"{last['eval_loss']:.4f}"
-        if "perplexity" in last:
-            facts["held-out perplexity"] = f"{last['perplexity']:.2f}"
+        facts |= _held_out(result.evaluations)
     facts["outsourced weights"] = f"{100 * result.outsourced_fraction:.1f}%"
     facts["traffic"] = f"{megabytes(result.traffic['bytes_up'])} up, {megabytes(result.traffic['bytes_down'])} down"
     bits = f"; {result.security_level}" if result.security_bits else ""
@@ -61,3 +74,23 @@ def train(
     facts["adapter"] = result.adapter
     facts["report"] = result.report
     print_facts(f"Fine-tuned through {result.to}", facts)
+
+
+_MEASURED = {
+    "eval_loss": ("loss", ".4f"),
+    "perplexity": ("perplexity", ".2f"),
+    "eval_accuracy": ("accuracy", ".1%"),
+    "eval_f1": ("F1 (macro)", ".3f"),
+}
+
+
+def _held_out(evaluations: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """What was measured on held-out data, before training if it was, and at the end."""
+    first, last = evaluations[0], evaluations[-1]
+    before = first["step"] == 0 and len(evaluations) > 1
+    return {
+        f"held-out {name}{', before and after' if before else ''}": (f"{first[key]:{form}}  " if before else "")
+        + f"{last[key]:{form}}"
+        for key, (name, form) in _MEASURED.items()
+        if key in last
+    }

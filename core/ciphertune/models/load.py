@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     transformers = import_optional("transformers", _EXTRA)
     if gguf_file is not None:
         import_optional("gguf", _EXTRA)
+    refuse_path(path)
     refuse_adapter(Path(path))
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _quiet(transformers, offline=Path(path).exists()), _loading(path):
@@ -61,6 +63,112 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
             "would be random: it was saved from another kind of model"
         )
     return model, tokenizer
+
+
+def known_labels(name: str, gguf_file: str | None = None) -> tuple[str, ...] | None:
+    """The labels that a model tells apart, in the order of their numbers; None for one that is no classifier.
+
+    Args:
+        name: as for ``load_named_model``; its configuration alone is read.
+        gguf_file: as for ``load_named_model``.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    transformers = import_optional("transformers", _EXTRA)
+    name, extra = _found(name, gguf_file)
+    with _quiet(transformers, offline=Path(name).exists()), _loading(name):
+        config = transformers.AutoConfig.from_pretrained(name, **extra)
+    return labels_in(config)
+
+
+def labels_in(config: Any) -> tuple[str, ...] | None:
+    """The labels in a model's configuration; None where it is not a classifier's."""
+    if not any("ForSequenceClassification" in str(each) for each in getattr(config, "architectures", None) or ()):
+        return None
+    names: dict[int, str] = config.id2label
+    return tuple(names[number] for number in sorted(names))
+
+
+def load_classifier(name: str, labels: Sequence[str], gguf_file: str | None = None) -> tuple[Any, Any, list[str]]:
+    """Load a model with a head that classifies texts, in float32, and its tokenizer.
+
+    Args:
+        name: the built-in ``smollm2``, or a folder or hub name for transformers, of a classifier or of any model
+            that transformers puts such a head on.
+        labels: their names, in the order of their numbers.
+        gguf_file: file within the folder, for models in GGUF form.
+
+    Returns:
+        The model, the tokenizer, and the names of the modules whose weights are new, drawn from torch's generator.
+
+    Raises:
+        ConfigError: transformers is missing, or cannot load it; the folder holds an adapter too, or lacks weights.
+    """
+    transformers = import_optional("transformers", _EXTRA)
+    name, extra = _found(name, gguf_file)
+    refuse_adapter(Path(name))
+    with _quiet(transformers, offline=Path(name).exists()), _loading(name):
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name,
+            dtype=torch.float32,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: number for number, label in enumerate(labels)},
+            output_loading_info=True,
+            **extra,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **extra)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _with_adapter(name)
+    new: list[str] = []
+    for key in sorted(info["missing_keys"]):
+        parts = key.split(".")
+        if parts[0] != model.base_model_prefix:
+            new.append(parts[0])
+        elif "pooler" in parts:  # of an encoder that was saved without the layer in front of a head
+            new.append("pooler")
+        else:
+            raise ConfigError(
+                f"{name!r} lacks {len(info['missing_keys'])} tensors of a {type(model).__name__}, {key!r} among them, "
+                "which would be random: it was saved from another kind of model"
+            )
+    return model, tokenizer, sorted(set(new))
+
+
+_FILES = (".toml", ".yaml", ".yml", ".json", ".jsonl", ".txt", ".gguf", ".safetensors", ".bin", ".pt", ".zip")
+
+
+def refuse_path(name: str) -> None:
+    """Raise ``ConfigError`` for a name that was meant for something on this machine, where there is no such folder.
+
+    Names of folders can be private, so one that looks like a path, or like a built-in model, is not sent to a hub.
+
+    >>> refuse_path("owner/name")
+    """
+    if Path(name).exists() or not name:
+        return
+    parts = name.replace(os.sep, "/").split("/")
+    if name.lower().endswith(_FILES):
+        reason = "what ends like a file is"
+    elif len(parts) > 2 or parts[0] in ("", ".", "..", "~") or (len(parts) == 2 and Path(parts[0]).is_dir()):
+        reason = "a path is"
+    elif difflib.get_close_matches(name.lower(), ["smollm2"], n=1, cutoff=0.8):
+        reason = "did you mean 'smollm2'? What is so close to a built-in name is"
+    else:
+        return
+    raise ConfigError(f"cannot load the model {name!r}: there is no such folder; {reason} not looked for on a hub")
+
+
+def _found(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
+    """What transformers calls a model, and further arguments for it."""
+    if name == "smollm2":
+        name, gguf_file = str(smollm2_folder()), SMOLLM2_FILE
+    refuse_path(name)
+    if gguf_file is None:
+        return name, {}
+    import_optional("gguf", _EXTRA)
+    return name, {"gguf_file": gguf_file}
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -93,6 +201,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
     if not whole or gguf_file is not None:
         return load_causal_model(name, gguf_file)
     transformers = import_optional("transformers", _EXTRA)
+    refuse_path(name)
     refuse_adapter(Path(name))
     with _quiet(transformers, offline=Path(name).exists()):
         with _loading(name):

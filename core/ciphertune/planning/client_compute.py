@@ -15,8 +15,8 @@ from ciphertune.linear import OutsourcedLinear
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import Candidate, sibling_groups
 from ciphertune.planning.speeds import ClientCompute, Line, product_name
+from ciphertune.training.lora import add_lora
 from ciphertune.weights import LayerInfo
-from ciphertune.workloads.language import add_lora
 
 BLOCKS = 2
 """Blocks of the model that is run."""

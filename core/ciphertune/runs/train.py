@@ -5,26 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import nn
 
-from ciphertune.bundle.client import is_client_folder, load_client
-from ciphertune.data.read import read_texts
+from ciphertune._support.atomic import remove_directory
 from ciphertune.errors import ConfigError
-from ciphertune.models.causal import refuse_encoder
-from ciphertune.models.load import load_named_model, load_tokenizer
-from ciphertune.outsourcing.convert import outsource, session_of, share
+from ciphertune.outsourcing.convert import outsource, outsourced_layers, session_of, share
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.report.costs import CostMeter
-from ciphertune.runs.config import DataSection, TrainConfig
+from ciphertune.runs.classification import ClassificationTask
+from ciphertune.runs.config import LoraSection, TrainConfig
+from ciphertune.runs.language import LanguageTask
 from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
+from ciphertune.runs.task import Batches, RunTask
+from ciphertune.training.checkpoint import list_checkpoints
+from ciphertune.training.lora import add_lora, check_adapter, load_adapter
 from ciphertune.training.trainer import LoraTrainer
-from ciphertune.workloads.language import add_lora
-from ciphertune.workloads.texts import batches_of, language_reference, rows_of, split_texts
+
+TASKS: dict[str, Callable[[TrainConfig], RunTask]] = {
+    "language": LanguageTask,
+    "classification": ClassificationTask,
+}
+"""Tasks by the name that a configuration gives them."""
 
 
 @dataclasses.dataclass
@@ -61,6 +67,7 @@ def run_training(
     config: TrainConfig,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     compare: Path | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -69,73 +76,72 @@ def run_training(
     Args:
         config: see ``ciphertune.runs.config``.
         resume: go on from the last checkpoint in ``training.checkpoint_dir``.
+        overwrite: write over the results and checkpoints of an earlier run in the same folders.
         compare: ``result.json`` of another run, to draw its losses beside this one's.
         progress: called with a line at every stage.
 
     Raises:
-        ConfigError: the model or data, or the run to compare with, cannot be loaded.
+        ConfigError: the model or data, or the run to compare with, cannot be loaded; a folder for results holds those
+            of another run.
         SelectionError, PluginError: about ``to`` or ``plugins``.
         CipherTuneError: whatever else ``outsource`` and ``LoraTrainer`` raise.
     """
     comparison = None if compare is None else read_comparison(compare)
     with plugin_manager().using(*config.plugins):
-        return _run(config, resume, comparison, progress or (lambda line: None))
+        return _run(config, resume, overwrite, comparison, progress or (lambda line: None))
 
 
-def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progress: Progress) -> RunResult:
+def _run(
+    config: TrainConfig, resume: bool, overwrite: bool, comparison: Comparison | None, progress: Progress
+) -> RunResult:
     t = config.training
-    if resume and t.checkpoint_dir is None:
-        raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")
-    # Before the model, which takes minutes: texts are read quickly, and may be wrong.
-    texts = texts_of(config.data)
     output = OutputFolder(Path(t.output))
-    for name, folder in (("output", output.path), ("checkpoint_dir", t.checkpoint_dir)):
+    checkpoints = None if t.checkpoint_dir is None else Path(t.checkpoint_dir)
+    if resume and checkpoints is None:
+        raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")
+    # Before the model, which takes minutes: places and data are looked at quickly, and may be wrong.
+    if not resume and not overwrite:
+        _refuse_overwriting(output, checkpoints)
+    if config.model.adapter is not None and config.lora != LoraSection():
+        raise ConfigError("[lora] is for a new adapter, and model.adapter has its own settings: leave one of them out")
+    task = TASKS[config.task](config)
+    if config.model.adapter is not None:
+        check_adapter(config.model.adapter, task.peft_task)
+    for name, folder in (("output", output.path), ("checkpoint_dir", checkpoints)):
         if folder is not None:
-            check_writable(f"training.{name}", Path(folder))
+            check_writable(f"training.{name}", folder)
     progress(f"Loading {config.model.name} …")
-    client = is_client_folder(config.model.name)
-    if client and config.layers is not None:
-        raise ConfigError("layers were chosen when the model was split: leave 'layers' out")
-    if not client and config.model.weights is not None:
-        raise ConfigError(f"model.weights is for the client's part of a bundle, and {config.model.name} is none")
-    if client:
-        base = load_client(config.model.name, config.to, weights=config.model.weights)
-        tokenizer = load_tokenizer(config.model.name)
-    else:
-        base, tokenizer = load_named_model(config.model.name, config.model.gguf_file)
-    refuse_encoder(base, config.model.name, outsourced=client)
+    base, tokenizer = task.load()
     _check_length(config.data.length, base)
-    base.config.use_cache = False
-    train, held = split_rows(texts, tokenizer, config.data)
-    lora = config.lora
-    model = add_lora(
-        base,
-        seed=t.seed,
-        rank=lora.r,
-        targets=list(lora.target_modules),
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-    )
-    if not client:
+    data = task.batches(tokenizer)
+    _check_vocabulary(data, base, config.model.name)
+    for note in data.notes:
+        progress(f"Data: {note}")
+    model = _adapted(base, config, task)
+    if not outsourced_layers(base):
         outsource(model, config.to, config.layers)
     session = session_of(model)
     part = share(model)
     progress(
         f"{part.layers} layers with {100 * part.fraction:.1f}% of the weights outsourced to {config.to}: "
-        f"{session.security.summary}. {len(train)} sequences to train on, {len(held)} held out"
+        f"{session.security.summary}. {len(data.train)} sequences to train on, {len(data.held)} held out"
     )
-    trainer = LoraTrainer(model, t)
-    generator = torch.Generator().manual_seed(t.seed)
-    sequences: Any = train
-    loader: DataLoader[Any] = DataLoader(
-        sequences, batch_size=config.data.batch_size, shuffle=True, generator=generator, collate_fn=_collate
-    )
+    trainer = LoraTrainer(model, t, metric=task.metric)
+    loader = data.loader(config.data.batch_size, t.seed)
+    held = data.evaluation(config.data.batch_size)
+    if overwrite and not resume and checkpoints is not None:
+        for checkpoint in list_checkpoints(checkpoints):
+            remove_directory(checkpoint)
     torch.manual_seed(t.seed)
     meter = CostMeter(session, part)
     with meter.measuring():
-        history = trainer.train(loader, batches_of(held, config.data.batch_size) if len(held) else None, resume=resume)
+        history = trainer.train(loader, held, resume=resume)
     with output.writing():
         trainer.save_adapter(output.adapter)
+        if config.task == "classification":
+            # The names of the labels are in no file of peft's.
+            base.config.architectures = [type(base).__name__]
+            base.config.save_pretrained(output.adapter)
     result = RunResult(
         **common_figures(config.to, session, part, meter, output),
         steps=trainer.step,
@@ -150,10 +156,48 @@ def _run(config: TrainConfig, resume: bool, comparison: Comparison | None, progr
     return result
 
 
+def _refuse_overwriting(output: OutputFolder, checkpoints: Path | None) -> None:
+    held = [path for path in (output.result, output.adapter) if path.exists()]
+    held += [] if checkpoints is None else list_checkpoints(checkpoints)[-1:]
+    if held:
+        further = ", or go on with it by --resume" if checkpoints is not None and list_checkpoints(checkpoints) else ""
+        raise ConfigError(
+            f"{held[0]} is of an earlier run: write over it with --overwrite{further}, or choose another "
+            f"training.{'checkpoint_dir' if held[0].name.startswith('checkpoint-') else 'output'}"
+        )
+
+
+def _adapted(base: Any, config: TrainConfig, task: RunTask) -> nn.Module:
+    """The model with a new adapter, or with the one to go on with."""
+    if config.model.adapter is not None:
+        return load_adapter(base, config.model.adapter, task.peft_task)
+    lora = config.lora
+    return add_lora(
+        base,
+        seed=config.training.seed,
+        rank=lora.r,
+        targets=lora.target_modules if isinstance(lora.target_modules, str | None) else list(lora.target_modules),
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        task_type=task.peft_task,
+        modules_to_save=task.trained_whole() or None,
+    )
+
+
 def _check_length(length: int, model: Any) -> None:
     most = getattr(model.config, "max_position_embeddings", None)
     if isinstance(most, int) and length > most:
         raise ConfigError(f"data.length is {length}, and the model takes {most} tokens at most: lower data.length")
+
+
+def _check_vocabulary(data: Batches, model: Any, name: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    most = max(max(sequence.ids, default=0) for sequence in (*data.train, *data.held))
+    if most >= rows:
+        raise ConfigError(
+            f"the tokenizer of {name!r} gave token {most}, and the model has embeddings of {rows} tokens: they are not "
+            "of one model"
+        )
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -173,38 +217,3 @@ def read_comparison(path: Path) -> Comparison:
     if not losses or not all(map(math.isfinite, losses)):
         raise ConfigError(f"{path} has no losses, or some that are not finite")
     return Comparison(to, losses)
-
-
-def texts_of(data: DataSection) -> list[str]:
-    """Read the texts of a data source, built-in or as ``read_texts`` reads them. Raises ``ConfigError``."""
-    if data.source == "language-reference":
-        return list(language_reference().values())
-    return read_texts(data.source, data.text_field)
-
-
-def split_rows(texts: list[str], tokenizer: Any, data: DataSection) -> tuple[Tensor, Tensor]:
-    """Cut texts into sequences to train on and to hold out, (rows, length) int64 each.
-
-    Where there are several texts, whole texts are held out.
-
-    Raises:
-        ConfigError: the text does not fill one sequence.
-    """
-    empty = torch.empty(0, data.length, dtype=torch.int64)
-    if data.held_out == 0:
-        train, held = rows_of(texts, tokenizer, data.length), empty
-    elif len(texts) > 1:
-        train, held = (rows_of(part, tokenizer, data.length) for part in split_texts(texts, data.held_out))
-    else:
-        rows = rows_of(texts, tokenizer, data.length)
-        cut = len(rows) - round(len(rows) * data.held_out)
-        train, held = rows[:cut], rows[cut:]
-    if len(train) == 0 and len(held) > 0:
-        raise ConfigError("data.held_out leaves no sequence to train on: lower it, or data.length")
-    if len(train) == 0:
-        raise ConfigError(f"the text does not fill one sequence of {data.length} tokens: lower data.length")
-    return train, held
-
-
-def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
-    return batches_of(torch.stack(rows), len(rows))[0]

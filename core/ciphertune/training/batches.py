@@ -76,7 +76,9 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> BatchLoss:
+def batch_loss(
+    model: nn.Module, batch: Any, loss_fn: LossFunction | None, seen: Callable[[Any, Any], object] | None = None
+) -> BatchLoss:
     """Compute the loss of a batch, on the device of the model's first parameter.
 
     Args:
@@ -84,6 +86,7 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Ba
         batch: mapping, or tuple or list ``(inputs…, targets)``.
         loss_fn: called with the outputs and the targets (of a tuple) or the whole batch (of a mapping); None to
             take the loss from the model's outputs.
+        seen: is called with the same.
 
     Raises:
         TrainingError: the batch has another form, or no scalar loss comes out.
@@ -92,6 +95,8 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Ba
     if isinstance(batch, Mapping):
         batch = to_device(batch, device)
         outputs = model(**batch)
+        if seen is not None:
+            seen(outputs, batch)
         loss = _model_loss(outputs, batch) if loss_fn is None else loss_fn(outputs, batch)
         shifted = loss_fn is None and language_model(model) == "shifted"
         weight = count_targets(batch.get("labels"), shifted)
@@ -104,7 +109,10 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Ba
                 "or dict batches with the labels that the model computes its loss from"
             )
         *inputs, targets = to_device(batch, device)
-        loss = loss_fn(model(*inputs), targets)
+        outputs = model(*inputs)
+        if seen is not None:
+            seen(outputs, targets)
+        loss = loss_fn(outputs, targets)
         weight = count_targets(targets, False)
     else:
         raise TrainingError(

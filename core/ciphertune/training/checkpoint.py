@@ -79,7 +79,7 @@ def write_checkpoint(
     except OSError as error:
         raise CheckpointError(
             f"{final} cannot be written: {error}. Earlier checkpoints are as they were; "
-            "make room or choose another checkpoint_dir, then train with resume=True"
+            "make room, or copy them to another checkpoint_dir, and go on with resume=True (--resume)"
         ) from error
     return final
 

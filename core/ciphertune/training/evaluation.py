@@ -12,15 +12,24 @@ from ciphertune.errors import NonFiniteLossError, TrainingError
 from ciphertune.training import rng
 from ciphertune.training.batches import LossFunction, batch_loss, language_model
 from ciphertune.training.inference import evaluating
+from ciphertune.training.metrics import Metric
 
 
-def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFunction | None) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, data: Iterable[Any], loss_fn: LossFunction | None, metric: Metric | None = None
+) -> dict[str, float]:
     """Compute the mean loss over data in evaluation mode, with every target counting the same.
 
     Modules' modes and random states are left as they were.
 
+    Args:
+        model: any module.
+        data: batches.
+        loss_fn: as for ``batch_loss``.
+        metric: a fresh one, which sees every batch.
+
     Returns:
-        ``eval_loss`` and, for a language model with its own loss, ``perplexity``.
+        ``eval_loss``; for a language model with its own loss ``perplexity``; and what the metric gives.
 
     Raises:
         NonFiniteLossError: a batch's loss is NaN or infinite.
@@ -29,7 +38,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFunction | None
     total, weight = 0.0, 0
     with rng.preserved(), evaluating(model):
         for index, batch in enumerate(data):
-            result = batch_loss(model, batch, loss_fn)
+            result = batch_loss(model, batch, loss_fn, None if metric is None else metric.add)
             if result.weight == 0:  # a mean over no target is NaN by definition
                 continue
             loss = float(result.loss)
@@ -43,4 +52,4 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFunction | None
     metrics = {"eval_loss": mean}
     if loss_fn is None and language_model(model) is not None:
         metrics["perplexity"] = math.exp(mean) if mean < 709 else math.inf
-    return metrics
+    return metrics if metric is None else {**metrics, **metric.result()}

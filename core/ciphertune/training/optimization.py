@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, PolynomialLR, ReduceLROnPlateau
 
 from ciphertune.errors import NoAdapterError, TrainingError
 from ciphertune.training.settings import TrainingSettings
@@ -49,7 +50,12 @@ def make_optimizer(choice: OptimizerChoice, parameters: list[nn.Parameter], sett
 
 
 def scheduler_factory(settings: TrainingSettings) -> SchedulerFactory | None:
-    """A function of the optimizer and the number of steps that makes the schedule's scheduler; None for constant."""
+    """A function of the optimizer and the number of steps that makes the schedule's scheduler; None for constant.
+
+    The function raises ``TrainingError`` where warming up would take all steps.
+    """
+    if settings.warmup_steps > 0:
+        return lambda optimizer, total: LambdaLR(optimizer, _warmed(settings, total))
     if settings.schedule == "linear":
         return lambda optimizer, total: PolynomialLR(optimizer, total_iters=total)
     if settings.schedule == "cosine":
@@ -59,11 +65,32 @@ def scheduler_factory(settings: TrainingSettings) -> SchedulerFactory | None:
     return None
 
 
+def _warmed(settings: TrainingSettings, total: int) -> Callable[[int], float]:
+    """A function that gives the factor of the learning rate for each step from 0."""
+    given = settings.warmup_steps
+    warm = math.ceil(given * total) if given < 1 else int(given)
+    if warm >= total:
+        raise TrainingError(f"warmup_steps is {given:g}, so {warm} steps, and there are {total} in all: lower it")
+
+    def factor(step: int) -> float:
+        if step < warm:
+            # The first step is one already, else nothing would be learned from its batches.
+            return (step + 1) / (warm + 1)
+        left = min((step - warm) / (total - warm), 1.0)
+        if settings.schedule == "linear":
+            return 1 - left
+        return (1 + math.cos(math.pi * left)) / 2 if settings.schedule == "cosine" else 1.0
+
+    return factor
+
+
 def check_schedule(settings: TrainingSettings, optimizer: OptimizerChoice, scheduler: SchedulerChoice) -> None:
     """Raise ``TrainingError`` where a schedule is asked for beside an optimizer or a scheduler that is given."""
-    if settings.schedule != "constant" and not (optimizer is None and scheduler is None):
+    asked = f"schedule {settings.schedule!r}" if settings.schedule != "constant" else ""
+    asked = asked or (f"warmup_steps {settings.warmup_steps:g}" if settings.warmup_steps else "")
+    if asked and not (optimizer is None and scheduler is None):
         raise TrainingError(
-            f"schedule {settings.schedule!r} is for the optimizer that LoraTrainer makes: leave it out, and give a "
+            f"{asked} is for the optimizer that LoraTrainer makes: leave it out, and give a "
             "scheduler for an optimizer of your own"
         )
 

@@ -73,7 +73,7 @@ class RunState:
         present = list_checkpoints(directory)
         if present:
             raise CheckpointError(
-                f"{directory} already holds {present[-1].name}: train with resume=True to go on from it, "
+                f"{directory} already holds {present[-1].name}: go on from it with resume=True (--resume), "
                 "or choose another checkpoint_dir"
             )
         remove_drafts(directory)

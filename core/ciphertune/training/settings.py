@@ -20,7 +20,9 @@ class TrainingSettings:
         learning_rate: learning rate of AdamW, the optimizer that is made where none is given.
         weight_decay: weight decay of AdamW.
         schedule: learning rate over the run: ``constant``, ``linear`` down to 0, or ``cosine``, which rises for the
-            first tenth of the steps and then falls to almost 0.
+            first tenth of the steps, or for ``warmup_steps``, and then falls to almost 0.
+        warmup_steps: optimizer steps over which the learning rate rises to its full value, before the schedule begins;
+            below 1, their share of all steps.
         epochs: passes over the data.
         steps: optimizer steps to train for, however many epochs that takes; decides instead of ``epochs``.
         accumulation: micro-batches per optimizer step, each with the same weight. The last step of an epoch averages
@@ -30,6 +32,7 @@ class TrainingSettings:
             draws from a random stream of its own. Memory grows with it, as with larger batches.
         max_grad_norm: Euclidean norm that gradients are scaled down to; None to leave them.
         eval_every: optimizer steps between evaluations; by default there is one at the end of each epoch.
+        eval_on_start: whether to evaluate before the first step, too.
         checkpoint_dir: directory for checkpoints; None for none.
         checkpoint_every: optimizer steps between checkpoints; by default there is one at the end of each epoch. The
             end of training always has one.
@@ -42,12 +45,14 @@ class TrainingSettings:
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
+    warmup_steps: float = 0.0
     epochs: int = 1
     steps: int | None = None
     accumulation: int = 1
     interleave: int = 1
     max_grad_norm: float | None = 1.0
     eval_every: int | None = None
+    eval_on_start: bool = False
     checkpoint_dir: str | Path | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int | None = 2
@@ -58,6 +63,7 @@ class TrainingSettings:
             TrainingError,
             learning_rate=POSITIVE,
             weight_decay=NOT_NEGATIVE,
+            warmup_steps=NOT_NEGATIVE,
             epochs=AT_LEAST_ONE,
             steps=AT_LEAST_ONE,
             accumulation=AT_LEAST_ONE,
@@ -67,6 +73,8 @@ class TrainingSettings:
             checkpoint_every=AT_LEAST_ONE,
             keep_checkpoints=AT_LEAST_ONE,
         )
+        if self.warmup_steps > 1 and not self.warmup_steps.is_integer():
+            raise TrainingError(f"warmup_steps must be a whole number, or below 1 a share, not {self.warmup_steps}")
         if self.interleave > self.accumulation:
             raise TrainingError(
                 f"interleave must be from 1 to accumulation, which is {self.accumulation}, not {self.interleave}: "
@@ -97,12 +105,14 @@ class SettingsArguments(TypedDict, total=False):
     learning_rate: float
     weight_decay: float
     schedule: Schedule
+    warmup_steps: float
     epochs: int
     steps: int | None
     accumulation: int
     interleave: int
     max_grad_norm: float | None
     eval_every: int | None
+    eval_on_start: bool
     checkpoint_dir: str | Path | None
     checkpoint_every: int | None
     keep_checkpoints: int | None

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ciphertune.training.gradients import accumulate_gradients, refuse_gradient_
 from ciphertune.training.history import History
 from ciphertune.training.inference import InferenceModel
 from ciphertune.training.loader import ResumableLoader
+from ciphertune.training.metrics import Metric
 from ciphertune.training.optimization import (
     OptimizerChoice,
     SchedulerChoice,
@@ -57,6 +58,8 @@ class LoraTrainer:
             optimizer and the total number of optimizer steps that makes one. It steps once per optimizer step.
         loss_fn: called as ``loss_fn(outputs, targets)`` for tuple batches and ``loss_fn(outputs, batch)`` for
             mappings, giving a scalar; None to use the ``loss`` that the model returns for mappings.
+        metric: makes what is measured in an evaluation beside the loss, anew for each, such as
+            ``lambda: ClassificationMetric(labels=3)``.
         device: where to move the model; by default it stays, and batches go to its first parameter's device.
         plugins: hook plugins; those of the process unless given.
         require_outsourced: refuse a model without outsourced layers; set to False for a comparison run in the clear.
@@ -84,6 +87,7 @@ class LoraTrainer:
         optimizer: OptimizerChoice = None,
         scheduler: SchedulerChoice = None,
         loss_fn: batches.LossFunction | None = None,
+        metric: Callable[[], Metric] | None = None,
         device: str | torch.device | None = None,
         plugins: PluginManager | None = None,
         require_outsourced: bool = True,
@@ -94,6 +98,7 @@ class LoraTrainer:
         check_schedule(self.settings, optimizer, scheduler)
         self.model = model
         self.loss_fn = loss_fn
+        self.metric = metric
         self.plugins = plugins if plugins is not None else plugin_manager()
         self.allow_unused = allow_unused
         self.history = History()
@@ -199,13 +204,14 @@ class LoraTrainer:
 
         Returns:
             ``eval_loss``, every target counting the same (labels other than -100, as the model's loss counts them;
-            samples, where targets are not class indices), and ``perplexity`` for a language model with its own loss.
+            samples, where targets are not class indices), ``perplexity`` for a language model with its own loss, and
+            what ``metric`` measures.
 
         Raises:
             NonFiniteLossError: a batch's loss is NaN or infinite.
             TrainingError: there is no target in the data, or a batch has the wrong form.
         """
-        metrics = evaluation.evaluate(self.model, data, self.loss_fn)
+        metrics = evaluation.evaluate(self.model, data, self.loss_fn, None if self.metric is None else self.metric())
         self.plugins.observe("ciphertune_evaluation", trainer=self, step=self.step, metrics=dict(metrics))
         return metrics
 
@@ -253,6 +259,8 @@ class LoraTrainer:
     def _run(self, state: RunState, eval_data: Iterable[Any] | None) -> None:
         """Step until the end, with evaluations and checkpoints where they are due."""
         settings, loader, directory = self.settings, state.loader, self._checkpoint_dir
+        if self.step == 0 and eval_data is not None and settings.eval_on_start:
+            self.history.evaluations.append({"step": 0, **self.evaluate(eval_data)})
         first = True
         while self.step < state.total_steps:
             metrics = self._train_step(loader, first)

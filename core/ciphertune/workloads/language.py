@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import nn
 
-from ciphertune._support.optional_imports import import_optional
-from ciphertune._support.suggestions import closest
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import SMOLLM2_FILE, load_causal_model, smollm2_folder
-from ciphertune.outsourcing.convert import outsourced_layers
-from ciphertune.outsourcing.layers import linear_layers
+from ciphertune.training.lora import add_lora
 from ciphertune.workloads.texts import batches_of, language_reference, rows_of
 from ciphertune.workloads.workload import Workload
 
-_EXTRA = 'pip install "ciphertune[demo]"'
 ROW = 256
 """Tokens of one sequence."""
-
-
-def add_lora(model: nn.Module, *, seed: int, rank: int, targets: Sequence[str] | str, **options: Any) -> nn.Module:
-    """Add LoRA adapters to a model with peft, initialised from a seed.
-
-    Raises:
-        ConfigError: a name in ``targets`` is of no layer that could have an adapter, or peft refuses one.
-    """
-    peft = import_optional("peft", _EXTRA)
-    if not isinstance(targets, str):
-        named = {name for name, module in model.named_modules() if hasattr(module, "weight")}
-        for target in targets:
-            if not any(f".{name}".endswith(f".{target}") for name in named):
-                linear = {c.name.rpartition(".")[2] for c in linear_layers(model, allow_meta=True)}
-                linear |= {layer.name.rpartition(".")[2] for layer in outsourced_layers(model)}
-                raise ConfigError(f"lora.target_modules: no layer is called {target!r}; {closest(target, linear)}")
-    torch.manual_seed(seed)
-    config = peft.LoraConfig(r=rank, target_modules=targets, **options)
-    with warnings.catch_warnings():
-        # peft asks transformers for a property under a name that transformers is about to drop.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        try:
-            adapted: nn.Module = peft.get_peft_model(model, config)
-        except ValueError as error:
-            raise ConfigError(f"lora: {error}") from error
-    return adapted
 
 
 def smollm2(*, batches: int, tokens: int, held_out: int, seed: int, rank: int) -> Workload:

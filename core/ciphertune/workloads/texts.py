@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ciphertune.data.render import text_ids
+
 
 def language_reference() -> dict[str, str]:
     """The articles of the Python language reference, as Python ships them for ``help()``."""
@@ -22,13 +24,7 @@ def rows_of(texts: Sequence[str], tokenizer: Any, length: int) -> Tensor:
     Returns:
         (rows, length) int64.
     """
-    end = tokenizer.eos_token_id
-    ids: list[int] = []
-    for text in texts:
-        # Long texts are cut before tokenizing, since a tokenizer warns about more than its model's context.
-        found: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        # Some tokenizers add the end themselves.
-        ids += found if end is None or found[-1:] == [end] else [*found, end]
+    ids = [token for text in texts for token in text_ids(text, tokenizer)]
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
@@ -37,18 +33,3 @@ def batches_of(rows: Tensor, size: int) -> list[dict[str, Tensor]]:
     return [
         {"input_ids": part, "labels": part, "attention_mask": torch.ones_like(part)} for part in torch.split(rows, size)
     ]
-
-
-def split_texts(texts: Sequence[str], share: float) -> tuple[list[str], list[str]]:
-    """Texts for training and a held-out part, evenly spread over them.
-
-    Args:
-        texts: two or more.
-        share: of the texts to hold out, above 0 and below 1; at least one is held out and one is not.
-
-    >>> split_texts("abcdefgh", 0.4)
-    (['b', 'd', 'e', 'g', 'h'], ['a', 'c', 'f'])
-    """
-    count = min(max(1, round(len(texts) * share)), len(texts) - 1)
-    held = {number * len(texts) // count for number in range(count)}
-    return [text for i, text in enumerate(texts) if i not in held], [texts[i] for i in sorted(held)]
