@@ -28,7 +28,8 @@ def names(*labels: Any, given: tuple[str, ...] | None = None) -> tuple[str, ...]
         (("10", "9", "-1"), ("-1", "9", "10")),
         ((1.0, 0.0), ("0", "1")),
         ((True, False), ("false", "true")),
-        (("007", "7"), ("007", "7")),
+        (("7", "007"), ("007", "7")),
+        (("--1", "1"), ("--1", "1")),
     ],
 )
 def test_names(labels: tuple[Any, ...], wanted: tuple[str, ...]) -> None:

@@ -194,11 +194,16 @@ def test_the_hub_alone_is_asked_and_only_when_it_is_named(tmp_path: Path, monkey
         return datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="No such file or directory; a data set of the hub is written hub:OWNER/NAME"):
         read_data("owner/name")
     assert asked == []
     assert read_data("hub:owner/name/english").rows[0].fields == {"text": "a"}
     assert asked == [("owner/name", "english")]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("cannot be reached"))
+    )
+    with pytest.raises(ConfigError, match="datasets cannot read hub:owner/name: cannot be reached"):
+        read_data("hub:owner/name")
 
 
 def test_a_folder_of_rows(tmp_path: Path) -> None:

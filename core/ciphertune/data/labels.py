@@ -95,8 +95,8 @@ def label_names(examples: Sequence[Labelled], given: Sequence[str] | None) -> tu
                 raise ConfigError(f"{example.place}: its label is none of data.labels, which are {', '.join(given)}")
         names = tuple(given)
     else:
-        numbers = all(name.lstrip("-").isdecimal() for name in found)
-        names = tuple(sorted(found, key=int) if numbers else sorted(found))
+        numbers = all(name.removeprefix("-").isdecimal() for name in found)
+        names = tuple(sorted(found, key=lambda name: (int(name), name)) if numbers else sorted(found))
     if len(names) < 2 or len(names) > _MOST or len(set(names)) < len(names):
         raise ConfigError(
             f"data.label_field: there are {len(names)} different labels in {len(examples)} rows, and a classifier has "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +55,13 @@ def read_data(source: str, *, files: str | None = None, split: str = "train") ->
         return _held(_folder(path, files), source)
     except OSError as error:
         where = "" if error.filename in (None, source) else f": {error.filename}"
-        raise ConfigError(f"cannot read data.source {source!r}{where}: {error.strerror or error}") from error
+        hub = "; a data set of the hub is written hub:OWNER/NAME" if _could_be_on_hub(source) else ""
+        raise ConfigError(f"cannot read data.source {source!r}{where}: {error.strerror or error}{hub}") from error
+
+
+def _could_be_on_hub(source: str) -> bool:
+    """Whether a source that does not exist is written like a name on the hub, and is none of a file."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None and not Path(source).suffix
 
 
 def _held(data: Data, source: str) -> Data:

@@ -103,28 +103,24 @@ def _reading(source: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        # Of datasets, pyarrow and the hub's client. What they say of a cause stands at its root.
-        cause: BaseException = error
-        while (inner := cause.__cause__ or cause.__context__) is not None:
-            cause = inner
-        text = " ".join(str(cause).split())[:300]
-        raise ConfigError(f"data.source: datasets cannot read {source}: {text or type(cause).__name__}") from error
+        # Of datasets, pyarrow and the hub's client; of that error, the text says no more than that it is one.
+        cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
+        text = " ".join(str(cause or error).split())[:300]
+        raise ConfigError(f"data.source: datasets cannot read {source}: {text or type(error).__name__}") from error
 
 
 @contextlib.contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """Without its progress bars and its log."""
-    bars = (
-        datasets.utils.logging.is_progress_bar_enabled()
-        if hasattr(datasets.utils.logging, "is_progress_bar_enabled")
-        else datasets.is_progress_bar_enabled()
-    )
-    level = datasets.utils.logging.get_verbosity()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    """Without progress bars, and without the logs of the library and of the hub's client, whose error says it all."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels, bars = [logger.level for logger in loggers], datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.utils.logging.set_verbosity(level)
-        if bars:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if not bars:
             datasets.enable_progress_bars()
