@@ -110,6 +110,8 @@ def test_a_worker_that_turns_liar(farm: Farm) -> None:
 
     with pytest.raises(WrongReplyError, match=r"(one|two): .* broken or lies, and no other worker holds these rows"):
         go_on()
+    with pytest.raises(WrongReplyError, match="no worker is left that answers rightly. one: it gave a wrong answer"):
+        outsourced(X)
 
 
 @pytest.mark.parametrize("liar", ["one", "two"])

@@ -40,6 +40,7 @@ class WorkerPool:
         timeouts: how long to wait for workers.
         joining: asked for workers that have joined, on a thread of its own; None where none ever do.
         joining_seconds: how often it is asked.
+        remote: whether workers are in other processes.
         excluded: told of a worker that gave a wrong answer: its name, the layers and the direction.
         clock: seconds, as ``time.monotonic``; by it failing workers are left alone.
 
@@ -62,6 +63,7 @@ class WorkerPool:
         timeouts: Timeouts,
         joining: JoiningWorkers | None = None,
         joining_seconds: float = 2.0,
+        remote: bool = True,
         excluded: ExclusionWatch = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,6 +73,7 @@ class WorkerPool:
         self._clock = clock
         self.workers = [self._connection(link) for link in links]
         self._groups = groups
+        self._remote = remote
         self._told_of_exclusion = excluded
         self._choosing = threading.Lock()
         self._introduce(self.workers)
@@ -132,17 +135,25 @@ class WorkerPool:
             worker.in_flight -= 1
 
     def exclude(self, worker: WorkerConnection, piece: Piece, direction: Direction) -> None:
-        """Ask a worker for nothing more in this session: it gave a wrong answer for a piece."""
+        """Ask a worker for nothing more in this session: it gave a wrong answer for a piece.
+
+        One in this process has no replica to go to, and is no stranger: it is told of, and asked again.
+        """
         with self._choosing:
-            known, worker.excluded = worker.excluded, True
+            known, worker.excluded = worker.excluded, self._remote
         worker.last_problem = f"it gave a wrong answer for {' + '.join(piece.names)} ({direction})"
         if not known:
-            log.error("%s is asked no more: %s", worker.name, worker.last_problem)
+            log.error("%s: %s%s", worker.name, worker.last_problem, "; it is asked no more" if self._remote else "")
             self._told_of_exclusion(worker.name, piece.names, direction)
+
+    def others(self, piece: Piece, worker: WorkerConnection | None = None) -> bool:
+        """Whether some worker but this one holds a piece and may be asked for it."""
+        return any(not each.excluded for each in self.replicas(piece) if each is not worker)
 
     def retry_seconds(self, piece: Piece) -> float:
         """Seconds until a worker that holds a piece may be asked again; not above 0 where one may be asked now."""
-        return min(worker.not_before for worker in self.replicas(piece) if not worker.excluded) - self._clock()
+        waiting = [worker.not_before for worker in self.replicas(piece) if not worker.excluded]
+        return min(waiting, default=0.0) - self._clock()
 
     def close(self) -> None:
         """Close the session at every worker that still listens, and drop the links. Idempotent."""

@@ -12,7 +12,7 @@ from ciphertune.backend import Buffers, Direction
 from ciphertune.client.connection import BACKOFF_SECONDS, Retry, UnknownSession, WorkerConnection
 from ciphertune.client.placement import Piece
 from ciphertune.client.pool import WorkerPool
-from ciphertune.errors import ReplyError, TransportError, TransportTimeoutError, WorkerError
+from ciphertune.errors import ReplyError, TransportError, TransportTimeoutError, WorkerError, WrongReplyError
 from ciphertune.protocol import Message
 
 
@@ -86,6 +86,11 @@ class PendingRequest:
             if time.monotonic() >= self._deadline:
                 raise TransportTimeoutError(self._failure(time.monotonic() - self._begun))
             if not self._under_way and not self._send():
+                if not self._pool.others(self._piece):
+                    problems = "; ".join(
+                        f"{each.name}: {each.last_problem}" for each in self._pool.replicas(self._piece)
+                    )
+                    raise WrongReplyError(f"{self._what}: no worker is left that answers rightly. {problems}")
                 self._pause()
 
     def abandon(self) -> None:
@@ -169,7 +174,7 @@ class PendingRequest:
             self._check(reply.buffers)
         except ReplyError as error:
             self._pool.exclude(worker, self._piece, self._direction)
-            if all(each.excluded for each in self._pool.replicas(self._piece)):
+            if not self._pool.others(self._piece, worker):
                 raise type(error)(
                     f"{worker.name}: {error}. It is broken or lies, and no other worker holds these rows. Nothing of "
                     "the answer was used: resume from the last checkpoint with a worker that computes rightly"

@@ -106,7 +106,14 @@ class Session:
             members = [group.layers for group in self._groups]
             seconds = choice.transport.joining_seconds
             self.pool = WorkerPool(
-                links, members, opening, choice.options, self._joining(), seconds, self._watch_exclusions
+                links,
+                members,
+                opening,
+                choice.options,
+                self._joining(),
+                seconds,
+                remote=choice.transport.remote,
+                excluded=self._watch_exclusions,
             )
         except BaseException:
             with contextlib.ExitStack() as stack:
