@@ -189,6 +189,7 @@ class SimulationBackend(Backend):
 
     name = "simulation"
     Options = SimulationOptions
+    states_traffic = True
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
@@ -223,10 +224,13 @@ class SimulationBackend(Backend):
         assert noise is not None
         return noise
 
-    def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
-        """See ``Backend.traffic``: what the simulation itself sends, float32 both ways, a scale a token, the noise."""
-        up = tokens * (4 * linear_map.in_features + 8) + 8 * len(_Noise._fields)
-        return up, 4 * tokens * linear_map.out_features
+    def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int] | None:
+        """See ``Backend.traffic``: what the simulated backend would send."""
+        return self._simulated.traffic(linear_map, tokens)
+
+    def piece_traffic(self, whole: LinearMap, piece: LinearMap, tokens: int) -> tuple[int, int] | None:
+        """See ``Backend.piece_traffic``: what the simulated backend would send."""
+        return self._simulated.piece_traffic(whole, piece, tokens)
 
     def client(self, device: torch.device) -> SimulationClient:
         """See ``Backend.client``."""

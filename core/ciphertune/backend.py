@@ -400,6 +400,8 @@ class Backend(abc.ABC):
     """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
     prepares: ClassVar[bool] = False
     """Whether the client half makes something of each group's codes before the first product (``preparation``)."""
+    states_traffic: ClassVar[bool] = False
+    """Whether sessions count the bytes that ``piece_traffic`` states and not those of buffers: for simulations."""
     measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)
     """Tokens, inputs and outputs of the largest product that a plan measures to estimate the time of others."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from farm import Farm
 from torch import nn
 
 import ciphertune
@@ -12,6 +13,9 @@ from ciphertune.backend import LinearMap, NoiseModel
 from ciphertune.client.choice import choose
 from ciphertune.errors import SelectionError
 from ciphertune.plugins import registry
+
+UPPER: Any = [[("0", 0, 64)], [("2", 0, 64)], [("4", 0, None)]]
+LOWER: Any = [[("2", 64, None)]]
 
 
 def network() -> nn.Sequential:
@@ -151,3 +155,37 @@ def test_options_of_any_backend_are_handed_on() -> None:
         choose("simulation?of=concrete-circuit&request_bits=24")
     with pytest.raises(SelectionError, match="unknown option 'bits'"):
         choose("simulation?of=mlwe&bits=24")
+
+
+def wide() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 4))
+
+
+@pytest.mark.parametrize("options", ["", "weight_bits=16", "request_bits=32", "pad_tokens=32", "share_inputs=0"])
+def test_the_bytes_are_those_of_what_is_simulated(options: str, register: Callable[[str, Any], None]) -> None:
+    """Up and down, of every product, whole and cut over two workers by rows."""
+    counted: dict[str, list[tuple[int, int]]] = {}
+    for backend in ("mlwe", "simulation"):
+        farm = Farm(register)
+        try:
+            farm.plant(wide(), f"{backend}?{options}".replace("share_inputs=0", ""), one=UPPER, two=LOWER)
+            model = wide()
+            extra: dict[str, Any] = dict([options.split("=")]) if options else {}
+            session = farm.outsource(model, backend, **extra)
+            found = counted[backend] = []
+            for tokens in (1, 33):
+                x = torch.randn(tokens, 48, requires_grad=True)
+                model(x).square().sum().backward()
+                found.append((session.traffic.bytes_up, session.traffic.bytes_down))
+        finally:
+            farm.close()
+    assert counted["simulation"] == counted["mlwe"]
+    assert all(up > 0 and down > 0 for up, down in counted["mlwe"])
+
+
+def test_a_simulation_of_a_backend_that_foretells_no_traffic_counts_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ciphertune_mlwe.MLWEBackend.piece_traffic", lambda *_: None)
+    model = ciphertune.outsource(network(), "simulation", "all")
+    model(torch.randn(3, 48))
+    assert ciphertune.session_of(model).traffic.bytes_up >= 4 * 3 * (48 + 64 + 64)

@@ -57,6 +57,7 @@ class Product:
             parts = []
             for request, part, each in zip(requests, maps, encrypted, strict=True):
                 reply = self._receive(request)
+                self._count(whole, part, each.buffers, reply)
                 start = clock()
                 parts.append(self._client.take_reply(reply, each.state, part))
                 exchange.decrypt_seconds += clock() - start
@@ -83,7 +84,6 @@ class Product:
         stack.callback(request.abandon)
         self._exchange.wait_seconds += time.perf_counter() - start
         self._exchange.requests += 1
-        self._exchange.bytes_up += sum(buffer.nbytes for buffer in buffers.values())
         return request
 
     def _receive(self, request: PendingRequest) -> Buffers:
@@ -92,12 +92,24 @@ class Product:
         start = clock()
         reply, elsewhere = wait_for_reply(request.result)
         exchange.retries += request.attempts - 1
-        exchange.bytes_down += reply.nbytes
         exchange.turn_seconds += elsewhere
         exchange.wait_seconds += clock() - start - elsewhere - request.check_seconds
         exchange.decrypt_seconds += request.check_seconds
         exchange.evaluate_seconds += _seconds(reply)
         return reply.buffers
+
+    def _count(self, whole: LinearMap, piece: LinearMap, sent: Buffers, reply: Buffers) -> None:
+        """Add the bytes of a piece, its request's and its reply's."""
+        stated = None
+        if self._backend.states_traffic:
+            stated = self._backend.piece_traffic(whole, piece, self._exchange.tokens)
+        up, down = stated or (_nbytes(sent), _nbytes(reply))
+        self._exchange.bytes_up += up
+        self._exchange.bytes_down += down
+
+
+def _nbytes(buffers: Buffers) -> int:
+    return sum(buffer.nbytes for buffer in buffers.values())
 
 
 def _seconds(reply: Message) -> float:

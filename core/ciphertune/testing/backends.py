@@ -361,8 +361,8 @@ class BackendSuite:
         for direction in DIRECTIONS:
             linear_map = both.map(direction)
             foretold = both.backend.traffic(linear_map, 9)
-            if foretold is None:
-                pytest.skip("this backend foretells no traffic")
+            if foretold is None or both.backend.states_traffic:
+                pytest.skip("this backend foretells no traffic, or that of another one")
             request = both.client.encrypt(torch.ones(9, linear_map.in_features), linear_map).buffers
             reply = both.evaluate(direction, request)
             assert foretold == (sum(t.nbytes for t in request.values()), sum(t.nbytes for t in reply.values()))
