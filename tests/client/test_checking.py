@@ -205,3 +205,20 @@ def test_a_backend_that_checks_nothing_says_so(farm: Farm) -> None:
     session = farm.outsource(outsourced, "mlwe", check=0)
     outsourced(X)
     assert not session.choice.backend.checks_answers
+
+
+@pytest.mark.parametrize("stated", [float("nan"), float("inf"), float("-inf"), -1e9, 1e9, 2**63, True, "soon", None])
+def test_a_worker_cannot_state_more_time_than_has_passed(farm: Farm, stated: Any) -> None:
+    (one,) = farm.plant(model(), "mlwe", one=WHOLE)
+
+    def tell(request: Message) -> Message:
+        reply = one.answer(request)
+        reply.fields["seconds"] = stated
+        return reply
+
+    one.on("evaluate", tell, always=True)
+    outsourced = model()
+    session = farm.outsource(outsourced, "mlwe")
+    begun = time.monotonic()
+    outsourced(X)
+    assert 0 <= session.traffic.evaluate_seconds <= time.monotonic() - begun

@@ -95,7 +95,7 @@ class Product:
         exchange.turn_seconds += elsewhere
         exchange.wait_seconds += clock() - start - elsewhere - request.check_seconds
         exchange.decrypt_seconds += request.check_seconds
-        exchange.evaluate_seconds += _seconds(reply)
+        exchange.evaluate_seconds += _seconds(reply, time.monotonic() - request.begun)
         return reply.buffers
 
     def _count(self, whole: LinearMap, piece: LinearMap, sent: Buffers, reply: Buffers) -> None:
@@ -112,7 +112,8 @@ def _nbytes(buffers: Buffers) -> int:
     return sum(buffer.nbytes for buffer in buffers.values())
 
 
-def _seconds(reply: Message) -> float:
-    """Evaluation time as the worker states it."""
+def _seconds(reply: Message, at_most: float) -> float:
+    """Evaluation time as the worker states it, who may state anything: not more than has passed, nor less than none."""
     value: Any = reply.fields.get("seconds", 0.0)
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    stated = float(value) if isinstance(value, (int, float)) else 0.0
+    return min(stated, at_most) if stated > 0 else 0.0

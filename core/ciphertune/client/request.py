@@ -38,6 +38,7 @@ class PendingRequest:
 
     Attributes:
         attempts: how often it was sent.
+        begun: when it was first, as ``time.monotonic``.
         check_seconds: time that replies were checked.
     """
 
@@ -58,9 +59,9 @@ class PendingRequest:
         self._direction = direction
         self._buffers = dict(buffers)
         self._timeouts = pool.timeouts.extended(allowance)
-        self._begun = time.monotonic()
+        self.begun = time.monotonic()
         # The worker may have to be given the key again.
-        self._deadline = self._begun + self._timeouts.deadline + pool.opening.upload_seconds
+        self._deadline = self.begun + self._timeouts.deadline + pool.opening.upload_seconds
         self._under_way: dict[Future[Message], _Attempt] = {}
         self._hedge_not_before = 0.0
         self._send()
@@ -84,7 +85,7 @@ class PendingRequest:
                     return reply
             # Only now, for a reply may have come long before anybody asked for it.
             if time.monotonic() >= self._deadline:
-                raise TransportTimeoutError(self._failure(time.monotonic() - self._begun))
+                raise TransportTimeoutError(self._failure(time.monotonic() - self.begun))
             if not self._under_way and not self._send():
                 if not self._pool.others(self._piece):
                     problems = "; ".join(
