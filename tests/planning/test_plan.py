@@ -132,3 +132,26 @@ def test_the_command(tmp_path: Path, tiny: Callable[[str], nn.Module]) -> None:
     assert found["requests"] == 15
     assert found["outsourced"] == sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.weight"))
     assert torch.tensor(found["fraction"]).isfinite()
+
+
+@pytest.mark.parametrize("name", ["./private/model", "smolm2", "run.toml", "llama-3-8", "a/b/c", "~/model"])
+def test_names_that_are_no_hub_names_are_not_sent_to_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *given: asked.append(given))
+    with pytest.raises(ConfigError, match="not looked for on a hub"):
+        make_plan(name, "mlwe", tokens=8, measure=False)
+    assert asked == []
+
+
+def test_other_names_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def download(*given: object) -> str:
+        asked.append(given)
+        raise OSError("no such model")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    for name in ("x/smollm2", "gpt2"):
+        with pytest.raises(ConfigError, match="no such model"):
+            make_plan(name, "mlwe", tokens=8, measure=False)
+    assert len(asked) == 2

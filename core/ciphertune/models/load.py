@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import io
 import os
@@ -16,6 +15,7 @@ import torch
 
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
+from ciphertune.models.names import refuse_path
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -134,30 +134,6 @@ def load_classifier(name: str, labels: Sequence[str], gguf_file: str | None = No
                 "which would be random: it was saved from another kind of model"
             )
     return model, tokenizer, sorted(set(new))
-
-
-_FILES = (".toml", ".yaml", ".yml", ".json", ".jsonl", ".txt", ".gguf", ".safetensors", ".bin", ".pt", ".zip")
-
-
-def refuse_path(name: str) -> None:
-    """Raise ``ConfigError`` for a name that was meant for something on this machine, where there is no such folder.
-
-    Names of folders can be private, so one that looks like a path, or like a built-in model, is not sent to a hub.
-
-    >>> refuse_path("owner/name")
-    """
-    if Path(name).exists() or not name:
-        return
-    parts = name.replace(os.sep, "/").split("/")
-    if name.lower().endswith(_FILES):
-        reason = "what ends like a file is"
-    elif len(parts) > 2 or parts[0] in ("", ".", "..", "~") or (len(parts) == 2 and Path(parts[0]).is_dir()):
-        reason = "a path is"
-    elif difflib.get_close_matches(name.lower(), ["smollm2"], n=1, cutoff=0.8):
-        reason = "did you mean 'smollm2'? What is so close to a built-in name is"
-    else:
-        return
-    raise ConfigError(f"cannot load the model {name!r}: there is no such folder; {reason} not looked for on a hub")
 
 
 def _found(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
