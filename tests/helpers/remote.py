@@ -43,6 +43,9 @@ class WorkerProcess:
     def freeze(self) -> None:
         """As a machine that hangs: connections stay, nothing is answered."""
         self.process.send_signal(signal.SIGSTOP)
+        # The signal is on its way: on a busy machine the worker may answer once more.
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)

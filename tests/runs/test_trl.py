@@ -186,5 +186,5 @@ def test_what_would_change_the_result_is_named(tmp_path: Path) -> None:
     load(tmp_path, text, said)
     assert said == [
         "sft.yaml: not done here, so that the result will differ from TRL's: optim: adafactor, use_dora: True, "
-        "packing: true\nneftune_noise_alpha: 5, packing_strategy: bfd"
+        "neftune_noise_alpha: 5, packing_strategy: bfd"
     ]
