@@ -1,6 +1,7 @@
 """The command line, on what is cheap to run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -340,3 +341,15 @@ def test_the_cache_folder_is_the_users_or_the_one_that_is_named(
     assert cache_folder("part") == Path.home() / ".cache" / "ciphertune" / "part"
     monkeypatch.setenv("CIPHERTUNE_CACHE", "~/here")
     assert cache_folder("part") == Path.home() / "here" / "part"
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_the_command_says_how_threads_of_torch_wait(
+    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ["OMP_WAIT_POLICY"] == found

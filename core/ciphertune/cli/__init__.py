@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
 from typing import NoReturn
 
@@ -74,6 +75,9 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Entry point: errors of ours are one line on standard error and exit status 1; Ctrl-C exits with 130."""
+    # Torch's threads would go on spinning after each operation, on processors that ours could use. Read by OpenMP once,
+    # when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         # Where the locale has no such letter, another stands for it.
         if isinstance(stream, io.TextIOWrapper):
