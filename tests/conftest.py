@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny as models
 import torch
+from farm import Farm
 from hypothesis import settings
 from torch import nn
 
@@ -59,6 +60,14 @@ def _keep_together(item: pytest.Item, group: str) -> None:
         node: Any = item
         node._id = type(node.id).parse(f"{item.nodeid}@{group}")
     assert item.nodeid.endswith(f"@{group}")
+
+
+@pytest.fixture
+def farm(register: Any) -> Iterator[Farm]:
+    """Hosts that hold parts of models, closed at the end."""
+    found = Farm(register)
+    yield found
+    found.close()
 
 
 @pytest.fixture

@@ -104,21 +104,15 @@ class CheckVectors:
         key = tuple(rows)
         with self._finding:
             if key not in self._found:
-                ranges = key or ((0, self.cuts[-1]),)
-                parts = [self._parts(*each) for each in ranges]
-                right = torch.stack([self._forward[part].sum(0, dtype=torch.int32) for part in parts]).sum(
-                    0, dtype=torch.int32
-                )
-                self._found[key] = Vectors(
-                    torch.cat([self._left[0][:, start:stop] for start, stop in ranges], dim=1), right
-                )
+                ranges = self._ranges(rows)
+                parts = [slice(*(bisect.bisect_left(self.cuts, edge) for edge in each)) for each in ranges]
+                right = torch.cat([self._forward[part] for part in parts]).sum(0, dtype=torch.int32)
+                self._found[key] = Vectors(_columns(self._left[0], ranges), right)
             return self._found[key]
 
     def backward(self, rows: Rows) -> Vectors:
         """The vectors of backward products of a piece, whose inputs are the group's outputs in these rows."""
-        if not rows:
-            return Vectors(self._left[1], self._backward)
-        return Vectors(self._left[1], torch.cat([self._backward[..., start:stop] for start, stop in rows], dim=2))
+        return Vectors(self._left[1], _columns(self._backward, self._ranges(rows)))
 
     @staticmethod
     def nbytes(outputs: int, features: int, digits: int, cuts: Sequence[int]) -> int:
@@ -137,8 +131,14 @@ class CheckVectors:
         self._forward.copy_(found[:size].view_as(self._forward))
         self._backward.copy_(found[size:].view_as(self._backward))
 
-    def _parts(self, start: int, stop: int) -> slice:
-        return slice(bisect.bisect_left(self.cuts, start), bisect.bisect_left(self.cuts, stop))
+    def _ranges(self, rows: Rows) -> list[tuple[int, int]]:
+        """Rows of a piece, those that adjoin as one range."""
+        found: list[tuple[int, int]] = []
+        for start, stop in rows or ((0, self.cuts[-1]),):
+            if found and found[-1][1] == start:
+                start = found.pop()[0]
+            found.append((start, stop))
+        return found
 
 
 def cuts_of(outputs: int, pieces: Sequence[Rows]) -> list[int]:
@@ -177,7 +177,7 @@ def weighted_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     library = native.library_for(pairs[0][1])
     if library is None:
         return [_portable_sums(weights, lifted(planes)) for weights, planes in pairs]
-    pairs = [(weights.contiguous(), _tokens_contiguous(planes)) for weights, planes in pairs]
+    pairs = [(weights.contiguous(), native.packed(planes)) for weights, planes in pairs]
     tokens = pairs[0][1].shape[2]
     out = [torch.empty(len(weights), tokens, dtype=torch.int32) for weights, _ in pairs]
 
@@ -200,8 +200,10 @@ def weighted_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return out
 
 
-def _tokens_contiguous(planes: Tensor) -> Tensor:
-    return planes if planes.stride(2) == 1 else planes.contiguous()
+def _columns(values: Tensor, ranges: Rows) -> Tensor:
+    """Ranges of the last dimension; of one alone a view."""
+    parts = [values[..., start:stop] for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _portable_sums(weights: Tensor, values: Tensor) -> Tensor:

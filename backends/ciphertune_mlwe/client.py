@@ -119,9 +119,9 @@ class MLWEClient(ClientHalf[EncryptionState]):
         """
         parts: list[Preparation] = []
         missing = [each for each in (forward, backward) if not self._found(each)]
-        for each in missing:
-            self._store.announce(math.prod(hint_shape(self._digits * each.out_features, self._parameters(each))))
         if missing:
+            shapes = [hint_shape(self._digits * each.out_features, self._parameters(each)) for each in missing]
+            self._store.announce(sum(map(math.prod, shapes)))
             parameters = self._parameters(forward), self._parameters(backward)
             kernel = KERNELS[choose_kernel(self._device)[0]]
             parts.append(

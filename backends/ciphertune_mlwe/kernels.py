@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.errors import ConfigError
-from ciphertune_mlwe.native import library_for, over_rows, pointer, products
+from ciphertune_mlwe.native import library_for, over_rows, packed, pointer, products
 from ciphertune_mlwe.planes import join_bytes, low_bits, split_bytes
 
 _TRIAL_SECONDS = 0.05
@@ -86,7 +86,7 @@ class NativeKernel(Kernel):
         if native is None or which is None:
             raise NotImplementedError(f"no {self._name} product here")
         weight = _plain(weight)
-        planes = planes if planes.stride(2) == 1 else planes.contiguous()
+        planes = packed(planes)
         rows, depth = weight.shape
         count, columns = planes.shape[1:]
 

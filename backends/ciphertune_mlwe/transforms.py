@@ -299,7 +299,7 @@ class NativeTransforms(Transforms):
 
     def encrypt(self, mask: Tensor, x: Tensor, scale: Tensor, planes: int) -> Tensor:
         """See ``Transforms.encrypt``."""
-        x, scale, mask = x.contiguous(), scale.contiguous(), _columns_contiguous(mask)
+        x, scale, mask = x.contiguous(), scale.contiguous(), native.packed(mask)
         tokens, features = x.shape
         b = torch.empty(features, planes, tokens, dtype=torch.uint8)
 
@@ -322,7 +322,7 @@ class NativeTransforms(Transforms):
 
     def decrypt(self, reply: Tensor, mask: Tensor, unit: Tensor, out: Tensor) -> None:
         """See ``Transforms.decrypt``."""
-        reply, unit, mask = reply.contiguous(), unit.contiguous(), _columns_contiguous(mask)
+        reply, unit, mask = reply.contiguous(), unit.contiguous(), native.packed(mask)
         rows, planes, tokens = reply.shape
 
         def task(start: int, stop: int) -> None:
@@ -347,10 +347,6 @@ def make_transforms(device: torch.device) -> Transforms:
     if device.type == "cpu" and native.library() is not None:
         return NativeTransforms()
     return TensorTransforms(device)
-
-
-def _columns_contiguous(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _check(status: int) -> None:

@@ -122,12 +122,17 @@ def make_room(part: str, nbytes: int, limit: int, mine: Path) -> bool:
     others = [entry for entry in found if entry.path != mine]
     if kept + nbytes > limit or nbytes > free_bytes(mine) + sum(entry.nbytes for entry in others):
         return False
-    for entry in others:
-        if kept + nbytes + sum(each.nbytes for each in others) <= limit and nbytes <= free_bytes(mine):
+
+    def fits() -> bool:
+        held = kept + sum(each.nbytes for each in others)
+        return held + nbytes <= limit and nbytes <= free_bytes(mine)
+
+    for entry in list(others):
+        if fits():
             break
         if remove(entry):
-            others = [each for each in others if each is not entry]
-    return kept + nbytes + sum(each.nbytes for each in others) <= limit and nbytes <= free_bytes(mine)
+            others.remove(entry)
+    return fits()
 
 
 def free_bytes(path: Path) -> int:

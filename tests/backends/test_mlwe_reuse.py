@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,13 +95,6 @@ def test_a_training(options: str, messages: list[Sealed]) -> None:
     # Three layers, forwards and backwards, in six steps and forwards for five tokens, three times.
     assert len(messages) == 3 * (6 * 6 + 5 * 3)
     check_masks(messages)
-
-
-@pytest.fixture
-def farm(register: Callable[[str, Any], None]) -> Iterator[Farm]:
-    found = Farm(register)
-    yield found
-    found.close()
 
 
 class Wire:

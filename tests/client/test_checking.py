@@ -1,7 +1,7 @@
 """Workers that answer wrongly: caught before anything is decrypted, replaced, and asked no more."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,6 @@ LOWER: Any = [[("0", 64, None)]]
 def model() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(40, 200), nn.Tanh(), nn.Linear(200, 9))
-
-
-@pytest.fixture
-def farm(register: Any) -> Iterator[Farm]:
-    found = Farm(register)
-    yield found
-    found.close()
 
 
 @pytest.fixture

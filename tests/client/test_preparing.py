@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,6 @@ class Siblings(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.o_proj(torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1))
         return out
-
-
-@pytest.fixture
-def farm(register: Any) -> Iterator[Farm]:
-    found = Farm(register)
-    yield found
-    found.close()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,6 @@ def folder(tmp_path: Path) -> Path:
     torch.manual_seed(3)
     models.llama(**SMALL, max_position_embeddings=64).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture
-def farm(register: Any) -> Iterator[Farm]:
-    found = Farm(register)
-    yield found
-    found.close()
 
 
 @pytest.mark.slow

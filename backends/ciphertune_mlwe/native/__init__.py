@@ -89,6 +89,11 @@ def pointer(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
+def packed(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless neighbours of its last dimension lie side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="ciphertune-mlwe")
