@@ -66,7 +66,7 @@ def choose_table(
         for path, parent, attribute, module in walk(model)
         if isinstance(module, nn.Embedding) and module._parameters.get("weight") is weight
     ]
-    linear = linear_layers(model, allow_meta=allow_meta)
+    linear = linear_layers(model, allow_meta=allow_meta, trial=False)
     tied = [candidate for candidate in linear if candidate.module._parameters.get("weight") is weight]
     for candidate in (*places, *tied):
         if candidate.obstacle is not None:
