@@ -12,9 +12,6 @@ import pytest
 import remote
 import tiny as models
 import torch
-from ciphertune_mlwe.backend import MLWEBackend
-from ciphertune_mlwe.params import NARROW, WIDE
-from ciphertune_mlwe.public import KEPT_ROWS
 from click.testing import CliRunner
 from farm import Farm
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -35,6 +32,9 @@ from ciphertune.outsourcing.embedding import OutsourcedEmbedding, tokens_at_once
 from ciphertune.planning.plan import make_plan
 from ciphertune.planning.shares import shares_of
 from ciphertune.weights import describe, group_map, lookup_map, quantize
+from ciphertune_mlwe.backend import MLWEBackend
+from ciphertune_mlwe.params import NARROW, WIDE
+from ciphertune_mlwe.public import KEPT_ROWS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -133,7 +133,9 @@ def test_a_worker_sees_how_many_tokens_and_not_whether_they_repeat(recorder: Any
     for ids in (torch.full((2, 6), 7), torch.arange(12).view(2, 6)):
         recorder.answered.clear()
         assert table(ids).shape == (2, 6, 16)
-        seen.append([(e.layers, e.direction, e.tokens, e.requests, e.bytes_up, e.bytes_down) for e in recorder.answered])
+        seen.append(
+            [(e.layers, e.direction, e.tokens, e.requests, e.bytes_up, e.bytes_down) for e in recorder.answered]
+        )
     assert seen[0] == seen[1] == [(("model.embed_tokens",), "backward", 12, 1, 12 * 48 * 3, 12 * 16 * 3)]
     assert table(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 16)
 
@@ -181,7 +183,9 @@ def test_a_lookup_in_a_large_vocabulary_is_exact_to_a_small_part_of_the_codes_ow
     assert float((error / step[:, None]).abs().max()) < 0.5
 
 
-@pytest.mark.parametrize("to", ["clear?weight_bits=8", "simulation", "mlwe", "mlwe?request_bits=24", "mlwe?pad_tokens=32"])
+@pytest.mark.parametrize(
+    "to", ["clear?weight_bits=8", "simulation", "mlwe", "mlwe?request_bits=24", "mlwe?pad_tokens=32"]
+)
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_a_plan_says_what_travels(kind: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding, "_VALUES_AT_ONCE", 48 * 10)
