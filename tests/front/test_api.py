@@ -143,6 +143,7 @@ FRONT = {
         "describe",
         "group_map",
         "holdings_digest",
+        "lookup_map",
         "model_digest",
         "quantize",
         "quantize_layer",
