@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # at runtime they would import torch, for which `ciphertune -
 
     from ciphertune.backend import SecurityStatement
     from ciphertune.selection import Selection
-    from ciphertune.traffic import Exchange, Traffic
+    from ciphertune.traffic import Exchange, SetUp, Traffic
     from ciphertune.weights import LayerInfo
 
 hookspec = pluggy.HookspecMarker("ciphertune")
@@ -46,6 +46,11 @@ class SessionView(Protocol):
     @property
     def traffic(self) -> Traffic:
         """Totals since the session opened."""
+        ...
+
+    @property
+    def set_up(self) -> SetUp:
+        """Costs of preparations from the weights' codes."""
         ...
 
     @property

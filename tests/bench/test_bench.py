@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,12 +47,20 @@ def test_phases_are_medians_over_the_steps_that_are_timed(monkeypatch: pytest.Mo
         phases = dict.fromkeys(("encrypt_seconds", "evaluate_seconds", "decrypt_seconds"), seconds)
         return {**phases, "requests": 5, "bytes_up": 7, "bytes_down": 9}
 
-    def child(request: dict[str, Any]) -> dict[str, Any]:
+    caches = set()
+
+    def child(request: dict[str, Any], cache: str) -> dict[str, Any]:
+        caches.add(cache)
         steps = [] if request["to"] is None else [traffic(s) for s in (100.0, 1.0, 2.0, 60.0)]
-        return {"seconds": [100.0, 4.0, 5.0, 90.0], "losses": [1.0] * 4, "peak_rss_mb": 10.0, "traffic": steps}
+        set_up = {} if request["to"] is None else {"set_up": {"weights": 8, "bytes_down": 0, "seconds": 0.5}}
+        figures = {"seconds": [100.0, 4.0, 5.0, 90.0], "losses": [1.0] * 4, "peak_rss_mb": 10.0, "traffic": steps}
+        return {**figures, **set_up}
 
     monkeypatch.setattr(bench, "_child", child)
     result = bench.bench_train("mlp", "clear", 8, 4)
     assert result["encrypted_step_s"] == 5.0
     assert result["encrypt_s"] == result["evaluate_s"] == result["decrypt_s"] == 2.0
     assert (result["requests"], result["bytes_up"], result["bytes_down"]) == (5, 7, 9)
+    assert result["set_up"] == {"weights": 8, "bytes_down": 0, "seconds": 0.5}
+    assert len(caches) == 1
+    assert not Path(caches.pop()).exists(), "what is prepared for the benchmark is kept for it alone"

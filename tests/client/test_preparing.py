@@ -90,8 +90,13 @@ def check(model: Any) -> None:
 def test_a_client_without_weights_reads_them_from_workers(farm: Farm, bundle: Any, weight_bits: int) -> None:
     folder = bundle(weight_bits=weight_bits)
     farm.plant(Siblings(), f"mlwe?weight_bits={weight_bits}", one=WHOLE)
-    check(load(farm, folder, weight_bits=weight_bits))
+    model = load(farm, folder, weight_bits=weight_bits)
+    check(model)
     assert farm.hosts["one"].count("weights") == 3
+    set_up = ciphertune.session_of(model).set_up
+    codes = sum(layer.in_features * layer.out_features for layer in ciphertune.session_of(model).layers)
+    assert (set_up.weights, set_up.bytes_down) == (codes, codes * weight_bits // 8)
+    assert set_up.seconds > 0
 
 
 def test_rows_are_read_where_they_lie(farm: Farm, bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +112,9 @@ def test_a_model_in_hand_is_not_read_from_workers(farm: Farm) -> None:
     farm.outsource(model, "mlwe")
     check(model)
     assert farm.hosts["one"].count("weights") == 0
+    set_up = ciphertune.session_of(model).set_up
+    assert set_up.weights > 0
+    assert set_up.bytes_down == 0
 
 
 def test_members_that_turn_out_to_differ_are_evaluated_alone(farm: Farm) -> None:

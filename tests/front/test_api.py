@@ -112,6 +112,7 @@ FRONT = {
         "COSTS",
         "Exchange",
         "SUMS",
+        "SetUp",
         "Traffic",
         "TrafficByLayer",
         "add_to",

@@ -194,6 +194,8 @@ def test_figures_are_those_of_result_json(run: tuple[Page, dict[str, Any]]) -> N
         wanted |= {"losses.-1", *(f"evaluations.{n}.eval_loss" for n in range(len(content["evaluations"])))}
     else:
         wanted |= {"plaintext.losses.-1", "encrypted.losses.-1", "encrypted.held_out", "encrypted.units_per_second"}
+    if content["costs"]["set_up"]["weights"]:
+        wanted |= {"costs.set_up.weights", "costs.set_up.seconds"}
     assert wanted <= seen
     assert ("security_bits" in seen) == (content["security_bits"] is not None)
 

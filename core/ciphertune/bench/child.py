@@ -46,7 +46,7 @@ def steps(
 
     Returns:
         ``seconds`` and ``losses`` by step, ``peak_rss_mb`` of this process, and where products were outsourced the
-        ``traffic`` by step.
+        ``traffic`` by step and the costs of ``set_up``.
     """
     work = load_workload(model_name, batches=count, tokens=tokens, held_out=1, seed=seed)
     model = work.model if to is None else outsource(work.model, to)
@@ -76,6 +76,7 @@ def steps(
     interleaver.close()
     result: dict[str, Any] = {"seconds": seconds, "losses": losses, "peak_rss_mb": _peak_mb(), "traffic": traffic}
     if session is not None:
+        result["set_up"] = dataclasses.asdict(session.set_up)
         session.close()
     return result
 

@@ -93,6 +93,7 @@ def train(
             "plaintext step": f"{result['plaintext_step_s']:.3f} s",
             "encrypted step": f"{result['encrypted_step_s']:.3f} s ({result['ratio']:.2f}×)",
             **_comparison(result),
+            **_set_up(result["set_up"], result["plaintext_step_s"]),
             "of it encrypting": f"{result['encrypt_s']:.3f} s",
             "of it evaluating": f"{result['evaluate_s']:.3f} s",
             "of it decrypting": f"{result['decrypt_s']:.3f} s",
@@ -162,6 +163,16 @@ def _comparison(result: dict[str, Any]) -> dict[str, str]:
         return {}
     seconds, ratio = result["against_step_s"], result["against_ratio"]
     return {f"step with {result['against']}": f"{seconds:.3f} s; the one above is {ratio:.2f}× of it"}
+
+
+def _set_up(costs: dict[str, Any], step: float) -> dict[str, str]:
+    if not costs["weights"]:
+        return {"set-up": f"{costs['seconds']:.1f} s; nothing had to be read"}
+    received = f", {megabytes(costs['bytes_down'])} from the worker" if costs["bytes_down"] else ""
+    return {
+        "set-up, once": f"{costs['seconds']:.1f} s ({costs['seconds'] / step:.1f}× of a plaintext step): "
+        f"{costs['weights'] / 1e6:.1f} million weights read{received}"
+    }
 
 
 def _bytes(result: dict[str, Any], way: str) -> str:

@@ -30,11 +30,15 @@ class WorkerCodes:
     Args:
         pool: the workers.
         groups: for each layer's name, the group of the pool that it belongs to.
+
+    Attributes:
+        bytes_down: bytes of codes that workers sent.
     """
 
     def __init__(self, pool: WorkerPool, groups: dict[str, int]) -> None:
         self._pool = pool
         self._groups = groups
+        self.bytes_down = 0
         self._liars: set[tuple[str, str]] = set()
 
     def read(self, layer: LayerInfo, start: int, stop: int) -> Tensor:
@@ -96,6 +100,7 @@ class WorkerCodes:
                 else:
                     codes = reply.buffers.get("codes")
                     if codes is not None and codes.dim() == 2 and len(codes) == stop - start:
+                        self.bytes_down += codes.nbytes
                         return codes
                     raise ReplyError(f"{worker.name} answered a request for codes of {layer.name} without them")
             if refused or time.monotonic() > end:

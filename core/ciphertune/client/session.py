@@ -25,7 +25,7 @@ from ciphertune.client.reading import WorkerCodes
 from ciphertune.errors import InputError, SecurityError, UnsupportedLayerError
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.selection import Selection
-from ciphertune.traffic import Exchange, Traffic
+from ciphertune.traffic import Exchange, SetUp, Traffic
 from ciphertune.transport import Link, LocalWorker
 from ciphertune.weights import CodeSource, LayerInfo, group_map, model_digest
 
@@ -64,6 +64,7 @@ class Session:
 
     Attributes:
         traffic: totals since the session opened.
+        set_up: costs of preparations from the weights' codes.
         pool: the workers.
         worker: the embedded worker, None where the workers are remote.
         closed: whether it was closed.
@@ -91,6 +92,7 @@ class Session:
         self.worker = worker
         self.device = device
         self.traffic = Traffic()
+        self.set_up = SetUp()
         self.closed = False
         self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
@@ -249,11 +251,12 @@ class Session:
             codes = WorkerCodes(self.pool, names)
         begun = time.monotonic()
         groups = [(self.members(i), self._groups[i].maps, pieces) for i, pieces in wanted.items()]
-        read = prepare(self._client, groups, codes, self._watch_codes)
+        self.set_up.weights += (read := prepare(self._client, groups, codes, self._watch_codes))
+        self.set_up.seconds += (seconds := time.monotonic() - begun)
+        if isinstance(codes, WorkerCodes):
+            self.set_up.bytes_down += codes.bytes_down
         if read:
-            log.info(
-                "prepared for the products of %.1f million weights in %.1f s", read / 1e6, time.monotonic() - begun
-            )
+            log.info("prepared for the products of %.1f million weights in %.1f s", read / 1e6, seconds)
 
     def _group(self, groups: Sequence[tuple[int, ...]], number: int) -> _Group:
         layers = tuple(self.layers[i] for i in groups[number])
