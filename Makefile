@@ -90,7 +90,7 @@ docs: $(CHECK_STAMP)
 wheel: $(CHECK_STAMP)
 	rm -rf build/wheel
 	$(BIN)/python -m build --quiet --wheel --outdir build/wheel .
-	PATH="$(abspath $(BIN)):$$PATH" auditwheel --quiet repair --plat manylinux_2_17_$(shell uname -m) --wheel-dir dist build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_17_$(shell uname -m) --wheel-dir dist build/wheel/*.whl
 
 # The wheel in an empty environment of its own runs the demo.
 wheel-test: wheel

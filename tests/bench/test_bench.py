@@ -71,7 +71,7 @@ def test_phases_are_medians_over_the_steps_that_are_timed(monkeypatch: pytest.Mo
         figures = {"seconds": seconds, "losses": [1.0] * 4, "peak_rss_mb": 10.0, "traffic": steps}
         return figures if request["to"] is None else {**figures, **costs}
 
-    monkeypatch.setattr(bench, "_child", child)
+    monkeypatch.setattr(bench, "run_child", child)
     monkeypatch.setattr(bench, "has_bfloat16", lambda: True)
     result = bench.bench_train("mlp", "clear", 8, 4)
     assert result["plaintext_bf16_step_s"] == 3.0

@@ -68,12 +68,12 @@ def bench_train(
         serving(model, against or "mlwe") as other_served,
     ):
         for _ in range(repeat):
-            encrypted.append(_child({**request, **parts, "to": served}, cache))
-            plain.append(_child({**request, "to": None}, cache))
+            encrypted.append(run_child({**request, **parts, "to": served}, cache))
+            plain.append(run_child({**request, "to": None}, cache))
             if has_bfloat16():
-                half.append(_child({**request, "to": None, "bfloat16": True}, cache))
+                half.append(run_child({**request, "to": None, "bfloat16": True}, cache))
             if against is not None:
-                other.append(_child({**request, **parts, "to": other_served}, cache))
+                other.append(run_child({**request, **parts, "to": other_served}, cache))
     plain_step, encrypted_step = _step(plain), _step(encrypted)
     plain_peak, encrypted_peak = (max(run["peak_rss_mb"] for run in runs) for runs in (plain, encrypted))
     traffic = encrypted[-1]["traffic"][-1]
@@ -114,7 +114,19 @@ def _step(runs: list[dict[str, Any]]) -> float:
     return float(statistics.median(s for run in runs for s in run["seconds"][1:]))
 
 
-def _child(request: dict[str, Any], cache: str) -> dict[str, Any]:
+def run_child(request: dict[str, Any], cache: str) -> dict[str, Any]:
+    """Run training steps in a process of its own.
+
+    Args:
+        request: arguments of ``ciphertune.bench.child.steps``.
+        cache: folder for what the process keeps on disk.
+
+    Returns:
+        What that function returns.
+
+    Raises:
+        CipherTuneError: the process failed; the message has its last line.
+    """
     command = [sys.executable, "-m", "ciphertune.bench.child", json.dumps(request)]
     environment = {**os.environ, "CIPHERTUNE_CACHE": cache}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
