@@ -110,7 +110,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
             self._public = PublicMatrix(seed, model, self._transforms)
 
     def preparation(
-        self, forward: LinearMap, backward: LinearMap, pieces: Sequence[LinearMap] = ()
+        self, forward: LinearMap | None, backward: LinearMap, pieces: Sequence[LinearMap] = ()
     ) -> GroupPreparation | None:
         """See ``ClientHalf.preparation``: hints of both directions and check vectors, unless they are here or on disk.
 
@@ -118,11 +118,11 @@ class MLWEClient(ClientHalf[EncryptionState]):
             CacheError: hints would fit neither in memory nor on disk.
         """
         parts: list[Preparation] = []
-        missing = [each for each in (forward, backward) if not self._found(each)]
+        missing = [each for each in (forward, backward) if each is not None and not self._found(each)]
         if missing:
             shapes = [hint_shape(self._digits * each.out_features, self._parameters(each)) for each in missing]
             self._store.announce(sum(map(math.prod, shapes)))
-            parameters = self._parameters(forward), self._parameters(backward)
+            parameters = None if forward is None else self._parameters(forward), self._parameters(backward)
             kernel = KERNELS[choose_kernel(self._device)[0]]
             parts.append(
                 HintPreparation(
@@ -130,12 +130,13 @@ class MLWEClient(ClientHalf[EncryptionState]):
                 )
             )
         rows = [piece.rows for piece in pieces]
-        if self._check and not self._covers(forward, backward, rows):
-            cuts = cuts_of(forward.out_features, [*rows, *self._cuts(forward)])
-            vectors = CheckVectors(
-                fresh_seed(), forward.out_features, forward.in_features, self._digits, cuts, self._device
-            )
-            parts.append(CheckPreparation(vectors, lambda made: self._keep_checks(forward, backward, made)))
+        # Hash under which the group's vectors are kept, of either direction.
+        keys = [each.identity for each in (forward, backward) if each is not None]
+        outputs, features = backward.in_features, backward.out_features
+        if self._check and not self._covers(keys, outputs, features, rows):
+            cuts = cuts_of(outputs, [*rows, *self._cuts(keys)])
+            vectors = CheckVectors(fresh_seed(), outputs, features, self._digits, cuts, self._device)
+            parts.append(CheckPreparation(vectors, lambda made: self._keep_checks(keys, made)))
         return GroupPreparation(parts) if parts else None
 
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[EncryptionState]:
@@ -268,33 +269,33 @@ class MLWEClient(ClientHalf[EncryptionState]):
                 self._add(linear_map, rows, hints)
         return linear_map.identity in self._prepared
 
-    def _cuts(self, forward: LinearMap) -> list[Rows]:
+    def _cuts(self, keys: Sequence[str]) -> list[Rows]:
         """The cuts that a group's check vectors allow already."""
-        known = self._checks.get(forward.identity)
+        known = self._checks.get(keys[0])
         return [] if known is None else [[(cut, cut)] for cut in known.cuts]
 
-    def _covers(self, forward: LinearMap, backward: LinearMap, pieces: Sequence[Rows]) -> bool:
+    def _covers(self, keys: Sequence[str], outputs: int, features: int, pieces: Sequence[Rows]) -> bool:
         """Whether check vectors for these pieces are here, or were found on disk."""
-        known = self._checks.get(forward.identity)
+        known = self._checks.get(keys[0])
         if known is not None and known.covers(pieces):
             return True
-        sizes = forward.out_features, forward.in_features, self._digits
-        cuts = cuts_of(forward.out_features, [*pieces, *self._cuts(forward)])
-        content = self._store.find_checks(forward.identity, cuts, CheckVectors.nbytes(*sizes, cuts))
+        sizes = outputs, features, self._digits
+        cuts = cuts_of(outputs, [*pieces, *self._cuts(keys)])
+        content = self._store.find_checks(keys[0], cuts, CheckVectors.nbytes(*sizes, cuts))
         if content is None:
             return False
         vectors = CheckVectors(content[:SEED_BYTES], *sizes, cuts, self._device)
         vectors.load(content[SEED_BYTES:])
-        self._add_checks(forward, backward, vectors)
+        self._add_checks(keys, vectors)
         return True
 
-    def _keep_checks(self, forward: LinearMap, backward: LinearMap, vectors: CheckVectors) -> None:
-        self._store.keep_checks(forward.identity, vectors.cuts, vectors.to_bytes())
-        self._add_checks(forward, backward, vectors)
+    def _keep_checks(self, keys: Sequence[str], vectors: CheckVectors) -> None:
+        self._store.keep_checks(keys[0], vectors.cuts, vectors.to_bytes())
+        self._add_checks(keys, vectors)
 
-    def _add_checks(self, forward: LinearMap, backward: LinearMap, vectors: CheckVectors) -> None:
+    def _add_checks(self, keys: Sequence[str], vectors: CheckVectors) -> None:
         with self._lock:
-            self._checks[forward.identity] = self._checks[backward.identity] = vectors
+            self._checks.update(dict.fromkeys(keys, vectors))
 
     def _vectors(self, whole: LinearMap, piece: LinearMap) -> Vectors | None:
         if not self._check:
@@ -326,8 +327,8 @@ class MLWEClient(ClientHalf[EncryptionState]):
         block = Block(product.features, product.rows, order.tokens, self._device)
         secrets = self._transforms.secrets(fresh_seed(), parameters, -(-order.tokens // parameters.degree))
         try:
-            public = self._public.transformed(product.features, parameters.rank)
-            self._transforms.masks(public, secrets, parameters, fresh_seed(), block.body.matrix)
+            for start, stop, public in self._public.parts(product.features, parameters.rank):
+                self._transforms.masks(public, secrets, parameters, fresh_seed(), block.body.matrix[start:stop])
             for row, hints in product.hints.parts():
                 rows = block.hint.matrix[row : row + LANES * len(hints)]
                 self._transforms.hint_masks(hints, secrets, parameters, rows)

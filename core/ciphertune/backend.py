@@ -98,6 +98,8 @@ class LinearMap:
             a map that is made from sizes alone.
         rows: (start, stop) of the rows of the group's stacked weight that M is of, in M's order; empty for all of
             them. Of a forward map they are outputs, of a backward map inputs.
+        peak: where every input has one value that is not zero at most, as a lookup's has, an upper bound of the size of
+            M's entries as the worker stores them; 0 for other inputs.
     """
 
     label: str
@@ -107,6 +109,7 @@ class LinearMap:
     max_norm: float
     identity: str = ""
     rows: tuple[tuple[int, int], ...] = ()
+    peak: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +158,7 @@ class NoiseModel:
         usable = self._usable_range(linear_map)
         if usable <= 0:
             return math.inf
-        signal = usable / self._digit_norm(linear_map) * linear_map.max_norm / math.sqrt(linear_map.in_features)
+        signal = usable / self._digit_gain(linear_map) * linear_map.max_norm / math.sqrt(linear_map.in_features)
         return self.error_deviation(linear_map.max_norm) / max(signal, 1e-300)
 
     def token_scale(self, x: Tensor, linear_map: LinearMap) -> Tensor:
@@ -171,8 +174,14 @@ class NoiseModel:
         """
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         # Norms under 1e-30 would ask for a scale whose inverse float32 outputs cannot carry.
-        scale: Tensor = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_norm(linear_map))
+        scale: Tensor = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_gain(linear_map))
         return scale
+
+    def _digit_gain(self, linear_map: LinearMap) -> float:
+        """A bound of one digit's outputs over the norm of their input."""
+        if linear_map.peak == 0:
+            return self._digit_norm(linear_map)
+        return max(linear_map.peak, 1.0) if self.digits == 1 else 128.0
 
     def _digit_norm(self, linear_map: LinearMap) -> float:
         """A bound of the norm of one digit's rows; low digits take any value, whatever the weight's norm is."""
@@ -241,7 +250,7 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         return
 
     def preparation(
-        self, forward: LinearMap, backward: LinearMap, pieces: Sequence[LinearMap] = ()
+        self, forward: LinearMap | None, backward: LinearMap, pieces: Sequence[LinearMap] = ()
     ) -> Preparation | None:
         """What is to be made of a group's codes before its first product; None where nothing is.
 
@@ -249,7 +258,7 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         joins. The client streams the codes for a preparation, in memory that does not grow with the model.
 
         Args:
-            forward: the group's map.
+            forward: the group's map; None for a table, whose rows are looked up by backward products alone.
             backward: the same transposed.
             pieces: forward maps of the pieces that products are cut into; none for products in one piece.
         """
@@ -457,8 +466,11 @@ class Backend(abc.ABC):
         returned = self.traffic(piece, tokens)
         return None if sent is None or returned is None else (sent[0], returned[1])
 
-    def kept_bytes(self, forward: LinearMap, backward: LinearMap) -> int:
-        """Memory of what a client half makes of a group's codes, for plans; 0 where it prepares nothing."""
+    def kept_bytes(self, forward: LinearMap | None, backward: LinearMap) -> int:
+        """Memory of what a client half makes of a group's codes, for plans; 0 where it prepares nothing.
+
+        ``forward`` is None for a table, as in ``ClientHalf.preparation``.
+        """
         return 0
 
     def work(self, linear_map: LinearMap, tokens: int) -> Work:

@@ -48,7 +48,8 @@ def prepare(
 
     Args:
         client: the client half.
-        groups: the layers of each group, its maps, and forward maps of the pieces that its products are cut into.
+        groups: the layers of each group, its maps (a table has none of the forward direction), and forward maps of the
+            pieces that its products are cut into.
         source: where codes are read.
         progress: told of codes read.
 
@@ -61,7 +62,7 @@ def prepare(
     """
     wanted = []
     for layers, maps, pieces in groups:
-        preparation = client.preparation(maps["forward"], maps["backward"], pieces)
+        preparation = client.preparation(maps.get("forward"), maps["backward"], pieces)
         if preparation is not None:
             wanted.append((layers, preparation))
     total = sum(layer.in_features * layer.out_features for layers, _ in wanted for layer in layers)

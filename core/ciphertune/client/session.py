@@ -27,7 +27,7 @@ from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.selection import Selection
 from ciphertune.traffic import Exchange, SetUp, Traffic
 from ciphertune.transport import Link, LocalWorker
-from ciphertune.weights import CodeSource, LayerInfo, group_map, model_digest
+from ciphertune.weights import CodeSource, LayerInfo, group_map, lookup_map, model_digest
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class _Group:
 
     Attributes:
         layers: the layers.
-        maps: of both directions.
+        maps: of both directions; of a table backward alone, for lookups.
         parent: the group that a layer alone belongs to, and the layer's first row in it; None for any other group.
         precise: directions that the backend was asked about and does not refuse as imprecise.
     """
@@ -61,6 +61,8 @@ class Session:
         plugins: hook plugins; those of the process unless given.
         codes: where the layers' codes can be read, for an encryption that prepares itself from them; the workers if
             not given.
+        tables: layers whose rows are looked up, as indices into ``layers``: groups of their own after the others, for
+            backward products of inputs that name one row each.
 
     Attributes:
         traffic: totals since the session opened.
@@ -86,6 +88,7 @@ class Session:
         device: torch.device,
         plugins: PluginManager | None = None,
         codes: CodeSource | None = None,
+        tables: Sequence[int] = (),
     ) -> None:
         self.choice = choice
         self.layers = tuple(layers)
@@ -97,6 +100,7 @@ class Session:
         self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
         self._groups = [self._group(groups, number) for number in range(len(groups))]
+        self._groups += [self._table(self.layers[i]) for i in tables]
         self._client = choice.backend.client(device)
         self._counting = threading.Lock()
         links: Sequence[Link] = ()
@@ -126,7 +130,7 @@ class Session:
         self._covering = threading.Lock()
         self._covered: dict[int, tuple[Piece, ...]] = {}
         try:
-            self._prepare(list(range(len(groups))), codes)
+            self._prepare(list(range(len(self._groups))), codes)
             self.plugins.observe("ciphertune_session_opened", session=self)
         except BaseException:  # Ctrl-C, or warnings that are errors
             self.close()
@@ -224,7 +228,8 @@ class Session:
         else:
             whole = group.maps[direction]
         pieces = self._prepared_pieces(number)
-        return pieces, [_moved(piece.map(direction), offset) for piece in pieces], x, whole
+        maps = [dataclasses.replace(piece.map(direction), peak=whole.peak) for piece in pieces]
+        return pieces, [_moved(each, offset) for each in maps], x, whole
 
     def _prepared_pieces(self, number: int) -> tuple[Piece, ...]:
         """The pieces of a group's products, for which the client half is prepared."""
@@ -262,11 +267,20 @@ class Session:
         layers = tuple(self.layers[i] for i in groups[number])
         maps = {direction: group_map(layers, direction) for direction in DIRECTIONS}
         group = _Group(layers, maps, self._parent(groups, number))
+        self._refuse(group)
+        self._refuse_imprecise(group, "forward")
+        return group
+
+    def _table(self, table: LayerInfo) -> _Group:
+        group = _Group((table,), {"backward": lookup_map(table)})
+        self._refuse(group)
+        self._refuse_imprecise(group, "backward")
+        return group
+
+    def _refuse(self, group: _Group) -> None:
         for linear_map in group.maps.values():
             if (why := self.choice.backend.refuse(linear_map)) is not None:
                 raise UnsupportedLayerError(f"{linear_map.label}: {self.selection.backend} refuses it: {why}")
-        self._refuse_imprecise(group, "forward")
-        return group
 
     def _parent(self, groups: Sequence[tuple[int, ...]], number: int) -> tuple[int, int] | None:
         """The larger group that a layer alone belongs to, and its first row there."""

@@ -96,6 +96,14 @@ class LayerGroup:
         self._pending.last = _Pending(weakref.ref(x), x._version, x.detach().clone(), *modes, outputs)
         return output
 
+    def lookup(self, named: Tensor) -> Tensor:
+        """Rows of the table that this is a handle on, (tokens, K) float32.
+
+        Args:
+            named: (tokens, N) float32, a value for one row in each, times which the row's codes come.
+        """
+        return self.session.product(self.group, "backward", named).contiguous()
+
     def _evaluate(self, group: int, x: Tensor, half: bool) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
         if len(flat) == 0:

@@ -119,7 +119,7 @@ def _run(
         progress(f"Data: {note}")
     model = _adapted(base, config, task)
     if not outsourced_layers(base):
-        outsource(model, config.to, config.layers)
+        outsource(model, config.to, config.layers, embeddings=config.embeddings)
     session = session_of(model)
     part = share(model)
     progress(
