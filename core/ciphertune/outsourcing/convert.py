@@ -15,6 +15,7 @@ from ciphertune.client.choice import Choice, choose
 from ciphertune.client.session import Session
 from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError
 from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.calibration import Calibration
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import (
     Candidate,
@@ -24,6 +25,7 @@ from ciphertune.outsourcing.layers import (
     linear_layers,
     sibling_groups,
 )
+from ciphertune.outsourcing.outliers import keep_channels
 from ciphertune.outsourcing.replacing import Restorer, originals, replace
 from ciphertune.outsourcing.trained_whole import guard
 from ciphertune.outsourcing.trial import frozen_from_birth
@@ -40,6 +42,7 @@ def outsource(
     to: str = "mlwe",
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
     *,
+    calibration: Calibration | None = None,
     plugins: PluginManager | None = None,
 ) -> ModelT:
     """Replace linear layers by ones whose weights are at the workers. The model is changed in place and returned.
@@ -51,6 +54,7 @@ def outsource(
         to: selection string: which encryption, and where the workers are.
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``. By default all but the output head,
             layers tied to something that stays, and layers that are being trained. ``"all"`` includes the output head.
+        calibration: from ``calibrate``: channels with outliers stay at the client, up to 8 a product.
         plugins: hook plugins; those of the process unless given.
 
     Raises:
@@ -65,7 +69,8 @@ def outsource(
     chosen = choose_layers(model, layers, manager)
     sizes = [candidate.weight().shape[1] for candidate in chosen]
     groups = sibling_groups(chosen, sizes) if choice.options.share_inputs else [(i,) for i in range(len(chosen))]
-    infos, store = quantize_all(chosen, groups, choice.backend.weight_bits, keep=not choice.transport.remote)
+    local = not choice.transport.remote
+    infos, store = quantize_all(chosen, groups, choice.backend.weight_bits, keep=local, calibration=calibration)
     device = device_of(chosen)
     worker = None if choice.transport.remote else Worker(store, device)
     codes = ModelCodes(chosen, choice.backend.weight_bits) if choice.transport.remote else None
@@ -98,7 +103,12 @@ class ModelCodes:
 
 @own_modes()
 def quantize_all(
-    chosen: Sequence[Candidate], groups: Sequence[tuple[int, ...]], bits: WeightBits | None, *, keep: bool
+    chosen: Sequence[Candidate],
+    groups: Sequence[tuple[int, ...]],
+    bits: WeightBits | None,
+    *,
+    keep: bool,
+    calibration: Calibration | None = None,
 ) -> tuple[list[LayerInfo], WeightStore]:
     """Quantize layers: return what a client knows of them, and a store for the worker.
 
@@ -107,6 +117,7 @@ def quantize_all(
         groups: those evaluated together, as indices; every layer is in exactly one.
         bits: of a weight at the worker, None for float32.
         keep: whether the weights are wanted too; the store is empty otherwise.
+        calibration: what channels the client keeps follows from; none are without it.
 
     Raises:
         LayerError: a weight is not finite.
@@ -115,7 +126,9 @@ def quantize_all(
     infos: dict[int, LayerInfo] = {}
     for group in groups:
         weights = [quantize_layer(chosen[i].name, chosen[i].weight(), bits) for i in group]
-        infos |= {i: describe(chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)}
+        members = [describe(chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)]
+        members = keep_channels(members, [chosen[i].weight() for i in group], calibration)
+        infos |= dict(zip(group, members, strict=True))
         if keep:
             codes = [weight.codes for weight in weights]
             store.add([infos[i].shard() for i in group], codes[0] if len(codes) == 1 else torch.cat(codes))
