@@ -281,7 +281,7 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         """
         if whole.direction == "forward":
             return [self.encrypt(x, whole)] * len(pieces)
-        return [self.encrypt(_columns(x, piece.rows), piece) for piece in pieces]
+        return [self.encrypt(columns_of(x, piece.rows), piece) for piece in pieces]
 
     def check_reply(self, reply: Buffers, state: StateT, piece: LinearMap) -> None:
         """Hold one piece's reply against what was asked for, before anything is decrypted. Called once as it comes.
@@ -362,8 +362,8 @@ def in_order(parts: Sequence[Tensor], rows: Sequence[Sequence[tuple[int, int]]])
     return torch.cat([block for _, block in sorted(blocks, key=lambda each: each[0])]).t()
 
 
-def _columns(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
-    """The columns of x that belong to a backward piece."""
+def columns_of(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """The columns of x, (tokens, features), that belong to a backward piece with these rows; none for all of them."""
     return torch.cat([x[:, start:stop] for start, stop in rows], dim=1) if rows else x
 
 
@@ -409,6 +409,11 @@ class Backend(abc.ABC):
     """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
     prepares: ClassVar[bool] = False
     """Whether the client half makes something of each group's codes before the first product (``preparation``)."""
+    whole_products: ClassVar[bool] = False
+    """Whether each product is one ciphertext of its group's whole input, of which pieces get parts.
+
+    A layer that is evaluated alone is then some rows of its group's product, and its gradient the group's with zeros
+    for the other layers."""
     states_traffic: ClassVar[bool] = False
     """Whether sessions count the bytes that ``piece_traffic`` states and not those of buffers: for simulations."""
     measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)

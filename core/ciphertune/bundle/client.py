@@ -22,6 +22,7 @@ from ciphertune.bundle.files import (
     read_manifest_file,
     read_tensor,
 )
+from ciphertune.bundle.outliers import check_kept, read_kept
 from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError, LayerError
 from ciphertune.models.skeleton import build, tied_names
@@ -129,7 +130,8 @@ def _read_layers(folder: Path, manifest: dict[str, Any]) -> tuple[list[LayerInfo
         blocks = -(-n // DIGEST_ROWS)
         if tuple(scale.shape) != (n,) or scale.dtype != torch.float32 or digests.numel() != blocks * _DIGEST_BYTES:
             raise ConfigError(f"{file} is damaged: scales or hashes of {name!r} do not fit its {n} rows")
-        infos.append(LayerInfo(name, k, n, bits, scale.clone(), *norms, digests.numpy().tobytes()))
+        info = LayerInfo(name, k, n, bits, scale.clone(), *norms, digests.numpy().tobytes())
+        infos.append(read_kept(handle, file, info) if row.get("kept") else info)
     try:
         read = [tuple(int(i) for i in group) for group in groups]
     except (TypeError, ValueError) as error:
@@ -142,6 +144,7 @@ def _read_layers(folder: Path, manifest: dict[str, Any]) -> tuple[list[LayerInfo
     own = int(bool(embeddings) and infos[-1].name == embeddings[0])
     if not grouped or grouped != list(range(len(infos) - own)):
         raise ConfigError(f"{damaged}: its groups do not hold each layer once")
+    check_kept([[infos[i] for i in group] for group in read], file)
     return infos, read, embeddings
 
 

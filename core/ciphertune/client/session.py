@@ -212,21 +212,16 @@ class Session:
     ) -> tuple[Sequence[Piece], Sequence[LinearMap], Tensor, LinearMap]:
         """How a product is evaluated: the pieces, their maps, what is sent, and the map that it is encrypted for.
 
-        Where a client half prepares itself for groups, a layer alone has nothing of its own: its product is some rows
-        of its group's, and its gradient the group's with zeros for the siblings.
+        With ``Backend.whole_products`` a layer alone has nothing of its own: its product is some rows of its group's,
+        and its gradient the group's with zeros for the siblings.
         """
-        group = self._groups[number]
-        offset = 0
-        if self.choice.backend.prepares and group.parent is not None:
-            parent, offset = group.parent
-            whole = self._groups[parent].maps[direction]
-            if direction == "backward":
-                columns = slice(offset, offset + x.shape[1])
-                x, alone = x.new_zeros(len(x), whole.in_features), x
-                x[:, columns] = alone
-                number, offset = parent, 0
-        else:
-            whole = group.maps[direction]
+        parent, offset = self._evaluated_in(number)
+        whole = self._groups[parent].maps[direction]
+        if parent != number and direction == "backward":
+            columns = slice(offset, offset + x.shape[1])
+            x, alone = x.new_zeros(len(x), whole.in_features), x
+            x[:, columns] = alone
+            number, offset = parent, 0
         pieces = self._prepared_pieces(number)
         maps = [dataclasses.replace(piece.map(direction), peak=whole.peak) for piece in pieces]
         return pieces, [_moved(each, offset) for each in maps], x, whole
@@ -243,12 +238,12 @@ class Session:
         return pieces
 
     def _prepare(self, numbers: Sequence[int], codes: CodeSource | None) -> None:
-        """Let the client half prepare itself for groups, each as a part of the group that it belongs to, if any."""
+        """Let the client half prepare itself for groups, each as a part of the group that it is evaluated in."""
         if not self.choice.backend.prepares:
             return
         wanted: dict[int, list[LinearMap]] = {}
         for number in numbers:
-            parent, offset = self._groups[number].parent or (number, 0)
+            parent, offset = self._evaluated_in(number)
             pieces = self._covered[number] = self.pool.pieces(number)
             wanted.setdefault(parent, []).extend(_moved(piece.forward, offset) for piece in pieces)
         if codes is None:
@@ -262,6 +257,11 @@ class Session:
             self.set_up.bytes_down += codes.bytes_down
         if read:
             log.info("prepared for the products of %.1f million weights in %.1f s", read / 1e6, seconds)
+
+    def _evaluated_in(self, number: int) -> tuple[int, int]:
+        """The group whose product serves a group, and the row that it begins at there."""
+        parent = self._groups[number].parent if self.choice.backend.whole_products else None
+        return parent or (number, 0)
 
     def _group(self, groups: Sequence[tuple[int, ...]], number: int) -> _Group:
         layers = tuple(self.layers[i] for i in groups[number])

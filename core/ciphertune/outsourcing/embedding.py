@@ -131,7 +131,7 @@ class OutsourcedEmbedding(nn.Embedding):
             raise InputError(f"{self.name}: a token id is outside of the table of {self.num_embeddings} rows")
         flat = ids.detach().reshape(-1, 1).long()
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            parts = [self._rows(part) for part in flat.split(tokens_at_once(self.num_embeddings)) if len(part)]
+            parts = [self._rows(part) for part in torch.split(flat, tokens_at_once(self.num_embeddings)) if len(part)]
             rows = torch.cat(parts) if parts else torch.empty(0, self.embedding_dim, device=ids.device)
             return rows.to(self.weight.dtype).reshape(*ids.shape, self.embedding_dim)
 

@@ -220,7 +220,9 @@ class _Placement:
 
 def kept_parameters(planned: PlannedModel) -> list[nn.Parameter]:
     """Parameters that stay at the client."""
-    return parameters_without(planned.model, [*planned.chosen, *(() if planned.table is None else planned.table.places)])
+    return parameters_without(
+        planned.model, [*planned.chosen, *(() if planned.table is None else planned.table.places)]
+    )
 
 
 def parameters_without(model: nn.Module, outsourced: Sequence[Candidate]) -> list[nn.Parameter]:
