@@ -174,7 +174,9 @@ class PendingRequest:
         try:
             self._check(reply.buffers)
         except ReplyError as error:
-            self._pool.exclude(worker, self._piece, self._direction)
+            # One of the wrong form may be of another version of the worker; a wrong product is none of these.
+            keep = isinstance(error, WrongReplyError)
+            self._pool.exclude(worker, self._piece, self._direction, keep=keep)
             if not self._pool.others(self._piece, worker):
                 raise type(error)(
                     f"{worker.name}: {error}. It is broken or lies, and no other worker holds these rows. Nothing of "

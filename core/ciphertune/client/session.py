@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from ciphertune.transport import Link, LocalWorker
 from ciphertune.weights import CodeSource, LayerInfo, group_map, model_digest
 
 log = logging.getLogger(__name__)
+
+Checked = Literal["before decryption", "after decryption", "no"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Session:
 
     Raises:
         UnsupportedLayerError, PrecisionError: the backend refuses a layer. Nothing was sent.
-        TransportError, UnknownLayerError, WorkerError, ReplyError: as ``WorkerPool``.
+        SecurityError, TransportError, UnknownLayerError, WorkerError, ReplyError: as ``WorkerPool``.
         WeightsError: the encryption prepares itself from the codes, and they cannot be had.
         CacheError: there is no room for what it prepares.
     """
@@ -99,7 +102,8 @@ class Session:
         self._counting = threading.Lock()
         links: Sequence[Link] = ()
         try:
-            self._client.begin(model_digest(self.layers))
+            model = model_digest(self.layers)
+            self._client.begin(model)
             links = choice.transport.connect(choice.selection.endpoints, worker)
             fields = {"backend": choice.selection.backend, "public": dict(self._client.open_fields())}
             opening = Opening(fields, self._client.evaluation_key(), self._watch_key)
@@ -113,6 +117,7 @@ class Session:
                 self._joining(),
                 seconds,
                 remote=choice.transport.remote,
+                model=model.hex(),
                 excluded=self._watch_exclusions,
             )
         except BaseException:
@@ -142,6 +147,11 @@ class Session:
     def security(self) -> SecurityStatement:
         """The backend's security statement."""
         return self.choice.backend.security
+
+    @property
+    def checked(self) -> Checked:
+        """When answers are held against what was asked for."""
+        return "before decryption" if self.choice.backend.checks_answers else "no"
 
     def members(self, group: int) -> tuple[LayerInfo, ...]:
         """The layers of one group."""
