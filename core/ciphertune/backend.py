@@ -19,6 +19,10 @@ from torch import Tensor
 from ciphertune._support.options import build_options
 from ciphertune.errors import PrecisionError
 
+FLOAT32_ROUNDING = 1e-6
+"""Standard deviation of an output's error from sums in float32, over the norms of what is multiplied; see
+``Backend.rounding``."""
+
 Buffers = dict[str, Tensor]
 """Named buffers of one request or reply: tensors of fixed-size numbers, any device."""
 
@@ -272,7 +276,7 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         """
         if whole.direction == "forward":
             return [self.encrypt(x, whole)] * len(pieces)
-        return [self.encrypt(_columns(x, piece.rows), piece) for piece in pieces]
+        return [self.encrypt(columns(x, piece.rows), piece) for piece in pieces]
 
     def check_reply(self, reply: Buffers, state: StateT, piece: LinearMap) -> None:
         """Hold one piece's reply against what was asked for, before anything is decrypted. Called once as it comes.
@@ -353,8 +357,8 @@ def in_order(parts: Sequence[Tensor], rows: Sequence[Sequence[tuple[int, int]]])
     return torch.cat([block for _, block in sorted(blocks, key=lambda each: each[0])]).t()
 
 
-def _columns(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
-    """The columns of x that belong to a backward piece."""
+def columns(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """The columns of x, (tokens, features), that belong to a backward piece of these rows; all if there are none."""
     return torch.cat([x[:, start:stop] for start, stop in rows], dim=1) if rows else x
 
 
@@ -437,6 +441,15 @@ class Backend(abc.ABC):
         """The error model of a group's product with these options, or None where it has no closed form."""
         return None
 
+    def rounding(self, linear_map: LinearMap) -> float | None:
+        """How far an honest answer is off beside ``noise``: standard deviation of an output over ‖x‖ · ``max_norm``.
+
+        By this and ``noise`` a session holds answers of other processes against what was asked for, once they are
+        decrypted, where the client half does not do so before (``checks_answers``). None for a backend whose answers
+        are not to be held against anything. As it stands that of float32 sums for a backend with a noise model.
+        """
+        return None if self.checks_answers or self.noise(linear_map) is None else FLOAT32_ROUNDING
+
     def refuse(self, linear_map: LinearMap) -> str | None:
         """Why this backend cannot evaluate a map at all, with the largest that it can, or None where it can.
 
@@ -486,6 +499,13 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half with fresh keys (or those that the options name)."""
+
+    def renewed_client(self, device: torch.device) -> ClientHalf[Any]:
+        """A client half with keys that nothing was sent under. Asked for when a decrypted answer was found wrong.
+
+        As it stands ``client``. A backend that keeps a key on disk gives that one up.
+        """
+        return self.client(device)
 
     @classmethod
     @abc.abstractmethod

@@ -49,6 +49,7 @@ FRONT = {
         "ClientHalf",
         "Direction",
         "Encrypted",
+        "FLOAT32_ROUNDING",
         "LinearMap",
         "NoiseModel",
         "Preparation",
@@ -57,6 +58,7 @@ FRONT = {
         "WeightBits",
         "Work",
         "WorkerHalf",
+        "columns",
         "in_order",
     ],
     "cache": [
