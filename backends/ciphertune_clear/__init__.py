@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.backend import (
+    FLOAT32_ROUNDING,
     Backend,
     Buffers,
     ClientHalf,
@@ -86,6 +87,10 @@ class ClearBackend(Backend):
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
         """See ``Backend.traffic``: float32 both ways."""
         return 4 * tokens * linear_map.in_features, 4 * tokens * linear_map.out_features
+
+    def rounding(self, linear_map: LinearMap) -> float:
+        """See ``Backend.rounding``: sums in float32."""
+        return FLOAT32_ROUNDING
 
     def client(self, device: torch.device) -> ClearClient:
         """See ``Backend.client``."""

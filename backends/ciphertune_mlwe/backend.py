@@ -131,6 +131,10 @@ class MLWEBackend(Backend):
         """See ``Backend.checks_answers``: unless the option says otherwise."""
         return bool(self.options.check)
 
+    def rounding(self, linear_map: LinearMap) -> None:
+        """See ``Backend.rounding``: answers are checked before they are decrypted, or not at all."""
+        return
+
     def noise(self, linear_map: LinearMap) -> NoiseModel:
         """See ``Backend.noise``."""
         return self.parameters(linear_map).noise(self._digits)

@@ -19,6 +19,10 @@ from torch import Tensor
 from ciphertune._support.options import build_options
 from ciphertune.errors import PrecisionError
 
+FLOAT32_ROUNDING = 1e-6
+"""Standard deviation of an output's error from sums in float32, over the norms of what is multiplied; see
+``Backend.rounding``."""
+
 Buffers = dict[str, Tensor]
 """Named buffers of one request or reply: tensors of fixed-size numbers, any device."""
 
@@ -451,6 +455,15 @@ class Backend(abc.ABC):
         """The error model of a group's product with these options, or None where it has no closed form."""
         return None
 
+    def rounding(self, linear_map: LinearMap) -> float | None:
+        """How far an honest answer is off beside ``noise``: standard deviation of an output over ‖x‖ · ``max_norm``.
+
+        By this and ``noise`` a session holds answers of other processes against what was asked for, once they are
+        decrypted, where the client half does not do so before (``checks_answers``). None for a backend whose answers
+        are not to be held against anything. As it stands that of float32 sums for a backend with a noise model.
+        """
+        return None if self.checks_answers or self.noise(linear_map) is None else FLOAT32_ROUNDING
+
     def refuse(self, linear_map: LinearMap) -> str | None:
         """Why this backend cannot evaluate a map at all, with the largest that it can, or None where it can.
 
@@ -503,6 +516,13 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half with fresh keys (or those that the options name)."""
+
+    def renewed_client(self, device: torch.device) -> ClientHalf[Any]:
+        """A client half with keys that nothing was sent under. Asked for when a decrypted answer was found wrong.
+
+        As it stands ``client``. A backend that keeps a key on disk gives that one up.
+        """
+        return self.client(device)
 
     @classmethod
     @abc.abstractmethod

@@ -132,6 +132,17 @@ def _end_preparing() -> None:
 
 
 @hookimpl
+def ciphertune_worker_excluded(worker: str, layers: tuple[str, ...], direction: str) -> None:
+    """Say so, above the bar."""
+    if _on_a_terminal():
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(stderr=True) if _bar is None else _bar.progress.console
+        console.print(Text(f"wrong answer from {worker} for {' + '.join(layers)} ({direction}): it is asked no more"))
+
+
+@hookimpl
 def ciphertune_training_start(trainer: Any, total_steps: int, start_step: int) -> None:
     """Show the bar."""
     global _bar
