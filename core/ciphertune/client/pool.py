@@ -84,7 +84,10 @@ class WorkerPool:
             if not absent:
                 raise
             gone = "; ".join(f"{worker.name} ({worker.last_problem})" for worker in absent)
-            raise TransportError(f"no answer within {timeouts.connect_timeout:g} s from {gone}; {error}") from error
+            rest = (
+                f"; {error}" if len(absent) < len(self.workers) else ". Is the worker started, and the address right?"
+            )
+            raise TransportError(f"no answer within {timeouts.connect_timeout:g} s from {gone}{rest}") from error
         try:
             self._open_all()
         except BaseException:
@@ -216,7 +219,7 @@ class WorkerPool:
             for future in asked:
                 future.cancel()
         for worker in workers:
-            if worker.blocks is None:
+            if worker.blocks is None and any(each.blocks is not None for each in self.workers):
                 log.warning("no answer from %s, going on without it: %s", worker.name, worker.last_problem)
 
     def _open_all(self) -> None:

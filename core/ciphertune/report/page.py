@@ -20,7 +20,7 @@ _ROWS = 400
 
 
 def write_report(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the report page, whole or not at all; ``content`` as for ``render``."""
+    """Write the report page with mode 0600, whole or not at all; ``content`` as for ``render``."""
     replace_file(path, render(content).encode())
 
 

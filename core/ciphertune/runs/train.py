@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from ciphertune._support.atomic import remove_directory
+from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError
+from ciphertune.models.load import most_positions
 from ciphertune.outsourcing.convert import outsource, outsourced_layers, session_of, share
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.report.costs import CostMeter
@@ -99,6 +101,10 @@ def _run(
     checkpoints = None if t.checkpoint_dir is None else Path(t.checkpoint_dir)
     if resume and checkpoints is None:
         raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")
+    if resume and checkpoints is not None and not list_checkpoints(checkpoints):
+        raise ConfigError(f"there is no checkpoint in {checkpoints}, so nothing to go on from: leave out --resume")
+    choice = choose(config.to)
+    choice.transport.check(choice.selection.endpoints)
     # Before the model, which takes minutes: places and data are looked at quickly, and may be wrong.
     if not resume and not overwrite:
         _refuse_overwriting(output, checkpoints)
@@ -110,9 +116,10 @@ def _run(
     for name, folder in (("output", output.path), ("checkpoint_dir", checkpoints)):
         if folder is not None:
             check_writable(f"training.{name}", folder)
+    _check_length(config.data.length, most_positions(config.model.name))
     progress(f"Loading {config.model.name} …")
     base, tokenizer = task.load()
-    _check_length(config.data.length, base)
+    _check_length(config.data.length, getattr(base.config, "max_position_embeddings", None))
     data = task.batches(tokenizer)
     _check_vocabulary(data, base, config.model.name)
     for note in data.notes:
@@ -184,8 +191,7 @@ def _adapted(base: Any, config: TrainConfig, task: RunTask) -> nn.Module:
     )
 
 
-def _check_length(length: int, model: Any) -> None:
-    most = getattr(model.config, "max_position_embeddings", None)
+def _check_length(length: int, most: Any) -> None:
     if isinstance(most, int) and length > most:
         raise ConfigError(f"data.length is {length}, and the model takes {most} tokens at most: lower data.length")
 
