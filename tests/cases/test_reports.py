@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -27,7 +28,9 @@ from ciphertune.cli import cli, main
 from ciphertune.client.choice import choose
 from ciphertune.data.splitting import split
 from ciphertune.errors import CipherTuneError, ConfigError, SelectionError
+from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins import registry
+from ciphertune.plugins.manager import plugin_manager
 from ciphertune.training.lora import add_lora
 from ciphertune.weights import quantize
 from ciphertune.worker.service import Service
@@ -422,6 +425,49 @@ def test_what_can_be_found_before_the_model_is_loaded(project: Path) -> None:
         with pytest.raises(CipherTuneError, match=words):
             train(project, *arguments, **changes)
         (project / "run.toml").write_text(before)
+
+
+class Signals:
+    """Sends signals to its own process after a step."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = numbers
+
+    @hookimpl
+    def ciphertune_training_step(self, step: int) -> None:
+        for number in self.numbers if step == 2 else ():
+            os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_ended_by_a_signal_prints_the_command_that_goes_on(project: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    plugin_manager().register(sender := Signals(number))
+    try:
+        done = train(project, "--plugin", "traffic")
+    finally:
+        plugin_manager().unregister(sender)
+    assert signal.getsignal(number) is before
+    assert done.return_value == 128 + number
+    go_on = f"ciphertune train {project / 'run.toml'} --plugin traffic --resume"
+    assert f"checkpoint-2 is kept. Go on with: {go_on}\n" in done.stderr
+    assert "stopped after step 2 of 8" in done.stderr
+    assert not (project / "out" / "result.json").exists()
+    assert train(project, "--resume").return_value is None
+    assert len(json.loads((project / "out" / "result.json").read_text())["losses"]) == 8
+    assert {(project / "out" / name).stat().st_mode & 0o777 for name in ("result.json", "report.html", "loss.png")} == {
+        0o600
+    }
+
+
+def test_a_second_signal_ends_a_run_at_once(project: Path, interruptible: None) -> None:
+    plugin_manager().register(sender := Signals(signal.SIGTERM, signal.SIGTERM))
+    try:
+        with pytest.raises((KeyboardInterrupt, click.Abort)):
+            train(project, checkpoint_every="1")
+    finally:
+        plugin_manager().unregister(sender)
+    assert [path.name for path in (project / "ck").iterdir()] == ["checkpoint-1"]
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from ciphertune.runs.classification import ClassificationTask
 from ciphertune.runs.config import LoraSection, TrainConfig
 from ciphertune.runs.language import LanguageTask
 from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
+from ciphertune.runs.stopping import Asked, RunStopped, stopping_on_signals
 from ciphertune.runs.task import Batches, RunTask
 from ciphertune.training.checkpoint import list_checkpoints
 from ciphertune.training.lora import add_lora, check_adapter, load_adapter
@@ -72,6 +76,7 @@ def run_training(
     overwrite: bool = False,
     compare: Path | None = None,
     progress: Progress | None = None,
+    go_on: str | None = None,
 ) -> RunResult:
     """Load a model and data, outsource the model, train its adapters, and write the results.
 
@@ -81,8 +86,11 @@ def run_training(
         overwrite: write over the results and checkpoints of an earlier run in the same folders.
         compare: ``result.json`` of another run, to draw its losses beside this one's.
         progress: called with a line at every stage.
+        go_on: command that resumes the run. Where it is given and there are checkpoints, Ctrl-C and SIGTERM end the run
+            after its step, and the command is told by ``progress`` whenever a run with a checkpoint ends early.
 
     Raises:
+        RunStopped: a signal ended it after a step.
         ConfigError: the model or data, or the run to compare with, cannot be loaded; a folder for results holds those
             of another run.
         SelectionError, PluginError: about ``to`` or ``plugins``.
@@ -90,11 +98,16 @@ def run_training(
     """
     comparison = None if compare is None else read_comparison(compare)
     with plugin_manager().using(*config.plugins):
-        return _run(config, resume, overwrite, comparison, progress or (lambda line: None))
+        return _run(config, resume, overwrite, comparison, progress or (lambda line: None), go_on)
 
 
 def _run(
-    config: TrainConfig, resume: bool, overwrite: bool, comparison: Comparison | None, progress: Progress
+    config: TrainConfig,
+    resume: bool,
+    overwrite: bool,
+    comparison: Comparison | None,
+    progress: Progress,
+    go_on: str | None,
 ) -> RunResult:
     t = config.training
     output = OutputFolder(Path(t.output))
@@ -141,8 +154,11 @@ def _run(
             remove_directory(checkpoint)
     torch.manual_seed(t.seed)
     meter = CostMeter(session, part)
-    with meter.measuring():
+    with meter.measuring(), _ending_early(trainer, checkpoints, go_on, progress) as asked:
         history = trainer.train(loader, held, resume=resume)
+    if trainer.stopped:
+        session.close()
+        raise RunStopped(trainer.step, trainer.total_steps, asked.signal or signal.SIGINT)
     with output.writing():
         trainer.save_adapter(output.adapter)
         if config.task == "classification":
@@ -161,6 +177,24 @@ def _run(
     with output.writing():
         output.write(content, {config.to: history.losses}, title=f"{config.model.name} through {config.to}")
     return result
+
+
+@contextlib.contextmanager
+def _ending_early(
+    trainer: LoraTrainer, checkpoints: Path | None, go_on: str | None, progress: Progress
+) -> Iterator[Asked]:
+    """End a run after its step where a signal asks for it, and say how to go on if it ends before its last one."""
+    if go_on is None or checkpoints is None:
+        yield Asked()
+        return
+    try:
+        with stopping_on_signals(trainer, progress) as asked:
+            yield asked
+    finally:
+        ended = trainer.total_steps > 0 and not trainer.stopped and trainer.step == trainer.total_steps
+        kept = [] if ended and sys.exc_info()[0] is None else list_checkpoints(checkpoints)
+        if kept:
+            progress(f"{kept[-1].name} is kept. Go on with: {go_on}")
 
 
 def _refuse_overwriting(output: OutputFolder, checkpoints: Path | None) -> None:
