@@ -117,10 +117,10 @@ class ZmqTransport(Transport):
         made: dict[str, str] = {}
         if worker:
             make_pair(folder / "worker.key", folder / "worker.pub")
-            made |= {"worker.key": "secret, stays at the worker", "worker.pub": "public, for clients"}
+            made |= {"worker.key": "secret, never leaves the worker", "worker.pub": "public, for clients"}
         for name in clients:
             make_pair(folder / f"{name}.key", folder / "clients" / f"{name}.pub")
-            made |= {f"{name}.key": "secret, stays at the client", f"clients/{name}.pub": "public, for the worker"}
+            made |= {f"{name}.key": "secret, never leaves the client", f"clients/{name}.pub": "public, for the worker"}
         return made
 
     @classmethod

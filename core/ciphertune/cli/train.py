@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -60,11 +59,12 @@ def train(
     from ciphertune.runs.stopping import RunStopped
     from ciphertune.runs.train import run_training
 
-    command = ["ciphertune", "train", str(config), *(() if to is None else ("--to", to))]
+    command = ["ciphertune", "train", str(config.absolute()), *(() if to is None else ("--to", to))]
     command += [part for plugin in plugins for part in ("--plugin", plugin)]
-    go_on = shlex.join([*command, "--resume"])
     try:
-        result = run_training(settings, resume=resume, overwrite=overwrite, compare=compare, progress=say, go_on=go_on)
+        result = run_training(
+            settings, resume=resume, overwrite=overwrite, compare=compare, progress=say, command=command
+        )
     except RunStopped as stop:
         say(f"ciphertune: {stop}")
         click.get_current_context().exit(128 + stop.signal)
@@ -83,7 +83,7 @@ def train(
     facts["security"] = result.security + bits
     facts["adapter"] = result.adapter
     facts["report"] = result.report
-    print_facts(f"Fine-tuned through {result.to}", facts)
+    print_facts(f"Fine-tuned {result.model} through {result.to}", facts)
 
 
 _MEASURED = {

@@ -28,6 +28,8 @@ JoiningWorkers = Callable[[Sequence[Link]], Sequence[Link]]
 
 
 ExclusionWatch = Callable[[str, tuple[str, ...], Direction], None]
+SilenceWatch = Callable[[str, str | None, float], None]
+"""Called with a worker's name, what went wrong or None for one that is back, and seconds: left to it, or of silence."""
 
 
 class WorkerPool:
@@ -42,6 +44,7 @@ class WorkerPool:
         joining_seconds: how often it is asked.
         remote: whether workers are in other processes.
         excluded: told of a worker that gave a wrong answer: its name, the layers and the direction.
+        silence: told of a worker that stops answering, and of one that answers again.
         clock: seconds, as ``time.monotonic``; by it failing workers are left alone.
 
     Attributes:
@@ -65,6 +68,7 @@ class WorkerPool:
         joining_seconds: float = 2.0,
         remote: bool = True,
         excluded: ExclusionWatch = lambda *_: None,
+        silence: SilenceWatch = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.opening = opening
@@ -75,6 +79,8 @@ class WorkerPool:
         self._groups = groups
         self._remote = remote
         self._told_of_exclusion = excluded
+        self._told_of_silence = silence
+        self._silent: dict[WorkerConnection, float] = {}  # since when
         self._choosing = threading.Lock()
         self._introduce(self.workers)
         try:
@@ -148,6 +154,25 @@ class WorkerPool:
         if not known:
             log.error("%s: %s%s", worker.name, worker.last_problem, "; it is asked no more" if self._remote else "")
             self._told_of_exclusion(worker.name, piece.names, direction)
+
+    def silent(self, worker: WorkerConnection, problem: str, seconds: float) -> None:
+        """Tell once of a worker that does not answer; ``seconds`` are left until its product is given up."""
+        with self._choosing:
+            if worker in self._silent:
+                return
+            self._silent[worker] = self._clock()
+        log.info("%s does not answer: %s", worker.name, problem)
+        self._told_of_silence(worker.name, problem, max(0.0, seconds))
+
+    def answered(self, worker: WorkerConnection) -> None:
+        """Record a good answer, and tell of a worker that was silent before it."""
+        worker.mark_answered()
+        if worker in self._silent:
+            with self._choosing:
+                since = self._silent.pop(worker, None)
+            if since is not None:
+                log.info("%s answers again", worker.name)
+                self._told_of_silence(worker.name, None, self._clock() - since)
 
     def others(self, piece: Piece, worker: WorkerConnection | None = None) -> bool:
         """Whether some worker but this one holds a piece and may be asked for it."""

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from ciphertune._support.atomic import remove_directory
+from ciphertune.bundle.client import is_client_folder
 from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import most_positions
@@ -23,7 +25,7 @@ from ciphertune.outsourcing.convert import outsource, outsourced_layers, session
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.report.costs import CostMeter
 from ciphertune.runs.classification import ClassificationTask
-from ciphertune.runs.config import LoraSection, TrainConfig
+from ciphertune.runs.config import LoraSection, TrainConfig, placed
 from ciphertune.runs.language import LanguageTask
 from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
 from ciphertune.runs.stopping import Asked, RunStopped, stopping_on_signals
@@ -57,12 +59,16 @@ class RunResult(Result):
     """The figures of a training run; ``result.json`` holds the same with the history and the configuration.
 
     Attributes:
+        model: its name, without the folder that it is in.
+        command: command line that does the run again; None where it was no command.
         steps: optimizer steps done, those before a resume included.
         losses: training loss of every step.
         evaluations: as in ``ciphertune.training.history.History``.
         comparison: the run drawn beside this one.
     """
 
+    model: str
+    command: list[str] | None
     steps: int
     losses: list[float]
     evaluations: list[dict[str, float]]
@@ -76,7 +82,7 @@ def run_training(
     overwrite: bool = False,
     compare: Path | None = None,
     progress: Progress | None = None,
-    go_on: str | None = None,
+    command: Sequence[str] | None = None,
 ) -> RunResult:
     """Load a model and data, outsource the model, train its adapters, and write the results.
 
@@ -86,8 +92,8 @@ def run_training(
         overwrite: write over the results and checkpoints of an earlier run in the same folders.
         compare: ``result.json`` of another run, to draw its losses beside this one's.
         progress: called with a line at every stage.
-        go_on: command that resumes the run. Where it is given and there are checkpoints, Ctrl-C and SIGTERM end the run
-            after its step, and the command is told by ``progress`` whenever a run with a checkpoint ends early.
+        command: the command line of the run. Where it is given and there are checkpoints, Ctrl-C and SIGTERM end the
+            run after its step, and what goes on with it is told by ``progress`` whenever it ends early.
 
     Raises:
         RunStopped: a signal ended it after a step.
@@ -98,7 +104,7 @@ def run_training(
     """
     comparison = None if compare is None else read_comparison(compare)
     with plugin_manager().using(*config.plugins):
-        return _run(config, resume, overwrite, comparison, progress or (lambda line: None), go_on)
+        return _run(config, resume, overwrite, comparison, progress or (lambda line: None), command)
 
 
 def _run(
@@ -107,7 +113,7 @@ def _run(
     overwrite: bool,
     comparison: Comparison | None,
     progress: Progress,
-    go_on: str | None,
+    command: Sequence[str] | None,
 ) -> RunResult:
     t = config.training
     output = OutputFolder(Path(t.output))
@@ -133,6 +139,7 @@ def _run(
     progress(f"Loading {config.model.name} …")
     base, tokenizer = task.load()
     _check_length(config.data.length, getattr(base.config, "max_position_embeddings", None))
+    name = _model_name(config.model.name, base)
     data = task.batches(tokenizer)
     _check_vocabulary(data, base, config.model.name)
     for note in data.notes:
@@ -154,7 +161,7 @@ def _run(
             remove_directory(checkpoint)
     torch.manual_seed(t.seed)
     meter = CostMeter(session, part)
-    with meter.measuring(), _ending_early(trainer, checkpoints, go_on, progress) as asked:
+    with meter.measuring(), _ending_early(trainer, checkpoints, command, progress) as asked:
         history = trainer.train(loader, held, resume=resume)
     if trainer.stopped:
         session.close()
@@ -167,24 +174,27 @@ def _run(
             base.config.save_pretrained(output.adapter)
     result = RunResult(
         **common_figures(config.to, session, part, meter, output),
+        model=name,
+        command=None if command is None else [*command, "--overwrite"],
         steps=trainer.step,
         losses=history.losses,
         evaluations=history.evaluations,
         comparison=comparison,
     )
     session.close()
-    content = {**dataclasses.asdict(result), "history": history.steps, "config": dataclasses.asdict(config)}
+    settings = dataclasses.asdict(placed(config, Path.cwd()))
+    content = {**dataclasses.asdict(result), "history": history.steps, "config": settings}
     with output.writing():
-        output.write(content, {config.to: history.losses}, title=f"{config.model.name} through {config.to}")
+        output.write(content, {config.to: history.losses}, title=f"{name} through {config.to}")
     return result
 
 
 @contextlib.contextmanager
 def _ending_early(
-    trainer: LoraTrainer, checkpoints: Path | None, go_on: str | None, progress: Progress
+    trainer: LoraTrainer, checkpoints: Path | None, command: Sequence[str] | None, progress: Progress
 ) -> Iterator[Asked]:
     """End a run after its step where a signal asks for it, and say how to go on if it ends before its last one."""
-    if go_on is None or checkpoints is None:
+    if command is None or checkpoints is None:
         yield Asked()
         return
     try:
@@ -194,7 +204,13 @@ def _ending_early(
         ended = trainer.total_steps > 0 and not trainer.stopped and trainer.step == trainer.total_steps
         kept = [] if ended and sys.exc_info()[0] is None else list_checkpoints(checkpoints)
         if kept:
-            progress(f"{kept[-1].name} is kept. Go on with: {go_on}")
+            progress(f"{kept[-1].name} is kept. Go on with: {shlex.join([*command, '--resume'])}")
+
+
+def _model_name(given: str, model: Any) -> str:
+    """What to call a model: a bundle's by the model that was split, a folder by its last part."""
+    split = getattr(model.config, "_name_or_path", "") if is_client_folder(given) else ""
+    return Path(split or given).name or Path(given).resolve().name
 
 
 def _refuse_overwriting(output: OutputFolder, checkpoints: Path | None) -> None:

@@ -108,8 +108,8 @@ class RunState:
         present = list_checkpoints(directory)
         if not present:
             raise CheckpointError(
-                f"there is no checkpoint in {directory}: begin without resuming (resume=False, or without --resume on the "
-                "command line)"
+                f"there is no checkpoint in {directory}: begin without resuming (resume=False, or without --resume on "
+                "the command line)"
             )
         path = present[-1]
         checkpoint = read_checkpoint(path)
