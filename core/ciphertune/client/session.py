@@ -128,6 +128,7 @@ class Session:
                 remote=choice.transport.remote,
                 model=model.hex(),
                 excluded=self._watch_exclusions,
+                silence=self._watch_silence,
             )
         except BaseException:
             with contextlib.ExitStack() as stack:
@@ -412,6 +413,13 @@ class Session:
         self.plugins.observe(
             "ciphertune_worker_excluded", session=self, worker=worker, layers=layers, direction=direction
         )
+
+    def _watch_silence(self, worker: str, problem: str | None, seconds: float) -> None:
+        if problem is None:
+            self.plugins.observe("ciphertune_worker_back", session=self, worker=worker, seconds=seconds)
+        else:
+            told = {"session": self, "worker": worker, "problem": problem, "seconds": seconds}
+            self.plugins.observe("ciphertune_worker_silent", **told)
 
     def _watch_key(self, worker: str, nbytes: int, done: bool) -> None:
         self.plugins.observe("ciphertune_sending_key", worker=worker, nbytes=nbytes, done=done)
