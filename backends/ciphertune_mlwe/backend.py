@@ -80,6 +80,7 @@ class MLWEBackend(Backend):
     Options = MLWEOptions
 
     prepares = True
+    separates_callers = True
 
     def parameters(self, linear_map: LinearMap) -> ParameterSet:
         """The parameter set of a group's product in one direction."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.options import build_options
+from ciphertune.callers import Owners
 from ciphertune.errors import PrecisionError
 
 Buffers = dict[str, Tensor]
@@ -274,6 +275,22 @@ class ClientHalf(abc.ABC, Generic[StateT]):
             return [self.encrypt(x, whole)] * len(pieces)
         return [self.encrypt(_columns(x, piece.rows), piece) for piece in pieces]
 
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[StateT]]:
+        """Encrypt as ``encrypt_pieces`` does, under no secret that masks tokens of two callers, now or at another time.
+
+        Called in its place where a session keeps callers apart (``Session.keep_apart``), and only for a backend whose
+        ``separates_callers`` says that it is there.
+
+        Args:
+            x: as for ``encrypt_pieces``.
+            whole: as for ``encrypt_pieces``.
+            pieces: as for ``encrypt_pieces``.
+            owners: callers and their numbers of tokens, in the order of x.
+        """
+        raise NotImplementedError
+
     def check_reply(self, reply: Buffers, state: StateT, piece: LinearMap) -> None:
         """Hold one piece's reply against what was asked for, before anything is decrypted. Called once as it comes.
 
@@ -400,6 +417,8 @@ class Backend(abc.ABC):
     """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
     prepares: ClassVar[bool] = False
     """Whether the client half makes something of each group's codes before the first product (``preparation``)."""
+    separates_callers: ClassVar[bool] = False
+    """Whether the client half encrypts for several callers under secrets of their own (``encrypt_owned``)."""
     states_traffic: ClassVar[bool] = False
     """Whether sessions count the bytes that ``piece_traffic`` states and not those of buffers: for simulations."""
     measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)
