@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from ciphertune.backend import (
     WeightBits,
     WorkerHalf,
 )
+from ciphertune.callers import Owners
 from ciphertune.errors import ProtocolError, ReplyError
 
 
@@ -41,6 +42,12 @@ class ClearClient(ClientHalf[int]):
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[int]:
         """See ``ClientHalf.encrypt``; nothing is encrypted."""
         return Encrypted({"x": x}, len(x))
+
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[int]]:
+        """See ``ClientHalf.encrypt_owned``: there are no secrets."""
+        return self.encrypt_pieces(x, whole, pieces)
 
     def decrypt(self, reply: Buffers, state: int, linear_map: LinearMap) -> Tensor:
         """See ``ClientHalf.decrypt``."""
@@ -72,6 +79,7 @@ class ClearBackend(Backend):
 
     name = "clear"
     Options = ClearOptions
+    separates_callers = True
 
     @property
     def security(self) -> SecurityStatement:

@@ -81,6 +81,7 @@ class MLWEBackend(Backend):
 
     prepares = True
     whole_products = True
+    separates_callers = True
 
     def parameters(self, linear_map: LinearMap) -> ParameterSet:
         """The parameter set of a group's product in one direction."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.options import build_options
+from ciphertune.callers import Owners
 from ciphertune.errors import PrecisionError
 
 FLOAT32_ROUNDING = 1e-6
@@ -287,6 +288,22 @@ class ClientHalf(abc.ABC, Generic[StateT]):
             return [self.encrypt(x, whole)] * len(pieces)
         return [self.encrypt(columns_of(x, piece.rows), piece) for piece in pieces]
 
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[StateT]]:
+        """Encrypt as ``encrypt_pieces`` does, under no secret that masks tokens of two callers, now or at another time.
+
+        Called in its place where a session keeps callers apart (``Session.keep_apart``), and only for a backend whose
+        ``separates_callers`` says that it is there.
+
+        Args:
+            x: as for ``encrypt_pieces``.
+            whole: as for ``encrypt_pieces``.
+            pieces: as for ``encrypt_pieces``.
+            owners: callers and their numbers of tokens, in the order of x.
+        """
+        raise NotImplementedError
+
     def check_reply(self, reply: Buffers, state: StateT, piece: LinearMap) -> None:
         """Hold one piece's reply against what was asked for, before anything is decrypted. Called once as it comes.
 
@@ -418,6 +435,8 @@ class Backend(abc.ABC):
 
     A layer that is evaluated alone is then some rows of its group's product, and its gradient the group's with zeros
     for the other layers."""
+    separates_callers: ClassVar[bool] = False
+    """Whether the client half encrypts for several callers under secrets of their own (``encrypt_owned``)."""
     states_traffic: ClassVar[bool] = False
     """Whether sessions count the bytes that ``piece_traffic`` states and not those of buffers: for simulations."""
     measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)

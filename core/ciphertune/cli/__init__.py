@@ -25,6 +25,7 @@ _COMMANDS = {
     "new": ("new", "Start a project for a transport, a backend or a hook plugin of your own."),
     "plan": ("plan", "What outsourcing a model would mean: shares, traffic, seconds a step."),
     "plugins": ("listing", "Installed hook plugins."),
+    "serve": ("serve", "Answer programs by the chat-completions protocol, with a private model."),
     "share": ("share", "Share of a model's weights that would be at the workers, by what is outsourced."),
     "split": ("split", "Split a model into the parts that a data owner and workers hold."),
     "top": ("top", "Watch workers: load, sessions, queue, throughput."),

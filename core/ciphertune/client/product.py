@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ciphertune.backend import Backend, Buffers, ClientHalf, Encrypted, LinearMap, columns_of
+from ciphertune.callers import Owners
 from ciphertune.client.connection import Opening, WorkerConnection
 from ciphertune.client.placement import Piece
 from ciphertune.client.pool import WorkerPool
@@ -67,7 +68,14 @@ class Product:
         self._exchange = exchange
         self._check = check
 
-    def evaluate(self, pieces: Sequence[Piece], maps: Sequence[LinearMap], x: Tensor, whole: LinearMap) -> Tensor:
+    def evaluate(
+        self,
+        pieces: Sequence[Piece],
+        maps: Sequence[LinearMap],
+        x: Tensor,
+        whole: LinearMap,
+        owners: Owners | None = None,
+    ) -> Tensor:
         """``x Wᵀ`` or ``x W``, as ``whole.direction`` says.
 
         Args:
@@ -75,6 +83,7 @@ class Product:
             maps: of each piece in this direction; their ``rows`` say where they stand in ``whole``.
             x: (tokens, whole.in_features), float32.
             whole: the map of the whole group.
+            owners: callers whose tokens have secrets of their own; None for a single one.
 
         Returns:
             As ``ClientHalf.put_together``.
@@ -85,7 +94,10 @@ class Product:
         """
         exchange, clock = self._exchange, time.perf_counter
         start = clock()
-        encrypted = self._client.encrypt_pieces(x, whole, maps)
+        if owners is None:
+            encrypted = self._client.encrypt_pieces(x, whole, maps)
+        else:
+            encrypted = self._client.encrypt_owned(x, whole, maps, owners)
         exchange.encrypt_seconds += clock() - start
         with contextlib.ExitStack() as stack:
             requests = [

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import DIRECTIONS, ClientHalf, Direction, LinearMap, SecurityStatement
+from ciphertune.callers import Owners, owners_of
 from ciphertune.client.choice import Choice
 from ciphertune.client.connection import Opening
 from ciphertune.client.noise_checks import NoiseChecks, checkable, decrypts_pieces
@@ -103,6 +104,7 @@ class Session:
         self.traffic = Traffic()
         self.set_up = SetUp()
         self.closed = False
+        self._apart = False
         self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
         self._groups = [self._group(groups, number) for number in range(len(groups))]
@@ -175,13 +177,15 @@ class Session:
         return self._groups[group].layers
 
     @own_modes()
-    def product(self, group: int, direction: Direction, x: Tensor) -> Tensor:
+    def product(self, group: int, direction: Direction, x: Tensor, owners: Owners | None = None) -> Tensor:
         """Evaluate one product at the workers.
 
         Args:
             group: index into the groups the session was opened with.
             direction: forward ``x Wᵀ`` or backward ``g W``, W being the group's stacked integer codes.
             x: (tokens, features), float32.
+            owners: callers and their numbers of tokens, in order, for a session that keeps callers apart; of all
+                tokens the caller that ``batch_of`` names if not given.
 
         Returns:
             (tokens, features of the other side), float32, of any strides, not yet scaled per channel.
@@ -189,7 +193,8 @@ class Session:
         Raises:
             PrecisionError: the backend cannot evaluate this map well enough. Nothing was sent.
             InputError: x is empty, of the wrong shape, or not finite. Nothing was sent.
-            SecurityError: the session is closed, or of another process. Nothing was sent.
+            SecurityError: the session is closed, or of another process, or keeps callers apart and was not told whose
+                the tokens are. Nothing was sent.
             VetoError: a plugin refused the request. Nothing was sent.
             TransportError, WorkerError, ReplyError: the product could not be had.
             WrongReplyError: no worker is left that answers rightly.
@@ -204,16 +209,33 @@ class Session:
         _check_input(x, linear_map)
         if self.closed:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
+        if self._apart:
+            owners = self._owners(linear_map, x, owners)
         self._refuse_imprecise(self._groups[group], direction)
         exchange = Exchange(
             layers=tuple(layer.name for layer in self.members(group)), direction=direction, tokens=len(x)
         )
         self.plugins.gate("ciphertune_before_request", session=self, exchange=exchange)
-        y = self._evaluate(group, direction, x, exchange)
+        y = self._evaluate(group, direction, x, exchange, owners if self._apart else None)
         with self._counting:
             self.traffic.add(exchange)
         self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
+
+    def keep_apart(self) -> None:
+        """Keep callers apart from now on: no secret of the encryption masks tokens of two of them.
+
+        Every product then needs to be told whose its tokens are, by ``ciphertune.callers.batch_of``.
+
+        Raises:
+            SecurityError: the backend has one secret for all.
+        """
+        if not self.choice.backend.separates_callers:
+            raise SecurityError(
+                f"{self.selection.backend} has one secret for all who use this session, so that a caller who works "
+                "together with a worker could learn of the others: use mlwe, or a session for each caller"
+            )
+        self._apart = True
 
     @own_modes()
     def close(self) -> None:
@@ -229,14 +251,16 @@ class Session:
                 client.close()
             self.plugins.observe("ciphertune_session_closed", session=self)
 
-    def _evaluate(self, number: int, direction: Direction, x: Tensor, exchange: Exchange) -> Tensor:
+    def _evaluate(
+        self, number: int, direction: Direction, x: Tensor, exchange: Exchange, owners: Owners | None
+    ) -> Tensor:
         """The product, encrypted anew as often as the session's keys had to be replaced meanwhile."""
         check = None if self._checks is None else functools.partial(self._right, number, direction)
         while True:
             keys = self._keys
             product = Product(self.choice.backend, keys, self.pool, exchange, check)
             try:
-                return product.evaluate(*self._cut(number, direction, x))
+                return product.evaluate(*self._cut(number, direction, x), owners)
             except KeysReplaced:
                 continue
             except Rejected as rejected:
@@ -293,6 +317,16 @@ class Session:
             self._retired.append(keys.client)
             self._keys = self._keys_of(client)
             self.pool.opening = self._keys.opening
+
+    @staticmethod
+    def _owners(linear_map: LinearMap, x: Tensor, owners: Owners | None) -> Owners:
+        found = owners_of(x.shape) if owners is None else owners
+        if found is None or sum(tokens for _, tokens in found) != len(x):
+            raise SecurityError(
+                f"{linear_map.label}: this session keeps callers apart, and nobody said whose these {len(x)} tokens "
+                "are: call the model within ciphertune.callers.batch_of(…). Nothing was sent"
+            )
+        return found
 
     def _cut(
         self, number: int, direction: Direction, x: Tensor

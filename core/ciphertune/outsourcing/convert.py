@@ -280,11 +280,16 @@ def validate(model: nn.Module) -> dict[str, str]:
     return {c.name: c.obstacle for c in linear_layers(model) if c.obstacle is not None}
 
 
+def sessions_of(model: nn.Module) -> list[Session]:
+    """The sessions that a model's outsourced layers use; none for a model that has none."""
+    return list(dict.fromkeys(_session(layer) for layer in _outsourced(model)))
+
+
 def _sessions(model: nn.Module) -> list[Session]:
-    sessions = dict.fromkeys(_session(layer) for layer in _outsourced(model))
+    sessions = sessions_of(model)
     if not sessions:
         raise NothingOutsourcedError("the model has no outsourced layer: call ciphertune.outsource(model, to=…) first")
-    return list(sessions)
+    return sessions
 
 
 def _outsourced(model: nn.Module) -> list[OutsourcedLinear | OutsourcedEmbedding]:
