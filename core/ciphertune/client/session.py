@@ -275,14 +275,22 @@ class Session:
                     ) from None
 
     def _right(
-        self, number: int, direction: Direction, piece: LinearMap, encrypted: LinearMap, x: Tensor, y: Tensor
+        self,
+        number: int,
+        direction: Direction,
+        piece: LinearMap,
+        x: Tensor,
+        y: Tensor,
+        encrypted: LinearMap,
+        whole_x: Tensor,
     ) -> bool:
         """Whether a decrypted piece of a group's product is right; its vectors are those of the group's parent."""
         assert self._checks is not None
         parent, offset = self._groups[number].parent or (number, 0)
         if self.choice.backend.whole_products:
             offset = 0  # ``_cut`` counted from the parent's top
-        return self._checks.right(self._groups[parent].maps[direction], _moved(piece, offset), encrypted, x, y)
+        whole = self._groups[parent].maps[direction]
+        return self._checks.right(whole, _moved(piece, offset), x, y, encrypted, whole_x)
 
     def _checking(self, client: ClientHalf[Any]) -> NoiseChecks | None:
         """Checks of decrypted answers, where a worker elsewhere gives them and nothing checks them before."""
@@ -293,7 +301,7 @@ class Session:
             why = "check_answers=0"
         elif not all(checkable(backend, group.maps) for group in self._groups):
             why = f"{backend.name} states no bound of its errors"
-        elif not decrypts_pieces(client):
+        elif not decrypts_pieces(client, backend):
             why = f"{backend.name} does not decrypt the pieces of a product one by one"
         else:
             return NoiseChecks(backend, self.device)
