@@ -54,9 +54,9 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _quiet(transformers, offline=Path(path).exists()), _loading(path):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **extra
+            path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **extra
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **extra)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, **extra)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _with_adapter(path)
     if missing := sorted(info["missing_keys"]):
@@ -81,7 +81,7 @@ def known_labels(name: str, gguf_file: str | None = None) -> tuple[str, ...] | N
     name, extra = _found(name, gguf_file)
     refuse_folder(name, weights=False, gguf_file=extra.get("gguf_file"))
     with _quiet(transformers, offline=Path(name).exists()), _loading(name):
-        config = transformers.AutoConfig.from_pretrained(name, **extra)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **extra)
     return labels_in(config)
 
 
@@ -131,9 +131,10 @@ def load_classifier(name: str, labels: Sequence[str], gguf_file: str | None = No
             id2label=dict(enumerate(labels)),
             label2id={label: number for number, label in enumerate(labels)},
             output_loading_info=True,
+            trust_remote_code=False,
             **extra,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **extra)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **extra)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _with_adapter(name)
     new: list[str] = []
@@ -197,11 +198,11 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
     refuse_folder(name)
     with _quiet(transformers, offline=Path(name).exists()):
         with _loading(name):
-            config = transformers.AutoConfig.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
             model = model_class.from_pretrained(name, dtype="auto")
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError):  # transformers 4 opens a file named None
             tokenizer = None
     return model, tokenizer
@@ -212,7 +213,7 @@ def load_tokenizer(folder: str) -> Any:
     transformers = import_optional("transformers", _EXTRA)
     with _quiet(transformers, offline=True):
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder)
+            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
 
