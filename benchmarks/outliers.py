@@ -119,7 +119,9 @@ class Group:
 def real(name: str) -> dict[str, Any]:
     """Errors of a model's groups, and the channels that are kept."""
     model, tokenizer = load_named_model(name, whole=True)
-    model = model.float().eval().requires_grad_(False)
+    if next(model.parameters()).dtype != torch.float32:  # GGUF models are in float32, and refuse to be asked
+        model = model.float()
+    model = model.eval().requires_grad_(False)
     calibration = calibrate(model, public_batches(tokenizer))
     chosen = choose_layers(model, None, PluginManager())
     groups = sibling_groups(chosen, [candidate.weight().shape[1] for candidate in chosen])
