@@ -25,6 +25,7 @@ from ciphertune.backend import (
     WorkerHalf,
     columns_of,
 )
+from ciphertune.callers import Owners
 from ciphertune.errors import ProtocolError, ReplyError, SelectionError
 from ciphertune.plugins import registry
 
@@ -75,6 +76,12 @@ class SimulationClient(ClientHalf[Tensor]):
     def open_fields(self) -> Mapping[str, Any]:
         """The seed."""
         return {"seed": self._seed}
+
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[Tensor]]:
+        """See ``ClientHalf.encrypt_owned``: there are no secrets."""
+        return self.encrypt_pieces(x, whole, pieces)
 
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[Tensor]:
         """See ``ClientHalf.encrypt``; nothing is encrypted. ``noise`` says which errors are drawn, see ``_Noise``."""
@@ -211,6 +218,7 @@ class SimulationBackend(Backend):
 
     name = "simulation"
     Options = SimulationOptions
+    separates_callers = True
     states_traffic = True
 
     def __init__(self, options: Any = None) -> None:

@@ -89,6 +89,31 @@ def ciphertune_preparing(session: SessionView, done: int, total: int) -> None:
 
 
 @hookspec
+def ciphertune_worker_silent(session: SessionView, worker: str, problem: str, seconds: float) -> None:
+    """Called once when a worker stops answering; a later call of ``ciphertune_worker_back`` ends it.
+
+    On any thread. The request goes to a replica, or is sent again until the worker is back.
+
+    Args:
+        session: the session.
+        worker: address of the worker.
+        problem: what went wrong.
+        seconds: until the product that waits is given up.
+    """
+
+
+@hookspec
+def ciphertune_worker_back(session: SessionView, worker: str, seconds: float) -> None:
+    """Called once a worker that was silent answers again. On any thread.
+
+    Args:
+        session: the session.
+        worker: address of the worker.
+        seconds: since it was called silent.
+    """
+
+
+@hookspec
 def ciphertune_worker_excluded(session: SessionView, worker: str, layers: tuple[str, ...], direction: str) -> None:
     """Called once a worker gave an answer that is not the product that was asked for. It is asked no more.
 

@@ -298,6 +298,21 @@ def group_map(layers: Sequence[LayerInfo], direction: Direction) -> LinearMap:
     return LinearMap(label, "backward", outputs, features, norm, identity.hexdigest())
 
 
+def lookup_map(table: LayerInfo) -> LinearMap:
+    """The map of lookups in a table of N rows: backward products with inputs that name one row each.
+
+    They have an identity of their own: what is prepared for other backward products of the same weight is for inputs of
+    any kind.
+    """
+    whole = group_map([table], "backward")
+    return dataclasses.replace(
+        whole,
+        label=f"{table.name} (lookup)",
+        identity=hashlib.sha256(b"lookup" + whole.identity.encode()).hexdigest(),
+        peak=0.0 if table.weight_bits is None else _LARGEST_CODE[table.weight_bits],
+    )
+
+
 def code_dtype(bits: WeightBits | None) -> torch.dtype:
     """The dtype of codes of so many bits; float32 for None."""
     return torch.float32 if bits is None else _CODE_DTYPES[bits]

@@ -51,6 +51,7 @@ FRONT = {
         "ClientHalf",
         "Direction",
         "Encrypted",
+        "FLOAT32_ROUNDING",
         "LinearMap",
         "NoiseModel",
         "Preparation",

@@ -170,9 +170,12 @@ def test_history_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatc
     assert len(history.losses) == 5
     assert [row["step"] for row in jsonl_rows(path)] == [1, 3, 4, 5]
     (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "h.csv", Path("/proc/nowhere/h.csv")):
+        with pytest.raises(PluginError, match=rf"plugin 'history': cannot (use|write) {place}: \w+"):
+            PluginManager().use(f"history?path={place}")
     manager = PluginManager()
-    manager.use(f"history?path={tmp_path / 'file2' / 'h.csv'}")
-    (tmp_path / "file2").touch()
+    manager.use(f"history?path={tmp_path / 'gone' / 'h.csv'}")
+    (tmp_path / "gone").rmdir()
     with pytest.warns(RuntimeWarning, match="'history' failed in ciphertune_training_start"):
         trainer_of(manager, eval_every=None).train(BATCHES)
 

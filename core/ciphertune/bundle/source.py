@@ -15,6 +15,7 @@ from ciphertune._support.optional_imports import import_optional
 from ciphertune.bundle.files import TensorFiles, checkpoint_files
 from ciphertune.bundle.renaming import Renaming
 from ciphertune.errors import ConfigError
+from ciphertune.models.folders import refuse_folder
 from ciphertune.models.load import load_named_model, load_tokenizer, refuse_adapter, smollm2_folder
 from ciphertune.models.skeleton import build, tied_names
 from ciphertune.outsourcing.layers import Candidate
@@ -223,6 +224,7 @@ def open_source(model: str | nn.Module, gguf_file: str | None, in_memory: bool) 
     if model == "smollm2":
         smollm2_folder()
         return ModuleSource(*_swap(load_named_model(model), model))
+    refuse_folder(model, gguf_file=gguf_file)
     folder = Path(model)
     if gguf_file is None and not folder.is_dir():
         folder = _download(model)

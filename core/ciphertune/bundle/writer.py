@@ -32,6 +32,7 @@ from ciphertune.bundle.spread import Spread, rows_of_worker
 from ciphertune.errors import ConfigError
 from ciphertune.models.skeleton import tied_names
 from ciphertune.outsourcing.calibration import OFF, Calibration, calibration_of
+from ciphertune.outsourcing.embedding import Table, choose_table
 from ciphertune.outsourcing.layers import Candidate, LayerChoice, choose_layers, sibling_groups
 from ciphertune.outsourcing.outliers import keep_channels, products_with_outliers
 from ciphertune.plugins.manager import plugin_manager
@@ -81,6 +82,7 @@ def split(
     out: str | os.PathLike[str],
     *,
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
+    embeddings: bool = False,
     shards: int = 1,
     by: Literal["layers", "rows"] = "layers",
     replicas: int = 1,
@@ -101,6 +103,8 @@ def split(
         model: a folder or hub name for transformers, the built-in ``smollm2``, or a module in memory.
         out: a folder that does not exist yet, or is empty.
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
+        embeddings: whether the token embedding goes to the workers, too, for encrypted lookups; see
+            ``ciphertune.outsource``.
         shards: workers to spread the layers over.
         by: whole layers, in runs of about equal size, or rows of every layer, cut at multiples of 64.
         replicas: worker folders with all layers; they share the disk's space.
@@ -114,12 +118,15 @@ def split(
 
     Raises:
         ConfigError: the model cannot be read, an argument is wrong, or ``out`` exists or cannot be written.
-        LayerError: about ``layers``, or a weight that is not finite.
+        LayerError: about ``layers`` and ``embeddings``, or a weight that is not finite.
     """
     target = Path(out)
     _check(target, shards, by, replicas, weight_bits, force)
     source = open_source(model, gguf_file, in_memory)
     chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
+    table = None
+    if embeddings:
+        chosen, table = choose_table(source.model, chosen, allow_meta=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with draft_directory(target, 0o755) as draft, safetensors_written():
@@ -129,7 +136,7 @@ def split(
                 found, why = None, "calibration is off"
             else:
                 found, why = calibration_of(source.whole(), source.tokenizer, calibration)
-            writer = _Writer(source, chosen, draft, weight_bits, shards, by, found, progress)
+            writer = _Writer(source, chosen, table, draft, weight_bits, shards, by, found, progress)
             result = dataclasses.replace(writer.write(replicas), uncalibrated=why)
             sync_tree(draft)
             _put(draft, target)
@@ -164,6 +171,7 @@ class _Writer:
         self,
         source: Source,
         chosen: Sequence[Candidate],
+        table: Table | None,
         folder: Path,
         weight_bits: WeightBits,
         shards: int,
@@ -172,7 +180,12 @@ class _Writer:
         progress: Progress | None,
     ) -> None:
         self._source = source
-        self._chosen = chosen
+        places = () if table is None else table.places
+        own = places[:1] if table is not None and table.tied is None else ()
+        # Behind the layers stands a table that is none of them.
+        self._chosen = [*chosen, *own]
+        self._table = table
+        self._absent = {f"{each.name}.weight" for each in (*chosen, *places)}
         self._folder = folder
         self._bits: WeightBits = weight_bits
         self._shards = shards
@@ -180,7 +193,8 @@ class _Writer:
         self._calibration = calibration
         self._progress = progress or (lambda done, total: None)
         self._groups = sibling_groups(chosen, [c.weight().shape[1] for c in chosen])
-        self._total = sum(c.weight().numel() for c in chosen)
+        self._tables = [(i,) for i in range(len(chosen), len(self._chosen))]
+        self._total = sum(c.weight().numel() for c in self._chosen)
         self._blocks: list[list[dict[str, Any]]] = [[] for _ in range(shards)]
         self._bytes = [0] * shards
 
@@ -212,7 +226,7 @@ class _Writer:
     def _write_workers(self, folders: Sequence[Path]) -> list[LayerInfo]:
         infos: dict[int, LayerInfo] = {}
         done = 0
-        for group in self._groups:
+        for group in (*self._groups, *self._tables):
             exact = [self._source.weight(self._chosen[i]) for i in group]
             weights = [
                 quantize_layer(self._chosen[i].name, weight, self._bits) for i, weight in zip(group, exact, strict=True)
@@ -257,7 +271,7 @@ class _Writer:
         from safetensors.torch import save_file
 
         self._source.save_companions(folder)
-        weights, size = _write_kept(self._source, {f"{c.name}.weight" for c in self._chosen}, folder)
+        weights, size = _write_kept(self._source, self._absent, folder)
         tables: dict[str, Tensor] = {}
         for info in infos:
             assert info.scale is not None
@@ -287,6 +301,7 @@ class _Writer:
                     for info in infos
                 ],
                 "groups": [list(group) for group in self._groups],
+                "embeddings": [] if self._table is None else [place.name for place in self._table.places],
             },
         )
         return weights, size

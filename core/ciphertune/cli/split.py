@@ -15,6 +15,7 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 @click.argument("model")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
+@click.option("--embeddings", is_flag=True, help="The token embedding goes to workers, too, for encrypted lookups.")
 @click.option("--shards", type=click.IntRange(1), default=1, show_default=True, help="Workers to spread layers over.")
 @click.option(
     "--by", type=click.Choice(["layers", "rows"]), default="layers", show_default=True, help="Unit of the spreading."
@@ -38,6 +39,7 @@ def split(
     model: str,
     out: Path,
     layers: tuple[str, ...],
+    embeddings: bool,
     shards: int,
     by: str,
     replicas: int,
@@ -58,7 +60,8 @@ def split(
         result = split_model(
             model,
             out,
-            layers="all" if layers == ("all",) else (layers or None),
+            layers=layers or None,
+            embeddings=embeddings,
             shards=shards,
             by="rows" if by == "rows" else "layers",
             replicas=replicas,

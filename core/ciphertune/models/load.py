@@ -15,6 +15,7 @@ import torch
 
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
+from ciphertune.models.folders import refuse_folder
 from ciphertune.models.names import refuse_path
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,6 +50,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
         import_optional("gguf", _EXTRA)
     refuse_path(path)
     refuse_adapter(Path(path))
+    refuse_folder(path, tokenizer=True, gguf_file=gguf_file)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _quiet(transformers, offline=Path(path).exists()), _loading(path):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -77,9 +79,21 @@ def known_labels(name: str, gguf_file: str | None = None) -> tuple[str, ...] | N
     """
     transformers = import_optional("transformers", _EXTRA)
     name, extra = _found(name, gguf_file)
+    refuse_folder(name, weights=False, gguf_file=extra.get("gguf_file"))
     with _quiet(transformers, offline=Path(name).exists()), _loading(name):
         config = transformers.AutoConfig.from_pretrained(name, **extra)
     return labels_in(config)
+
+
+def most_positions(name: str) -> int | None:
+    """The tokens that the model of a folder takes at most, before its weights are read; None where it is not told."""
+    if not Path(name, "config.json").is_file():
+        return None
+    transformers = import_optional("transformers", _EXTRA)
+    refuse_folder(name, weights=False)
+    with _quiet(transformers, offline=True), _loading(name):
+        most = getattr(transformers.AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
 
 
 def labels_in(config: Any) -> tuple[str, ...] | None:
@@ -108,6 +122,7 @@ def load_classifier(name: str, labels: Sequence[str], gguf_file: str | None = No
     transformers = import_optional("transformers", _EXTRA)
     name, extra = _found(name, gguf_file)
     refuse_adapter(Path(name))
+    refuse_folder(name, tokenizer=True, gguf_file=extra.get("gguf_file"))
     with _quiet(transformers, offline=Path(name).exists()), _loading(name):
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -179,6 +194,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
     transformers = import_optional("transformers", _EXTRA)
     refuse_path(name)
     refuse_adapter(Path(name))
+    refuse_folder(name)
     with _quiet(transformers, offline=Path(name).exists()):
         with _loading(name):
             config = transformers.AutoConfig.from_pretrained(name)

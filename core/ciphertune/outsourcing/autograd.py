@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.torch_compat import uncompiled
+from ciphertune.callers import Owners
 from ciphertune.client.session import Session
 from ciphertune.outsourcing.outliers import add_inputs, add_outputs, set_inputs_aside, set_outputs_aside
 
@@ -20,15 +21,17 @@ class OutsourcedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, session: Session, group: int, half: bool) -> tuple[Tensor, ...]:
-        """See the class; ``half`` as in ``OutsourcedGradient``."""
+    def forward(
+        ctx: Any, x: Tensor, session: Session, group: int, half: bool, owners: Owners | None = None
+    ) -> tuple[Tensor, ...]:
+        """See the class; ``half`` as in ``OutsourcedGradient``, ``owners`` as in ``Session.product``."""
         ctx.session, ctx.group, ctx.half, ctx.tokens = session, group, half, len(x)
         ctx.set_materialize_grads(False)
         # A backward pass started under autocast runs under it too, and may come back here.
         with torch.autocast(x.device.type, enabled=False):
             layers = session.members(group)
             sent, aside = set_inputs_aside(x, layers)
-            stacked = session.product(group, "forward", sent)
+            stacked = session.product(group, "forward", sent, owners)
             outputs = []
             row = 0
             for layer in layers:
@@ -43,14 +46,14 @@ class OutsourcedProduct(torch.autograd.Function):
 
     @staticmethod
     @uncompiled
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         """See the class."""
         if not ctx.needs_input_grad[0] or all(grad is None for grad in grads):
-            return None, None, None, None
+            return None, None, None, None, None
         gradient: Tensor = OutsourcedGradient.apply(  # type: ignore[no-untyped-call]
             ctx.session, ctx.group, ctx.half, ctx.tokens, *grads
         )
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 class OutsourcedGradient(torch.autograd.Function):
