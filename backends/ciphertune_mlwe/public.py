@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ _DOMAIN = b"ciphertune mlwe public matrix, degree 256, q = 2^32"
 
 KEPT_ROWS = 1 << 14
 """Rows whose transforms are kept; those of longer inputs are made anew for each request."""
+_PART_ROWS = 1 << 13
+"""Of these, rows whose transforms are held at once."""
 
 
 class PublicMatrix:
@@ -68,10 +71,23 @@ class PublicMatrix:
         with self._lock:
             self._operands = (0, 0, None)
 
+    def parts(self, features: int, rank: int) -> Iterator[tuple[int, int, tuple[int, Tensor]]]:
+        """The first rows in parts: where each begins and ends, and what ``transformed`` gives of it.
+
+        A part begins at a multiple of ``LANES``. Inputs as long as a vocabulary would take gigabytes at once.
+        """
+        if features <= KEPT_ROWS:
+            yield 0, features, self.transformed(features, rank)
+            return
+        for start in range(0, features, _PART_ROWS):
+            stop = min(start + _PART_ROWS, features)
+            yield start, stop, (rank, self._transforms.of_rows(self.rows(start, stop, rank), rank))
+
     def transformed(self, features: int, rank: int) -> tuple[int, Tensor]:
-        """Transforms of the first rows, for ``Transforms.masks``, and the ring elements of a row that they hold."""
-        if features > KEPT_ROWS:
-            return rank, self._transforms.of_rows(self.rows(0, features, rank), rank)
+        """Transforms of the first rows, for ``Transforms.masks``, and the ring elements of a row that they hold.
+
+        They are kept: ``features`` is ``KEPT_ROWS`` at most.
+        """
         with self._lock:
             count, kept_rank, kept = self._kept
             if count < features or kept_rank < rank:

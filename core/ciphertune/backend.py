@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.options import build_options
+from ciphertune.callers import Owners
 from ciphertune.errors import PrecisionError
+
+FLOAT32_ROUNDING = 1e-6
+"""Standard deviation of an output's error from sums in float32, over the norms of what is multiplied; see
+``Backend.rounding``."""
 
 Buffers = dict[str, Tensor]
 """Named buffers of one request or reply: tensors of fixed-size numbers, any device."""
@@ -98,6 +103,8 @@ class LinearMap:
             a map that is made from sizes alone.
         rows: (start, stop) of the rows of the group's stacked weight that M is of, in M's order; empty for all of
             them. Of a forward map they are outputs, of a backward map inputs.
+        peak: where every input has one value that is not zero at most, as a lookup's has, an upper bound of the size of
+            M's entries as the worker stores them; 0 for other inputs.
     """
 
     label: str
@@ -107,6 +114,7 @@ class LinearMap:
     max_norm: float
     identity: str = ""
     rows: tuple[tuple[int, int], ...] = ()
+    peak: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +163,7 @@ class NoiseModel:
         usable = self._usable_range(linear_map)
         if usable <= 0:
             return math.inf
-        signal = usable / self._digit_norm(linear_map) * linear_map.max_norm / math.sqrt(linear_map.in_features)
+        signal = usable / self._digit_gain(linear_map) * linear_map.max_norm / math.sqrt(linear_map.in_features)
         return self.error_deviation(linear_map.max_norm) / max(signal, 1e-300)
 
     def token_scale(self, x: Tensor, linear_map: LinearMap) -> Tensor:
@@ -171,8 +179,14 @@ class NoiseModel:
         """
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         # Norms under 1e-30 would ask for a scale whose inverse float32 outputs cannot carry.
-        scale: Tensor = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_norm(linear_map))
+        scale: Tensor = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_gain(linear_map))
         return scale
+
+    def _digit_gain(self, linear_map: LinearMap) -> float:
+        """A bound of one digit's outputs over the norm of their input."""
+        if linear_map.peak == 0:
+            return self._digit_norm(linear_map)
+        return max(linear_map.peak, 1.0) if self.digits == 1 else 128.0
 
     def _digit_norm(self, linear_map: LinearMap) -> float:
         """A bound of the norm of one digit's rows; low digits take any value, whatever the weight's norm is."""
@@ -241,7 +255,7 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         return
 
     def preparation(
-        self, forward: LinearMap, backward: LinearMap, pieces: Sequence[LinearMap] = ()
+        self, forward: LinearMap | None, backward: LinearMap, pieces: Sequence[LinearMap] = ()
     ) -> Preparation | None:
         """What is to be made of a group's codes before its first product; None where nothing is.
 
@@ -249,7 +263,7 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         joins. The client streams the codes for a preparation, in memory that does not grow with the model.
 
         Args:
-            forward: the group's map.
+            forward: the group's map; None for a table, whose rows are looked up by backward products alone.
             backward: the same transposed.
             pieces: forward maps of the pieces that products are cut into; none for products in one piece.
         """
@@ -272,7 +286,23 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         """
         if whole.direction == "forward":
             return [self.encrypt(x, whole)] * len(pieces)
-        return [self.encrypt(_columns(x, piece.rows), piece) for piece in pieces]
+        return [self.encrypt(columns_of(x, piece.rows), piece) for piece in pieces]
+
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[StateT]]:
+        """Encrypt as ``encrypt_pieces`` does, under no secret that masks tokens of two callers, now or at another time.
+
+        Called in its place where a session keeps callers apart (``Session.keep_apart``), and only for a backend whose
+        ``separates_callers`` says that it is there.
+
+        Args:
+            x: as for ``encrypt_pieces``.
+            whole: as for ``encrypt_pieces``.
+            pieces: as for ``encrypt_pieces``.
+            owners: callers and their numbers of tokens, in the order of x.
+        """
+        raise NotImplementedError
 
     def check_reply(self, reply: Buffers, state: StateT, piece: LinearMap) -> None:
         """Hold one piece's reply against what was asked for, before anything is decrypted. Called once as it comes.
@@ -353,8 +383,8 @@ def in_order(parts: Sequence[Tensor], rows: Sequence[Sequence[tuple[int, int]]])
     return torch.cat([block for _, block in sorted(blocks, key=lambda each: each[0])]).t()
 
 
-def _columns(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
-    """The columns of x that belong to a backward piece."""
+def columns_of(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """The columns of x, (tokens, features), that belong to a backward piece with these rows; none for all of them."""
     return torch.cat([x[:, start:stop] for start, stop in rows], dim=1) if rows else x
 
 
@@ -400,6 +430,13 @@ class Backend(abc.ABC):
     """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
     prepares: ClassVar[bool] = False
     """Whether the client half makes something of each group's codes before the first product (``preparation``)."""
+    whole_products: ClassVar[bool] = False
+    """Whether each product is one ciphertext of its group's whole input, of which pieces get parts.
+
+    A layer that is evaluated alone is then some rows of its group's product, and its gradient the group's with zeros
+    for the other layers."""
+    separates_callers: ClassVar[bool] = False
+    """Whether the client half encrypts for several callers under secrets of their own (``encrypt_owned``)."""
     states_traffic: ClassVar[bool] = False
     """Whether sessions count the bytes that ``piece_traffic`` states and not those of buffers: for simulations."""
     measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)
@@ -437,6 +474,15 @@ class Backend(abc.ABC):
         """The error model of a group's product with these options, or None where it has no closed form."""
         return None
 
+    def rounding(self, linear_map: LinearMap) -> float | None:
+        """How far an honest answer is off beside ``noise``: standard deviation of an output over ‖x‖ · ``max_norm``.
+
+        By this and ``noise`` a session holds answers of other processes against what was asked for, once they are
+        decrypted, where the client half does not do so before (``checks_answers``). None for a backend whose answers
+        are not to be held against anything. As it stands that of float32 sums for a backend with a noise model.
+        """
+        return None if self.checks_answers or self.noise(linear_map) is None else FLOAT32_ROUNDING
+
     def refuse(self, linear_map: LinearMap) -> str | None:
         """Why this backend cannot evaluate a map at all, with the largest that it can, or None where it can.
 
@@ -457,8 +503,11 @@ class Backend(abc.ABC):
         returned = self.traffic(piece, tokens)
         return None if sent is None or returned is None else (sent[0], returned[1])
 
-    def kept_bytes(self, forward: LinearMap, backward: LinearMap) -> int:
-        """Memory of what a client half makes of a group's codes, for plans; 0 where it prepares nothing."""
+    def kept_bytes(self, forward: LinearMap | None, backward: LinearMap) -> int:
+        """Memory of what a client half makes of a group's codes, for plans; 0 where it prepares nothing.
+
+        ``forward`` is None for a table, as in ``ClientHalf.preparation``.
+        """
         return 0
 
     def work(self, linear_map: LinearMap, tokens: int) -> Work:
@@ -486,6 +535,13 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half with fresh keys (or those that the options name)."""
+
+    def renewed_client(self, device: torch.device) -> ClientHalf[Any]:
+        """A client half with keys that nothing was sent under. Asked for when a decrypted answer was found wrong.
+
+        As it stands ``client``. A backend that keeps a key on disk gives that one up.
+        """
+        return self.client(device)
 
     @classmethod
     @abc.abstractmethod

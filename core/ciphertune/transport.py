@@ -118,9 +118,12 @@ class Link(abc.ABC):
 
     Attributes:
         name: of the worker in errors and logs, usually its address.
+        identity: what the connection proves the worker to be, such as its public key; empty where it proves nothing.
+            A worker that gave a wrong answer is known again by it, whatever its address.
     """
 
     name: str = ""
+    identity: str = ""
 
     @abc.abstractmethod
     def submit(self, request: Message) -> Future[Message]:

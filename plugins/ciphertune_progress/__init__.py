@@ -160,6 +160,12 @@ def _end_preparing() -> None:
 
 
 @hookimpl
+def ciphertune_worker_excluded(worker: str, layers: tuple[str, ...], direction: str) -> None:
+    """Print a line."""
+    _say(f"wrong answer from {worker} for {' + '.join(layers)} ({direction}): it is asked no more")
+
+
+@hookimpl
 def ciphertune_before_request(exchange: Any) -> None:
     """Note the product that is waited for."""
     bar = _bar

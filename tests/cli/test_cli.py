@@ -252,7 +252,7 @@ def test_bench_train_compares_the_same_training() -> None:
 
 def test_bench_train_interleaves_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     # In this process: how children are started is in the test above.
-    monkeypatch.setattr(train, "_child", lambda request: json.loads(json.dumps(child.steps(**request))))
+    monkeypatch.setattr(train, "run_child", lambda request, cache: json.loads(json.dumps(child.steps(**request))))
     arguments = ["--model", "mlp", "--to", "clear", "--tokens", "32", "--steps", "2", "--micro-batches", "4"]
     result = json.loads(invoke("bench", "train", *arguments, "--interleave", "2", "--json").stdout)
     assert (result["micro_batches"], result["interleave"], result["requests"]) == (4, 2, 4 * 5)

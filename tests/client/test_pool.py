@@ -480,7 +480,7 @@ def test_an_opening_that_fails_is_not_repeated_by_everybody(farm: Farm) -> None:
 def test_a_reply_is_good_however_late_it_is_asked_for(farm: Farm) -> None:
     session, host = alone(farm, deadline=0.2, timeout=0.1)
     (piece,) = session.pool.pieces(0)
-    call = PendingRequest(session.pool, piece, "forward", {"x": FLAT}, lambda reply: None)
+    call = PendingRequest(session.pool, piece, "forward", session.pool.opening, {"x": FLAT}, lambda reply: None)
     end = time.monotonic() + SECONDS
     while host.pending and time.monotonic() < end:
         time.sleep(0.01)

@@ -256,7 +256,7 @@ def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path / "cache"))
     # Processes of benchmarks would import everything again; tests/cli/test_cli.py starts them.
-    monkeypatch.setattr(train, "_child", lambda request: json.loads(json.dumps(child.steps(**request))))
+    monkeypatch.setattr(train, "run_child", lambda request, cache: json.loads(json.dumps(child.steps(**request))))
     player = Player(page, port)
     try:
         with player.workers:

@@ -22,10 +22,12 @@ from ciphertune.bundle.files import (
     read_manifest_file,
     read_tensor,
 )
+from ciphertune.bundle.outliers import check_kept, read_kept
 from ciphertune.client.choice import choose
-from ciphertune.errors import ConfigError
+from ciphertune.errors import ConfigError, LayerError
 from ciphertune.models.skeleton import build, tied_names
 from ciphertune.outsourcing.convert import attach
+from ciphertune.outsourcing.embedding import Table, choose_table
 from ciphertune.outsourcing.layers import Candidate, linear_layers
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.transport import LocalWorker
@@ -78,7 +80,7 @@ def load_client(
             f"{to!r} evaluates in this process, but a client's folder holds no weights: name workers, for example "
             "'mlwe+zmq://HOST:5555', or pass an embedded one with worker="
         )
-    infos, groups = _read_layers(place, manifest)
+    infos, groups, embeddings = _read_layers(place, manifest)
     bits = infos[0].weight_bits
     if choice.backend.weight_bits != bits:
         raise ConfigError(
@@ -92,13 +94,15 @@ def load_client(
         if not isinstance(architecture, str):
             raise ConfigError(f"{place} is not of a transformers model: pass its modules with skeleton=")
         skeleton = build(place, architecture, name=name, dtype=dtype or stored)
-    chosen = _candidates(skeleton, infos, place)
-    _fill(skeleton, place, {f"{c.name}.weight" for c in chosen}, dtype, torch.device(device))
+    chosen = _candidates(skeleton, infos[: sum(map(len, groups))], place)
+    table = _table(skeleton, chosen, infos, embeddings, place) if embeddings else None
+    absent = {f"{c.name}.weight" for c in (*chosen, *(() if table is None else table.places))}
+    _fill(skeleton, place, absent, dtype, torch.device(device))
     _companions(skeleton, place)
     if not choice.options.share_inputs:
-        groups = [(i,) for i in range(len(infos))]
+        groups = [(i,) for i in range(len(chosen))]
     manager = plugins if plugins is not None else plugin_manager()
-    return attach(skeleton, chosen, infos, groups, choice, worker, torch.device(device), manager, codes)
+    return attach(skeleton, chosen, infos, groups, choice, worker, torch.device(device), manager, codes, table)
 
 
 def is_client_folder(folder: str | os.PathLike[str]) -> bool:
@@ -106,7 +110,8 @@ def is_client_folder(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / CLIENT_MANIFEST).is_file()
 
 
-def _read_layers(folder: Path, manifest: dict[str, Any]) -> tuple[list[LayerInfo], list[tuple[int, ...]]]:
+def _read_layers(folder: Path, manifest: dict[str, Any]) -> tuple[list[LayerInfo], list[tuple[int, ...]], list[str]]:
+    """What is outsourced: the layers, and behind them a table that is none of them; groups of layers; embeddings."""
     damaged = f"{folder / CLIENT_MANIFEST} is damaged"
     bits = manifest.get("weight_bits")
     rows, groups = manifest.get("layers"), manifest.get("groups")
@@ -125,14 +130,38 @@ def _read_layers(folder: Path, manifest: dict[str, Any]) -> tuple[list[LayerInfo
         blocks = -(-n // DIGEST_ROWS)
         if tuple(scale.shape) != (n,) or scale.dtype != torch.float32 or digests.numel() != blocks * _DIGEST_BYTES:
             raise ConfigError(f"{file} is damaged: scales or hashes of {name!r} do not fit its {n} rows")
-        infos.append(LayerInfo(name, k, n, bits, scale.clone(), *norms, digests.numpy().tobytes()))
+        info = LayerInfo(name, k, n, bits, scale.clone(), *norms, digests.numpy().tobytes())
+        infos.append(read_kept(handle, file, info) if row.get("kept") else info)
     try:
         read = [tuple(int(i) for i in group) for group in groups]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{damaged}: a group is not a list of numbers") from error
-    if sorted(i for group in read for i in group) != list(range(len(infos))):
+    # Bundles without outsourced embeddings need not say so.
+    embeddings = manifest.get("embeddings", [])
+    if not isinstance(embeddings, list) or not all(isinstance(name, str) for name in embeddings):
+        raise ConfigError(f"{damaged}: its embeddings are not names")
+    grouped = sorted(i for group in read for i in group)
+    own = int(bool(embeddings) and infos[-1].name == embeddings[0])
+    if not grouped or grouped != list(range(len(infos) - own)):
         raise ConfigError(f"{damaged}: its groups do not hold each layer once")
-    return infos, read
+    check_kept([[infos[i] for i in group] for group in read], file)
+    return infos, read, embeddings
+
+
+def _table(
+    model: nn.Module, chosen: list[Candidate], infos: list[LayerInfo], embeddings: list[str], folder: Path
+) -> Table:
+    """The token embedding that a bundle says is outsourced. Raises ``ConfigError`` where the model has another."""
+    try:
+        layers, table = choose_table(model, chosen, allow_meta=True)
+    except LayerError as error:
+        raise ConfigError(f"{folder} names token embeddings, but: {error}") from error
+    info = infos[len(chosen) if table.tied is None else table.tied]
+    names = [place.name for place in table.places]
+    shape = tuple(table.places[0].weight().shape)
+    if names != embeddings or len(layers) != len(chosen) or shape != (info.out_features, info.in_features):
+        raise ConfigError(f"{folder} names token embeddings {embeddings}, which the model does not have: {names}")
+    return table
 
 
 def _candidates(model: nn.Module, infos: list[LayerInfo], folder: Path) -> list[Candidate]:

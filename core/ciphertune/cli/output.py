@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,6 +48,15 @@ def print_entries(entries: Sequence[tuple[str, Sequence[str]]]) -> None:
 def print_facts(title: str, facts: Mapping[str, object]) -> None:
     """Print a table of names and values."""
     print_table(title, ["", ""], [(name, str(value)) for name, value in facts.items()])
+
+
+def percent(share: float) -> str:
+    """Print a share of 0 to 1 with two decimals, rounded down, so that 100% is all.
+
+    >>> percent(0.99997), percent(1.0)
+    ('99.99%', '100.00%')
+    """
+    return f"{math.floor(1e4 * share) / 100:.2f}%"
 
 
 def megabytes(count: float) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ciphertune.cli.output import megabytes, print_facts, print_json, print_table
+from ciphertune.cli.output import megabytes, percent, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from ciphertune.planning.estimate import Estimate
@@ -30,6 +30,7 @@ _PARTS = {
 @click.option("--to", default="mlwe", show_default=True, help="Selection string; no worker is asked.")
 @click.option("--tokens", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a step.")
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
+@click.option("--embeddings", is_flag=True, help="Outsource the token embedding, too, for encrypted lookups.")
 @click.option(
     "--target",
     "targets",
@@ -65,6 +66,7 @@ def plan(
     to: str,
     tokens: int,
     layers: tuple[str, ...],
+    embeddings: bool,
     targets: tuple[str, ...],
     bandwidth: str,
     latency: str,
@@ -82,8 +84,8 @@ def plan(
 ) -> None:
     """Plan a training step of a model: outsourced share, traffic and seconds.
 
-    MODEL is a folder, a hub name, smollm2, llama-3-8b or llama-3-70b. No weight is loaded. Seconds are estimated from
-    speeds measured here, or on the machines that will do the work.
+    MODEL is a folder, a hub name, or a known model ('ciphertune share' lists them). No weight is loaded. Seconds are
+    estimated from speeds measured here, or on the machines that will do the work.
     """
     from ciphertune.errors import ConfigError
     from ciphertune.planning.plan import bytes_per_second, make_plan, seconds
@@ -93,7 +95,8 @@ def plan(
         model,
         to,
         tokens=tokens,
-        layers="all" if layers == ("all",) else (layers or None),
+        layers=layers or None,
+        embeddings=embeddings,
         targets=targets,
         bandwidth=bytes_per_second(bandwidth),
         latency=seconds(latency),
@@ -138,7 +141,8 @@ def plan(
     apart = found.bytes_without_sharing
     total = found.bytes_up + found.bytes_down
     facts: dict[str, object] = {
-        "outsourced": f"{found.outsourced / 1e6:.1f} million weights, {100 * found.fraction:.1f}% of all",
+        "outsourced": f"{found.outsourced / 1e6:.1f} million weights, {percent(found.fraction)} of all "
+        f"({percent(found.largest_fraction)} at most, by --layers all --embeddings)",
         "the client keeps": f"{found.at_client / 1e6:.1f} million weights, {megabytes(found.client_bytes)}",
         "a step": f"{found.requests} requests, {megabytes(found.bytes_up)} up, {megabytes(found.bytes_down)} down",
         "without sharing inputs": f"{megabytes(apart)}, so sharing sends {total / apart:.2f}× of it",

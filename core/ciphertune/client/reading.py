@@ -77,7 +77,7 @@ class WorkerCodes:
         ]
 
     def _left(self, layer: LayerInfo, workers: Sequence[WorkerConnection]) -> list[WorkerConnection]:
-        return [worker for worker in workers if (worker.name, layer.name) not in self._liars]
+        return [each for each in workers if not each.excluded and (each.name, layer.name) not in self._liars]
 
     def _ask(self, layer: LayerInfo, start: int, stop: int, workers: Sequence[WorkerConnection]) -> Tensor:
         timeouts = self._pool.timeouts

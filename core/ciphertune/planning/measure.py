@@ -146,7 +146,6 @@ def measure_link(transport: str, options: dict[str, str]) -> LinkSpeed:
 def measure_speeds(
     model: str,
     planned: PlannedModel,
-    layers: Sequence[str] | str | None,
     targets: Sequence[str],
     tokens: int,
     length: int,
@@ -157,7 +156,6 @@ def measure_speeds(
     Args:
         model: as all others, see ``ciphertune.planning.plan.make_plan``.
         planned: products of the model.
-        layers: which are outsourced.
         targets: ends of the names of those with adapters.
         tokens: of a micro-batch.
         length: of a sequence.
@@ -170,7 +168,7 @@ def measure_speeds(
             machine={name: str(value) for name, value in machine().items()} | {"torch": torch.__version__},
             products=measure_products(to, sizes_to_measure(planned, backend, tokens)),
             copy=measure_copy(),
-            client_compute=_client_compute(model, planned, layers, targets, tokens, length) if as_client else None,
+            client_compute=_client_compute(model, planned, targets, tokens, length) if as_client else None,
             link=_link(planned.choice) if as_client and planned.choice.transport.remote else None,
         )
 
@@ -188,7 +186,7 @@ def sizes_to_measure(planned: PlannedModel, backend: Backend, tokens: int) -> li
     work: dict[Size, float] = {}
     for group in planned.groups:
         for piece in group.pieces:
-            for m in (piece.forward, piece.backward):
+            for m in (piece.backward,) if group.lookup else (piece.forward, piece.backward):
                 sizes = (min(a, b) for a, b in zip((tokens, m.in_features, m.out_features), most, strict=True))
                 size = Size(m.direction, *sizes)
                 work[size] = work.get(size, 0.0) + math.prod(size[1:])
@@ -215,7 +213,6 @@ def _link(choice: Choice) -> LinkSpeed:
 def _client_compute(
     model: str,
     planned: PlannedModel,
-    layers: Sequence[str] | str | None,
     targets: Sequence[str],
     tokens: int,
     length: int,
@@ -231,13 +228,13 @@ def _client_compute(
     specials = ("pad_token_id", "bos_token_id", "eos_token_id")
     small = skeleton(model, **changes, **dict.fromkeys(specials))
     names = {candidate.name for candidate in planned.chosen}
-    chosen = choose_layers(small, layers, plugin_manager(), allow_meta=True)
+    chosen = choose_layers(small, "all", plugin_manager(), allow_meta=True)
     chosen = [candidate for candidate in chosen if candidate.name in names]
     blocks = getattr(config, "num_hidden_layers", 0)
     if not chosen or (blocks > BLOCKS and len(chosen) >= len(names)):
         return _guess_client_compute(planned)
     found = measure_client_compute(small, chosen, planned.choice.options.share_inputs, targets, tokens, length)
-    needed = {product_name(u.layers, d) for u in planned.groups for d in DIRECTIONS[: 1 + u.backward]}
+    needed = {product_name(u.layers, d) for u in planned.groups for d in u.directions if not u.lookup}
     if not needed <= found.before.keys():
         return _guess_client_compute(planned)  # Blocks are not all alike.
     share = vocabulary / most

@@ -6,13 +6,14 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from ciphertune.backend import DIRECTIONS, Backend
+from ciphertune.backend import Backend
 from ciphertune.bundle.spread import Spread
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import linear_layers
 from ciphertune.planning.estimate import Estimate, estimate_step
 from ciphertune.planning.measure import local_selection, measure_speeds
 from ciphertune.planning.products import PlannedGroup, kept_parameters, plan_products
+from ciphertune.planning.shares import shares_of
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import Speeds, check_backend
 
@@ -70,11 +71,13 @@ class Kind:
         count: groups of this kind in the model.
         requests: of a step.
         bytes_up, bytes_down: of a step.
+        tied: whether the weights are those of another kind, as a lookup's are in the table of the output head.
     """
 
     layers: str
     in_features: int
     out_features: int
+    tied: bool = False
     count: int = 0
     requests: int = 0
     bytes_up: int = 0
@@ -82,7 +85,12 @@ class Kind:
 
     @property
     def weights(self) -> int:
-        """Number of weights of all groups of this kind."""
+        """Number of weights of all groups of this kind; 0 where they are another kind's."""
+        return 0 if self.tied else self.codes
+
+    @property
+    def codes(self) -> int:
+        """Number of weights that products of this kind are made with."""
         return self.count * self.in_features * self.out_features
 
 
@@ -96,6 +104,7 @@ class Plan:
         requests, bytes_up, bytes_down: of a step.
         bytes_without_sharing: up and down, if siblings did not share their input.
         outsourced, at_client: weights.
+        largest_fraction: outsourced weights over all if the output head and the token embedding were outsourced, too.
         client_bytes: of the weights that stay, as the model stores them.
         worker_bytes: of the weights that the fullest worker holds.
         prepared_codes: weights that the client reads before the first step, unless what it makes of them is on disk.
@@ -120,6 +129,7 @@ class Plan:
     bytes_without_sharing: int
     outsourced: int
     at_client: int
+    largest_fraction: float
     client_bytes: int
     worker_bytes: int
     prepared_codes: int
@@ -141,6 +151,7 @@ def make_plan(
     *,
     tokens: int = 1024,
     layers: Sequence[str] | str | None = None,
+    embeddings: bool = False,
     targets: Sequence[str] = ("q_proj", "v_proj"),
     bandwidth: float = 125e6,
     latency: float = 1e-3,
@@ -163,6 +174,7 @@ def make_plan(
             costs is measured, too.
         tokens: of a step.
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
+        embeddings: whether the token embedding is outsourced, too; see ``ciphertune.outsource``.
         targets: ends of names of the layers with adapters: no gradient is asked for before the first of them.
         bandwidth: bytes a second of the client's network card, each way, and of each worker's.
         latency: seconds one way.
@@ -178,7 +190,7 @@ def make_plan(
 
     Raises:
         ConfigError: the model's configuration cannot be read, or an argument is wrong.
-        SelectionError, LayerError: about ``to`` and ``layers``.
+        SelectionError, LayerError: about ``to``, ``layers`` and ``embeddings``.
     """
     if tokens < 1 or bandwidth <= 0 or latency < 0 or workers < 1 or length < 1:
         raise ConfigError("tokens, length, bandwidth and workers must be above 0, and latency not below")
@@ -186,7 +198,7 @@ def make_plan(
         raise ConfigError(f"{tokens} tokens cannot be divided into {micro_batches} micro-batches")
     if not 1 <= interleave <= micro_batches:
         raise ConfigError(f"interleave={interleave} must be between 1 and the number of micro-batches, {micro_batches}")
-    planned = plan_products(model, to, layers, targets, workers, placement)
+    planned = plan_products(model, to, layers, targets, workers, placement, embeddings)
     backend = planned.choice.backend
     sizes = [tokens // micro_batches + (i < tokens % micro_batches) for i in range(micro_batches)]
     local = local_selection(planned.choice)
@@ -196,7 +208,7 @@ def make_plan(
     alone = _kinds(planned.singles, backend, sizes)
     speeds = None
     if measure and shared and (client is None or worker is None):
-        speeds = measure_speeds(model, planned, layers, targets, max(sizes), length, as_client=client is None)
+        speeds = measure_speeds(model, planned, targets, max(sizes), length, as_client=client is None)
     client, worker = client or speeds, worker or speeds
     estimate = None
     if shared and client is not None and worker is not None:
@@ -217,10 +229,14 @@ def make_plan(
         bytes_without_sharing=sum(kind.bytes_up + kind.bytes_down for kind in alone),
         outsourced=sum(kind.weights for kind in shared),
         at_client=sum(p.numel() for p in kept),
+        largest_fraction=shares_of(planned.model).largest,
         client_bytes=sum(p.nbytes for p in kept),
         worker_bytes=planned.worker_bytes,
-        prepared_codes=sum(kind.weights for kind in shared) if backend.prepares else 0,
-        prepared_bytes=sum(backend.kept_bytes(group.forward, group.whole_backward) for group in planned.groups),
+        prepared_codes=sum(kind.codes for kind in shared) if backend.prepares else 0,
+        prepared_bytes=sum(
+            backend.kept_bytes(None if group.lookup else group.forward, group.whole_backward)
+            for group in planned.groups
+        ),
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
             for c in linear_layers(planned.model, allow_meta=True)
@@ -236,10 +252,11 @@ def _kinds(groups: Sequence[PlannedGroup], backend: Backend, sizes: Sequence[int
     kinds: dict[tuple[str, int, int], Kind] = {}
     for group in groups:
         key = (group.layers, group.forward.in_features, group.forward.out_features)
-        kind = kinds.setdefault(key, Kind(*key))
+        kind = kinds.setdefault(key, Kind(*key, tied=group.tied))
         kind.count += 1
-        for direction in DIRECTIONS[: 1 + group.backward]:
-            for up, down in (pair for tokens in sizes for pair in group.traffic(direction, backend, tokens)):
+        parts = [part for tokens in sizes for part in group.parts(tokens)]
+        for direction in group.directions:
+            for up, down in (pair for tokens in parts for pair in group.traffic(direction, backend, tokens)):
                 kind.requests += 1
                 kind.bytes_up += up
                 kind.bytes_down += down
