@@ -29,6 +29,7 @@ from ciphertune.bundle.files import (
 from ciphertune.bundle.source import Source, dtype_of, open_source
 from ciphertune.bundle.spread import Spread, rows_of_worker
 from ciphertune.errors import ConfigError
+from ciphertune.models.names import published_name
 from ciphertune.models.skeleton import tied_names
 from ciphertune.outsourcing.layers import Candidate, LayerChoice, choose_layers, sibling_groups
 from ciphertune.plugins.manager import plugin_manager
@@ -202,7 +203,8 @@ class _Writer:
             self._progress(done, self._total)
         for folder, blocks in zip(folders, self._blocks, strict=True):
             write_json(
-                folder / WORKER_MANIFEST, {"format": WORKER_FORMAT, "model": self._source.name, "blocks": blocks}
+                folder / WORKER_MANIFEST,
+                {"format": WORKER_FORMAT, "model": published_name(self._source.name), "blocks": blocks},
             )
         return [infos[i] for i in range(len(self._chosen))]
 
@@ -240,7 +242,7 @@ class _Writer:
             folder / CLIENT_MANIFEST,
             {
                 "format": CLIENT_FORMAT,
-                "model": self._source.name,
+                "model": published_name(self._source.name),
                 "architecture": self._source.architecture,
                 "dtype": str(dtype_of(self._source.model)).removeprefix("torch."),
                 "weight_bits": self._bits,
