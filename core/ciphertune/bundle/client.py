@@ -28,6 +28,7 @@ from ciphertune.bundle.manifest import ClientManifest, check_model_config, read_
 from ciphertune.bundle.outliers import check_kept, read_kept
 from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError, LayerError
+from ciphertune.models.load import note_vocabulary
 from ciphertune.models.skeleton import build, tied_names
 from ciphertune.outsourcing.convert import attach
 from ciphertune.outsourcing.embedding import Table, choose_table
@@ -224,11 +225,7 @@ def _tie(model: nn.Module, groups: list[list[str]], outsourced: set[str]) -> Non
 
 
 def _companions(model: Any, folder: Path) -> None:
-    try:
-        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    except NotImplementedError:  # transformers' way to say that there are none, as for sound
-        embeddings = None
-    model.vocabulary_in_bundle = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else 0
+    note_vocabulary(model)
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
