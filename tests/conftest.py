@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -75,6 +76,13 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of its own for what the test keeps between sessions."""
     monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def nobody_excluded() -> Iterator[None]:
+    """Workers of other tests have the same names."""
+    yield
+    shutil.rmtree(Path(_kept.name) / "keys" / "excluded", ignore_errors=True)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

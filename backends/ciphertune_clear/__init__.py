@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ciphertune.backend import (
+    FLOAT32_ROUNDING,
     Backend,
     Buffers,
     ClientHalf,
@@ -20,6 +21,7 @@ from ciphertune.backend import (
     WeightBits,
     WorkerHalf,
 )
+from ciphertune.callers import Owners
 from ciphertune.errors import ProtocolError, ReplyError
 
 
@@ -40,6 +42,12 @@ class ClearClient(ClientHalf[int]):
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[int]:
         """See ``ClientHalf.encrypt``; nothing is encrypted."""
         return Encrypted({"x": x}, len(x))
+
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[int]]:
+        """See ``ClientHalf.encrypt_owned``: there are no secrets."""
+        return self.encrypt_pieces(x, whole, pieces)
 
     def decrypt(self, reply: Buffers, state: int, linear_map: LinearMap) -> Tensor:
         """See ``ClientHalf.decrypt``."""
@@ -71,6 +79,7 @@ class ClearBackend(Backend):
 
     name = "clear"
     Options = ClearOptions
+    separates_callers = True
 
     @property
     def security(self) -> SecurityStatement:
@@ -86,6 +95,10 @@ class ClearBackend(Backend):
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
         """See ``Backend.traffic``: float32 both ways."""
         return 4 * tokens * linear_map.in_features, 4 * tokens * linear_map.out_features
+
+    def rounding(self, linear_map: LinearMap) -> float:
+        """See ``Backend.rounding``: sums in float32."""
+        return FLOAT32_ROUNDING
 
     def client(self, device: torch.device) -> ClearClient:
         """See ``Backend.client``."""

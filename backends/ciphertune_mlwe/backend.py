@@ -80,6 +80,8 @@ class MLWEBackend(Backend):
     Options = MLWEOptions
 
     prepares = True
+    whole_products = True
+    separates_callers = True
 
     def parameters(self, linear_map: LinearMap) -> ParameterSet:
         """The parameter set of a group's product in one direction."""
@@ -129,6 +131,10 @@ class MLWEBackend(Backend):
     def checks_answers(self) -> bool:
         """See ``Backend.checks_answers``: unless the option says otherwise."""
         return bool(self.options.check)
+
+    def rounding(self, linear_map: LinearMap) -> None:
+        """See ``Backend.rounding``: answers are checked before they are decrypted, or not at all."""
+        return
 
     def noise(self, linear_map: LinearMap) -> NoiseModel:
         """See ``Backend.noise``."""

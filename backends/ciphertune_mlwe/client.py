@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ciphertune.backend import Buffers, ClientHalf, Encrypted, LinearMap, Preparation
+from ciphertune.callers import Owners
 from ciphertune.errors import InputError, ReplyError, SecurityError, WrongReplyError
 from ciphertune_mlwe.checks import CheckVectors, Rows, Vectors, cuts_of, right
 from ciphertune_mlwe.clones import CloneWatch
@@ -37,14 +38,16 @@ class EncryptionState:
 
     Attributes:
         tokens, sent: tokens asked for, and sent.
-        mask: of the ciphertext.
+        masks: of the ciphertext, each of the tokens after those of the one before.
+        runs: tokens of each mask.
         scale: per sent token, float64.
         b: what was sent for a piece, and ``vectors`` its check vectors; None where answers are not checked.
     """
 
     tokens: int
     sent: int
-    mask: Mask = dataclasses.field(repr=False)
+    masks: tuple[Mask, ...] = dataclasses.field(repr=False)
+    runs: tuple[int, ...]
     scale: Tensor = dataclasses.field(repr=False)
     b: Tensor | None = dataclasses.field(default=None, repr=False)
     vectors: Vectors | None = dataclasses.field(default=None, repr=False)
@@ -97,10 +100,11 @@ class MLWEClient(ClientHalf[EncryptionState]):
         self._seed = seed
         self._public = PublicMatrix(seed or fresh_seed(), b"", self._transforms)
         self._prepared: dict[str, Prepared] = {}
-        self._bank_columns = -1
+        # Of the banks for a number of callers.
+        self._bank_columns: dict[int, int] = {}
         self._lock = threading.Lock()
         self._stock = MaskStock(
-            self._block, self._block_bytes, self._columns, mask_bytes if ahead else 0, watch or CloneWatch()
+            self._block, self._block_bytes, self._columns, mask_bytes, mask_bytes if ahead else 0, watch or CloneWatch()
         )
 
     def begin(self, model: bytes) -> None:
@@ -147,6 +151,12 @@ class MLWEClient(ClientHalf[EncryptionState]):
         self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap]
     ) -> list[Encrypted[EncryptionState]]:
         """See ``ClientHalf.encrypt_pieces``: one ciphertext; backward pieces get the rows of their features."""
+        return self.encrypt_owned(x, whole, pieces, (("", len(x)),))
+
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[EncryptionState]]:
+        """See ``ClientHalf.encrypt_owned``: one ciphertext, with masks of each caller's own for its columns."""
         product = self._product(whole)
         vectors = [self._vectors(whole, piece) for piece in pieces]
         tokens = len(x)
@@ -157,13 +167,21 @@ class MLWEClient(ClientHalf[EncryptionState]):
         if sent > tokens:
             values = torch.cat([values, values.new_zeros(sent - tokens, values.shape[1])])
         scale = product.parameters.noise(self._digits).token_scale(values, whole)
-        mask = self._stock.take(whole.identity, sent)
+        runs = [count for _, count in owners]
+        # What fills up the last tokens is zeros, which may be anyone's.
+        runs[-1] += sent - tokens
+        masks = tuple(
+            self._stock.take(whole.identity, run, caller) for run, (caller, _) in zip(runs, owners, strict=True)
+        )
         planes = product.parameters.planes
-        b = mask.take(lambda body: self._transforms.encrypt(body, values, scale, planes))
+        b = _side_by_side(
+            mask.take(lambda body, own=own, unit=unit: self._transforms.encrypt(body, own, unit, planes))  # type: ignore[misc]
+            for mask, own, unit in zip(masks, values.split(runs), scale.split(runs), strict=True)
+        )
         found = []
         for piece, each in zip(pieces, vectors, strict=True):
             part = b if whole.direction == "forward" else _rows(b, piece.rows)
-            found.append(Encrypted({"b": part}, EncryptionState(tokens, sent, mask, scale, part, each)))
+            found.append(Encrypted({"b": part}, EncryptionState(tokens, sent, masks, tuple(runs), scale, part, each)))
         return found
 
     def check_reply(self, reply: Buffers, state: EncryptionState, piece: LinearMap) -> None:
@@ -194,7 +212,19 @@ class MLWEClient(ClientHalf[EncryptionState]):
             if part.shape[1] != product.parameters.planes:
                 raise ReplyError(f"{whole.label}: a value of the reply has {part.shape[1]} bytes")
         unit = state.scale.reciprocal().to(torch.float32)
-        y = state.mask.reveal(lambda hint: self._decrypted(parts, whole, pieces, hint, unit))
+        outputs, first = [], 0
+        for mask, run in zip(state.masks, state.runs, strict=True):
+            columns = slice(first, first + run)
+            own = [part[:, :, columns].contiguous() for part in parts] if len(state.runs) > 1 else parts
+            outputs.append(
+                mask.reveal(
+                    lambda hint, own=own, columns=columns: self._decrypted(  # type: ignore[misc]
+                        own, whole, pieces, hint, unit[columns]
+                    )
+                )
+            )
+            first += run
+        y = _side_by_side(outputs)
         if self._digits > 1:
             y = torch.add(*y.tensor_split(2), alpha=256)
         return y.t()[: state.tokens]
@@ -315,7 +345,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         prepared = Prepared(self._parameters(linear_map), linear_map.in_features, rows, hints)
         with self._lock:
             self._prepared[linear_map.identity] = prepared
-            self._bank_columns = -1
+            self._bank_columns.clear()
 
     def _block(self, order: Order) -> Block:
         """Masks under fresh secrets, which are forgotten as soon as the masks are made."""
@@ -340,18 +370,24 @@ class MLWEClient(ClientHalf[EncryptionState]):
         product = self._prepared.get(order.product)
         return 0 if product is None else 4 * order.tokens * (product.features + product.rows)
 
-    def _columns(self) -> int:
-        """Columns of a bank: as many as the memory for masks allows, were there one for every product."""
+    def _columns(self, callers: int) -> int:
+        """Columns of a bank: as many as the memory for masks allows, had each caller one for every product."""
         if not self._banks:
             return 0
         with self._lock:
-            if self._bank_columns < 0:
-                each = 4 * sum(product.features + product.rows for product in self._prepared.values())
+            if callers not in self._bank_columns:
+                each = 4 * callers * sum(product.features + product.rows for product in self._prepared.values())
                 columns = BANK_COLUMNS
                 while columns > _FEWEST_BANK_COLUMNS and columns * each > self._mask_bytes:
                     columns //= 2
-                self._bank_columns = columns
-            return self._bank_columns
+                self._bank_columns[callers] = columns
+            return self._bank_columns[callers]
+
+
+def _side_by_side(parts: Iterable[Tensor]) -> Tensor:
+    """Tensors whose last dimension is tokens, as one; a single one as it is."""
+    found = list(parts)
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 def _rows(b: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:

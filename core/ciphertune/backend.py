@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.options import build_options
+from ciphertune.callers import Owners
 from ciphertune.errors import PrecisionError
+
+FLOAT32_ROUNDING = 1e-6
+"""Standard deviation of an output's error from sums in float32, over the norms of what is multiplied; see
+``Backend.rounding``."""
 
 Buffers = dict[str, Tensor]
 """Named buffers of one request or reply: tensors of fixed-size numbers, any device."""
@@ -281,7 +286,23 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         """
         if whole.direction == "forward":
             return [self.encrypt(x, whole)] * len(pieces)
-        return [self.encrypt(_columns(x, piece.rows), piece) for piece in pieces]
+        return [self.encrypt(columns_of(x, piece.rows), piece) for piece in pieces]
+
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[StateT]]:
+        """Encrypt as ``encrypt_pieces`` does, under no secret that masks tokens of two callers, now or at another time.
+
+        Called in its place where a session keeps callers apart (``Session.keep_apart``), and only for a backend whose
+        ``separates_callers`` says that it is there.
+
+        Args:
+            x: as for ``encrypt_pieces``.
+            whole: as for ``encrypt_pieces``.
+            pieces: as for ``encrypt_pieces``.
+            owners: callers and their numbers of tokens, in the order of x.
+        """
+        raise NotImplementedError
 
     def check_reply(self, reply: Buffers, state: StateT, piece: LinearMap) -> None:
         """Hold one piece's reply against what was asked for, before anything is decrypted. Called once as it comes.
@@ -362,8 +383,8 @@ def in_order(parts: Sequence[Tensor], rows: Sequence[Sequence[tuple[int, int]]])
     return torch.cat([block for _, block in sorted(blocks, key=lambda each: each[0])]).t()
 
 
-def _columns(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
-    """The columns of x that belong to a backward piece."""
+def columns_of(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """The columns of x, (tokens, features), that belong to a backward piece with these rows; none for all of them."""
     return torch.cat([x[:, start:stop] for start, stop in rows], dim=1) if rows else x
 
 
@@ -409,6 +430,13 @@ class Backend(abc.ABC):
     """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
     prepares: ClassVar[bool] = False
     """Whether the client half makes something of each group's codes before the first product (``preparation``)."""
+    whole_products: ClassVar[bool] = False
+    """Whether each product is one ciphertext of its group's whole input, of which pieces get parts.
+
+    A layer that is evaluated alone is then some rows of its group's product, and its gradient the group's with zeros
+    for the other layers."""
+    separates_callers: ClassVar[bool] = False
+    """Whether the client half encrypts for several callers under secrets of their own (``encrypt_owned``)."""
     states_traffic: ClassVar[bool] = False
     """Whether sessions count the bytes that ``piece_traffic`` states and not those of buffers: for simulations."""
     measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)
@@ -445,6 +473,15 @@ class Backend(abc.ABC):
     def noise(self, linear_map: LinearMap) -> NoiseModel | None:
         """The error model of a group's product with these options, or None where it has no closed form."""
         return None
+
+    def rounding(self, linear_map: LinearMap) -> float | None:
+        """How far an honest answer is off beside ``noise``: standard deviation of an output over ‖x‖ · ``max_norm``.
+
+        By this and ``noise`` a session holds answers of other processes against what was asked for, once they are
+        decrypted, where the client half does not do so before (``checks_answers``). None for a backend whose answers
+        are not to be held against anything. As it stands that of float32 sums for a backend with a noise model.
+        """
+        return None if self.checks_answers or self.noise(linear_map) is None else FLOAT32_ROUNDING
 
     def refuse(self, linear_map: LinearMap) -> str | None:
         """Why this backend cannot evaluate a map at all, with the largest that it can, or None where it can.
@@ -498,6 +535,13 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half with fresh keys (or those that the options name)."""
+
+    def renewed_client(self, device: torch.device) -> ClientHalf[Any]:
+        """A client half with keys that nothing was sent under. Asked for when a decrypted answer was found wrong.
+
+        As it stands ``client``. A backend that keeps a key on disk gives that one up.
+        """
+        return self.client(device)
 
     @classmethod
     @abc.abstractmethod

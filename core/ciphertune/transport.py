@@ -53,6 +53,16 @@ class Transport(abc.ABC):
             KeyFileError, SecurityError: the connection cannot be protected as asked for.
         """
 
+    def check(self, endpoints: tuple[str, ...]) -> None:  # noqa: B027 - nothing to check is the rule
+        """Raise what ``connect`` would raise about addresses and keys, before a model is loaded. Opens no link.
+
+        Args:
+            endpoints: as for ``connect``.
+
+        Raises:
+            SelectionError, KeyFileError, SecurityError: as ``connect``.
+        """
+
     def joining_workers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> Sequence[Link]:
         """Open links to the workers that have joined since, as ``connect`` does. May block.
 
@@ -108,9 +118,12 @@ class Link(abc.ABC):
 
     Attributes:
         name: of the worker in errors and logs, usually its address.
+        identity: what the connection proves the worker to be, such as its public key; empty where it proves nothing.
+            A worker that gave a wrong answer is known again by it, whatever its address.
     """
 
     name: str = ""
+    identity: str = ""
 
     @abc.abstractmethod
     def submit(self, request: Message) -> Future[Message]:

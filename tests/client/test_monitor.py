@@ -96,6 +96,7 @@ def test_json_of_real_workers(farm: list[remote.WorkerProcess]) -> None:
                 "device",
                 "own",
                 "products_per_second",
+                "excluded",
             }
             assert set(row["own"]) == OWN
         for row in rows[:2]:

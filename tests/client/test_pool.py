@@ -31,6 +31,7 @@ from ciphertune.errors import (
     UnknownLayerError,
     WorkerError,
 )
+from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.protocol import Message, error_message, spoken_versions
@@ -345,6 +346,44 @@ def test_a_worker_that_never_knows_its_sessions_is_not_asked_without_end(farm: F
     session.close()
 
 
+class Silence:
+    """Notes what hooks are told of workers that stop answering."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, ...]] = []
+        self.left: list[float] = []
+
+    @hookimpl
+    def ciphertune_worker_silent(self, worker: str, problem: str, seconds: float) -> None:
+        self.told.append(("silent", worker, problem))
+        self.left.append(seconds)
+
+    @hookimpl
+    def ciphertune_worker_back(self, worker: str, seconds: float) -> None:
+        self.told.append(("back", worker))
+
+
+def test_a_worker_that_stops_answering_is_told_of_once_until_it_is_back(farm: Farm) -> None:
+    plugins, heard = PluginManager(), Silence()
+    plugins.register(heard)
+    (host,) = farm.plant(single(), a=[["0"]])
+    session = farm.outsource(single(), plugins=plugins)
+    check(session)
+    assert heard.told == []
+    host.crash()
+    with thread(lambda: check(session)) as waiting:
+        while session.pool.workers[0].failures < 2:
+            time.sleep(0.01)
+        host.restart()
+        waiting.result(SECONDS)
+    check(session)
+    assert heard.told == [("silent", "a", "a: nothing answers there"), ("back", "a")]
+    assert 0 < heard.left[0] <= SECONDS
+    host.on("evaluate", lambda request: error_message("busy", "later"))
+    check(session)
+    assert len(heard.told) == 2, "one that is busy answers"
+
+
 def test_gone_for_good(farm: Farm) -> None:
     model = attention()
     farm.plant(model, a=[QKV], b=[["o_proj"]])
@@ -441,7 +480,7 @@ def test_an_opening_that_fails_is_not_repeated_by_everybody(farm: Farm) -> None:
 def test_a_reply_is_good_however_late_it_is_asked_for(farm: Farm) -> None:
     session, host = alone(farm, deadline=0.2, timeout=0.1)
     (piece,) = session.pool.pieces(0)
-    call = PendingRequest(session.pool, piece, "forward", {"x": FLAT}, lambda reply: None)
+    call = PendingRequest(session.pool, piece, "forward", session.pool.opening, {"x": FLAT}, lambda reply: None)
     end = time.monotonic() + SECONDS
     while host.pending and time.monotonic() < end:
         time.sleep(0.01)

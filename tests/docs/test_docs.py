@@ -67,20 +67,15 @@ EXCLUDED = {
     ("CONTRIBUTING.md", "make soak MINUTES=10"): "ten minutes; for people",
     ("CONTRIBUTING.md", "make fuzz RUNS=100000"): "minutes; for people",
     ("CONTRIBUTING.md", "make concrete-ml"): _MAKE,
-    ("README.md", "make install"): _MAKE,
+    ("README.md", 'pip install ".[demo]"   # the core is `pip install .`'): _INSTALL,
     ("README.md", "make demo"): "minutes; tests/runs/test_demo.py runs it small",
     ("README.md", "make test"): _MAKE,
-    ("README.md", ". .venv/bin/activate"): "the tests run in an environment already",
     ("performance.md", "ciphertune bench train --model smollm2 --to mlwe --tokens 1024 --steps 5 --json"): "minutes",
     ("plugins.md", "ciphertune new backend NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("plugins.md", "ciphertune new transport NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("plugins.md", "ciphertune new plugin NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("quickstart.md", "make install"): _MAKE,
     ("quickstart.md", ". .venv/bin/activate"): "the tests run in an environment already",
-    (
-        "remote.md",
-        "ciphertune keys keys          # here: clients/client.pub goes to the provider, worker.pub comes from there",
-    ): "here both share a folder, which is there already",
     ("concrete.md", 'pip install "ciphertune[concrete-glwe]"'): _INSTALL,
     ("concrete.md", "python examples/circles.py --to concrete-glwe"): _CIRCLES,
     ("concrete.md", "python examples/circles.py --to concrete-glwe+zmq://"): _CIRCLES,
@@ -261,7 +256,7 @@ def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path / "cache"))
     # Processes of benchmarks would import everything again; tests/cli/test_cli.py starts them.
-    monkeypatch.setattr(train, "_child", lambda request: json.loads(json.dumps(child.steps(**request))))
+    monkeypatch.setattr(train, "run_child", lambda request, cache: json.loads(json.dumps(child.steps(**request))))
     player = Player(page, port)
     try:
         with player.workers:

@@ -21,7 +21,7 @@ def test_what_is_prepared_is_what_was_planned(tiny: Callable[[str], nn.Module], 
     found = make_plan(str(tmp_path / "model"), f"mlwe{options}", tokens=8, measure=False)
     outsourced = ciphertune.outsource(model, f"mlwe{options}")
     session = ciphertune.session_of(outsourced)
-    prepared = session._client._prepared.values()  # type: ignore[attr-defined]
+    prepared = session._keys.client._prepared.values()  # type: ignore[attr-defined]
     # Packs of eight rows may have some that are empty.
     held = sum(each.hints.nbytes // (-(-each.rows // 8) * 8) * each.rows for each in prepared)
     assert (found.prepared_codes, found.prepared_bytes) == (found.outsourced, held)

@@ -23,7 +23,7 @@ MOST = {
     ("ciphertune.linear",): 12,
     ("ciphertune.backend",): 8,
     ("ciphertune.transport",): 9,
-    ("ciphertune.bundle.worker", "ciphertune.worker.service"): 28,
+    ("ciphertune.bundle.worker", "ciphertune.worker.service"): 30,
 }
 IMPORT = """
 import importlib, importlib.util, json, sys

@@ -40,6 +40,8 @@ class ZmqLink(SocketLoop, Link):
         self.name = str(address)
         self._pending: PendingReplies[Message] = PendingReplies(self.name)
         self._encrypted = curve is not None
+        if curve is not None:
+            self.identity = f"curve {curve.server.decode('ascii')}"
         self._outgoing: collections.deque[tuple[int, list[Frame]]] = collections.deque()
         self._limit = ReceiveLimit(DEFAULT_LIMITS.total_bytes)
         self._connected = False

@@ -83,6 +83,12 @@ def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | No
     folder = keys_folder(options.curve)
     pair = read_pair(_existing(folder / "worker.key"))
     clients = AuthorisedClients(folder / "clients")
+    if any(file.name != "worker.key" for file in folder.glob("*.key")):
+        log.warning(
+            "a rehearsal: %s holds secret keys of clients beside the worker's. Where clients need not trust the "
+            "machine there must be none: make them at the clients, and copy their .pub files here",
+            folder,
+        )
     if not any(clients.folder.glob("*.pub")):
         raise KeyFileError(f"no client is authorised: put clients' public keys in {clients.folder}")
     return ServerCurve(pair, clients)

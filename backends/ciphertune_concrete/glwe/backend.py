@@ -99,6 +99,13 @@ class GlweBackend(Backend):
 
         return GlweClient(key_pair(keys_folder(self.options.keys)), self.noise(), device)
 
+    def renewed_client(self, device: torch.device) -> ClientHalf[Any]:
+        """See ``Backend.renewed_client``: the key of the keys folder is removed, and another one made."""
+        from ciphertune_concrete.glwe.keys import discard
+
+        discard(keys_folder(self.options.keys))
+        return self.client(device)
+
     @classmethod
     def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> WorkerHalf:
         """See ``Backend.worker``; the library chooses the device."""

@@ -69,6 +69,15 @@ def key_pair(keys: Path) -> KeyPair:
         return _read(file)
 
 
+def discard(keys: Path) -> None:
+    """Remove the pair kept in a folder: requests under it were answered wrongly. Raises ``KeyFileError``."""
+    try:
+        with _loading:
+            (keys / FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise KeyFileError(f"cannot remove the key file {keys / FILE}: {type(error).__name__}") from None
+
+
 def _make(file: Path) -> None:
     log.warning("making a key for concrete-glwe, kept in %s: this takes some seconds, once", file)
     make_keys_folder(file.parent)

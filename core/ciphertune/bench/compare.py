@@ -136,7 +136,7 @@ def measure(to: str, product: Product, large: Product, repeat: int, seed: int) -
     device, clock = torch.device("cpu"), time.perf_counter
     start = clock()
     client = backend.client(device)
-    prepare(client, [(layers, maps, ())], HeldCodes({"layer": held.codes}))
+    prepare([client], [(layers, maps, ())], HeldCodes({"layer": held.codes}))
     keygen = clock() - start
     key = client.evaluation_key()
     start = clock()

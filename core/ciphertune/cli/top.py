@@ -186,6 +186,7 @@ def screen(
     foot = Text(f"q quit  {every}", style="dim") if every else Text("")
     parts: list[RenderableType] = [head, _table(states, history, width)]
     parts += [Text(f"{s.worker}: {s.problem}", style="red") for s in states if s.state == "silent"]
+    parts += [Text(f"{s.worker}: {s.excluded}", style="red") for s in states if s.excluded]
     return Group(*parts, *([foot] if every else []))
 
 

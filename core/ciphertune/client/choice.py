@@ -19,10 +19,13 @@ class SessionOptions(Timeouts):
 
     Attributes:
         allow_insecure: let a backend that does not encrypt send data out of this process.
+        check_answers: hold answers of workers elsewhere against what was asked for once they are decrypted, within the
+            backend's declared error, where the backend does not check them before. Reads the weights' codes.
         share_inputs: evaluate layers that read the same input (q/k/v, gate/up) as one product.
     """
 
     allow_insecure: bool = False
+    check_answers: bool = True
     share_inputs: bool = True
 
 

@@ -130,6 +130,7 @@ class WorkerConnection:
         self._longest_backoff = longest_backoff
         self._clock = clock
         self._opened = 0  # groups that the open session knows
+        self._opened_by: Opening | None = None
         self._forgotten_before = False
         self._opening = threading.Lock()
         self._lock = threading.Lock()
@@ -229,15 +230,15 @@ class WorkerConnection:
             WorkerError, ReplyError: the worker refuses for good.
         """
         seconds += opening.upload_seconds
-        if (session := self.session) is not None and group < self._opened:
+        if (session := self._session_of(opening, group)) is not None:
             return session
         begun = self._clock()
         if not self._opening.acquire(timeout=seconds):
             raise Retry(f"no session within {seconds:.3g} s")
         try:
             outdated = self.session
-            if outdated is not None and group < self._opened:
-                return outdated
+            if (session := self._session_of(opening, group)) is not None:
+                return session
             # Another thread found just now that none can be had: not one more wait for each of them.
             if self.not_before > begun:
                 raise Retry(self.last_problem)
@@ -247,7 +248,7 @@ class WorkerConnection:
             with opening.sending(self.name):
                 future = self.submit(Message("open", fields, dict(opening.key)))
                 session = self.text(self.reply(future, left, "open"), "session")
-            self._opened, self.session = len(groups), session
+            self._opened, self._opened_by, self.session = len(groups), opening, session
             # What still runs in it is refused as unknown there, and sent again.
             self.close_session(outdated)
         finally:
@@ -257,6 +258,11 @@ class WorkerConnection:
             self.close_session(session)
             raise TransportError("the session was closed")
         return session
+
+    def _session_of(self, opening: Opening, group: int) -> str | None:
+        """The open session, where it has this opening's keys and knows the group."""
+        session = self.session
+        return session if self._opened_by is opening and group < self._opened else None
 
     def close_session(self, session: str | None) -> Future[Message] | None:
         """Ask the worker to close a session; None where there is none to close."""

@@ -11,6 +11,7 @@ from ciphertune._support.printable import printable
 from ciphertune._support.suggestions import closest
 from ciphertune.client.choice import SessionOptions
 from ciphertune.client.connection import Retry, WorkerConnection
+from ciphertune.client.exclusions import Exclusions
 from ciphertune.errors import (
     CipherTuneError,
     PluginError,
@@ -35,6 +36,7 @@ class WorkerState:
         latency: seconds that its answer took.
         status: what it said.
         products_per_second: of this client alone, since the last time it was asked.
+        excluded: when and why this client asks it for nothing; empty where it does.
     """
 
     worker: str
@@ -43,6 +45,7 @@ class WorkerState:
     latency: float | None = None
     status: WorkerStatus = dataclasses.field(default_factory=WorkerStatus)
     products_per_second: float | None = None
+    excluded: str = ""
 
 
 class _Watched:
@@ -68,6 +71,7 @@ class Watch:
     def __init__(self, url: str) -> None:
         transport, endpoints = transport_of(url)
         self._workers = [_Watched(link) for link in transport.connect(endpoints, None)]
+        self._exclusions = Exclusions()
 
     @property
     def names(self) -> list[str]:
@@ -103,7 +107,12 @@ class Watch:
                 worker.connection.version = worker.before = None  # it may be another one when it comes back
                 problem = printable(problems.get(worker, "no answer"), 200)
                 found.append(WorkerState(worker.connection.name, "silent", problem))
-        return found
+        return [self._with_exclusion(*each) for each in zip(found, self._workers, strict=True)]
+
+    def _with_exclusion(self, state: WorkerState, worker: _Watched) -> WorkerState:
+        link = worker.connection.link
+        found = self._exclusions.of(link.name, link.identity, None)
+        return state if found is None else dataclasses.replace(state, excluded=found.text)
 
     def close(self) -> None:
         """Drop the connections. Idempotent."""

@@ -11,9 +11,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from ciphertune.backend import Direction
 from ciphertune.client.connection import BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, Opening, Retry, WorkerConnection
+from ciphertune.client.exclusions import Exclusion, Exclusions
 from ciphertune.client.placement import Piece, place
 from ciphertune.client.timeouts import Timeouts
-from ciphertune.errors import CipherTuneError, TransportError, UnknownLayerError
+from ciphertune.errors import CipherTuneError, SecurityError, TransportError, UnknownLayerError
 from ciphertune.protocol import Message
 from ciphertune.transport import Link
 from ciphertune.weights import LayerInfo
@@ -23,11 +24,16 @@ log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 2.0
 """Time that workers have to take notice of the end of a session; less where ``Timeouts.timeout`` is less."""
 
+_ASKED_NO_MORE = "; it is asked no more"
+_KEPT = ", in later runs neither: 'ciphertune excluded' shows it"
+
 JoiningWorkers = Callable[[Sequence[Link]], Sequence[Link]]
 """Opens links to workers that have joined, given the links that are open."""
 
 
 ExclusionWatch = Callable[[str, tuple[str, ...], Direction], None]
+SilenceWatch = Callable[[str, str | None, float], None]
+"""Called with a worker's name, what went wrong or None for one that is back, and seconds: left to it, or of silence."""
 
 
 class WorkerPool:
@@ -41,15 +47,19 @@ class WorkerPool:
         joining: asked for workers that have joined, on a thread of its own; None where none ever do.
         joining_seconds: how often it is asked.
         remote: whether workers are in other processes.
+        model: digest of the model, hexadecimal: by it and its address a worker is known that proves no identity.
         excluded: told of a worker that gave a wrong answer: its name, the layers and the direction.
+        silence: told of a worker that stops answering, and of one that answers again.
         clock: seconds, as ``time.monotonic``; by it failing workers are left alone.
 
     Attributes:
         workers: those known so far; ``Piece.workers`` are indices into them.
         opening, timeouts: as given.
         closed: set once the pool is closed.
+        wrong: what this session found to be answered wrongly, once for each worker.
 
     Raises:
+        SecurityError: a worker that is needed gave wrong answers before, and is excluded.
         TransportError: workers that are needed cannot be reached.
         UnknownLayerError: together they do not hold every layer with the weights that this client expects.
         WorkerError, ReplyError: one refused, or answered nonsense.
@@ -64,7 +74,9 @@ class WorkerPool:
         joining: JoiningWorkers | None = None,
         joining_seconds: float = 2.0,
         remote: bool = True,
+        model: str = "",
         excluded: ExclusionWatch = lambda *_: None,
+        silence: SilenceWatch = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.opening = opening
@@ -74,17 +86,29 @@ class WorkerPool:
         self.workers = [self._connection(link) for link in links]
         self._groups = groups
         self._remote = remote
+        self._model = model
+        self._exclusions = Exclusions()
+        self.wrong: list[Exclusion] = []
         self._told_of_exclusion = excluded
+        self._told_of_silence = silence
+        self._silent: dict[WorkerConnection, float] = {}  # since when
         self._choosing = threading.Lock()
         self._introduce(self.workers)
         try:
             self._place()
         except UnknownLayerError as error:
-            absent = [worker for worker in self.workers if worker.blocks is None]
+            barred = [worker for worker in self.workers if worker.excluded]
+            absent = [worker for worker in self.workers if worker.blocks is None and not worker.excluded]
+            if barred:
+                told = "; ".join(f"{worker.name}: {worker.last_problem}" for worker in barred)
+                raise SecurityError(f"{told}. Nothing was sent to it; without it, {error}") from error
             if not absent:
                 raise
             gone = "; ".join(f"{worker.name} ({worker.last_problem})" for worker in absent)
-            raise TransportError(f"no answer within {timeouts.connect_timeout:g} s from {gone}; {error}") from error
+            rest = (
+                f"; {error}" if len(absent) < len(self.workers) else ". Is the worker started, and the address right?"
+            )
+            raise TransportError(f"no answer within {timeouts.connect_timeout:g} s from {gone}{rest}") from error
         try:
             self._open_all()
         except BaseException:
@@ -134,17 +158,52 @@ class WorkerPool:
         with self._choosing:
             worker.in_flight -= 1
 
-    def exclude(self, worker: WorkerConnection, piece: Piece, direction: Direction) -> None:
-        """Ask a worker for nothing more in this session: it gave a wrong answer for a piece.
+    def exclude(self, worker: WorkerConnection, piece: Piece, direction: Direction, *, keep: bool = True) -> None:
+        """Ask a worker for nothing more: it gave a wrong answer for a piece.
 
         One in this process has no replica to go to, and is no stranger: it is told of, and asked again.
+
+        Args:
+            worker: the worker.
+            piece: what it answered wrongly.
+            direction: of the product.
+            keep: whether later sessions ask it for nothing either.
         """
+        identity = worker.link.identity
         with self._choosing:
-            known, worker.excluded = worker.excluded, self._remote
-        worker.last_problem = f"it gave a wrong answer for {' + '.join(piece.names)} ({direction})"
-        if not known:
-            log.error("%s: %s%s", worker.name, worker.last_problem, "; it is asked no more" if self._remote else "")
-            self._told_of_exclusion(worker.name, piece.names, direction)
+            known = worker.excluded
+            for each in self.workers:
+                if each is worker or (identity and each.link.identity == identity):
+                    each.excluded = self._remote
+        worker.last_problem = why = f"it gave a wrong answer for {' + '.join(piece.names)} ({direction})"
+        if known:
+            return
+        found = Exclusion.now(worker.name, identity, self._model, why)
+        self.wrong.append(found)
+        keep = keep and self._remote
+        if keep:
+            self._exclusions.keep(found)
+        log.error("%s: %s%s%s", worker.name, why, _ASKED_NO_MORE * self._remote, _KEPT * keep)
+        self._told_of_exclusion(worker.name, piece.names, direction)
+
+    def silent(self, worker: WorkerConnection, problem: str, seconds: float) -> None:
+        """Tell once of a worker that does not answer; ``seconds`` are left until its product is given up."""
+        with self._choosing:
+            if worker in self._silent:
+                return
+            self._silent[worker] = self._clock()
+        log.info("%s does not answer: %s", worker.name, problem)
+        self._told_of_silence(worker.name, problem, max(0.0, seconds))
+
+    def answered(self, worker: WorkerConnection) -> None:
+        """Record a good answer, and tell of a worker that was silent before it."""
+        worker.mark_answered()
+        if worker in self._silent:
+            with self._choosing:
+                since = self._silent.pop(worker, None)
+            if since is not None:
+                log.info("%s answers again", worker.name)
+                self._told_of_silence(worker.name, None, self._clock() - since)
 
     def others(self, piece: Piece, worker: WorkerConnection | None = None) -> bool:
         """Whether some worker but this one holds a piece and may be asked for it."""
@@ -188,7 +247,7 @@ class WorkerPool:
         """Ask workers what they hold; those that do not answer in time stay without ``blocks``."""
         end = time.monotonic() + self.timeouts.connect_timeout
         asked: dict[Future[Message], tuple[WorkerConnection, str]] = {}
-        again = dict.fromkeys(workers, 0.0)
+        again = dict.fromkeys((worker for worker in workers if not self._barred(worker)), 0.0)
         try:
             while (again or asked) and time.monotonic() < end and not self.closed.is_set():
                 for worker in [worker for worker, since in again.items() if since <= time.monotonic()]:
@@ -216,8 +275,18 @@ class WorkerPool:
             for future in asked:
                 future.cancel()
         for worker in workers:
-            if worker.blocks is None:
+            answers = any(each.blocks is not None for each in self.workers)
+            if worker.blocks is None and not worker.excluded and answers:
                 log.warning("no answer from %s, going on without it: %s", worker.name, worker.last_problem)
+
+    def _barred(self, worker: WorkerConnection) -> bool:
+        """Whether a worker was excluded in an earlier session; it is asked for nothing then."""
+        if self._remote:
+            found = self._exclusions.of(worker.name, worker.link.identity, self._model)
+            if found is not None:
+                worker.excluded, worker.last_problem = True, found.text
+                log.error("%s: %s", worker.name, found.text)
+        return worker.excluded
 
     def _open_all(self) -> None:
         """Open a session at every worker, and do without those whose replicas have one."""
@@ -272,7 +341,9 @@ class WorkerPool:
             stack.pop_all()
         for worker in came:
             if worker.blocks is None:
-                worker.link.close()  # it joins when the transport is next asked
+                worker.link.close()  # unless it is excluded, it joins when the transport is next asked
+                if worker.excluded:
+                    self.workers.append(worker)
                 continue
             self.workers.append(worker)
             self._place()

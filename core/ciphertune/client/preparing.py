@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ciphertune.backend import ClientHalf, Direction, LinearMap
+from ciphertune.backend import Direction, LinearMap, Preparation
 from ciphertune.errors import WeightsError
 from ciphertune.weights import DIGEST_ROWS, CodeNorms, CodeSource, LayerInfo, LayerWeight, code_dtype, row_digests
 
@@ -36,8 +36,18 @@ class HeldCodes:
         return False
 
 
+class Preparer(Protocol):
+    """What prepares itself from codes, as ``ClientHalf`` does."""
+
+    def preparation(
+        self, forward: LinearMap | None, backward: LinearMap, pieces: Sequence[LinearMap] = ()
+    ) -> Preparation | None:
+        """See ``ClientHalf.preparation``."""
+        ...
+
+
 def prepare(
-    client: ClientHalf[Any],
+    preparers: Sequence[Preparer],
     groups: Sequence[tuple[Sequence[LayerInfo], Mapping[Direction, LinearMap], Sequence[LinearMap]]],
     source: CodeSource,
     progress: Progress | None = None,
@@ -47,7 +57,7 @@ def prepare(
     Codes are read while those before them are worked on; two blocks of a few megabytes are held at a time.
 
     Args:
-        client: the client half.
+        preparers: what prepares itself: the client half, checks of answers.
         groups: the layers of each group, its maps (a table has none of the forward direction), and forward maps of the
             pieces that its products are cut into.
         source: where codes are read.
@@ -62,19 +72,22 @@ def prepare(
     """
     wanted = []
     for layers, maps, pieces in groups:
-        preparation = client.preparation(maps.get("forward"), maps["backward"], pieces)
-        if preparation is not None:
-            wanted.append((layers, preparation))
+        found = [each.preparation(maps.get("forward"), maps["backward"], pieces) for each in preparers]
+        preparations = [each for each in found if each is not None]
+        if preparations:
+            wanted.append((layers, preparations))
     total = sum(layer.in_features * layer.out_features for layers, _ in wanted for layer in layers)
     done = 0
     with ThreadPoolExecutor(1, "ciphertune-codes") as reader:
-        for layers, preparation in wanted:
+        for layers, preparations in wanted:
             for row, codes in _verified(layers, source, reader):
-                preparation.absorb(row, codes)
+                for each in preparations:
+                    each.absorb(row, codes)
                 done += codes.numel()
                 if progress is not None:
                     progress(done, total)
-            preparation.finish()
+            for each in preparations:
+                each.finish()
     return total
 
 

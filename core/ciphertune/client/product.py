@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ciphertune.backend import Backend, Buffers, ClientHalf, Encrypted, LinearMap
+from ciphertune.backend import Backend, Buffers, ClientHalf, Encrypted, LinearMap, columns_of
+from ciphertune.callers import Owners
+from ciphertune.client.connection import Opening, WorkerConnection
 from ciphertune.client.placement import Piece
 from ciphertune.client.pool import WorkerPool
 from ciphertune.client.request import PendingRequest
@@ -18,23 +21,62 @@ from ciphertune.interleaving.interleaver import wait_for_reply
 from ciphertune.protocol import Message
 from ciphertune.traffic import Exchange
 
+PieceCheck = Callable[[LinearMap, Tensor, Tensor, LinearMap, Tensor], bool]
+"""Whether a piece is right: its map, what the worker multiplied and what came of it, the map that it was encrypted for
+and what was encrypted."""
+
+
+class Rejected(Exception):  # noqa: N818 - the reason for other keys; what the caller sees is a WrongReplyError
+    """A decrypted answer is not the product that was asked for. Its worker is excluded.
+
+    Attributes:
+        piece: what was asked for.
+        worker: who gave it.
+    """
+
+    def __init__(self, piece: Piece, worker: WorkerConnection) -> None:
+        super().__init__()
+        self.piece = piece
+        self.worker = worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """A client half, and the request that opens sessions with its keys."""
+
+    client: ClientHalf[Any]
+    opening: Opening
+
 
 class Product:
     """A product under way, whose costs are counted in its exchange.
 
     Args:
-        backend, client: the encryption, and this session's half of it.
+        backend: the encryption.
+        keys: of the session.
         pool: the workers.
         exchange: what the product is; its costs are added here.
+        check: holds a decrypted piece against what was asked for; None where that is not done.
     """
 
-    def __init__(self, backend: Backend, client: ClientHalf[Any], pool: WorkerPool, exchange: Exchange) -> None:
+    def __init__(
+        self, backend: Backend, keys: Keys, pool: WorkerPool, exchange: Exchange, check: PieceCheck | None = None
+    ) -> None:
         self._backend = backend
-        self._client = client
+        self._client = keys.client
+        self._opening = keys.opening
         self._pool = pool
         self._exchange = exchange
+        self._check = check
 
-    def evaluate(self, pieces: Sequence[Piece], maps: Sequence[LinearMap], x: Tensor, whole: LinearMap) -> Tensor:
+    def evaluate(
+        self,
+        pieces: Sequence[Piece],
+        maps: Sequence[LinearMap],
+        x: Tensor,
+        whole: LinearMap,
+        owners: Owners | None = None,
+    ) -> Tensor:
         """``x Wᵀ`` or ``x W``, as ``whole.direction`` says.
 
         Args:
@@ -42,24 +84,36 @@ class Product:
             maps: of each piece in this direction; their ``rows`` say where they stand in ``whole``.
             x: (tokens, whole.in_features), float32.
             whole: the map of the whole group.
+            owners: callers whose tokens have secrets of their own; None for a single one.
 
         Returns:
             As ``ClientHalf.put_together``.
+
+        Raises:
+            Rejected: a decrypted answer was found wrong.
+            KeysReplaced: as ``PendingRequest.result``.
         """
         exchange, clock = self._exchange, time.perf_counter
         start = clock()
-        encrypted = self._client.encrypt_pieces(x, whole, maps)
+        if owners is None:
+            encrypted = self._client.encrypt_pieces(x, whole, maps)
+        else:
+            encrypted = self._client.encrypt_owned(x, whole, maps, owners)
         exchange.encrypt_seconds += clock() - start
         with contextlib.ExitStack() as stack:
             requests = [
                 self._send(piece, part, each, stack) for piece, part, each in zip(pieces, maps, encrypted, strict=True)
             ]
             parts = []
-            for request, part, each in zip(requests, maps, encrypted, strict=True):
+            for piece, request, part, each in zip(pieces, requests, maps, encrypted, strict=True):
                 reply = self._receive(request)
                 self._count(whole, part, each.buffers, reply)
                 start = clock()
                 parts.append(self._client.take_reply(reply, each.state, part))
+                if self._check is not None and not self._right(self._check, x, parts[-1], part, whole):
+                    assert request.answered_by is not None
+                    self._pool.exclude(request.answered_by, piece, whole.direction)
+                    raise Rejected(piece, request.answered_by)
                 exchange.decrypt_seconds += clock() - start
         start = clock()
         y = self._client.put_together(parts, [each.state for each in encrypted], whole, maps)
@@ -68,6 +122,13 @@ class Product:
             raise ReplyError(f"{whole.label}: the reply decrypts to the wrong shape {tuple(y.shape)}")
         exchange.decrypt_seconds += clock() - start
         return y
+
+    def _right(self, check: PieceCheck, x: Tensor, y: Tensor, piece: LinearMap, whole: LinearMap) -> bool:
+        """Whether a decrypted piece is what was asked for."""
+        sent = x if whole.direction == "forward" else columns_of(x, piece.rows)
+        if whole.direction == "forward" or self._backend.whole_products:
+            return check(piece, sent, y, whole, x)
+        return check(piece, sent, y, piece, sent)
 
     def _send(
         self, piece: Piece, linear_map: LinearMap, encrypted: Encrypted[Any], stack: contextlib.ExitStack
@@ -80,7 +141,7 @@ class Product:
         def check(reply: Buffers) -> None:
             self._client.check_reply(reply, encrypted.state, linear_map)
 
-        request = PendingRequest(self._pool, piece, linear_map.direction, buffers, check, allowance)
+        request = PendingRequest(self._pool, piece, linear_map.direction, self._opening, buffers, check, allowance)
         stack.callback(request.abandon)
         self._exchange.wait_seconds += time.perf_counter() - start
         self._exchange.requests += 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ciphertune.client.connection import BACKOFF_SECONDS, Retry, WorkerConnection
 from ciphertune.client.pool import WorkerPool
-from ciphertune.errors import ReplyError, TransportError, WeightsError, WorkerError
+from ciphertune.errors import TransportError, WeightsError, WorkerError
 from ciphertune.protocol import Message
 from ciphertune.weights import LayerInfo
 
@@ -30,11 +30,15 @@ class WorkerCodes:
     Args:
         pool: the workers.
         groups: for each layer's name, the group of the pool that it belongs to.
+
+    Attributes:
+        bytes_down: bytes of codes that workers sent.
     """
 
     def __init__(self, pool: WorkerPool, groups: dict[str, int]) -> None:
         self._pool = pool
         self._groups = groups
+        self.bytes_down = 0
         self._liars: set[tuple[str, str]] = set()
 
     def read(self, layer: LayerInfo, start: int, stop: int) -> Tensor:
@@ -73,7 +77,7 @@ class WorkerCodes:
         ]
 
     def _left(self, layer: LayerInfo, workers: Sequence[WorkerConnection]) -> list[WorkerConnection]:
-        return [worker for worker in workers if (worker.name, layer.name) not in self._liars]
+        return [each for each in workers if not each.excluded and (each.name, layer.name) not in self._liars]
 
     def _ask(self, layer: LayerInfo, start: int, stop: int, workers: Sequence[WorkerConnection]) -> Tensor:
         timeouts = self._pool.timeouts
@@ -96,8 +100,11 @@ class WorkerCodes:
                 else:
                     codes = reply.buffers.get("codes")
                     if codes is not None and codes.dim() == 2 and len(codes) == stop - start:
+                        self.bytes_down += codes.nbytes
                         return codes
-                    raise ReplyError(f"{worker.name} answered a request for codes of {layer.name} without them")
+                    problem = f"{worker.name} answered a request for codes of {layer.name} without them"
+                    log.warning("%s", problem)
+                    self._liars.add((worker.name, layer.name))
             if refused or time.monotonic() > end:
                 raise WeightsError(f"rows {start} to {stop} of {layer.name} could not be read: {problem}")
             self._pool.closed.wait(BACKOFF_SECONDS)

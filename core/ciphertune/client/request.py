@@ -9,11 +9,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from ciphertune.backend import Buffers, Direction
-from ciphertune.client.connection import BACKOFF_SECONDS, Retry, UnknownSession, WorkerConnection
+from ciphertune.client.connection import BACKOFF_SECONDS, Opening, Retry, UnknownSession, WorkerConnection
 from ciphertune.client.placement import Piece
 from ciphertune.client.pool import WorkerPool
 from ciphertune.errors import ReplyError, TransportError, TransportTimeoutError, WorkerError, WrongReplyError
 from ciphertune.protocol import Message
+
+
+class KeysReplaced(Exception):  # noqa: N818 - not an error: the reason to encrypt the product again
+    """The session has other keys than those that a request was encrypted under."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,7 @@ class PendingRequest:
         pool: the workers.
         piece: what is to be evaluated.
         direction: of the product.
+        opening: of sessions with the keys that it was encrypted under; no others get it.
         buffers: of the request.
         check: raises ``ReplyError`` for a reply that is not the product.
         allowance: seconds that it may take longer than others.
@@ -40,6 +45,7 @@ class PendingRequest:
         attempts: how often it was sent.
         begun: when it was first, as ``time.monotonic``.
         check_seconds: time that replies were checked.
+        answered_by: who gave the reply.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class PendingRequest:
         pool: WorkerPool,
         piece: Piece,
         direction: Direction,
+        opening: Opening,
         buffers: Mapping[str, Any],
         check: Callable[[Buffers], None],
         allowance: float = 0.0,
@@ -57,11 +64,13 @@ class PendingRequest:
         self._pool = pool
         self._piece = piece
         self._direction = direction
+        self._opening = opening
+        self.answered_by: WorkerConnection | None = None
         self._buffers = dict(buffers)
         self._timeouts = pool.timeouts.extended(allowance)
         self.begun = time.monotonic()
         # The worker may have to be given the key again.
-        self._deadline = self.begun + self._timeouts.deadline + pool.opening.upload_seconds
+        self._deadline = self.begun + self._timeouts.deadline + opening.upload_seconds
         self._under_way: dict[Future[Message], _Attempt] = {}
         self._hedge_not_before = 0.0
         self._send()
@@ -74,6 +83,7 @@ class PendingRequest:
             TransportError: the session was closed.
             WorkerError, ReplyError: a worker refused the request for good, or answered nonsense.
             WrongReplyError: every worker that holds the piece gave a wrong answer.
+            KeysReplaced: it would have to be sent again, and the session has other keys by now.
         """
         while True:
             if self._pool.closed.is_set():
@@ -101,6 +111,8 @@ class PendingRequest:
 
     def _send(self, *, hedging: bool = False) -> bool:
         """Send the request to the least loaded worker that is not backing off; False where there is none."""
+        if self._pool.opening is not self._opening:
+            raise KeysReplaced
         tried = {attempt.worker for attempt in self._under_way.values()}
         # A hedge must not wait for a session while the answer that it hedges may come.
         while (worker := self._pool.reserve(self._piece, tried, with_session=hedging)) is not None:
@@ -108,7 +120,7 @@ class PendingRequest:
             try:
                 seconds = max(0.0, min(self._timeouts.timeout, self._deadline - time.monotonic()))
                 group = worker.groups[self._piece.names]
-                session = worker.open(self._pool.opening, seconds, group, self._pool.closed)
+                session = worker.open(self._opening, seconds, group, self._pool.closed)
                 fields = {"session": session, "group": group, "direction": self._direction}
                 future = worker.submit(Message("evaluate", fields, self._buffers))
                 self._under_way[future] = _Attempt(worker, session, time.monotonic())
@@ -118,7 +130,7 @@ class PendingRequest:
                 full = isinstance(error, WorkerError) and error.code == "quota"
                 if not (full or isinstance(error, (Retry, TransportError))):
                     raise
-                worker.mark_failed(str(error))
+                self._failed(worker, error)
             else:
                 self.attempts += 1
                 return True
@@ -142,7 +154,7 @@ class PendingRequest:
         for future, attempt in list(self._under_way.items()):
             if now >= attempt.started + timeouts.timeout and not future.done():
                 self._drop(future)
-                attempt.worker.mark_failed(f"no answer within {timeouts.timeout:g} s")
+                self._failed(attempt.worker, TransportTimeoutError(f"no answer within {timeouts.timeout:g} s"))
         if may_hedge and self._under_way and not done and now >= hedge_at and not self._send(hedging=True):
             self._hedge_not_before = now + BACKOFF_SECONDS
         return None
@@ -156,7 +168,7 @@ class PendingRequest:
         except UnknownSession as error:
             worker.mark_forgotten(attempt.session, str(error))
         except (Retry, TransportError) as error:
-            worker.mark_failed(str(error))
+            self._failed(worker, error)
         except WorkerError as error:
             # What one worker stumbles over, its replica may not.
             if error.code != "internal" or self.attempts >= len(self._piece.workers):
@@ -164,9 +176,16 @@ class PendingRequest:
             worker.mark_failed(str(error))
         else:
             if self._accept(worker, reply):
-                worker.mark_answered()
+                self._pool.answered(worker)
+                self.answered_by = worker
                 return reply
         return None
+
+    def _failed(self, worker: WorkerConnection, error: BaseException) -> None:
+        """Have a worker back off; one that is busy is not silent."""
+        worker.mark_failed(str(error))
+        if isinstance(error, TransportError) and not self._pool.closed.is_set():
+            self._pool.silent(worker, str(error), self._deadline - time.monotonic())
 
     def _accept(self, worker: WorkerConnection, reply: Message) -> bool:
         """Whether a reply is the product that was asked for; whoever gave another one is asked no more."""
@@ -174,7 +193,9 @@ class PendingRequest:
         try:
             self._check(reply.buffers)
         except ReplyError as error:
-            self._pool.exclude(worker, self._piece, self._direction)
+            # One of the wrong form may be of another version of the worker; a wrong product is none of these.
+            keep = isinstance(error, WrongReplyError)
+            self._pool.exclude(worker, self._piece, self._direction, keep=keep)
             if not self._pool.others(self._piece, worker):
                 raise type(error)(
                     f"{worker.name}: {error}. It is broken or lies, and no other worker holds these rows. Nothing of "

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ciphertune._support.denormals import flushing
 from ciphertune._support.own_modes import own_modes
-from ciphertune.backend import DIRECTIONS, Direction, LinearMap, SecurityStatement
+from ciphertune.backend import DIRECTIONS, ClientHalf, Direction, LinearMap, SecurityStatement
+from ciphertune.callers import Owners, owners_of
 from ciphertune.client.choice import Choice
 from ciphertune.client.connection import Opening
+from ciphertune.client.noise_checks import NoiseChecks, checkable, decrypts_pieces
 from ciphertune.client.placement import Piece
 from ciphertune.client.pool import JoiningWorkers, WorkerPool
-from ciphertune.client.preparing import prepare
-from ciphertune.client.product import Product
+from ciphertune.client.preparing import Preparer, prepare
+from ciphertune.client.product import Keys, Product, Rejected
 from ciphertune.client.reading import WorkerCodes
-from ciphertune.errors import InputError, SecurityError, UnsupportedLayerError
+from ciphertune.client.request import KeysReplaced
+from ciphertune.errors import InputError, SecurityError, UnsupportedLayerError, WeightsError, WrongReplyError
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.selection import Selection
-from ciphertune.traffic import Exchange, Traffic
+from ciphertune.traffic import Exchange, SetUp, Traffic
 from ciphertune.transport import Link, LocalWorker
 from ciphertune.weights import CodeSource, LayerInfo, group_map, lookup_map, model_digest
 
 log = logging.getLogger(__name__)
+
+Checked = Literal["before decryption", "after decryption", "no"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +74,14 @@ class Session:
 
     Attributes:
         traffic: totals since the session opened.
+        set_up: costs of preparations from the weights' codes.
         pool: the workers.
         worker: the embedded worker, None where the workers are remote.
         closed: whether it was closed.
 
     Raises:
         UnsupportedLayerError, PrecisionError: the backend refuses a layer. Nothing was sent.
-        TransportError, UnknownLayerError, WorkerError, ReplyError: as ``WorkerPool``.
+        SecurityError, TransportError, UnknownLayerError, WorkerError, ReplyError: as ``WorkerPool``.
         WeightsError: the encryption prepares itself from the codes, and they cannot be had.
         CacheError: there is no room for what it prepares.
     """
@@ -94,37 +103,44 @@ class Session:
         self.worker = worker
         self.device = device
         self.traffic = Traffic()
+        self.set_up = SetUp()
         self.closed = False
+        self._apart = False
         self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
         self._groups = [self._group(groups, number) for number in range(len(groups))]
         self._groups += [self._table(self.layers[i]) for i in tables]
-        self._client = choice.backend.client(device)
+        client = choice.backend.client(device)
+        self._checks = self._checking(client)
         self._counting = threading.Lock()
         links: Sequence[Link] = ()
         try:
-            self._client.begin(model_digest(self.layers))
+            model = model_digest(self.layers)
+            client.begin(model)
             links = choice.transport.connect(choice.selection.endpoints, worker)
-            fields = {"backend": choice.selection.backend, "public": dict(self._client.open_fields())}
-            opening = Opening(fields, self._client.evaluation_key(), self._watch_key)
+            self._keys = self._keys_of(client)
             members = [group.layers for group in self._groups]
             seconds = choice.transport.joining_seconds
             self.pool = WorkerPool(
                 links,
                 members,
-                opening,
+                self._keys.opening,
                 choice.options,
                 self._joining(),
                 seconds,
                 remote=choice.transport.remote,
+                model=model.hex(),
                 excluded=self._watch_exclusions,
+                silence=self._watch_silence,
             )
         except BaseException:
             with contextlib.ExitStack() as stack:
-                stack.callback(self._client.close)
+                stack.callback(client.close)
                 for link in links:
                     stack.callback(link.close)
             raise
+        self._retired: list[ClientHalf[Any]] = []
+        self._renewing = threading.Lock()
         self._covering = threading.Lock()
         self._covered: dict[int, tuple[Piece, ...]] = {}
         try:
@@ -147,18 +163,31 @@ class Session:
         """The backend's security statement."""
         return self.choice.backend.security
 
+    @property
+    def checked(self) -> Checked:
+        """When answers are held against what was asked for: before decryption, after decryption, or no.
+
+        ``after decryption`` tells what lies beyond the backend's declared error, and means new keys after each failure.
+        """
+        if self.choice.backend.checks_answers:
+            return "before decryption"
+        return "no" if self._checks is None else "after decryption"
+
     def members(self, group: int) -> tuple[LayerInfo, ...]:
         """The layers of one group."""
         return self._groups[group].layers
 
     @own_modes()
-    def product(self, group: int, direction: Direction, x: Tensor) -> Tensor:
+    @flushing()
+    def product(self, group: int, direction: Direction, x: Tensor, owners: Owners | None = None) -> Tensor:
         """Evaluate one product at the workers.
 
         Args:
             group: index into the groups the session was opened with.
             direction: forward ``x Wᵀ`` or backward ``g W``, W being the group's stacked integer codes.
             x: (tokens, features), float32.
+            owners: callers and their numbers of tokens, in order, for a session that keeps callers apart; of all
+                tokens the caller that ``batch_of`` names if not given.
 
         Returns:
             (tokens, features of the other side), float32, of any strides, not yet scaled per channel.
@@ -166,9 +195,11 @@ class Session:
         Raises:
             PrecisionError: the backend cannot evaluate this map well enough. Nothing was sent.
             InputError: x is empty, of the wrong shape, or not finite. Nothing was sent.
-            SecurityError: the session is closed, or of another process. Nothing was sent.
+            SecurityError: the session is closed, or of another process, or keeps callers apart and was not told whose
+                the tokens are. Nothing was sent.
             VetoError: a plugin refused the request. Nothing was sent.
             TransportError, WorkerError, ReplyError: the product could not be had.
+            WrongReplyError: no worker is left that answers rightly.
         """
         linear_map = self._groups[group].maps[direction]
         # Before anything is computed: a forked process can hang in that, and has this one's keys and connections.
@@ -180,17 +211,33 @@ class Session:
         _check_input(x, linear_map)
         if self.closed:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
+        if self._apart:
+            owners = self._owners(linear_map, x, owners)
         self._refuse_imprecise(self._groups[group], direction)
         exchange = Exchange(
             layers=tuple(layer.name for layer in self.members(group)), direction=direction, tokens=len(x)
         )
         self.plugins.gate("ciphertune_before_request", session=self, exchange=exchange)
-        product = Product(self.choice.backend, self._client, self.pool, exchange)
-        y = product.evaluate(*self._cut(group, direction, x))
+        y = self._evaluate(group, direction, x, exchange, owners if self._apart else None)
         with self._counting:
             self.traffic.add(exchange)
         self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
+
+    def keep_apart(self) -> None:
+        """Keep callers apart from now on: no secret of the encryption masks tokens of two of them.
+
+        Every product then needs to be told whose its tokens are, by ``ciphertune.callers.batch_of``.
+
+        Raises:
+            SecurityError: the backend has one secret for all.
+        """
+        if not self.choice.backend.separates_callers:
+            raise SecurityError(
+                f"{self.selection.backend} has one secret for all who use this session, so that a caller who works "
+                "together with a worker could learn of the others: use mlwe, or a session for each caller"
+            )
+        self._apart = True
 
     @own_modes()
     def close(self) -> None:
@@ -202,29 +249,110 @@ class Session:
         try:
             self.pool.close()
         finally:
-            self._client.close()
+            for client in (*self._retired, self._keys.client):
+                client.close()
             self.plugins.observe("ciphertune_session_closed", session=self)
+
+    def _evaluate(
+        self, number: int, direction: Direction, x: Tensor, exchange: Exchange, owners: Owners | None
+    ) -> Tensor:
+        """The product, encrypted anew as often as the session's keys had to be replaced meanwhile."""
+        check = None if self._checks is None else functools.partial(self._right, number, direction)
+        while True:
+            keys = self._keys
+            product = Product(self.choice.backend, keys, self.pool, exchange, check)
+            try:
+                return product.evaluate(*self._cut(number, direction, x), owners)
+            except KeysReplaced:
+                continue
+            except Rejected as rejected:
+                # What was decrypted decides what is sent next: nothing more under this key.
+                self._renew(keys)
+                exchange.retries += 1
+                if not self.pool.others(rejected.piece):
+                    raise WrongReplyError(
+                        f"{rejected.worker.name}: {' + '.join(rejected.piece.names)} ({direction}): the answer is not "
+                        "the product that was asked for, and no other worker holds these rows. Nothing of it was used: "
+                        "resume from the last checkpoint with a worker that computes rightly"
+                    ) from None
+
+    def _right(
+        self,
+        number: int,
+        direction: Direction,
+        piece: LinearMap,
+        x: Tensor,
+        y: Tensor,
+        encrypted: LinearMap,
+        whole_x: Tensor,
+    ) -> bool:
+        """Whether a decrypted piece of a group's product is right; its vectors are those of the group's parent."""
+        assert self._checks is not None
+        parent, offset = self._groups[number].parent or (number, 0)
+        if self.choice.backend.whole_products:
+            offset = 0  # ``_cut`` counted from the parent's top
+        whole = self._groups[parent].maps[direction]
+        return self._checks.right(whole, _moved(piece, offset), x, y, encrypted, whole_x)
+
+    def _checking(self, client: ClientHalf[Any]) -> NoiseChecks | None:
+        """Checks of decrypted answers, where a worker elsewhere gives them and nothing checks them before."""
+        backend = self.choice.backend
+        if backend.checks_answers or not self.choice.transport.remote:
+            return None
+        if not self.choice.options.check_answers:
+            why = "check_answers=0"
+        elif not all(checkable(backend, group.maps) for group in self._groups):
+            why = f"{backend.name} states no bound of its errors"
+        elif not decrypts_pieces(client, backend):
+            why = f"{backend.name} does not decrypt the pieces of a product one by one"
+        else:
+            return NoiseChecks(backend, self.device)
+        log.warning("answers of workers are not checked (%s): a wrong one is believed", why)
+        return None
+
+    def _keys_of(self, client: ClientHalf[Any]) -> Keys:
+        fields = {"backend": self.choice.selection.backend, "public": dict(client.open_fields())}
+        return Keys(client, Opening(fields, client.evaluation_key(), self._watch_key))
+
+    def _renew(self, keys: Keys) -> None:
+        """Replace the session's keys, unless another thread did. What is under way ends under the old ones."""
+        with self._renewing:
+            if self._keys is not keys:
+                return
+            log.warning("a decrypted answer was wrong: the session goes on with new keys")
+            client = self.choice.backend.renewed_client(self.device)
+            client.begin(model_digest(self.layers))
+            if self.choice.backend.prepares:
+                self._prepare(list(range(len(self._groups))), None, [client])
+            self._retired.append(keys.client)
+            self._keys = self._keys_of(client)
+            self.pool.opening = self._keys.opening
+
+    @staticmethod
+    def _owners(linear_map: LinearMap, x: Tensor, owners: Owners | None) -> Owners:
+        found = owners_of(x.shape) if owners is None else owners
+        if found is None or sum(tokens for _, tokens in found) != len(x):
+            raise SecurityError(
+                f"{linear_map.label}: this session keeps callers apart, and nobody said whose these {len(x)} tokens "
+                "are: call the model within ciphertune.callers.batch_of(…). Nothing was sent"
+            )
+        return found
 
     def _cut(
         self, number: int, direction: Direction, x: Tensor
     ) -> tuple[Sequence[Piece], Sequence[LinearMap], Tensor, LinearMap]:
         """How a product is evaluated: the pieces, their maps, what is sent, and the map that it is encrypted for.
 
-        Where a client half prepares itself for groups, a layer alone has nothing of its own: its product is some rows
-        of its group's, and its gradient the group's with zeros for the siblings.
+        With ``Backend.whole_products`` a layer alone has nothing of its own: its product is some rows of its group's,
+        and its gradient the group's with zeros for the siblings.
         """
-        group = self._groups[number]
-        offset = 0
-        if self.choice.backend.prepares and group.parent is not None:
-            parent, offset = group.parent
-            whole = self._groups[parent].maps[direction]
-            if direction == "backward":
-                columns = slice(offset, offset + x.shape[1])
-                x, alone = x.new_zeros(len(x), whole.in_features), x
-                x[:, columns] = alone
-                number, offset = parent, 0
-        else:
-            whole = group.maps[direction]
+        parent, offset = self._evaluated_in(number)
+        whole = self._groups[parent].maps[direction]
+        if parent != number and direction == "backward":
+            columns = slice(offset, offset + x.shape[1])
+            x, alone = x.new_zeros(len(x), whole.in_features), x
+            x[:, columns] = alone
+            number, offset = parent, 0
         pieces = self._prepared_pieces(number)
         maps = [dataclasses.replace(piece.map(direction), peak=whole.peak) for piece in pieces]
         return pieces, [_moved(each, offset) for each in maps], x, whole
@@ -232,7 +360,7 @@ class Session:
     def _prepared_pieces(self, number: int) -> tuple[Piece, ...]:
         """The pieces of a group's products, for which the client half is prepared."""
         pieces = self.pool.pieces(number)
-        if self.choice.backend.prepares and pieces is not self._covered[number]:
+        if self._preparers and pieces is not self._covered[number]:
             with self._covering:
                 # A worker joined. Where rows are cut otherwise for it, codes are read once more.
                 if [each.shards for each in pieces] != [each.shards for each in self._covered[number]]:
@@ -240,9 +368,18 @@ class Session:
                 self._covered[number] = pieces
         return pieces
 
-    def _prepare(self, numbers: Sequence[int], codes: CodeSource | None) -> None:
-        """Let the client half prepare itself for groups, each as a part of the group that it belongs to, if any."""
-        if not self.choice.backend.prepares:
+    @property
+    def _preparers(self) -> list[Preparer]:
+        """What prepares itself from codes."""
+        found: list[Preparer] = [self._keys.client] if self.choice.backend.prepares else []
+        return found if self._checks is None else [*found, self._checks]
+
+    def _prepare(
+        self, numbers: Sequence[int], codes: CodeSource | None, preparers: Sequence[Preparer] | None = None
+    ) -> None:
+        """Let what prepares itself do so for groups, each as a part of the group that it belongs to, if any."""
+        preparers = self._preparers if preparers is None else preparers
+        if not preparers:
             return
         wanted: dict[int, list[LinearMap]] = {}
         for number in numbers:
@@ -254,11 +391,25 @@ class Session:
             codes = WorkerCodes(self.pool, names)
         begun = time.monotonic()
         groups = [(self.members(i), self._groups[i].maps, pieces) for i, pieces in wanted.items()]
-        read = prepare(self._client, groups, codes, self._watch_codes)
+        try:
+            read = prepare(preparers, groups, codes, self._watch_codes)
+        except WeightsError as error:
+            if self.choice.backend.prepares:
+                raise
+            raise WeightsError(
+                f"{error}. The codes are needed to check answers; check_answers=0 does without, and believes any answer"
+            ) from error
+        self.set_up.weights += read
+        self.set_up.seconds += (seconds := time.monotonic() - begun)
+        if isinstance(codes, WorkerCodes):
+            self.set_up.bytes_down += codes.bytes_down
         if read:
-            log.info(
-                "prepared for the products of %.1f million weights in %.1f s", read / 1e6, time.monotonic() - begun
-            )
+            log.info("prepared for the products of %.1f million weights in %.1f s", read / 1e6, seconds)
+
+    def _evaluated_in(self, number: int) -> tuple[int, int]:
+        """The group whose product serves a group, and the row that it begins at there."""
+        parent = self._groups[number].parent if self.choice.backend.whole_products else None
+        return parent or (number, 0)
 
     def _group(self, groups: Sequence[tuple[int, ...]], number: int) -> _Group:
         layers = tuple(self.layers[i] for i in groups[number])
@@ -307,6 +458,13 @@ class Session:
             "ciphertune_worker_excluded", session=self, worker=worker, layers=layers, direction=direction
         )
 
+    def _watch_silence(self, worker: str, problem: str | None, seconds: float) -> None:
+        if problem is None:
+            self.plugins.observe("ciphertune_worker_back", session=self, worker=worker, seconds=seconds)
+        else:
+            told = {"session": self, "worker": worker, "problem": problem, "seconds": seconds}
+            self.plugins.observe("ciphertune_worker_silent", **told)
+
     def _watch_key(self, worker: str, nbytes: int, done: bool) -> None:
         self.plugins.observe("ciphertune_sending_key", worker=worker, nbytes=nbytes, done=done)
 
@@ -324,8 +482,9 @@ def _check_input(x: Tensor, linear_map: LinearMap) -> None:
         raise InputError(f"{linear_map.label}: expected (tokens, {linear_map.in_features}), got shape {tuple(x.shape)}")
     if len(x) == 0:
         raise InputError(f"{linear_map.label}: the input has no tokens")
-    # A sum is one cheap pass; only if it is not finite is it worth looking at every value.
-    if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+    # Both ends in one pass, whatever the values are: what was decrypted must not show in how long it takes.
+    ends = torch.stack(torch.aminmax(x))
+    if not bool(torch.isfinite(ends).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise InputError(
             f"{linear_map.label}: {bad} of {x.numel()} values are NaN or infinite; nothing was sent. "

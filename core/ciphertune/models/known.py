@@ -9,6 +9,7 @@ from torch import nn
 
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
+from ciphertune.models.folders import refuse_folder
 from ciphertune.models.names import refuse_path
 from ciphertune.models.skeleton import assemble, build
 
@@ -82,6 +83,7 @@ def skeleton(model: str, **changes: Any) -> nn.Module:
         return assemble(config, getattr(transformers, f"{kind}ForCausalLM"))
     folder = Path(model)
     if not folder.is_dir():
+        refuse_folder(model, weights=False)
         refuse_path(model, ("smollm2", *BUILT_IN))
         try:
             from huggingface_hub import hf_hub_download

@@ -15,6 +15,7 @@ from ciphertune.client.choice import Choice, choose
 from ciphertune.client.session import Session
 from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError
 from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.calibration import Calibration
 from ciphertune.outsourcing.embedding import (
     OutsourcedEmbedding,
     Table,
@@ -30,6 +31,7 @@ from ciphertune.outsourcing.layers import (
     linear_layers,
     sibling_groups,
 )
+from ciphertune.outsourcing.outliers import keep_channels
 from ciphertune.outsourcing.replacing import Restorer, originals, replace, replace_embedding
 from ciphertune.outsourcing.trained_whole import guard
 from ciphertune.outsourcing.trial import frozen_from_birth
@@ -47,6 +49,7 @@ def outsource(
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
     *,
     embeddings: bool = False,
+    calibration: Calibration | None = None,
     plugins: PluginManager | None = None,
 ) -> ModelT:
     """Replace linear layers by ones whose weights are at the workers. The model is changed in place and returned.
@@ -60,6 +63,7 @@ def outsource(
             layers tied to something that stays, and layers that are being trained. ``"all"`` includes the output head.
         embeddings: whether the token embedding is at the workers, too: tokens are then looked up under encryption, by a
             request as long as the vocabulary for each. An output head that is the same table goes with it.
+        calibration: from ``calibrate``: channels with outliers stay at the client, up to 8 a product.
         plugins: hook plugins; those of the process unless given.
 
     Raises:
@@ -79,7 +83,8 @@ def outsource(
     groups = sibling_groups(chosen, sizes) if choice.options.share_inputs else [(i,) for i in range(len(chosen))]
     held = [*chosen, table.places[0]] if table is not None and table.tied is None else chosen
     blocks = [*groups, *((i,) for i in range(len(chosen), len(held)))]
-    infos, store = quantize_all(held, blocks, choice.backend.weight_bits, keep=not choice.transport.remote)
+    local = not choice.transport.remote
+    infos, store = quantize_all(held, blocks, choice.backend.weight_bits, keep=local, calibration=calibration)
     device = device_of(held)
     worker = None if choice.transport.remote else Worker(store, device)
     codes = ModelCodes(held, choice.backend.weight_bits) if choice.transport.remote else None
@@ -112,7 +117,12 @@ class ModelCodes:
 
 @own_modes()
 def quantize_all(
-    chosen: Sequence[Candidate], groups: Sequence[tuple[int, ...]], bits: WeightBits | None, *, keep: bool
+    chosen: Sequence[Candidate],
+    groups: Sequence[tuple[int, ...]],
+    bits: WeightBits | None,
+    *,
+    keep: bool,
+    calibration: Calibration | None = None,
 ) -> tuple[list[LayerInfo], WeightStore]:
     """Quantize layers: return what a client knows of them, and a store for the worker.
 
@@ -121,6 +131,7 @@ def quantize_all(
         groups: those evaluated together, as indices; every layer is in exactly one.
         bits: of a weight at the worker, None for float32.
         keep: whether the weights are wanted too; the store is empty otherwise.
+        calibration: what channels the client keeps follows from; none are without it.
 
     Raises:
         LayerError: a weight is not finite.
@@ -129,7 +140,9 @@ def quantize_all(
     infos: dict[int, LayerInfo] = {}
     for group in groups:
         weights = [quantize_layer(chosen[i].name, chosen[i].weight(), bits) for i in group]
-        infos |= {i: describe(chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)}
+        members = [describe(chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)]
+        members = keep_channels(members, [chosen[i].weight() for i in group], calibration)
+        infos |= dict(zip(group, members, strict=True))
         if keep:
             codes = [weight.codes for weight in weights]
             store.add([infos[i].shard() for i in group], codes[0] if len(codes) == 1 else torch.cat(codes))
@@ -267,11 +280,16 @@ def validate(model: nn.Module) -> dict[str, str]:
     return {c.name: c.obstacle for c in linear_layers(model) if c.obstacle is not None}
 
 
+def sessions_of(model: nn.Module) -> list[Session]:
+    """The sessions that a model's outsourced layers use; none for a model that has none."""
+    return list(dict.fromkeys(_session(layer) for layer in _outsourced(model)))
+
+
 def _sessions(model: nn.Module) -> list[Session]:
-    sessions = dict.fromkeys(_session(layer) for layer in _outsourced(model))
+    sessions = sessions_of(model)
     if not sessions:
         raise NothingOutsourcedError("the model has no outsourced layer: call ciphertune.outsource(model, to=…) first")
-    return list(sessions)
+    return sessions
 
 
 def _outsourced(model: nn.Module) -> list[OutsourcedLinear | OutsourcedEmbedding]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.torch_compat import uncompiled
+from ciphertune.callers import owners_of
 from ciphertune.client.session import Session
 from ciphertune.errors import OutsourcedWeightError
 from ciphertune.outsourcing.autograd import OutsourcedProduct
@@ -111,5 +112,6 @@ class LayerGroup:
             members = self.session.members(group)
             outputs = tuple(flat[:, :1].expand(0, layer.out_features) for layer in members)
         else:
-            outputs = OutsourcedProduct.apply(flat, self.session, group, half)  # type: ignore[no-untyped-call]
+            owners = owners_of(x.shape)
+            outputs = OutsourcedProduct.apply(flat, self.session, group, half, owners)  # type: ignore[no-untyped-call]
         return tuple(output.reshape(*x.shape[:-1], output.shape[-1]) for output in outputs)

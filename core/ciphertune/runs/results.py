@@ -64,7 +64,7 @@ class OutputFolder:
             ) from error
 
     def write(self, content: Mapping[str, Any], curves: Mapping[str, Sequence[float]], title: str) -> None:
-        """Write ``result.json``, the report and the plot, each whole or not at all.
+        """Write ``result.json``, the report and the plot, each with mode 0600, whole or not at all.
 
         Args:
             content: the figures, as ``ciphertune.report.page.render`` takes them.
@@ -110,6 +110,8 @@ class Result:
         security: the backend's statement.
         security_bits: None where nothing is encrypted.
         security_level: the same in words, by cost model where several are known.
+        checked: how answers were held against what was asked for; see ``Session.checked``.
+        excluded: workers that gave wrong answers in this run, and when, on which layers.
         costs: cost of the run by phase and layer.
         adapter, report, plot: paths of the files written.
     """
@@ -120,6 +122,8 @@ class Result:
     security: str
     security_bits: float | None
     security_level: str
+    checked: str
+    excluded: list[dict[str, str]]
     costs: RunCosts
     adapter: str
     report: str
@@ -135,6 +139,8 @@ def common_figures(to: str, session: Session, share: Share, meter: CostMeter, ou
         "security": session.security.summary,
         "security_bits": session.security.bits,
         "security_level": session.security.level,
+        "checked": session.checked,
+        "excluded": [{"worker": each.worker, "when": each.when, "why": each.why} for each in session.pool.wrong],
         "costs": meter.costs(),
         "adapter": str(output.adapter),
         "report": str(output.report),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ciphertune
 from ciphertune.backend import DIRECTIONS, Backend, Buffers, ClientHalf, Direction, LinearMap, WorkerHalf
 from ciphertune.client.choice import choose
+from ciphertune.client.noise_checks import DEVIATIONS, NoiseChecks, checkable
 from ciphertune.errors import InputError, ProtocolError, ReplyError, WrongReplyError
 from ciphertune.protocol import Message, pack, unpack
 from ciphertune.testing.lies import LIES, LyingWorker
@@ -291,7 +292,7 @@ class BackendSuite:
         """A backend that checks answers refuses each lie, before it decrypts; and none of an honest worker's."""
         both = pair(24, 40)
         if not both.backend.checks_answers:
-            pytest.skip("this backend does not say that it checks answers")
+            pytest.skip("this backend does not say that it checks answers before they are decrypted")
         linear_map = both.map(direction)
         liar = LyingWorker(both.worker, lie, honest=1)
         prepared = liar.prepare(both.weight.codes)
@@ -304,6 +305,50 @@ class BackendSuite:
                     both.client.check_reply(reply, encrypted.state, linear_map)
             else:
                 both.client.check_reply(reply, encrypted.state, linear_map)
+
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_wrong_answers_are_found_once_decrypted(self, pair: Callable[..., Pair], direction: Direction) -> None:
+        """Within the declared error every lie that exceeds it far is found, and no honest answer is taken for one."""
+        both = pair(8, 16)
+        maps = {each: both.map(each) for each in DIRECTIONS}
+        if not checkable(both.backend, maps):
+            pytest.skip("this backend checks answers itself, or states no bound of their errors")
+        checks, linear_map = NoiseChecks(both.backend, _CPU), maps[direction]
+        preparation = checks.preparation(maps["forward"], maps["backward"])
+        assert preparation is not None
+        preparation.absorb(0, both.weight.codes)
+        preparation.finish()
+
+        def told(worker: WorkerHalf, prepared: Any, seed: int) -> tuple[bool, float]:
+            """Whether an answer passes, and its error over that of an honest one."""
+            x = torch.randn(2, linear_map.in_features, generator=torch.Generator().manual_seed(seed))
+            encrypted = both.client.encrypt(x, linear_map)
+            reply = _carried(worker.evaluate(prepared, direction, _carried(encrypted.buffers)))
+            try:
+                y = both.client.decrypt(reply, encrypted.state, linear_map)
+            except ReplyError:
+                return False, math.inf
+            noise, norm = both.backend.noise(linear_map), x.double().norm(dim=1)
+            honest = (both.backend.rounding(linear_map) or 0.0) * linear_map.max_norm * norm
+            if noise is not None:
+                honest = honest + noise.error_deviation(linear_map.max_norm) / noise.token_scale(x, linear_map)
+            off = (y.double() - x.double() @ both.matrix(direction).t()).norm(dim=1)
+            passed = checks.right(linear_map, linear_map, x, y, linear_map, x)
+            return passed, float((off / honest).nan_to_num(math.inf).max())
+
+        assert all(told(both.worker, both.prepared, seed)[0] for seed in (7, 8)), "an honest answer was refused"
+        found = 0
+        for lie in ("a row of zeros", "one weight changed", "the top bit of a row", "the answer before"):
+            liar = LyingWorker(both.worker, lie)
+            prepared = liar.prepare(both.weight.codes)
+            if lie == "the answer before":
+                told(liar, prepared, 8)
+            passed, error = told(liar, prepared, 9)
+            # A quarter of the error's norm in the direction of one of 32 vectors is enough.
+            if error > 4 * DEVIATIONS * math.sqrt(linear_map.out_features):
+                found += 1
+                assert not passed, f"{lie}: an error of {error:.3g} deviations was not found"
+        assert found, "no lie is larger than the declared error: this backend's answers cannot be checked"
 
     def test_opening_fields_that_are_none(self, pair: Callable[..., Pair]) -> None:
         """A worker half is not made from public fields of the wrong type."""

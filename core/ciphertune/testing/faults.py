@@ -169,7 +169,7 @@ class _FaultyLink(Link):
     def __init__(self, link: Link, faults: Faults) -> None:
         self._link = link
         self._faults = faults
-        self.name = link.name
+        self.name, self.identity = link.name, link.identity
         self._pending = faults._open(link.name)
 
     def submit(self, request: Message) -> Future[Message]:

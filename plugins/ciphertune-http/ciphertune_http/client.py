@@ -37,6 +37,8 @@ class HttpLink(Link):
 
     def __init__(self, url: str, token: str, ca: str | None, direct: bool) -> None:
         self.name = url
+        # Of the worker TLS alone proves something: that the certificate is for this address.
+        self.identity = f"tls {url}" if url.startswith("https:") else ""
         self._url = url + body.PATH
         try:
             verify = ssl.create_default_context(cafile=ca)
