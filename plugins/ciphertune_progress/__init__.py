@@ -181,9 +181,8 @@ def ciphertune_worker_silent(worker: str, problem: str, seconds: float) -> None:
     """Print a line, and show in the bar what is waited for."""
     if _bar is not None:
         _bar.silent[worker] = time.monotonic() + seconds
-    _say(
-        f"{worker} does not answer ({problem.removeprefix(f'{worker}: ')}); waiting up to {seconds:.0f} s for it or a replica"
-    )
+    problem = problem.removeprefix(f"{worker}: ")
+    _say(f"{worker} does not answer ({problem}); waiting up to {seconds:.0f} s for it or a replica")
 
 
 @hookimpl

@@ -250,7 +250,7 @@ def test_layers_alone_and_tasks_in_turns(messages: list[Sealed]) -> None:
 def test_forks(messages: list[Sealed], tokens: int) -> None:
     """A forked process, which has the same masks in its memory, encrypts nothing with them."""
     model: Any = ciphertune.outsource(Wide(), "mlwe", "all")
-    client = ciphertune.session_of(model)._client
+    client = ciphertune.session_of(model)._keys.client
     whole = ciphertune.session_of(model)._groups[0].maps["forward"]
     x = torch.randn(tokens, 40)
     try:
@@ -286,7 +286,7 @@ def test_sessions_that_share_a_matrix(messages: list[Sealed], empty_cache: Path)
         models.append(ciphertune.outsource(Wide(), "mlwe", "all"))
         check(models[2], 200)
         check(models[1], 200)
-        matrices = {bytes(ciphertune.session_of(model)._client._public._prefix.digest(32)) for model in models}
+        matrices = {bytes(ciphertune.session_of(model)._keys.client._public._prefix.digest(32)) for model in models}
         assert len(matrices) == 1
     finally:
         for model in models:

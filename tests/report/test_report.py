@@ -254,8 +254,8 @@ def test_a_resumed_run_says_what_it_knows(trained: Path, resumed: Path) -> None:
     page = Page((resumed / "report.html").read_text())
     assert (whole["costs"]["first_step"], content["costs"]["first_step"]) == (1, 5)
     assert len(content["losses"]) == len(whole["losses"]) == 8
-    # The evaluation before the first step is the whole run's alone: 24 forward products.
-    assert content["traffic"]["requests"] == (whole["traffic"]["requests"] - 24) / 2
+    # The evaluation before the first step is the whole run's alone: 8 forward products.
+    assert content["traffic"]["requests"] == (whole["traffic"]["requests"] - 8) / 2
     assert "A resumed run" in page.text
     assert "from step 5 on" in page.text
     banners = [values["class"] for tag, values in page.tags if values.get("class", "").startswith("banner")]

@@ -85,8 +85,8 @@ def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | No
     clients = AuthorisedClients(folder / "clients")
     if any(file.name != "worker.key" for file in folder.glob("*.key")):
         log.warning(
-            "a rehearsal: %s holds secret keys of clients beside the worker's. On a machine that clients need not trust "
-            "there must be none: make them at the clients, and copy their .pub files here",
+            "a rehearsal: %s holds secret keys of clients beside the worker's. Where clients need not trust the "
+            "machine there must be none: make them at the clients, and copy their .pub files here",
             folder,
         )
     if not any(clients.folder.glob("*.pub")):

@@ -22,9 +22,9 @@ def keys(folder: Path, worker: bool, clients: tuple[str, ...], as_json: bool) ->
     """Make the keys with which clients and workers recognise each other, in FOLDER.
 
     Each side makes its own, on its own machine: --worker there, --client NAME here. Only public keys (.pub) travel:
-    worker.pub to clients, clients/NAME.pub to the worker, which lets in exactly these. Secret keys (.key) have mode 0600
-    and never leave their machine. Without either option both sides are made in one folder, for a rehearsal on one
-    machine.
+    worker.pub to clients, clients/NAME.pub to the worker, which lets in exactly these. Secret keys (.key) have mode
+    0600 and never leave their machine. Without either option both sides are made in one folder, for a rehearsal on
+    one machine.
     """
     from ciphertune.errors import ConfigError
     from ciphertune.plugins import registry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,19 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in rows:
         table.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
     Console().print(table)
+
+
+def print_entries(entries: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Print names with lines below each, wrapped to the terminal's width."""
+    from rich.console import Console
+
+    width = Console().width
+    for name, lines in entries:
+        click.echo(click.style(name, bold=True))
+        for line in filter(None, lines):
+            click.echo(
+                textwrap.fill(line, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+            )
 
 
 def print_facts(title: str, facts: Mapping[str, object]) -> None:

@@ -29,6 +29,7 @@ from ciphertune.runs.classification import ClassificationTask
 from ciphertune.runs.config import LoraSection, TrainConfig, placed
 from ciphertune.runs.language import LanguageTask
 from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
+from ciphertune.runs.sizes import evaluation_size, evaluations_told, judging_batches
 from ciphertune.runs.stopping import Asked, RunStopped, stopping_on_signals
 from ciphertune.runs.task import Batches, RunTask
 from ciphertune.training.checkpoint import list_checkpoints
@@ -158,13 +159,19 @@ def _run(
     )
     trainer = LoraTrainer(model, t, metric=task.metric)
     loader = data.loader(config.data.batch_size, t.seed)
-    held = data.evaluation(config.data.batch_size)
+    held = data.evaluation(evaluation_size(data.held, base, config.data.batch_size))
+    if held is not None:
+        told = evaluations_told(t, len(data.train), len(data.held), config.data.batch_size)
+        if told is not None:
+            progress(told)
     if overwrite and not resume and checkpoints is not None:
         for checkpoint in list_checkpoints(checkpoints):
             remove_directory(checkpoint)
     torch.manual_seed(t.seed)
     meter = CostMeter(session, part)
-    with meter.measuring(), _ending_early(trainer, checkpoints, command, progress) as asked:
+    # Products that overlap take longer than they would alone, and tell nothing.
+    judging = judging_batches(config.data.batch_size, progress) if t.interleave == 1 else contextlib.nullcontext()
+    with meter.measuring(), judging, _ending_early(trainer, checkpoints, command, progress) as asked:
         history = trainer.train(loader, held, resume=resume)
     if trainer.stopped:
         session.close()
