@@ -207,12 +207,14 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
     return model, tokenizer
 
 
-def load_tokenizer(folder: str) -> Any:
-    """Load the tokenizer in a folder, by transformers. Raises ``ConfigError``."""
+def load_tokenizer(folder: str, gguf_file: str | None = None) -> Any:
+    """Load the tokenizer of a folder, a hub name or ``smollm2``, by transformers. Raises ``ConfigError``."""
     transformers = import_optional("transformers", _EXTRA)
-    with _quiet(transformers, offline=True):
+    folder, extra = _found(folder, gguf_file)
+    refuse_folder(folder, weights=False, tokenizer=True, gguf_file=extra.get("gguf_file"))
+    with _quiet(transformers, offline=Path(folder).exists()):
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder)
+            return transformers.AutoTokenizer.from_pretrained(folder, **extra)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
 
