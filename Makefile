@@ -32,8 +32,8 @@ WHEEL := ".[demo,testing]" mypy "plugins/ciphertune-http[test]" "plugins/ciphert
 # Two processes, a thread each: tests wait as much as they compute. Modules stay together (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install install-checks demo demo-quick check test fast-tests tests elsewhere lint types docs wheel wheel-test arm-test \
-	concrete-ml constraints soak fuzz bench clean
+.PHONY: install install-checks demo demo-quick check test fast-tests tests browser-test elsewhere lint types docs wheel wheel-test \
+	arm-test concrete-ml constraints soak fuzz bench clean
 
 install: $(STAMP)
 
@@ -71,6 +71,10 @@ fast-tests: $(CHECK_STAMP)
 
 tests: $(CHECK_STAMP)
 	$(PYTEST)
+
+# The page that `ciphertune serve` shows, in the system's Chromium; skipped where there is none.
+browser-test: $(CHECK_STAMP)
+	CIPHERTUNE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v --durations 0 tests/serving/test_page.py
 
 elsewhere:
 	@mkdir -p build

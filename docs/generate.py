@@ -13,6 +13,9 @@ from typing import Any
 
 import ciphertune
 from ciphertune import hookspecs
+from ciphertune.cli.output import percent
+from ciphertune.models import known
+from ciphertune.planning.shares import shares_of
 
 DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks"
@@ -277,6 +280,17 @@ def _where(machine: Any) -> str:
     )
 
 
+def _shares() -> str:
+    """Shares of the known models at the workers."""
+    header = ("model", "weights (million)", "default", "with the output head", "with head and embeddings")
+    rows = []
+    for model in known.BUILT_IN:
+        found = shares_of(model)
+        parts = (found.default, found.with_head, found.with_embeddings or 0.0)
+        rows.append((f"`{model}`", f"{found.weights / 1e6:,.0f}", *map(percent, parts)))
+    return _table(header, rows)
+
+
 def _names() -> str:
     """What ``import ciphertune`` exports, with the first line of each docstring."""
     rows = []
@@ -303,7 +317,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         **{name: functools.partial(settings.part, name) for name in settings.options()},
     },
     "training.md": {"names": _names},
-    "planning.md": {"predicted": _predicted, "validated": _validated},
+    "planning.md": {"predicted": _predicted, "shares": _shares, "validated": _validated},
     "../README.md": {"summary": _summary},
 }
 

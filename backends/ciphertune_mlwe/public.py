@@ -20,6 +20,8 @@ KEPT_ROWS = 1 << 14
 """Rows whose transforms are kept; those of longer inputs are made anew for each request."""
 _PART_ROWS = 1 << 13
 """Of these, rows whose transforms are held at once."""
+_DRAWN_BYTES = 1 << 29
+"""Of these, memory for rows that are kept as they were drawn: drawing takes four times as long as transforming."""
 
 
 class PublicMatrix:
@@ -39,6 +41,7 @@ class PublicMatrix:
         self._lock = threading.Lock()
         self._kept: tuple[int, int, Tensor] = (0, 0, torch.empty(0, dtype=torch.float64))
         self._operands: tuple[int, int, Tensor | None] = (0, 0, None)
+        self._drawn: dict[int, Tensor] = {}
 
     def rows(self, start: int, stop: int, rank: int) -> Tensor:
         """Rows start to stop, (rows, rank · degree) int32."""
@@ -81,7 +84,7 @@ class PublicMatrix:
             return
         for start in range(0, features, _PART_ROWS):
             stop = min(start + _PART_ROWS, features)
-            yield start, stop, (rank, self._transforms.of_rows(self.rows(start, stop, rank), rank))
+            yield start, stop, (rank, self._transforms.of_rows(self._part(start, stop, rank), rank))
 
     def transformed(self, features: int, rank: int) -> tuple[int, Tensor]:
         """Transforms of the first rows, for ``Transforms.masks``, and the ring elements of a row that they hold.
@@ -95,6 +98,18 @@ class PublicMatrix:
                 kept = self._transforms.of_rows(self.rows(0, features, kept_rank), kept_rank)
                 self._kept = features, kept_rank, kept
             return kept_rank, kept
+
+    def _part(self, start: int, stop: int, rank: int) -> Tensor:
+        """Rows of one part of a long input, kept while there is room."""
+        with self._lock:
+            found = self._drawn.get(start)
+        if found is None or len(found) < stop - start or found.shape[1] < rank * DEGREE:
+            found = self.rows(start, stop, rank)
+            with self._lock:
+                held = sum(part.nbytes for at, part in self._drawn.items() if at != start)
+                if held + found.nbytes <= _DRAWN_BYTES:
+                    self._drawn[start] = found
+        return found[: stop - start, : rank * DEGREE]
 
     def _made(self, start: int, stop: int, rank: int) -> Tensor:
         rows = self.rows(start, stop, rank).to(self._transforms.device)

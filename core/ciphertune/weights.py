@@ -27,7 +27,7 @@ _CHUNK_VALUES = 1 << 22
 """Values worked on at once, so that quantizing a large layer takes little memory beside it."""
 
 
-MOST_KEPT = 8
+MOST_CHANNELS = 8
 """Channels of a product that a client multiplies itself, at most."""
 
 

@@ -231,7 +231,8 @@ def test_layers_alone_are_parts_of_their_groups(plan: Any, register: Callable[[s
     assert found["simulation"][0] == found["mlwe"][0]
     for exact, real, simulated in list(zip(*found.values(), strict=True))[1:]:
         errors = [(each - exact).square().mean() for each in (real, simulated)]
-        assert 0.9 < float(errors[0] / errors[1]) < 1.1
+        # A token's outputs share a part of their error, so there are some hundred independent ones.
+        assert 0.75 < float(errors[0] / errors[1]) < 1.33
 
 
 def test_backward_pieces_are_one_ciphertext(register: Callable[[str, Any], None]) -> None:

@@ -144,7 +144,7 @@ FRONT = {
         "LARGEST_READING",
         "LayerInfo",
         "LayerWeight",
-        "MOST_KEPT",
+        "MOST_CHANNELS",
         "Shard",
         "code_dtype",
         "describe",

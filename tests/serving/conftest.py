@@ -12,6 +12,7 @@ import tiny
 import torch
 
 import ciphertune
+from ciphertune.serving.choosing import Chooser
 from ciphertune.serving.server import Server
 from ciphertune.serving.settings import ServeSettings
 
@@ -80,3 +81,15 @@ def client() -> Iterator[Callable[..., openai.OpenAI]]:
     yield make
     for each in clients:
         each.close()
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``script(text)``: what every answer is from now on, a letter each token, to its end."""
+
+    def follow(text: str) -> None:
+        tokens = [*(ord(letter) - 32 for letter in text), 96]
+        monkeypatch.setattr(Chooser, "__init__", lambda self, *_: setattr(self, "left", list(tokens)))
+        monkeypatch.setattr(Chooser, "choose", lambda self, logits: (self.left.pop(0), None))
+
+    return follow

@@ -13,12 +13,11 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 import torch
-from served_model import KEYS, SECRET, ask
+from served_model import KEYS, SECRET, ask, batch, until
 
 import ciphertune
 from ciphertune.errors import ConfigError, SecurityError, TransportError
 from ciphertune.plugins import registry
-from ciphertune.serving.choosing import Chooser
 from ciphertune.serving.server import Server
 from ciphertune.serving.settings import ServeSettings
 from ciphertune_clear import ClearBackend
@@ -44,31 +43,6 @@ def raw(server: Server, method: str, path: str, body: bytes = b"", **headers: st
     content = reply.read()
     connection.close()
     return reply.status, {name.lower(): value for name, value in reply.getheaders()}, content
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def batch(server: Server) -> list[Any]:
-    """The answers under way."""
-    answers: list[Any] = server._engine._decoder.answers
-    return answers
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """``script(text)``: what every answer is from now on, a letter each token, to its end."""
-
-    def follow(text: str) -> None:
-        tokens = [*(ord(letter) - 32 for letter in text), 96]
-        monkeypatch.setattr(Chooser, "__init__", lambda self, *_: setattr(self, "left", list(tokens)))
-        monkeypatch.setattr(Chooser, "choose", lambda self, logits: (self.left.pop(0), None))
-
-    return follow
 
 
 class TestChat:

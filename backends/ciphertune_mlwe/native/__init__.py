@@ -96,7 +96,8 @@ def packed(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="ciphertune-mlwe")
+    # Denormals as zeros, lest times tell of values; what is computed here is read as integers or is in range.
+    return ThreadPoolExecutor(threads, "ciphertune-mlwe", torch.set_flush_denormal, (True,))
 
 
 if hasattr(os, "register_at_fork"):

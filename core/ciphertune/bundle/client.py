@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from ciphertune.bundle.files import (
     open_tensors,
     read_manifest_file,
     read_tensor,
+    tensor_shape,
 )
+from ciphertune.bundle.manifest import ClientManifest, check_model_config, read_client, refuse_strange_files
 from ciphertune.bundle.outliers import check_kept, read_kept
 from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError, LayerError
+from ciphertune.models.load import note_vocabulary
 from ciphertune.models.skeleton import build, tied_names
 from ciphertune.outsourcing.convert import attach
 from ciphertune.outsourcing.embedding import Table, choose_table
@@ -72,7 +76,9 @@ def load_client(
         TransportError, UnknownLayerError, WorkerError: the workers cannot be reached, or do not hold these layers.
     """
     place = Path(folder)
-    manifest = read_manifest_file(place / CLIENT_MANIFEST, CLIENT_FORMAT)
+    content = read_manifest_file(place / CLIENT_MANIFEST, CLIENT_FORMAT)
+    refuse_strange_files(place)
+    manifest = read_client(place, content)
     choice = choose(to)
     codes = None if weights is None else FolderCodes(weights)
     if not choice.transport.remote and worker is None:
@@ -80,20 +86,19 @@ def load_client(
             f"{to!r} evaluates in this process, but a client's folder holds no weights: name workers, for example "
             "'mlwe+zmq://HOST:5555', or pass an embedded one with worker="
         )
-    infos, groups, embeddings = _read_layers(place, manifest)
-    bits = infos[0].weight_bits
+    infos, groups, embeddings = _read_layers(place, manifest), list(manifest.groups), list(manifest.embeddings)
+    bits = manifest.weight_bits
     if choice.backend.weight_bits != bits:
         raise ConfigError(
             f"the bundle's weights have {bits} bits, but {to!r} takes {choice.backend.weight_bits or 32}: "
             f"add weight_bits={bits} to it, or split the model again"
         )
-    name = str(manifest.get("model", ""))
     if skeleton is None:
-        stored = floating(str(manifest.get("dtype")))
-        architecture = manifest.get("architecture")
-        if not isinstance(architecture, str):
+        stored = floating(manifest.dtype)
+        if manifest.architecture is None:
             raise ConfigError(f"{place} is not of a transformers model: pass its modules with skeleton=")
-        skeleton = build(place, architecture, name=name, dtype=dtype or stored)
+        check_model_config(place, len(checkpoint_files(place)) + len(infos))
+        skeleton = build(place, manifest.architecture, name=manifest.model, dtype=dtype or stored)
     chosen = _candidates(skeleton, infos[: sum(map(len, groups))], place)
     table = _table(skeleton, chosen, infos, embeddings, place) if embeddings else None
     absent = {f"{c.name}.weight" for c in (*chosen, *(() if table is None else table.places))}
@@ -110,42 +115,42 @@ def is_client_folder(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / CLIENT_MANIFEST).is_file()
 
 
-def _read_layers(folder: Path, manifest: dict[str, Any]) -> tuple[list[LayerInfo], list[tuple[int, ...]], list[str]]:
-    """What is outsourced: the layers, and behind them a table that is none of them; groups of layers; embeddings."""
-    damaged = f"{folder / CLIENT_MANIFEST} is damaged"
-    bits = manifest.get("weight_bits")
-    rows, groups = manifest.get("layers"), manifest.get("groups")
-    if bits not in (8, 16) or not isinstance(rows, list) or not isinstance(groups, list) or not rows:
-        raise ConfigError(f"{damaged}: it lacks the layers, their groups or the weight format")
+def _read_layers(folder: Path, manifest: ClientManifest) -> list[LayerInfo]:
+    """The layers of a manifest with their scales and hashes. Raises ``ConfigError``."""
     file = folder / OUTSOURCED
     handle = open_tensors(file)
     infos = []
-    for row in rows:
-        try:
-            name, k, n = str(row["name"]), int(row["in_features"]), int(row["out_features"])
-            norms = float(row["max_row_norm"]), float(row["max_column_norm"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{damaged}: a layer lacks a name, a size or a norm") from error
-        scale, digests = (read_tensor(handle, file, f"{name}.{part}") for part in ("scale", "digests"))
+    for layer in manifest.layers:
+        n = layer.out_features
         blocks = -(-n // DIGEST_ROWS)
-        if tuple(scale.shape) != (n,) or scale.dtype != torch.float32 or digests.numel() != blocks * _DIGEST_BYTES:
-            raise ConfigError(f"{file} is damaged: scales or hashes of {name!r} do not fit its {n} rows")
-        info = LayerInfo(name, k, n, bits, scale.clone(), *norms, digests.numpy().tobytes())
-        infos.append(read_kept(handle, file, info) if row.get("kept") else info)
-    try:
-        read = [tuple(int(i) for i in group) for group in groups]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{damaged}: a group is not a list of numbers") from error
-    # Bundles without outsourced embeddings need not say so.
-    embeddings = manifest.get("embeddings", [])
-    if not isinstance(embeddings, list) or not all(isinstance(name, str) for name in embeddings):
-        raise ConfigError(f"{damaged}: its embeddings are not names")
-    grouped = sorted(i for group in read for i in group)
-    own = int(bool(embeddings) and infos[-1].name == embeddings[0])
-    if not grouped or grouped != list(range(len(infos) - own)):
-        raise ConfigError(f"{damaged}: its groups do not hold each layer once")
-    check_kept([[infos[i] for i in group] for group in read], file)
-    return infos, read, embeddings
+        sizes = {"scale": n, "digests": blocks * _DIGEST_BYTES}
+        found: dict[str, Tensor] = {}
+        for part, size in sizes.items():
+            name = f"{layer.name}.{part}"
+            # Of what the file says, before anything of it is read.
+            if math.prod(tensor_shape(handle, file, name)) != size:
+                raise ConfigError(f"{file} is damaged: {name} does not fit the {n} rows of its layer")
+            found[part] = read_tensor(handle, file, name)
+        scale, digests = found["scale"], found["digests"]
+        if scale.dtype != torch.float32 or tuple(scale.shape) != (n,):
+            raise ConfigError(f"{file} is damaged: {layer.name}.scale is no float32 vector")
+        if digests.dtype != torch.uint8:
+            raise ConfigError(f"{file} is damaged: {layer.name}.digests is {digests.dtype}, not uint8")
+        if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+            raise ConfigError(f"{file} is damaged: {layer.name}.scale holds values that are negative or not finite")
+        info = LayerInfo(
+            layer.name,
+            layer.in_features,
+            n,
+            manifest.weight_bits,
+            scale.clone(),
+            layer.max_row_norm,
+            layer.max_column_norm,
+            digests.numpy().tobytes(),
+        )
+        infos.append(read_kept(handle, file, info) if layer.kept else info)
+    check_kept([[infos[i] for i in group] for group in manifest.groups], file)
+    return infos
 
 
 def _table(
@@ -220,12 +225,11 @@ def _tie(model: nn.Module, groups: list[list[str]], outsourced: set[str]) -> Non
 
 
 def _companions(model: Any, folder: Path) -> None:
-    try:
-        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    except NotImplementedError:  # transformers' way to say that there are none, as for sound
-        embeddings = None
-    model.vocabulary_in_bundle = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else 0
+    note_vocabulary(model)
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise ConfigError(f"{folder / 'generation_config.json'} is damaged: {str(error)[:300]}") from error

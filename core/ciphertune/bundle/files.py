@@ -30,13 +30,15 @@ def read_manifest_file(file: Path, form: str) -> dict[str, Any]:
     try:
         if file.stat().st_size > _LARGEST_MANIFEST:
             raise ConfigError(f"{file} is too large to be a manifest")
+        if not file.is_file():
+            raise ConfigError(f"{file.parent} is not a bundle's folder: it has no file {file.name}")
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         _refuse_other_part(file)
         raise ConfigError(
             f"{file.parent} is not a bundle's folder: cannot read {file.name}: {error.strerror}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged: it is not JSON") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != form:
@@ -90,6 +92,16 @@ def read_tensor(handle: Any, file: Path, name: str) -> Tensor:
     except safetensors.SafetensorError as error:
         raise ConfigError(f"{file} is damaged: it holds no tensor {name!r}") from error
     return tensor
+
+
+def tensor_shape(handle: Any, file: Path, name: str) -> tuple[int, ...]:
+    """The shape that an open file says a tensor has. Raises ``ConfigError``."""
+    import safetensors
+
+    try:
+        return tuple(handle.get_slice(name).get_shape())
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"{file} is damaged: it holds no tensor {name!r}") from error
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ciphertune.bundle.files import read_tensor
 from ciphertune.errors import ConfigError
-from ciphertune.weights import MOST_KEPT, KeptChannels, LayerInfo, LayerWeight
+from ciphertune.weights import MOST_CHANNELS, KeptChannels, LayerInfo, LayerWeight
 
 _INPUTS = ("inputs", "columns", "column_scales")
 _OUTPUTS = ("outputs", "rows", "row_scales")
@@ -48,7 +48,7 @@ def read_kept(handle: Any, file: Path, layer: LayerInfo) -> LayerInfo:
         count = len(channels) if channels.dim() == 1 else -1
         fits = (
             channels.dtype == torch.int64
-            and 0 <= count <= MOST_KEPT
+            and 0 <= count <= MOST_CHANNELS
             and codes.dtype == torch.int16
             and codes.shape == (count, values)
             and scale.dtype == torch.float32
@@ -72,7 +72,7 @@ def check_kept(groups: Sequence[Sequence[LayerInfo]], file: Path) -> None:
     for group in groups:
         inputs = [[] if layer.kept is None else layer.kept.inputs.tolist() for layer in group]
         outputs = sum(0 if layer.kept is None else len(layer.kept.outputs) for layer in group)
-        if any(each != inputs[0] for each in inputs) or outputs > MOST_KEPT:
+        if any(each != inputs[0] for each in inputs) or outputs > MOST_CHANNELS:
             names = " and ".join(repr(layer.name) for layer in group)
             raise ConfigError(f"{file} is damaged: the channels kept of {names} do not fit each other")
 

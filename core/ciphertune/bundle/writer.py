@@ -30,6 +30,7 @@ from ciphertune.bundle.outliers import kept_tables
 from ciphertune.bundle.source import Source, dtype_of, open_source
 from ciphertune.bundle.spread import Spread, rows_of_worker
 from ciphertune.errors import ConfigError
+from ciphertune.models.names import published_name
 from ciphertune.models.skeleton import tied_names
 from ciphertune.outsourcing.calibration import OFF, Calibration, calibration_of
 from ciphertune.outsourcing.embedding import Table, choose_table
@@ -244,7 +245,8 @@ class _Writer:
             self._progress(done, self._total)
         for folder, blocks in zip(folders, self._blocks, strict=True):
             write_json(
-                folder / WORKER_MANIFEST, {"format": WORKER_FORMAT, "model": self._source.name, "blocks": blocks}
+                folder / WORKER_MANIFEST,
+                {"format": WORKER_FORMAT, "model": published_name(self._source.name), "blocks": blocks},
             )
         return [infos[i] for i in range(len(self._chosen))]
 
@@ -283,7 +285,7 @@ class _Writer:
             folder / CLIENT_MANIFEST,
             {
                 "format": CLIENT_FORMAT,
-                "model": self._source.name,
+                "model": published_name(self._source.name),
                 "architecture": self._source.architecture,
                 "dtype": str(dtype_of(self._source.model)).removeprefix("torch."),
                 "weight_bits": self._bits,

@@ -21,6 +21,7 @@ _COMMANDS = {
     "demo": ("demo", "Fine-tune a real model on real data under encryption, in one command."),
     "doctor": ("doctor", "Versions, threads, kernels and their speed on this machine."),
     "excluded": ("excluded", "Workers that gave wrong answers; take an exclusion back."),
+    "export": ("export", "Merge a trained adapter into its model, or write it for llama.cpp."),
     "keys": ("keys", "Make the keys with which clients and workers recognise each other."),
     "new": ("new", "Start a project for a transport, a backend or a hook plugin of your own."),
     "plan": ("plan", "What outsourcing a model would mean: shares, traffic, seconds a step."),

@@ -21,8 +21,9 @@ from ciphertune.interleaving.interleaver import wait_for_reply
 from ciphertune.protocol import Message
 from ciphertune.traffic import Exchange
 
-PieceCheck = Callable[[LinearMap, LinearMap, Tensor, Tensor], bool]
-"""Whether a piece is right: its map, the map that it was encrypted for, what was encrypted, and what came of it."""
+PieceCheck = Callable[[LinearMap, Tensor, Tensor, LinearMap, Tensor], bool]
+"""Whether a piece is right: its map, what the worker multiplied and what came of it, the map that it was encrypted for
+and what was encrypted."""
 
 
 class Rejected(Exception):  # noqa: N818 - the reason for other keys; what the caller sees is a WrongReplyError
@@ -122,12 +123,12 @@ class Product:
         exchange.decrypt_seconds += clock() - start
         return y
 
-    @staticmethod
-    def _right(check: PieceCheck, x: Tensor, y: Tensor, piece: LinearMap, whole: LinearMap) -> bool:
-        """Whether a decrypted piece is what was asked for; pieces are encrypted as ``ClientHalf`` does it."""
-        if whole.direction == "forward":
-            return check(piece, whole, x, y)
-        return check(piece, piece, columns_of(x, piece.rows), y)
+    def _right(self, check: PieceCheck, x: Tensor, y: Tensor, piece: LinearMap, whole: LinearMap) -> bool:
+        """Whether a decrypted piece is what was asked for."""
+        sent = x if whole.direction == "forward" else columns_of(x, piece.rows)
+        if whole.direction == "forward" or self._backend.whole_products:
+            return check(piece, sent, y, whole, x)
+        return check(piece, sent, y, piece, sent)
 
     def _send(
         self, piece: Piece, linear_map: LinearMap, encrypted: Encrypted[Any], stack: contextlib.ExitStack

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ciphertune.client.connection import BACKOFF_SECONDS, Retry, WorkerConnection
 from ciphertune.client.pool import WorkerPool
-from ciphertune.errors import ReplyError, TransportError, WeightsError, WorkerError
+from ciphertune.errors import TransportError, WeightsError, WorkerError
 from ciphertune.protocol import Message
 from ciphertune.weights import LayerInfo
 
@@ -102,7 +102,9 @@ class WorkerCodes:
                     if codes is not None and codes.dim() == 2 and len(codes) == stop - start:
                         self.bytes_down += codes.nbytes
                         return codes
-                    raise ReplyError(f"{worker.name} answered a request for codes of {layer.name} without them")
+                    problem = f"{worker.name} answered a request for codes of {layer.name} without them"
+                    log.warning("%s", problem)
+                    self._liars.add((worker.name, layer.name))
             if refused or time.monotonic() > end:
                 raise WeightsError(f"rows {start} to {stop} of {layer.name} could not be read: {problem}")
             self._pool.closed.wait(BACKOFF_SECONDS)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ciphertune._support.denormals import flushing
 from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import DIRECTIONS, ClientHalf, Direction, LinearMap, SecurityStatement
 from ciphertune.callers import Owners, owners_of
@@ -177,6 +178,7 @@ class Session:
         return self._groups[group].layers
 
     @own_modes()
+    @flushing()
     def product(self, group: int, direction: Direction, x: Tensor, owners: Owners | None = None) -> Tensor:
         """Evaluate one product at the workers.
 
@@ -275,14 +277,22 @@ class Session:
                     ) from None
 
     def _right(
-        self, number: int, direction: Direction, piece: LinearMap, encrypted: LinearMap, x: Tensor, y: Tensor
+        self,
+        number: int,
+        direction: Direction,
+        piece: LinearMap,
+        x: Tensor,
+        y: Tensor,
+        encrypted: LinearMap,
+        whole_x: Tensor,
     ) -> bool:
         """Whether a decrypted piece of a group's product is right; its vectors are those of the group's parent."""
         assert self._checks is not None
         parent, offset = self._groups[number].parent or (number, 0)
         if self.choice.backend.whole_products:
             offset = 0  # ``_cut`` counted from the parent's top
-        return self._checks.right(self._groups[parent].maps[direction], _moved(piece, offset), encrypted, x, y)
+        whole = self._groups[parent].maps[direction]
+        return self._checks.right(whole, _moved(piece, offset), x, y, encrypted, whole_x)
 
     def _checking(self, client: ClientHalf[Any]) -> NoiseChecks | None:
         """Checks of decrypted answers, where a worker elsewhere gives them and nothing checks them before."""
@@ -293,7 +303,7 @@ class Session:
             why = "check_answers=0"
         elif not all(checkable(backend, group.maps) for group in self._groups):
             why = f"{backend.name} states no bound of its errors"
-        elif not decrypts_pieces(client):
+        elif not decrypts_pieces(client, backend):
             why = f"{backend.name} does not decrypt the pieces of a product one by one"
         else:
             return NoiseChecks(backend, self.device)
@@ -472,8 +482,9 @@ def _check_input(x: Tensor, linear_map: LinearMap) -> None:
         raise InputError(f"{linear_map.label}: expected (tokens, {linear_map.in_features}), got shape {tuple(x.shape)}")
     if len(x) == 0:
         raise InputError(f"{linear_map.label}: the input has no tokens")
-    # A sum is one cheap pass; only if it is not finite is it worth looking at every value.
-    if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+    # Both ends in one pass, whatever the values are: what was decrypted must not show in how long it takes.
+    ends = torch.stack(torch.aminmax(x))
+    if not bool(torch.isfinite(ends).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise InputError(
             f"{linear_map.label}: {bad} of {x.numel()} values are NaN or infinite; nothing was sent. "

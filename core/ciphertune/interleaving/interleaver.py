@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from ciphertune._support.denormals import flush_here
 from ciphertune.interleaving.rng_streams import RandomStreams
 from ciphertune.interleaving.thread_state import ThreadState
 
@@ -253,6 +254,7 @@ class _TaskThread(threading.Thread):
     def run(self) -> None:
         """Run one job after the other, each in the thread's turns."""
         _here.thread = self
+        flush_here()
         while self._await_turn():
             if self.job is not None:
                 self.job.run()

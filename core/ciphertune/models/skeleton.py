@@ -34,8 +34,8 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
     transformers = import_optional("transformers", _EXTRA)
     refuse_folder(str(folder), weights=False)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a configuration's numbers and names are not checked by the classes that take them
         raise ConfigError(f"transformers cannot read the model configuration in {folder}: {error}") from error
     for attribute, value in changes.items():
         setattr(config, attribute, value)
@@ -44,7 +44,15 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
     model_class = getattr(transformers, str(chosen), None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ConfigError(f"the configuration in {folder} names no model class that transformers has: {chosen!r}")
-    return assemble(config, model_class)
+    try:
+        return assemble(config, model_class)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"transformers cannot make the model that {folder / 'config.json'} describes: "
+            f"{type(error).__name__}: {str(error)[:300]}"
+        ) from error
 
 
 def assemble(config: Any, model_class: type[nn.Module]) -> nn.Module:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ciphertune._support.denormals import flushing
 from ciphertune._support.torch_compat import uncompiled
 from ciphertune.callers import Owners
 from ciphertune.client.session import Session
@@ -28,7 +29,7 @@ class OutsourcedProduct(torch.autograd.Function):
         ctx.session, ctx.group, ctx.half, ctx.tokens = session, group, half, len(x)
         ctx.set_materialize_grads(False)
         # A backward pass started under autocast runs under it too, and may come back here.
-        with torch.autocast(x.device.type, enabled=False):
+        with flushing(), torch.autocast(x.device.type, enabled=False):
             layers = session.members(group)
             sent, aside = set_inputs_aside(x, layers)
             stacked = session.product(group, "forward", sent, owners)
@@ -75,7 +76,7 @@ class OutsourcedGradient(torch.autograd.Function):
         layers = session.members(group)
         device = next(grad.device for grad in grads if grad is not None)
         width = sum(layer.out_features for layer in layers)
-        with torch.autocast(device.type, enabled=False):
+        with flushing(), torch.autocast(device.type, enabled=False):
             stacked = torch.empty(tokens, width, dtype=torch.float32, device=device)
             column = 0
             for layer, grad in zip(layers, grads, strict=True):
@@ -87,11 +88,11 @@ class OutsourcedGradient(torch.autograd.Function):
                     part.copy_(grad)
                 else:
                     torch.mul(grad, layer.scale.to(device), out=part)
-            overflown = ~stacked.isfinite().all(dim=1, keepdim=True) if half else None
-            if overflown is None or not bool(overflown.any()):
+            if not half:
                 product = session.product(group, "backward", set_outputs_aside(stacked, layers))
                 return add_outputs(product, grads, layers).contiguous()
-            # Zeros are sent in their place: how many rows overflowed must not show in what is sent.
+            # Zeros are sent in their place: how many rows overflowed must not show in what is sent, nor in when.
+            overflown = ~stacked.isfinite().all(dim=1, keepdim=True)
             sent = set_outputs_aside(stacked.masked_fill(overflown, 0.0), layers)
             product = add_outputs(session.product(group, "backward", sent), grads, layers)
             return torch.where(overflown, torch.nan, product).contiguous()

@@ -13,7 +13,7 @@ from ciphertune._support.absent_tensor import AbsentTensor, refuse
 from ciphertune._support.torch_compat import uncompiled
 from ciphertune.errors import InputError, NothingOutsourcedError, OutsourcedWeightError, UnsupportedLayerError
 from ciphertune.outsourcing.group import LayerGroup
-from ciphertune.outsourcing.layers import Candidate, linear_layers
+from ciphertune.outsourcing.layers import Candidate, linear_layers, meant_to_train
 from ciphertune.outsourcing.walk import bare_name, walk
 from ciphertune.weights import LayerInfo
 
@@ -61,8 +61,9 @@ def choose_table(
         UnsupportedLayerError: it cannot be outsourced, or what it is tied to cannot.
     """
     weight = _table_weight(model)
+    mixed = meant_to_train(model)
     places = [
-        Candidate(bare_name(model, path), parent, attribute, module, _obstacle(module, allow_meta), None)
+        Candidate(bare_name(model, path), parent, attribute, module, _obstacle(module, mixed, allow_meta), None)
         for path, parent, attribute, module in walk(model)
         if isinstance(module, nn.Embedding) and module._parameters.get("weight") is weight
     ]
@@ -72,7 +73,9 @@ def choose_table(
         if candidate.obstacle is not None:
             raise UnsupportedLayerError(f"{candidate.name} cannot be outsourced: {candidate.obstacle}")
     if not places:
-        raise UnsupportedLayerError("the token embedding is of a kind that cannot be outsourced: it is no nn.Embedding")
+        raise UnsupportedLayerError(
+            "the token embedding cannot be outsourced: it is no nn.Embedding, or is trained whole (modules_to_save)"
+        )
     names = {candidate.name for candidate in (*chosen, *tied)}
     together = [candidate for candidate in linear if candidate.name in names]
     index = next((i for i, each in enumerate(together) if each.module._parameters.get("weight") is weight), None)
@@ -178,7 +181,7 @@ def _table_weight(model: nn.Module) -> Tensor:
     return weight
 
 
-def _obstacle(module: nn.Embedding, allow_meta: bool) -> str | None:
+def _obstacle(module: nn.Embedding, mixed: bool, allow_meta: bool) -> str | None:
     """Why an embedding cannot be outsourced, None if it can."""
     weight: Any = module._parameters["weight"]
     if type(module).forward is not nn.Embedding.forward or "forward" in vars(module):
@@ -189,4 +192,6 @@ def _obstacle(module: nn.Embedding, allow_meta: bool) -> str | None:
         return "its weight is on the meta device: load the model first"
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight has dtype {weight.dtype}"
+    if mixed and weight.requires_grad:
+        return "its weight is being trained, so it has to stay here: freeze it first"
     return None

@@ -74,9 +74,7 @@ def linear_layers(model: nn.Module, *, allow_meta: bool = False, trial: bool = T
     head = _output_head(model)
     shared = _shared_weights(model)
     outside = outside_base_models(model)
-    parameters = list(model.parameters())
-    frozen = {id(p) for p in parameters if not p.requires_grad}
-    mixed = 0 < len(frozen) < len(parameters) and not frozen <= frozen_from_birth(model)
+    mixed = meant_to_train(model)
     read = weights_read(model) if trial else set()
     found = []
     for path, parent, attribute, module in walk(model):
@@ -97,6 +95,13 @@ def linear_layers(model: nn.Module, *, allow_meta: bool = False, trial: bool = T
         name = bare_name(model, path)
         found.append(Candidate(name, parent, attribute, module, obstacle(module, parent, mixed, allow_meta), stays))
     return found
+
+
+def meant_to_train(model: nn.Module) -> bool:
+    """Whether a model has frozen parameters and others, so that those others are meant to be trained."""
+    parameters = list(model.parameters())
+    frozen = {id(p) for p in parameters if not p.requires_grad}
+    return 0 < len(frozen) < len(parameters) and not frozen <= frozen_from_birth(model)
 
 
 def choose_layers(

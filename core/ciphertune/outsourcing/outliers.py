@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.outsourcing.calibration import Calibration
-from ciphertune.weights import MOST_KEPT, KeptChannels, LayerInfo, quantize
+from ciphertune.weights import MOST_CHANNELS, KeptChannels, LayerInfo, quantize
 
 _FAR = 6.0
 """An outlier's root mean square over that of the median channel, at least. Eight that just reach it among 576 channels
@@ -135,5 +135,5 @@ def _sent(layer: LayerInfo, calibration: Calibration) -> Tensor:
 def _outliers(squares: Tensor) -> Tensor:
     """Channels whose root mean square is far above the median's, rising; the largest of them if they are many."""
     roots = squares.sqrt()
-    largest, channels = roots.topk(min(MOST_KEPT, len(roots)))
+    largest, channels = roots.topk(min(MOST_CHANNELS, len(roots)))
     return channels[largest > _FAR * roots.median()].sort().values

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ciphertune._support.denormals import flushing
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -16,7 +18,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with flushing(), torch.no_grad():
             yield
     finally:
         for module, training in modes:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from ciphertune._support.denormals import flushing
 from ciphertune.errors import CheckpointError, NonFiniteLossError, NothingOutsourcedError, TrainingError
 from ciphertune.interleaving.interleaver import Interleaver
 from ciphertune.outsourcing.convert import outsourced_layers
@@ -164,6 +165,7 @@ class LoraTrainer:
         """
         self._stop_asked.set()
 
+    @flushing()
     def train(self, data: Iterable[Any], eval_data: Iterable[Any] | None = None, *, resume: bool = False) -> History:
         """Train, or go on from the latest checkpoint exactly as if training had never stopped.
 
@@ -216,6 +218,7 @@ class LoraTrainer:
             self.plugins.observe("ciphertune_training_end", trainer=self, step=self.step, reason=reason)
         return self.history
 
+    @flushing()
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
         """Compute the mean loss over data in evaluation mode; modes and random states are left as they were.
 
