@@ -87,7 +87,7 @@ def doctor(as_json: bool) -> None:
     print_facts("What this environment can do", found["verdicts"])
     if any(loops != "compiled" for loops in slow):
         click.echo(
-            "Encryption runs without compiled loops, several times slower: install a C compiler, and CipherTune again."
+            "Encryption runs without compiled loops, several times slower: install a C compiler, then CipherTune again."
         )
     print_facts("Versions", {name: version or "not installed" for name, version in found["versions"].items()})
     print_facts("Machine", found["machine"])

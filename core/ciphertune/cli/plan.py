@@ -7,27 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ciphertune.cli.output import megabytes, percent, print_facts, print_json, print_table
+from ciphertune.cli.plan_summary import WAITED_FOR, summary
 
 if TYPE_CHECKING:
     from ciphertune.planning.estimate import Estimate
+    from ciphertune.planning.run import Run
+    from ciphertune.runs.config import TrainConfig
 
 _file: Any = click.Path(dir_okay=False, path_type=Path)
 _SHADES = " ▁▂▃▄▅▆▇█"
-_PARTS = {
-    "crypto": "encrypting and decrypting",
-    "rest": "computation at the client",
-    "evaluate": "evaluation at the workers",
-    "uplink": "upload",
-    "downlink": "download",
-    "latency": "latency",
-}
 
 
 @click.command()
 @click.argument("model")
-@click.option("--to", default="mlwe", show_default=True, help="Selection string; no worker is asked.")
+@click.option("--to", default=None, help="Selection string; no worker is asked.  [default: mlwe, or the file's]")
 @click.option("--tokens", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a step.")
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
 @click.option("--embeddings", is_flag=True, help="Outsource the token embedding, too, for encrypted lookups.")
@@ -41,6 +37,8 @@ _PARTS = {
 @click.option(
     "--bandwidth", default="1Gbit/s", show_default=True, help="Bandwidth between client and workers, each way."
 )
+@click.option("--up", default=None, help="Bandwidth from the client, where it is another than to it.")
+@click.option("--down", default=None, help="Bandwidth to the client.")
 @click.option("--latency", default="1ms", show_default=True, help="Latency of the network, one way.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of workers.")
 @click.option(
@@ -63,12 +61,14 @@ _PARTS = {
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     model: str,
-    to: str,
+    to: str | None,
     tokens: int,
     layers: tuple[str, ...],
     embeddings: bool,
     targets: tuple[str, ...],
     bandwidth: str,
+    up: str | None,
+    down: str | None,
     latency: str,
     workers: int,
     placement: Any,
@@ -82,33 +82,44 @@ def plan(
     worker_speeds: Path | None,
     as_json: bool,
 ) -> None:
-    """Plan a training step of a model: outsourced share, traffic and seconds.
+    """Plan a run, or a training step of a model: outsourced share, traffic and seconds.
 
-    MODEL is a folder, a hub name, or a known model ('ciphertune share' lists them). No weight is loaded. Seconds are
-    estimated from speeds measured here, or on the machines that will do the work.
+    MODEL is a run's file (.toml or .yaml), whose data is read and counted, a folder (the client's part of a bundle,
+    too), a hub name, or a known model ('ciphertune share' lists them). No weight is loaded. Seconds are estimated from
+    speeds measured here, or on the machines that will do the work.
     """
     from ciphertune.errors import ConfigError
     from ciphertune.planning.plan import bytes_per_second, make_plan, seconds
+    from ciphertune.planning.run import totals
     from ciphertune.planning.speeds import read_speeds, write_speeds
 
+    run = None
+    if is_run(model):
+        refuse_given("tokens", "layers", "embeddings", "targets", "micro_batches", "interleave", "length")
+        config, run = run_of(Path(model))
+        asked: dict[str, Any] = {"layers": config.layers, "embeddings": config.embeddings, "targets": run.targets}
+        asked |= {"tokens": run.tokens, "micro_batches": run.micro_batches, "interleave": run.interleave}
+        asked |= {"length": run.length, "evaluation": run.evaluation}
+        name, selection = config.model.name, to or config.to
+    else:
+        asked = {"layers": layers or None, "embeddings": embeddings, "targets": targets, "tokens": tokens}
+        asked |= {"micro_batches": micro_batches, "interleave": interleave, "length": length}
+        name, selection = model, to or "mlwe"
+    from_client, to_client = bytes_per_second(up or bandwidth), bytes_per_second(down or bandwidth)
+    client, worker = (None if file is None else read_speeds(file) for file in (client_speeds, worker_speeds))
     found = make_plan(
-        model,
-        to,
-        tokens=tokens,
-        layers=layers or None,
-        embeddings=embeddings,
-        targets=targets,
-        bandwidth=bytes_per_second(bandwidth),
+        name,
+        selection,
+        **asked,
+        bandwidth=from_client,
+        down=to_client,
         latency=seconds(latency),
         workers=workers,
         placement=placement,
-        micro_batches=micro_batches,
-        interleave=interleave,
-        length=length,
         processors="one" if one_machine else "own",
         measure=measure,
-        client=None if client_speeds is None else read_speeds(client_speeds),
-        worker=None if worker_speeds is None else read_speeds(worker_speeds),
+        client=client,
+        worker=worker,
     )
     if save_speeds is not None:
         if found.speeds is None:
@@ -116,13 +127,16 @@ def plan(
         write_speeds(found.speeds, save_speeds)
     if as_json:
         rest: dict[str, Any] = {"fraction": found.fraction}
+        if run is not None:
+            rest["run"] = {**dataclasses.asdict(run), "totals": dataclasses.asdict(totals(found, run))}
         if found.estimate is not None:
             estimate = dataclasses.asdict(found.estimate)
             rest["estimate"] = {**estimate, "limit": found.estimate.limit, "bottleneck": found.estimate.bottleneck}
         print_json({**dataclasses.asdict(found), **rest})
         return
+    print_facts(f"{model} through {found.to}", summary(found, run, client, worker))
     print_table(
-        f"{model} through {found.to}, {tokens} tokens a step",
+        f"A step of {found.tokens:,} tokens, by layers",
         ["layers", "groups", "in", "out", "weights (M)", "requests", "up", "down"],
         [
             (
@@ -144,7 +158,7 @@ def plan(
         "outsourced": f"{found.outsourced / 1e6:.1f} million weights, {percent(found.fraction)} of all "
         f"({percent(found.largest_fraction)} at most, by --layers all --embeddings)",
         "the client keeps": f"{found.at_client / 1e6:.1f} million weights, {megabytes(found.client_bytes)}",
-        "a step": f"{found.requests} requests, {megabytes(found.bytes_up)} up, {megabytes(found.bytes_down)} down",
+        "requests": f"{found.requests} a step",
         "without sharing inputs": f"{megabytes(apart)}, so sharing sends {total / apart:.2f}× of it",
     }
     if found.prepared_codes:
@@ -166,17 +180,46 @@ def plan(
         _show(found.estimate)
 
 
+_FILES = (".toml", ".yaml", ".yml")
+
+
+def is_run(model: str) -> bool:
+    """Whether what a user names is the file of a run."""
+    return model.lower().endswith(_FILES)
+
+
+def run_of(path: Path) -> tuple[TrainConfig, Run]:
+    """The configuration in a file, and what it asks for. Raises ``ConfigError``."""
+    from ciphertune.planning.run import read_run
+    from ciphertune.runs.config import load_config
+    from ciphertune.runs.trl import is_trl, load_trl
+
+    config = load_trl(path) if is_trl(path) else load_config(path)
+    return config, read_run(config)
+
+
+def refuse_given(*names: str) -> None:
+    """Raise ``ConfigError`` for options on the command line that a run's file decides."""
+    from ciphertune.errors import ConfigError
+
+    context = click.get_current_context()
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        options = ", ".join(f"--{'target' if name == 'targets' else name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{options}: a run's file says this; leave it out, or change the file")
+
+
 def _show(estimate: Estimate) -> None:
     """Print the uses of a step's time."""
     total = estimate.total
     ordered = sorted(estimate.path.items(), key=lambda item: -item[1])
-    rows = [(_PARTS[part], f"{value:.2f} s", f"{100 * value / total:.0f}%") for part, value in ordered]
+    rows = [(WAITED_FOR[part], f"{value:.2f} s", f"{100 * value / total:.0f}%") for part, value in ordered]
     print_table(
         f"A step, estimated: {total:.2f} s", ["waiting for", "of it", ""], [*rows, ("all of it", f"{total:.2f} s", "")]
     )
     busy = "   ".join(f"{name} {100 * share:.0f}%" for name, share in estimate.busy.items())
     click.echo(f"At work: {busy}")
-    click.echo(f"Most of it is {_PARTS[estimate.bottleneck]}.")
+    click.echo(f"Most of it is {WAITED_FOR[estimate.bottleneck]}.")
     click.echo(f"{estimate.chart_seconds:.3g} s of it, at work in each part:")
     for name, row in estimate.chart.items():
         click.echo(f"{name:>9} |{''.join(_SHADES[round(8 * min(1.0, value))] for value in row)}|")

@@ -95,7 +95,9 @@ def most_positions(name: str) -> int | None:
     transformers = import_optional("transformers", _EXTRA)
     refuse_folder(name, weights=False)
     with _quiet(transformers, offline=True), _loading(name):
-        most = getattr(transformers.AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+        most = getattr(
+            transformers.AutoConfig.from_pretrained(name, trust_remote_code=False), "max_position_embeddings", None
+        )
     return most if isinstance(most, int) else None
 
 
@@ -266,12 +268,14 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
     return model, tokenizer
 
 
-def load_tokenizer(folder: str) -> Any:
-    """Load the tokenizer in a folder, by transformers. Raises ``ConfigError``."""
+def load_tokenizer(folder: str, gguf_file: str | None = None) -> Any:
+    """Load the tokenizer of a folder, a hub name or ``smollm2``, by transformers. Raises ``ConfigError``."""
     transformers = import_optional("transformers", _EXTRA)
-    with _quiet(transformers, offline=True):
+    folder, extra = _found(folder, gguf_file)
+    refuse_folder(folder, weights=False, tokenizer=True, gguf_file=extra.get("gguf_file"))
+    with _quiet(transformers, offline=Path(folder).exists()):
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
 

@@ -37,6 +37,8 @@ _COPIED_VALUES = 1 << 22
 _SMALL, _LARGE = (1, 64, 64), (512, 1024, 2048)
 """Products whose replies are of a few hundred kilobytes, and of megabytes."""
 _LINK_ROUNDS = 15
+_PREPARED = (1024, 1024)
+"""Inputs and outputs of the layer that preparing is measured with."""
 
 
 _MOST_SIZES = 12
@@ -171,6 +173,21 @@ def measure_speeds(
             client_compute=_client_compute(model, planned, targets, tokens, length) if as_client else None,
             link=_link(planned.choice) if as_client and planned.choice.transport.remote else None,
         )
+
+
+def measure_preparing(to: str) -> float:
+    """Seconds that a client here takes for each weight to prepare its encryption, of a layer of some size.
+
+    Args:
+        to: selection string of a backend that prepares itself, without transport.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = outsource(nn.Sequential(nn.Linear(*_PREPARED)), to, layers="all", plugins=PluginManager())
+        session = session_of(model)
+        try:
+            return session.set_up.seconds / max(1, session.set_up.weights)
+        finally:
+            session.close()
 
 
 def local_selection(choice: Choice) -> str:

@@ -11,23 +11,25 @@ from ciphertune.bundle.spread import Spread
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import linear_layers
 from ciphertune.planning.estimate import Estimate, estimate_step
-from ciphertune.planning.measure import local_selection, measure_speeds
+from ciphertune.planning.measure import local_selection, measure_preparing, measure_speeds
 from ciphertune.planning.products import PlannedGroup, kept_parameters, plan_products
 from ciphertune.planning.shares import shares_of
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import Speeds, check_backend
 
-_RATE = re.compile(r"([0-9.]+)\s*([kMGT]?)(bit|B)/s\Z")
-_TIME = re.compile(r"([0-9.]+)\s*(us|µs|ms|s)\Z")
+# A b is a bit and a B a byte, whatever stands around it; prefixes in either case.
+_RATE = re.compile(r"([0-9.]+)\s*([kKmMgGtT]?)(bits?|b|bytes?|B)(?:/s(?:ec)?|ps)\Z")
+_TIME = re.compile(r"([0-9.]+)\s*(us|µs|ms|msec|s|sec|seconds?|milliseconds?)\Z")
 _PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_UNIT = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_UNIT = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3, "s": 1.0, "sec": 1.0, "second": 1.0}
+_BITS = ("b", "bit", "bits")
 
 
 def bytes_per_second(text: str) -> float:
     """Read a bandwidth, in bytes a second.
 
-    >>> bytes_per_second("1Gbit/s"), bytes_per_second("10 MB/s")
-    (125000000.0, 10000000.0)
+    >>> bytes_per_second("1Gbit/s"), bytes_per_second("10 MB/s"), bytes_per_second("50 Mbps")
+    (125000000.0, 10000000.0, 6250000.0)
 
     Raises:
         ConfigError: it is not a number with a unit.
@@ -35,8 +37,8 @@ def bytes_per_second(text: str) -> float:
     found = _RATE.match(text.strip())
     value = _number(found[1]) if found else 0.0
     if found is None or value <= 0:
-        raise ConfigError(f"cannot read the bandwidth {text!r}: write for example 100Mbit/s, 1Gbit/s or 10GB/s")
-    return value * _PREFIX[found[2]] / (8 if found[3] == "bit" else 1)
+        raise ConfigError(f"cannot read the bandwidth {text!r}: write for example 50 Mbit/s, 1Gbit/s or 10MB/s")
+    return value * _PREFIX[found[2].upper().replace("K", "k")] / (8 if found[3] in _BITS else 1)
 
 
 def seconds(text: str) -> float:
@@ -51,7 +53,7 @@ def seconds(text: str) -> float:
     found = _TIME.match(text.strip())
     if found is None:
         raise ConfigError(f"cannot read the time {text!r}: write for example 5ms or 0.2s")
-    return _number(found[1]) * _UNIT[found[2]]
+    return _number(found[1]) * _UNIT[found[2] if found[2] in _UNIT else found[2].removesuffix("s")]
 
 
 def _number(text: str) -> float:
@@ -95,6 +97,20 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Costs of one evaluation on held-out data.
+
+    Attributes:
+        bytes_up, bytes_down: of its requests and replies.
+        seconds: None without speeds.
+    """
+
+    bytes_up: int
+    bytes_down: int
+    seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Costs of a training step of an outsourced model; made by ``make_plan``.
 
@@ -109,6 +125,9 @@ class Plan:
         worker_bytes: of the weights that the fullest worker holds.
         prepared_codes: weights that the client reads before the first step, unless what it makes of them is on disk.
         prepared_bytes: memory of the client for what it makes of them.
+        set_up_bytes: that a client without the whole model reads from workers to prepare itself, once a model.
+        set_up_seconds: of reading them and preparing; None where this was not measured here.
+        evaluation: of held-out data; None where none was asked for.
         stays: layers that stay and why, by name.
         refused: layers, or groups of them, that the backend cannot evaluate, and why: outsourcing stops at them. The
             other figures are of the rest.
@@ -134,6 +153,9 @@ class Plan:
     worker_bytes: int
     prepared_codes: int
     prepared_bytes: int
+    set_up_bytes: int
+    set_up_seconds: float | None
+    evaluation: Evaluation | None
     stays: dict[str, str]
     refused: dict[str, str]
     estimate: Estimate | None
@@ -154,6 +176,7 @@ def make_plan(
     embeddings: bool = False,
     targets: Sequence[str] = ("q_proj", "v_proj"),
     bandwidth: float = 125e6,
+    down: float | None = None,
     latency: float = 1e-3,
     workers: int = 1,
     placement: Spread = "layers",
@@ -164,6 +187,7 @@ def make_plan(
     measure: bool = True,
     client: Speeds | None = None,
     worker: Speeds | None = None,
+    evaluation: Sequence[int] = (),
 ) -> Plan:
     """Plan a training step of an outsourced model. No weight is loaded.
 
@@ -176,7 +200,8 @@ def make_plan(
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
         embeddings: whether the token embedding is outsourced, too; see ``ciphertune.outsource``.
         targets: ends of names of the layers with adapters: no gradient is asked for before the first of them.
-        bandwidth: bytes a second of the client's network card, each way, and of each worker's.
+        bandwidth: bytes a second that the client's network card sends, and each worker's.
+        down: bytes a second that the client's receives; as ``bandwidth`` if None.
         latency: seconds one way.
         workers: how many.
         placement: how the model is split over them; see ``ciphertune.bundle.spread.Spread``.
@@ -187,12 +212,14 @@ def make_plan(
         measure: take some seconds to measure this machine where ``client`` or ``worker`` is not given.
         client: speeds of the machine that will be the client; this machine's if None.
         worker: the same for workers.
+        evaluation: tokens of each batch of an evaluation on held-out data; nothing for none.
 
     Raises:
         ConfigError: the model's configuration cannot be read, or an argument is wrong.
         SelectionError, LayerError: about ``to``, ``layers`` and ``embeddings``.
     """
-    if tokens < 1 or bandwidth <= 0 or latency < 0 or workers < 1 or length < 1:
+    down = bandwidth if down is None else down
+    if tokens < 1 or bandwidth <= 0 or down <= 0 or latency < 0 or workers < 1 or length < 1:
         raise ConfigError("tokens, length, bandwidth and workers must be above 0, and latency not below")
     if not 1 <= micro_batches <= tokens:
         raise ConfigError(f"{tokens} tokens cannot be divided into {micro_batches} micro-batches")
@@ -206,15 +233,29 @@ def make_plan(
     check_backend(given, local)
     shared = _kinds(planned.groups, backend, sizes)
     alone = _kinds(planned.singles, backend, sizes)
-    speeds = None
+    speeds, preparing = None, None
+    if measure and shared and client is None and backend.prepares:
+        preparing = measure_preparing(local)
     if measure and shared and (client is None or worker is None):
         speeds = measure_speeds(model, planned, targets, max(sizes), length, as_client=client is None)
     client, worker = client or speeds, worker or speeds
-    estimate = None
+    network, estimate = Network(bandwidth, latency, processors=processors, down=down), None
     if shared and client is not None and worker is not None:
-        network = Network(bandwidth, latency, processors=processors)
         estimate = estimate_step(planned.groups, backend, sizes, interleave, workers, network, client, worker)
+    evaluated = None
+    if evaluation:
+        ahead = [dataclasses.replace(group, backward=False) for group in planned.groups]
+        once, took = _kinds(ahead, backend, evaluation), None
+        if estimate is not None and client is not None and worker is not None:
+            times = {
+                size: estimate_step(ahead, backend, [size], 1, workers, network, client, worker).total
+                for size in set(evaluation)
+            }
+            took = sum(times[size] for size in evaluation)
+        evaluated = Evaluation(sum(kind.bytes_up for kind in once), sum(kind.bytes_down for kind in once), took)
     kept = kept_parameters(planned)
+    codes = sum(kind.codes for kind in shared) if backend.prepares else 0
+    read = codes * (backend.weight_bits or 32) // 8
     return Plan(
         to=str(planned.choice.selection),
         tokens=tokens,
@@ -232,11 +273,14 @@ def make_plan(
         largest_fraction=shares_of(planned.model).largest,
         client_bytes=sum(p.nbytes for p in kept),
         worker_bytes=planned.worker_bytes,
-        prepared_codes=sum(kind.codes for kind in shared) if backend.prepares else 0,
+        prepared_codes=codes,
         prepared_bytes=sum(
             backend.kept_bytes(None if group.lookup else group.forward, group.whole_backward)
             for group in planned.groups
         ),
+        set_up_bytes=read,
+        set_up_seconds=None if preparing is None else read / down + codes * preparing,
+        evaluation=evaluated,
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
             for c in linear_layers(planned.model, allow_meta=True)
