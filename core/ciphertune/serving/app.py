@@ -181,7 +181,7 @@ class Application:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         served, settings, asked = self._served, self._settings, prompts.asked
-        found = []
+        found: list[Answer] = []
         for tokens in prompts.tokens:
             fixed = settings.fixed_length
             limit = served.room(len(tokens), fixed or settings.max_new_tokens, asked.max_tokens, prompts.param)
