@@ -107,8 +107,9 @@ def test_the_page(project: Path, tmp_path: Path) -> None:
         (["--host", "0.0.0.0"], "give each caller an API key"),
         (["--api-key", "short"], "fewer than 16"),
         (["--api-key-file", "shared"], "chmod 600"),
-        (["--fixed-length", "2000"], "fixed length"),
+        (["--certificate", "shared"], "both a certificate and its key"),
         (["--adapter", "nothing"], "nothing"),
+        (["--layers", "none.*"], "none.*"),
     ],
 )
 def test_what_is_wrong_is_one_line(

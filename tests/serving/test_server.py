@@ -529,7 +529,7 @@ class TestLengths:
     def test_every_answer_takes_a_fixed_number_of_steps(
         self, serve: Serve, client: Client, script: Callable[[str], None]
     ) -> None:
-        server = serve(fixed_length=10, pad_tokens=64)
+        server = serve(max_new_tokens=10, fixed_length=True, pad_tokens=64)
         session = ciphertune.session_of(server._engine._decoder._model)
         create = client(server).chat.completions.create
         costs = set()
@@ -571,7 +571,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         "changes",
         [{"api_keys": ("short",)}, {"api_keys": (KEYS[0], KEYS[0])}, {"api_keys": ("with a blank in it",)},
-         {"max_batch": 0}, {"fixed_length": 0}, {"fixed_length": 2000}, {"port": 70000}, {"certificate": "x"},
+         {"max_batch": 0}, {"port": 70000}, {"certificate": "x"},
          {"pad_tokens": 0}],
     )  # fmt: skip
     def test_what_cannot_be(self, changes: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from typing import Any
 
+from ciphertune.bench.plaintext import has_bfloat16
 from ciphertune.errors import CipherTuneError, ConfigError
 from ciphertune.workloads.local_worker import serving
 
@@ -33,7 +34,7 @@ def bench_train(
     finds nothing on disk of earlier sessions; later processes find what it made.
 
     Args:
-        model: a built-in workload, ``smollm2`` or ``mlp``.
+        model: a workload: ``smollm2`` or ``mlp``, a known shape with random weights, or a folder.
         to: selection string. A remote transport without endpoints, ``mlwe+zmq://``, gets a worker process of its own on
             this machine.
         tokens: tokens or samples a step.
@@ -60,7 +61,7 @@ def bench_train(
         )
     request = {"model_name": model, "tokens": tokens, "count": steps, "seed": seed}
     parts = {"micro_batches": micro_batches, "interleave": interleave}
-    plain, encrypted, other = [], [], []
+    plain, encrypted, other, half = [], [], [], []
     with (
         tempfile.TemporaryDirectory(prefix="ciphertune-bench-") as cache,
         serving(model, to) as served,
@@ -69,6 +70,8 @@ def bench_train(
         for _ in range(repeat):
             encrypted.append(_child({**request, **parts, "to": served}, cache))
             plain.append(_child({**request, "to": None}, cache))
+            if has_bfloat16():
+                half.append(_child({**request, "to": None, "bfloat16": True}, cache))
             if against is not None:
                 other.append(_child({**request, **parts, "to": other_served}, cache))
     plain_step, encrypted_step = _step(plain), _step(encrypted)
@@ -85,6 +88,7 @@ def bench_train(
         "steps": steps,
         **parts,
         "plaintext_step_s": plain_step,
+        "plaintext_bf16_step_s": _step(half) if half else None,
         "encrypted_step_s": encrypted_step,
         "ratio": encrypted_step / plain_step,
         "against": against,
@@ -97,6 +101,7 @@ def bench_train(
         "bytes_down": traffic["bytes_down"],
         "requests": traffic["requests"],
         "set_up": encrypted[0]["set_up"],
+        "kernel": encrypted[0]["kernel"],
         "encrypt_s": encrypt,
         "evaluate_s": evaluate,
         "decrypt_s": decrypt,
