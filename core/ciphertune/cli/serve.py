@@ -13,11 +13,19 @@ log = logging.getLogger("ciphertune.serve")
 
 @click.command()
 @click.argument("model")
+@click.option("--to", default=None, help="Selection string.  [default: the run's file's, else mlwe]")
+@click.option("--adapter", default=None, metavar="FOLDER", help="LoRA adapter of the model, as peft saves it.")
+@click.option("--no-adapter", is_flag=True, help="With a run's file: the model as it was before the run.")
+@click.option("--gguf-file", default=None, help="File within the folder MODEL, for models in GGUF form.")
+@click.option("--weights", default=None, metavar="FOLDER", help="With a bundle's part: a worker's folder to read.")
+@click.option("--layers", multiple=True, help="Outsource only layers that match; may be repeated.")
+@click.option("--chat-template-path", default=None, metavar="FILE", help="Chat template in Jinja.")
 @click.option(
-    "--to", default="mlwe", show_default=True, help="Selection string: which encryption, and where workers are."
-)
-@click.option(
-    "--adapter", type=click.Path(path_type=Path), default=None, help="Folder with a LoRA adapter of the model."
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="NAME[?OPTION=VALUE&…]",
+    help="Use a hook plugin, beside those that the run's file names; may be repeated.",
 )
 @click.option("--name", default=None, help="Name by which programs ask for the model.  [default: MODEL's last part]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
@@ -62,14 +70,11 @@ log = logging.getLogger("ciphertune.serve")
 )
 @click.option(
     "--fixed-length",
-    type=click.IntRange(1),
-    default=None,
-    help="Compute this number of tokens for every answer, which hides how long it is.",
+    is_flag=True,
+    help="Compute all of --max-new-tokens for every answer, which hides from workers where it ends.",
 )
 def serve(
     model: str,
-    to: str,
-    adapter: Path | None,
     name: str | None,
     host: str,
     port: int,
@@ -82,11 +87,13 @@ def serve(
     max_waiting: int,
     max_body_kb: int,
     pad_tokens: int,
-    fixed_length: int | None,
+    fixed_length: bool,
+    **source: Any,
 ) -> None:
     """Answer programs on this machine by the chat-completions protocol, with a model whose layers are at workers.
 
-    MODEL is a folder or hub name for transformers, the built-in smollm2, or the client's part of a bundle.
+    MODEL is the built-in smollm2, a folder or hub name for transformers, the client's part of a bundle, or the file of
+    a run, whose adapter is then used.
 
     Prints one line 'ready URL' on standard output when it takes requests; the URL shows a page to chat with. SIGTERM
     gives streams five seconds to end. Nothing of what is asked and answered is logged.
@@ -112,33 +119,13 @@ def serve(
     from ciphertune.serving.server import Server, refuse_missing
 
     refuse_missing()
-    opened, tokenizer = _open(model, to, adapter)
-    from ciphertune.outsourcing.convert import sessions_of
+    from ciphertune.generation.opening import open_model
+    from ciphertune.generation.source import find_source
 
-    try:
-        server = Server(name or Path(model).name, opened, tokenizer, settings)
+    with open_model(find_source(model, **source), lambda line: click.echo(line, err=True)) as opened:
+        server = Server(name or Path(opened.source.name).name, opened.model, opened.tokenizer, settings)
         click.echo(f"ready {server.address}")
         server.run()
-    finally:
-        for session in sessions_of(opened):
-            session.close()
-
-
-def _open(model: str, to: str, adapter: Path | None) -> tuple[Any, Any]:
-    from ciphertune.bundle.client import is_client_folder, load_client
-    from ciphertune.models.load import load_named_model, load_tokenizer
-    from ciphertune.outsourcing.convert import outsource
-
-    if is_client_folder(model):
-        opened, tokenizer = load_client(model, to), load_tokenizer(model)
-    else:
-        opened, tokenizer = load_named_model(model)
-        outsource(opened, to=to)
-    if adapter is not None:
-        from peft import PeftModel
-
-        opened = PeftModel.from_pretrained(opened, str(adapter))
-    return opened, tokenizer
 
 
 def _read_keys(file: Path | None) -> list[str]:
