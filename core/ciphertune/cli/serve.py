@@ -8,25 +8,13 @@ from typing import Any
 
 import click
 
+from ciphertune.cli.using import PAD_TOKENS, model_options, opened
+
 log = logging.getLogger("ciphertune.serve")
 
 
 @click.command()
-@click.argument("model")
-@click.option("--to", default=None, help="Selection string.  [default: the run's file's, else mlwe]")
-@click.option("--adapter", default=None, metavar="FOLDER", help="LoRA adapter of the model, as peft saves it.")
-@click.option("--no-adapter", is_flag=True, help="With a run's file: the model as it was before the run.")
-@click.option("--gguf-file", default=None, help="File within the folder MODEL, for models in GGUF form.")
-@click.option("--weights", default=None, metavar="FOLDER", help="With a bundle's part: a worker's folder to read.")
-@click.option("--layers", multiple=True, help="Outsource only layers that match; may be repeated.")
-@click.option("--chat-template-path", default=None, metavar="FILE", help="Chat template in Jinja.")
-@click.option(
-    "--plugin",
-    "plugins",
-    multiple=True,
-    metavar="NAME[?OPTION=VALUE&…]",
-    help="Use a hook plugin, beside those that the run's file names; may be repeated.",
-)
+@model_options
 @click.option("--name", default=None, help="Name by which programs ask for the model.  [default: MODEL's last part]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option(
@@ -61,13 +49,7 @@ log = logging.getLogger("ciphertune.serve")
     "--max-waiting", type=click.IntRange(1), default=64, show_default=True, help="Answers of one caller that may wait."
 )
 @click.option("--max-body-kb", type=click.IntRange(1), default=1024, show_default=True, help="Size of a request.")
-@click.option(
-    "--pad-tokens",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Send prompts as a multiple of this number of tokens, which hides how long they are.",
-)
+@PAD_TOKENS
 @click.option(
     "--fixed-length",
     is_flag=True,
@@ -92,8 +74,7 @@ def serve(
 ) -> None:
     """Answer programs on this machine by the chat-completions protocol, with a model whose layers are at workers.
 
-    MODEL is the built-in smollm2, a folder or hub name for transformers, the client's part of a bundle, or the file of
-    a run, whose adapter is then used.
+    MODEL is as for 'generate'.
 
     Prints one line 'ready URL' on standard output when it takes requests; the URL shows a page to chat with. SIGTERM
     gives streams five seconds to end. Nothing of what is asked and answered is logged.
@@ -119,11 +100,8 @@ def serve(
     from ciphertune.serving.server import Server, refuse_missing
 
     refuse_missing()
-    from ciphertune.generation.opening import open_model
-    from ciphertune.generation.source import find_source
-
-    with open_model(find_source(model, **source), lambda line: click.echo(line, err=True)) as opened:
-        server = Server(name or Path(opened.source.name).name, opened.model, opened.tokenizer, settings)
+    with opened(model, source) as found:
+        server = Server(name or Path(found.source.name).name, found.model, found.tokenizer, settings)
         click.echo(f"ready {server.address}")
         server.run()
 
