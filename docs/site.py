@@ -40,6 +40,7 @@ MODULES = {
     "weights": "Weights",
     "status": "Status of a worker",
     "selection": "Selection strings",
+    "callers": "Callers of a session",
     "cache": "Cache",
     "key_files": "Key files",
     "plugins.manager": "Hook plugins",

@@ -176,7 +176,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         planes = product.parameters.planes
         b = _side_by_side(
             mask.take(lambda body, own=own, unit=unit: self._transforms.encrypt(body, own, unit, planes))  # type: ignore[misc]
-            for mask, own, unit in zip(masks, values.split(runs), scale.split(runs), strict=True)
+            for mask, own, unit in zip(masks, torch.split(values, runs), torch.split(scale, runs), strict=True)
         )
         found = []
         for piece, each in zip(pieces, vectors, strict=True):

@@ -62,7 +62,7 @@ def test_banks_are_smaller_for_more_callers() -> None:
 @pytest.mark.parametrize("options", [{}, {"banks": "0"}, {"pad_tokens": "8"}])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_product_of_several_callers_decrypts(direction: Any, options: dict[str, str], bits: int) -> None:
-    halves = Halves(random_codes(40, 33, bits), **options)
+    halves = Halves(random_codes(40, 33, bits), None, 64, **options)
     x = torch.randn(7, halves.maps[direction].in_features, generator=torch.Generator().manual_seed(0))
     whole = halves.maps[direction]
     (sent,) = halves.client.encrypt_owned(x, whole, [whole], (("ann", 1), ("bob", 5), ("ann", 1)))

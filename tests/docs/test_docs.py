@@ -39,6 +39,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.m
 
 # Pages that another test plays, whole and as they stand: page → the file that does.
 ELSEWHERE = {
+    "serve.md": "tests/serving/test_command.py",
     "write-a-backend.md": "tests/wheel/wheel.sh",
     "write-a-transport.md": "tests/wheel/wheel.sh",
     "write-a-plugin.md": "tests/wheel/wheel.sh",
@@ -64,6 +65,7 @@ EXCLUDED = {
     ("CONTRIBUTING.md", "make constraints"): _INSTALL,
     ("CONTRIBUTING.md", ".venv/bin/pre-commit install"): "changes the checkout's Git hooks",
     ("CONTRIBUTING.md", "make demo-quick"): _MAKE,
+    ("CONTRIBUTING.md", "make browser-test"): "needs a browser; for people",
     ("CONTRIBUTING.md", "make soak MINUTES=10"): "ten minutes; for people",
     ("CONTRIBUTING.md", "make fuzz RUNS=100000"): "minutes; for people",
     ("CONTRIBUTING.md", "make concrete-ml"): _MAKE,

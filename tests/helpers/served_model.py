@@ -11,7 +11,7 @@ SECRET = "zq7xw9"
 """A word of prompts that must be nowhere else."""
 
 
-def ask(text: str) -> list[dict[str, str]]:
+def ask(text: str) -> Any:
     """A conversation of one message."""
     return [{"role": "user", "content": text}]
 

@@ -117,7 +117,7 @@ class TestCompletions:
 
     def test_log_probabilities(self, serve: Serve, client: Client) -> None:
         found = client(serve()).completions.create(model="tiny", prompt="abc", max_tokens=3, logprobs=2)
-        told = found.choices[0].logprobs
+        told: Any = found.choices[0].logprobs
         assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == 3
         assert [max(top.values()) for top in told.top_logprobs] == told.token_logprobs
 
@@ -189,7 +189,7 @@ class TestCallers:
             ({"Origin": f"http://{own}"}, 200),
             ({"Host": f"localhost:{port}"}, 200),
         ):
-            assert raw(server, "GET", "/v1/models", **headers)[0] == status, headers
+            assert raw(server, "GET", "/v1/models", b"", **headers)[0] == status, headers
 
     @pytest.mark.parametrize("keys", [(), KEYS])
     def test_eight_at_once(self, serve: Serve, client: Client, keys: tuple[str, ...]) -> None:
@@ -514,7 +514,7 @@ class TestWorkers:
         with pytest.raises(openai.InternalServerError) as caught:
             create(model="tiny", messages=ask(SECRET), max_tokens=2)
         decoder.join = join
-        server._engine.submit = leaks  # type: ignore[method-assign]
+        server._engine.submit = leaks  # type: ignore[assignment, method-assign]
         with pytest.raises(openai.InternalServerError) as other:
             create(model="tiny", messages=ask(SECRET), max_tokens=2)
         own = [record for record in caplog.records if record.name.startswith(("ciphertune", "uvicorn", "starlette"))]
@@ -529,7 +529,7 @@ class TestLengths:
     def test_every_answer_takes_a_fixed_number_of_steps(
         self, serve: Serve, client: Client, script: Callable[[str], None]
     ) -> None:
-        server = serve(fixed_length=10, pad_tokens=64)
+        server = serve(max_new_tokens=10, fixed_length=True, pad_tokens=64)
         session = ciphertune.session_of(server._engine._decoder._model)
         create = client(server).chat.completions.create
         costs = set()
@@ -571,7 +571,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         "changes",
         [{"api_keys": ("short",)}, {"api_keys": (KEYS[0], KEYS[0])}, {"api_keys": ("with a blank in it",)},
-         {"max_batch": 0}, {"fixed_length": 0}, {"fixed_length": 2000}, {"port": 70000}, {"certificate": "x"},
+         {"max_batch": 0}, {"port": 70000}, {"certificate": "x"},
          {"pad_tokens": 0}],
     )  # fmt: skip
     def test_what_cannot_be(self, changes: dict[str, Any]) -> None:

@@ -8,17 +8,13 @@ from typing import Any
 
 import click
 
+from ciphertune.cli.using import PAD_TOKENS, model_options, opened
+
 log = logging.getLogger("ciphertune.serve")
 
 
 @click.command()
-@click.argument("model")
-@click.option(
-    "--to", default="mlwe", show_default=True, help="Selection string: which encryption, and where workers are."
-)
-@click.option(
-    "--adapter", type=click.Path(path_type=Path), default=None, help="Folder with a LoRA adapter of the model."
-)
+@model_options
 @click.option("--name", default=None, help="Name by which programs ask for the model.  [default: MODEL's last part]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option(
@@ -53,23 +49,14 @@ log = logging.getLogger("ciphertune.serve")
     "--max-waiting", type=click.IntRange(1), default=64, show_default=True, help="Answers of one caller that may wait."
 )
 @click.option("--max-body-kb", type=click.IntRange(1), default=1024, show_default=True, help="Size of a request.")
-@click.option(
-    "--pad-tokens",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Send prompts as a multiple of this number of tokens, which hides how long they are.",
-)
+@PAD_TOKENS
 @click.option(
     "--fixed-length",
-    type=click.IntRange(1),
-    default=None,
-    help="Compute this number of tokens for every answer, which hides how long it is.",
+    is_flag=True,
+    help="Compute all of --max-new-tokens for every answer, which hides from workers where it ends.",
 )
 def serve(
     model: str,
-    to: str,
-    adapter: Path | None,
     name: str | None,
     host: str,
     port: int,
@@ -82,11 +69,12 @@ def serve(
     max_waiting: int,
     max_body_kb: int,
     pad_tokens: int,
-    fixed_length: int | None,
+    fixed_length: bool,
+    **source: Any,
 ) -> None:
     """Answer programs on this machine by the chat-completions protocol, with a model whose layers are at workers.
 
-    MODEL is a folder or hub name for transformers, the built-in smollm2, or the client's part of a bundle.
+    MODEL is as for 'generate'.
 
     Prints one line 'ready URL' on standard output when it takes requests; the URL shows a page to chat with. SIGTERM
     gives streams five seconds to end. Nothing of what is asked and answered is logged.
@@ -112,33 +100,10 @@ def serve(
     from ciphertune.serving.server import Server, refuse_missing
 
     refuse_missing()
-    opened, tokenizer = _open(model, to, adapter)
-    from ciphertune.outsourcing.convert import sessions_of
-
-    try:
-        server = Server(name or Path(model).name, opened, tokenizer, settings)
+    with opened(model, source) as found:
+        server = Server(name or Path(found.source.name).name, found.model, found.tokenizer, settings)
         click.echo(f"ready {server.address}")
         server.run()
-    finally:
-        for session in sessions_of(opened):
-            session.close()
-
-
-def _open(model: str, to: str, adapter: Path | None) -> tuple[Any, Any]:
-    from ciphertune.bundle.client import is_client_folder, load_client
-    from ciphertune.models.load import load_named_model, load_tokenizer
-    from ciphertune.outsourcing.convert import outsource
-
-    if is_client_folder(model):
-        opened, tokenizer = load_client(model, to), load_tokenizer(model)
-    else:
-        opened, tokenizer = load_named_model(model)
-        outsource(opened, to=to)
-    if adapter is not None:
-        from peft import PeftModel
-
-        opened = PeftModel.from_pretrained(opened, str(adapter))
-    return opened, tokenizer
 
 
 def _read_keys(file: Path | None) -> list[str]:

@@ -181,12 +181,12 @@ class Application:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         served, settings, asked = self._served, self._settings, prompts.asked
-        found = []
+        found: list[Answer] = []
         for tokens in prompts.tokens:
-            fixed = settings.fixed_length
-            limit = served.room(len(tokens), fixed or settings.max_new_tokens, asked.max_tokens, prompts.param)
-            if fixed is not None:
-                served.room(len(tokens), fixed, fixed, prompts.param)
+            most = settings.max_new_tokens
+            fixed = most if settings.fixed_length else None
+            limit = served.room(len(tokens), most, asked.max_tokens, prompts.param)
+            served.room(len(tokens), most, fixed, prompts.param)
             for choice in range(asked.choices):
                 sampling = asked.sampling
                 if sampling.seed is not None:

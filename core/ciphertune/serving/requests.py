@@ -138,7 +138,7 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
         _refuse("echo", "it is not supported")
     _whole(body, "best_of", 1, 1)
     prompt = body.get("prompt")
-    prompts = prompt if isinstance(prompt, list) and not _are_tokens(prompt) else [prompt]
+    prompts: list[Any] = prompt if isinstance(prompt, list) and not _are_tokens(prompt) else [prompt]
     if not prompts or not all(isinstance(each, str) or _are_tokens(each) for each in prompts):
         _refuse("prompt", "a text, a list of texts, or of numbers of tokens is expected")
     if len(prompts) > _MOST_CHOICES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import ssl
 import threading
@@ -16,6 +17,7 @@ from ciphertune.serving.keys import Callers
 from ciphertune.serving.served import ServedModel
 from ciphertune.serving.settings import ServeSettings
 
+_GRACE_SECONDS = 5
 _INSTALL = 'pip install "ciphertune[serve]"'
 
 
@@ -78,7 +80,7 @@ class Server:
             access_log=False,
             server_header=False,
             limit_concurrency=settings.max_connections,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=_GRACE_SECONDS,
             ssl_certfile=settings.certificate,
             ssl_keyfile=settings.certificate_key,
         )
@@ -89,11 +91,20 @@ class Server:
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
-        """Serve until SIGINT or SIGTERM; the latter lets streams end for five seconds."""
+        """Serve until SIGTERM, which lets answers under way end for five seconds, or until Ctrl-C."""
+        asked = threading.Event()
+        before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
         try:
-            self._uvicorn.run([self._socket])
+            self.start()
+            # With a time, so that Ctrl-C is noticed on every system.
+            while not asked.wait(1.0):
+                pass
+            self._uvicorn.should_exit = True
+            assert self._thread is not None
+            self._thread.join()
         finally:
             self.close()
+            signal.signal(signal.SIGTERM, before)
 
     def start(self) -> None:
         """Serve on a thread of its own, until ``close``."""

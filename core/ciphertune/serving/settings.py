@@ -25,7 +25,7 @@ class ServeSettings:
         max_body: bytes of a request's body.
         max_connections: at a time.
         pad_tokens: prompts are sent as a multiple of this number of tokens.
-        fixed_length: tokens computed for each answer, wherever it ends; None for as many as it has.
+        fixed_length: whether all of ``max_new_tokens`` are computed for each answer, wherever it ends.
 
     Raises:
         ConfigError: a value is out of range, or a key cannot be used.
@@ -43,17 +43,12 @@ class ServeSettings:
     max_body: int = 1 << 20
     max_connections: int = 256
     pad_tokens: int = 1
-    fixed_length: int | None = None
+    fixed_length: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_batch", "max_waiting", "max_body", "max_connections", "pad_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, and must be at least 1")
-        if self.fixed_length is not None and not 1 <= self.fixed_length <= self.max_new_tokens:
-            raise ConfigError(
-                f"the fixed length of {self.fixed_length} tokens must be between 1 and the longest answer, "
-                f"{self.max_new_tokens}"
-            )
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"{self.port} is no port")
         if len(set(self.api_keys)) < len(self.api_keys):
