@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from ciphertune_mlwe.kernels import KERNELS, choose_kernel
 from ciphertune_mlwe.masks import BANK_COLUMNS, Block, Mask, MaskStock, Order
 from ciphertune_mlwe.params import ParameterSet
 from ciphertune_mlwe.planes import lifted
-from ciphertune_mlwe.prg import SEED_BYTES, fresh_seed
+from ciphertune_mlwe.prg import SEED_BYTES, fresh_seed, hedged_seed
 from ciphertune_mlwe.public import PublicMatrix
 from ciphertune_mlwe.transforms import LANES, hint_shape, make_transforms
 
@@ -156,7 +157,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         if sent > tokens:
             values = torch.cat([values, values.new_zeros(sent - tokens, values.shape[1])])
         scale = product.parameters.noise(self._digits).token_scale(values, whole)
-        mask = self._stock.take(whole.identity, sent)
+        mask = self._stock.take(whole.identity, sent, lambda: _hash(values))
         planes = product.parameters.planes
         b = mask.take(lambda body: self._transforms.encrypt(body, values, scale, planes))
         found = []
@@ -316,18 +317,20 @@ class MLWEClient(ClientHalf[EncryptionState]):
             self._prepared[linear_map.identity] = prepared
             self._bank_columns = -1
 
-    def _block(self, order: Order) -> Block:
-        """Masks under fresh secrets, which are forgotten as soon as the masks are made."""
+    def _block(self, order: Order, message: bytes) -> Block:
+        """Masks under fresh secrets, which are forgotten as soon as the masks are made; see ``hedged_seed``."""
         product = self._prepared.get(order.product)
         if product is None:
             raise SecurityError("the session is closed")
         self._public.forget_operands()
         parameters = product.parameters
         block = Block(product.features, product.rows, order.tokens, self._device)
-        secrets = self._transforms.secrets(fresh_seed(), parameters, -(-order.tokens // parameters.degree))
+        secrets = self._transforms.secrets(
+            hedged_seed(b"secrets", message), parameters, -(-order.tokens // parameters.degree)
+        )
         try:
             public = self._public.transformed(product.features, parameters.rank)
-            self._transforms.masks(public, secrets, parameters, fresh_seed(), block.body.matrix)
+            self._transforms.masks(public, secrets, parameters, hedged_seed(b"errors", message), block.body.matrix)
             for row, hints in product.hints.parts():
                 rows = block.hint.matrix[row : row + LANES * len(hints)]
                 self._transforms.hint_masks(hints, secrets, parameters, rows)
@@ -351,6 +354,11 @@ class MLWEClient(ClientHalf[EncryptionState]):
                     columns //= 2
                 self._bank_columns = columns
             return self._bank_columns
+
+
+def _hash(values: Tensor) -> bytes:
+    """SHA-256 of a request's message."""
+    return hashlib.sha256(values.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _rows(b: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:

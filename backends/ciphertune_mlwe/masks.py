@@ -166,7 +166,7 @@ class MaskStock:
 
     def __init__(
         self,
-        make: Callable[[Order], Block],
+        make: Callable[[Order, bytes], Block],
         size: Callable[[Order], int],
         bank_columns: Callable[[], int],
         ahead: int,
@@ -191,8 +191,13 @@ class MaskStock:
         self._handed: weakref.WeakSet[Mask] = weakref.WeakSet()
         _STOCKS.add(self)
 
-    def take(self, product: str, tokens: int) -> Mask:
+    def take(self, product: str, tokens: int, message: Callable[[], bytes] = bytes) -> Mask:
         """A mask that nobody else gets.
+
+        Args:
+            product: identity of the map.
+            tokens: columns of the mask.
+            message: a hash of what will be masked, asked for where the mask is made now.
 
         Raises:
             SecurityError: the stock is closed, or of another process.
@@ -201,10 +206,10 @@ class MaskStock:
             self._check()
         columns = self._bank_columns()
         if 2 * tokens <= columns:
-            return self._of_bank(product, tokens, columns)
+            return self._of_bank(product, tokens, columns, message)
         order = Order(product, tokens)
         while True:
-            block = self._find(order) or self._made(order)
+            block = self._find(order) or self._made(order, message())
             with self._lock:
                 self._check()
                 if self._usable(block):
@@ -254,7 +259,7 @@ class MaskStock:
         self._handed.add(mask)
         return mask
 
-    def _of_bank(self, product: str, tokens: int, size: int) -> Mask:
+    def _of_bank(self, product: str, tokens: int, size: int, message: Callable[[], bytes]) -> Mask:
         while True:
             with self._lock:
                 self._check()
@@ -264,16 +269,16 @@ class MaskStock:
                     bank.used += tokens
                     return self._hand(bank.block, columns)
             order = Order(product, size)
-            block = self._find(order) or self._made(order)
+            block = self._find(order) or self._made(order, message())
             with self._lock:
                 self._check()
                 self._banks[product] = _Bank(block)
 
-    def _made(self, order: Order) -> Block:
+    def _made(self, order: Order, message: bytes = b"") -> Block:
         """A new block, which tells whether the machine was copied after its secrets were drawn."""
         with self._lock:
             copies = self._copies
-        block = self._make(order)
+        block = self._make(order, message)
         block.made, block.copies = self._watch.now(), copies
         return block
 
