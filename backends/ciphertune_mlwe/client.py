@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +24,7 @@ from ciphertune_mlwe.kernels import KERNELS, choose_kernel
 from ciphertune_mlwe.masks import BANK_COLUMNS, Block, Mask, MaskStock, Order
 from ciphertune_mlwe.params import ParameterSet
 from ciphertune_mlwe.planes import lifted
-from ciphertune_mlwe.prg import SEED_BYTES, fresh_seed
+from ciphertune_mlwe.prg import SEED_BYTES, fresh_seed, hedged_seed
 from ciphertune_mlwe.public import PublicMatrix
 from ciphertune_mlwe.transforms import LANES, hint_shape, make_transforms
 
@@ -171,7 +173,8 @@ class MLWEClient(ClientHalf[EncryptionState]):
         # What fills up the last tokens is zeros, which may be anyone's.
         runs[-1] += sent - tokens
         masks = tuple(
-            self._stock.take(whole.identity, run, caller) for run, (caller, _) in zip(runs, owners, strict=True)
+            self._stock.take(whole.identity, len(own), caller, functools.partial(_hash, own))
+            for own, (caller, _) in zip(torch.split(values, runs), owners, strict=True)
         )
         planes = product.parameters.planes
         b = _side_by_side(
@@ -347,18 +350,21 @@ class MLWEClient(ClientHalf[EncryptionState]):
             self._prepared[linear_map.identity] = prepared
             self._bank_columns.clear()
 
-    def _block(self, order: Order) -> Block:
-        """Masks under fresh secrets, which are forgotten as soon as the masks are made."""
+    def _block(self, order: Order, message: bytes) -> Block:
+        """Masks under fresh secrets, which are forgotten as soon as the masks are made; see ``hedged_seed``."""
         product = self._prepared.get(order.product)
         if product is None:
             raise SecurityError("the session is closed")
         self._public.forget_operands()
         parameters = product.parameters
         block = Block(product.features, product.rows, order.tokens, self._device)
-        secrets = self._transforms.secrets(fresh_seed(), parameters, -(-order.tokens // parameters.degree))
+        secrets = self._transforms.secrets(
+            hedged_seed(b"secrets", message), parameters, -(-order.tokens // parameters.degree)
+        )
         try:
             for start, stop, public in self._public.parts(product.features, parameters.rank):
-                self._transforms.masks(public, secrets, parameters, fresh_seed(), block.body.matrix[start:stop])
+                seed = hedged_seed(b"errors", message)
+                self._transforms.masks(public, secrets, parameters, seed, block.body.matrix[start:stop])
             for row, hints in product.hints.parts():
                 rows = block.hint.matrix[row : row + LANES * len(hints)]
                 self._transforms.hint_masks(hints, secrets, parameters, rows)
@@ -388,6 +394,11 @@ def _side_by_side(parts: Iterable[Tensor]) -> Tensor:
     """Tensors whose last dimension is tokens, as one; a single one as it is."""
     found = list(parts)
     return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+
+def _hash(values: Tensor) -> bytes:
+    """SHA-256 of a request's message."""
+    return hashlib.sha256(values.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _rows(b: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:

@@ -167,7 +167,7 @@ class MaskStock:
 
     def __init__(
         self,
-        make: Callable[[Order], Block],
+        make: Callable[[Order, bytes], Block],
         size: Callable[[Order], int],
         bank_columns: Callable[[int], int],
         banked: int,
@@ -195,8 +195,14 @@ class MaskStock:
         self._handed: weakref.WeakSet[Mask] = weakref.WeakSet()
         _STOCKS.add(self)
 
-    def take(self, product: str, tokens: int, caller: str = "") -> Mask:
+    def take(self, product: str, tokens: int, caller: str = "", message: Callable[[], bytes] = bytes) -> Mask:
         """A mask that nobody else gets, under no secret that another caller's mask has.
+
+        Args:
+            product: identity of the map.
+            tokens: columns of the mask.
+            caller: whose tokens they are.
+            message: a hash of what will be masked, asked for where the mask is made now.
 
         Raises:
             SecurityError: the stock is closed, or of another process.
@@ -206,10 +212,10 @@ class MaskStock:
             callers = len(self._banks.keys() | {caller})
         columns = self._bank_columns(callers)
         if 2 * tokens <= columns:
-            return self._of_bank(product, tokens, columns, caller)
+            return self._of_bank(product, tokens, columns, caller, message)
         order = Order(product, tokens)
         while True:
-            block = self._find(order) or self._made(order)
+            block = self._find(order) or self._made(order, message())
             with self._lock:
                 self._check()
                 if self._usable(block):
@@ -259,7 +265,7 @@ class MaskStock:
         self._handed.add(mask)
         return mask
 
-    def _of_bank(self, product: str, tokens: int, size: int, caller: str) -> Mask:
+    def _of_bank(self, product: str, tokens: int, size: int, caller: str, message: Callable[[], bytes]) -> Mask:
         while True:
             with self._lock:
                 self._check()
@@ -270,7 +276,7 @@ class MaskStock:
                     bank.used += tokens
                     return self._hand(bank.block, columns)
             order = Order(product, size)
-            block = self._find(order) or self._made(order)
+            block = self._find(order) or self._made(order, message())
             with self._lock:
                 self._check()
                 self._banks.setdefault(caller, {})[product] = _Bank(block)
@@ -286,11 +292,11 @@ class MaskStock:
             for bank in self._banks.pop(each).values():
                 bank.block.body.spoil()
 
-    def _made(self, order: Order) -> Block:
+    def _made(self, order: Order, message: bytes = b"") -> Block:
         """A new block, which tells whether the machine was copied after its secrets were drawn."""
         with self._lock:
             copies = self._copies
-        block = self._make(order)
+        block = self._make(order, message)
         block.made, block.copies = self._watch.now(), copies
         return block
 

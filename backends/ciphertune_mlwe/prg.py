@@ -5,6 +5,7 @@ AES-256 in counter mode, keyed by 32 bytes from the operating system or derived 
 
 from __future__ import annotations
 
+import hmac
 import os
 
 import numpy as np
@@ -59,9 +60,16 @@ def ternary(key: bytes, count: int) -> npt.NDArray[np.int8]:
     stream = Keystream(key, label=b"secrets ")
     words = stream.fill(np.empty(room(8 * count), dtype=np.uint8), 8 * count).view("<u8")
     low, high = words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)
-    carry = (low * np.uint64(3)) >> np.uint64(32)
-    values = (((high * np.uint64(3) + carry) >> np.uint64(32)).astype(np.int8)) - np.int8(1)
-    words.fill(0)
+    # In place, so that nothing that tells of them is left in memory that nobody overwrites.
+    low *= np.uint64(3)
+    low >>= np.uint64(32)
+    high *= np.uint64(3)
+    high += low
+    high >>= np.uint64(32)
+    values = high.astype(np.int8)
+    values -= np.int8(1)
+    for each in (words, low, high):
+        each.fill(0)
     return values
 
 
@@ -71,6 +79,26 @@ def fresh_seed() -> bytes:
         return os.urandom(SEED_BYTES)
     except NotImplementedError as error:
         raise SecurityError("the operating system gives no randomness; nothing can be encrypted safely") from error
+
+
+_PROCESS_KEY = os.urandom(SEED_BYTES)
+
+
+def hedged_seed(label: bytes, message: bytes) -> bytes:
+    """32 bytes from the operating system, bound to what is encrypted: for secrets that are drawn after the message.
+
+    HMAC-SHA-256 under a key of this process, of a label, fresh random bytes and a hash of the message (hedging as in
+    Bellare et al., "Hedged public-key encryption", ASIACRYPT 2009, and Ristenpart and Yilek, NDSS 2010, for cloned
+    machines). Two copies of a machine whose generators give the same bytes then use one seed for one message only.
+
+    Args:
+        label: sets apart seeds that are drawn for one message.
+        message: a hash of it; empty where it is not known yet.
+
+    Raises:
+        SecurityError: the operating system gives no randomness.
+    """
+    return hmac.digest(_PROCESS_KEY, label + b"\0" + fresh_seed() + message, "sha256")
 
 
 def expand(key: bytes, first_row: int, rows: int, row_bytes: int, out: Bytes) -> Bytes:

@@ -5,9 +5,11 @@ A file with a secret has mode 0600, is written whole or not at all, and is refus
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from ciphertune.errors import KeyFileError
 
 _LARGEST = 4096
+_PR_SET_DUMPABLE = 4
 
 
 def keys_folder(option: str | None) -> Path:
@@ -102,3 +105,21 @@ def write_parts(path: str | os.PathLike[str], parts: Iterable[bytes | memoryview
         raise KeyFileError(f"cannot write the key file {file}: {type(error).__name__}") from None
     finally:
         Path(temporary).unlink()
+
+
+def hide_process() -> bool:
+    """Keep other processes of the same user from reading this one's memory, and core dumps from holding it (Linux).
+
+    ``prctl(PR_SET_DUMPABLE, 0)``: debuggers cannot attach, and files such as ``/proc/PID/mem`` belong to root, who can
+    still read them. Programs that are started from here are as readable as ever. ``CIPHERTUNE_DUMPABLE=1`` prevents it.
+
+    Returns:
+        Whether the process is hidden now.
+    """
+    if not sys.platform.startswith("linux") or os.environ.get("CIPHERTUNE_DUMPABLE") == "1":
+        return False
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return False
+    return bool(prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)

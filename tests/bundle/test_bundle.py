@@ -302,15 +302,21 @@ def test_damaged_worker_folders(tmp_path: Path, damage: str) -> None:
 CLIENT_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda f: (f / "ciphertune.json").unlink(), "not a bundle's folder"),
     "another format": (lambda f: _edit(f / "ciphertune.json", lambda c: c.update(format="x-9")), "format 'x-9'"),
-    "no layers": (lambda f: _edit(f / "ciphertune.json", lambda c: c.update(layers=[])), "lacks the layers"),
-    "a group twice": (lambda f: _edit(f / "ciphertune.json", lambda c: c["groups"].append([0])), "each layer once"),
+    "no layers": (
+        lambda f: _edit(f / "ciphertune.json", lambda c: c.update(layers=[])),
+        "layers: expected at least",
+    ),
+    "a group twice": (
+        lambda f: _edit(f / "ciphertune.json", lambda c: c["groups"].append([0])),
+        "layer in one group",
+    ),
     "another size": (
         lambda f: _edit(f / "ciphertune.json", lambda c: c["layers"][0].update(out_features=99)),
-        "do not fit its 99 rows",
+        "does not fit the 99 rows",
     ),
     "another layer": (
         lambda f: _edit(f / "ciphertune.json", lambda c: c["layers"][0].update(in_features=15)),
-        "which the model does not have",
+        "layers of equal in_features",
     ),
     "no scales": (lambda f: (f / "outsourced.safetensors").unlink(), "missing from the bundle"),
     "weights cut short": (lambda f: _cut_file(f / "model-00001.safetensors"), "damaged"),

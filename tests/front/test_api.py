@@ -74,6 +74,7 @@ FRONT = {
         "remove",
     ],
     "key_files": [
+        "hide_process",
         "keys_folder",
         "make_keys_folder",
         "read_key_file",

@@ -59,7 +59,7 @@ class Bench:
         """Bytes of a block."""
         return 4 * (FEATURES + OUTPUTS) * order.tokens
 
-    def make(self, order: Order) -> Block:
+    def make(self, order: Order, message: bytes = b"") -> Block:
         """A block of random numbers, none of them 0."""
         block = Block(FEATURES, OUTPUTS, order.tokens, CPU)
         generator = torch.Generator().manual_seed(next(self._seeds))

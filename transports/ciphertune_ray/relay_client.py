@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from ciphertune.errors import ConfigError, ProtocolError
+from ciphertune.key_files import hide_process
 from ciphertune.protocol import Frame
 from ciphertune.transport import PendingReplies
 from ciphertune_ray.channel import Channel, socket_pair
@@ -164,6 +165,8 @@ class _RelayProcess:
         self._received, self._ended = received, ended
         self.outgoing: queue.SimpleQueue[tuple[dict[str, Any], Sequence[Frame], Callable[[], None] | None] | None]
         self.outgoing = queue.SimpleQueue()
+        # What a cluster sends can run code in the relay, as this user: it must not read this process.
+        hide_process()
         # In a session of its own Ctrl-C does not reach it.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ciphertune_ray.relay", str(there.fileno())],

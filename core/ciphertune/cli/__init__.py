@@ -12,6 +12,7 @@ import click
 
 from ciphertune._support.version import __version__
 from ciphertune.errors import CipherTuneError
+from ciphertune.key_files import hide_process
 
 # Name → (module under ciphertune.cli, one line for --help); the command object has the command's name.
 _COMMANDS = {
@@ -85,6 +86,8 @@ def main(args: list[str] | None = None) -> NoReturn:
     # Torch's threads would go on spinning after each operation, on processors that ours could use. Read by OpenMP once,
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Keys and decrypted values are in this process.
+    hide_process()
     for stream in (sys.stdout, sys.stderr):
         # Where the locale has no such letter, another stands for it.
         if isinstance(stream, io.TextIOWrapper):
