@@ -52,6 +52,7 @@ _CONCRETE_ML = "an environment of its own, of gigabytes: make concrete-ml"
 # Commands that are not run: (page, command) → why. For a command that is on the page again, its whole line; for other
 # languages, the first line of the block.
 _CLUSTER = "needs a cluster of several machines; tests/transports/test_ray.py makes one"
+_OTHERS = "a program of others; tests/runs/test_export.py reads what it is given"
 EXCLUDED = {
     ("cluster.md", 'pip install "ciphertune[ray]"'): _INSTALL,
     ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8"): _CLUSTER,
@@ -93,6 +94,12 @@ EXCLUDED = {
         "ciphertune top 'zmq://10.0.0.5:5555,10.0.0.6:5555?curve=keys'",
     ): "asks workers that the page does not start; tests/client/test_monitor.py",
     ("concrete.md", "pip install 'ciphertune[concrete-circuit]'"): _INSTALL,
+    ("using.md", 'llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora notes.gguf -p "The notes of today:"'): _OTHERS,
+    ("using.md", "vllm serve merged"): _OTHERS,
+    (
+        "using.md",
+        "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora --lora-modules notes=out/adapter",
+    ): _OTHERS,
 }
 
 # What stands for something that a test cannot have or wait for: (pages, or * for all; the text; what it becomes).

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from ciphertune.bundle.files import CLIENT_MANIFEST
+from ciphertune._support.bundle_names import CLIENT_MANIFEST
 from ciphertune.errors import ConfigError
 
 _LARGEST = (1 << 31) - 1
@@ -101,7 +101,7 @@ def read_client(folder: Path, content: Mapping[str, Any]) -> ClientManifest:
         reader.text(content, "model", least=0),
         reader.text(content, "dtype"),
         None if architecture is None else reader.text(content, "architecture"),
-        bits,
+        8 if bits == 8 else 16,
         layers,
         groups,
         embeddings,

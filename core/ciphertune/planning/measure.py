@@ -21,7 +21,7 @@ from ciphertune.client.session import Session
 from ciphertune.errors import ConfigError
 from ciphertune.models.known import skeleton
 from ciphertune.outsourcing.convert import outsource, session_of
-from ciphertune.outsourcing.layers import choose_layers, linear_layers
+from ciphertune.outsourcing.layers import Candidate, choose_layers, linear_layers
 from ciphertune.planning.client_compute import BLOCKS, measure_client_compute
 from ciphertune.planning.products import PlannedModel
 from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, product_name
@@ -171,7 +171,7 @@ def measure_speeds(
             products=measure_products(to, sizes_to_measure(planned, backend, tokens)),
             copy=measure_copy(),
             client_compute=_client_compute(model, planned, targets, tokens, length) if as_client else None,
-            link=_link(planned.choice) if as_client and planned.choice.transport.remote else None,
+            link=measure_transport(planned.choice) if as_client and planned.choice.transport.remote else None,
         )
 
 
@@ -218,7 +218,8 @@ def _options(choice: Choice) -> list[dict[str, str]]:
     return split_options(options, SessionOptions, backend.options_class(options), transport.Options)
 
 
-def _link(choice: Choice) -> LinkSpeed:
+def measure_transport(choice: Choice) -> LinkSpeed:
+    """Measure the transport of a selection. Raises ``ConfigError`` where it cannot serve a worker."""
     transport = registry.load(registry.TRANSPORTS, choice.selection.transport)
     if transport.ServeOptions is None:
         raise ConfigError(
@@ -235,26 +236,15 @@ def _client_compute(
     length: int,
 ) -> ClientCompute:
     """Measure what a client computes itself; guess where the model cannot be cut to a few blocks and run on tokens."""
-    whole = planned.model
-    config = getattr(whole, "config", None)
-    vocabulary, hidden = getattr(config, "vocab_size", None), getattr(config, "hidden_size", None)
-    if not type(whole).__name__.endswith(("ForCausalLM", "LMHeadModel")) or not vocabulary or not hidden:
-        return _guess_client_compute(planned)
-    most = max(256, min(vocabulary, _HEAD_WEIGHTS // hidden))
-    changes = {"num_hidden_layers": BLOCKS, "vocab_size": most, "use_cache": False}
-    specials = ("pad_token_id", "bos_token_id", "eos_token_id")
-    small = skeleton(model, **changes, **dict.fromkeys(specials))
-    names = {candidate.name for candidate in planned.chosen}
-    chosen = choose_layers(small, "all", plugin_manager(), allow_meta=True)
-    chosen = [candidate for candidate in chosen if candidate.name in names]
-    blocks = getattr(config, "num_hidden_layers", 0)
-    if not chosen or (blocks > BLOCKS and len(chosen) >= len(names)):
-        return _guess_client_compute(planned)
+    cut = small_model(model, planned, use_cache=False)
+    if cut is None:
+        return guess_client_compute(planned)
+    small, chosen, share = cut
     found = measure_client_compute(small, chosen, planned.choice.options.share_inputs, targets, tokens, length)
     needed = {product_name(u.layers, d) for u in planned.groups for d in u.directions if not u.lookup}
     if not needed <= found.before.keys():
-        return _guess_client_compute(planned)  # Blocks are not all alike.
-    share = vocabulary / most
+        return guess_client_compute(planned)  # Blocks are not all alike.
+    blocks = getattr(planned.model.config, "num_hidden_layers", 0)
     return dataclasses.replace(
         found,
         head=Line(found.head.fixed * share, found.head.per_token * share),
@@ -262,7 +252,34 @@ def _client_compute(
     )
 
 
-def _guess_client_compute(planned: PlannedModel) -> ClientCompute:
+def small_model(
+    model: str, planned: PlannedModel, *, use_cache: bool
+) -> tuple[nn.Module, list[Candidate], float] | None:
+    """Cut a causal language model to ``BLOCKS`` blocks and a smaller vocabulary.
+
+    Returns:
+        The small model without weights, its layers that are outsourced, and the whole model's vocabulary over its own;
+        None where the model cannot be cut so.
+    """
+    whole = planned.model
+    config = getattr(whole, "config", None)
+    vocabulary, hidden = getattr(config, "vocab_size", None), getattr(config, "hidden_size", None)
+    if not type(whole).__name__.endswith(("ForCausalLM", "LMHeadModel")) or not vocabulary or not hidden:
+        return None
+    most = max(256, min(vocabulary, _HEAD_WEIGHTS // hidden))
+    changes = {"num_hidden_layers": BLOCKS, "vocab_size": most, "use_cache": use_cache}
+    specials = ("pad_token_id", "bos_token_id", "eos_token_id")
+    small = skeleton(model, **changes, **dict.fromkeys(specials))
+    names = {candidate.name for candidate in planned.chosen}
+    chosen = choose_layers(small, "all", plugin_manager(), allow_meta=True)
+    chosen = [candidate for candidate in chosen if candidate.name in names]
+    blocks = getattr(config, "num_hidden_layers", 0)
+    if not chosen or (blocks > BLOCKS and len(chosen) >= len(names)):
+        return None
+    return small, chosen, vocabulary / most
+
+
+def guess_client_compute(planned: PlannedModel) -> ClientCompute:
     """Guess: head and loss as three products with the weights that stay, and a tenth of the plain products besides."""
     rate = _plain_rate()
     names = {candidate.name for candidate in planned.chosen}
