@@ -60,9 +60,20 @@ class ClearClient(ClientHalf[int]):
 class ClearWorker(WorkerHalf):
     """Multiplies in float32."""
 
+    divisible = True
+
     def prepare(self, weight: Tensor) -> Tensor:
         """See ``WorkerHalf.prepare``."""
         return weight
+
+    def part(self, prepared: Tensor, start: int, stop: int) -> Tensor:
+        """See ``WorkerHalf.part``: a view."""
+        return prepared[start:stop]
+
+    def reply_bytes(self, prepared: Tensor, direction: Direction, request: Buffers) -> int:
+        """See ``WorkerHalf.reply_bytes``."""
+        x = request.get("x")
+        return 0 if x is None or x.dim() != 2 else 4 * len(x) * prepared.shape[0 if direction == "forward" else 1]
 
     def evaluate(self, prepared: Tensor, direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``."""

@@ -168,6 +168,15 @@ class SimulationWorker(WorkerHalf):
             found[direction] = _Prepared(matrix, norms, direction.encode() + bytes(_bytes(norms)))
         return found
 
+    def prepared_nbytes(self, prepared: dict[Direction, _Prepared]) -> int:
+        """See ``WorkerHalf.prepared_nbytes``: norms, and their bytes once more."""
+        return 2 * sum(each.norms.nbytes for each in prepared.values())
+
+    def reply_bytes(self, prepared: dict[Direction, _Prepared], direction: Direction, request: Buffers) -> int:
+        """See ``WorkerHalf.reply_bytes``."""
+        x = request.get("x")
+        return 0 if x is None or x.dim() != 2 else 4 * len(x) * len(prepared[direction].matrix)
+
     def evaluate(self, prepared: dict[Direction, _Prepared], direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``."""
         matrix, norms = prepared[direction].matrix, prepared[direction].norms
@@ -266,6 +275,10 @@ class SimulationBackend(Backend):
     def piece_traffic(self, whole: LinearMap, piece: LinearMap, tokens: int) -> tuple[int, int] | None:
         """See ``Backend.piece_traffic``: what the simulated backend would send."""
         return self._simulated.piece_traffic(whole, piece, tokens)
+
+    def reply_bytes(self, whole: LinearMap, piece: LinearMap, tokens: int) -> int:
+        """See ``Backend.reply_bytes``: float32, whatever is simulated."""
+        return 4 * tokens * piece.out_features
 
     def client(self, device: torch.device) -> SimulationClient:
         """See ``Backend.client``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -391,12 +391,16 @@ def columns_of(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
 class WorkerHalf(abc.ABC):
     """Evaluation on ciphertext. Runs at the worker; never sees a secret."""
 
+    divisible: ClassVar[bool] = False
+    """Whether ``part`` cuts a prepared weight. A worker then prepares each weight once for all sessions of a form and all
+    groups. Else each group is prepared alone, and what that takes counts against its client's quota."""
+
     @abc.abstractmethod
     def prepare(self, weight: Tensor) -> Any:
         """Take a weight of shape (N, K): int8 codes in ±127, int16 in ±32639, or float32 where ``weight_bits`` is None.
 
-        What it returns is handed to ``evaluate``, also of other sessions that were opened with the same fields, so it
-        must hold nothing of this session. It should keep a reference to ``weight`` rather than a copy.
+        What it returns is handed to ``evaluate``, also of other sessions of the same ``form``, so it must hold nothing
+        of this session. It should keep a reference to ``weight`` rather than a copy.
         """
 
     @abc.abstractmethod
@@ -406,6 +410,29 @@ class WorkerHalf(abc.ABC):
         Raises:
             ProtocolError: the request's buffers are not what this backend sends.
         """
+
+    @property
+    def form(self) -> Hashable:
+        """What of the session's fields ``prepare`` depends on. Sessions of the same form share what it returns."""
+        return None
+
+    def part(self, prepared: Any, start: int, stop: int) -> Any:
+        """What rows ``start`` to ``stop`` of a prepared weight are prepared as, sharing its memory.
+
+        Only called where ``divisible`` says so.
+        """
+        raise NotImplementedError
+
+    def prepared_nbytes(self, prepared: Any) -> int:
+        """Memory of what ``prepare`` returned, beside the weight that it was given."""
+        return 0
+
+    def reply_bytes(self, prepared: Any, direction: Direction, request: Buffers) -> int | None:
+        """Bytes of the reply's buffers, from sizes alone: reserved before ``evaluate``. Any value for a bad request.
+
+        As it stands None, for not known: the reply then counts once it is there.
+        """
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -502,6 +529,14 @@ class Backend(abc.ABC):
         sent = self.traffic(whole if whole.direction == "forward" else piece, tokens)
         returned = self.traffic(piece, tokens)
         return None if sent is None or returned is None else (sent[0], returned[1])
+
+    def reply_bytes(self, whole: LinearMap, piece: LinearMap, tokens: int) -> int | None:
+        """Bytes of the buffers of one piece's reply: a client takes no more. None for as many as a message may have.
+
+        As it stands those of ``piece_traffic``, unless that is of another backend (``states_traffic``).
+        """
+        known = None if self.states_traffic else self.piece_traffic(whole, piece, tokens)
+        return None if known is None else known[1]
 
     def kept_bytes(self, forward: LinearMap | None, backward: LinearMap) -> int:
         """Memory of what a client half makes of a group's codes, for plans; 0 where it prepares nothing.

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ciphertune.cli.offered import backends_option, offered_backends
 from ciphertune.cli.pairs import name_values
 
 log = logging.getLogger("ciphertune.worker")
@@ -45,6 +46,7 @@ class _JsonFormatter(logging.Formatter):
     help="Plain TCP on any address: anyone who can reach it can use this worker, and alter traffic unnoticed.",
 )
 @click.option("-o", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Any option of the transport.")
+@backends_option()
 @click.option("--layers", multiple=True, help="Serve only layers that match; may be repeated.")
 @click.option("--verify/--no-verify", default=True, help="Check the weights against their hashes first.")
 @click.option("--device", default="cpu", show_default=True, help="Device that evaluates products.")
@@ -102,6 +104,7 @@ def worker(
     insecure: bool,
     no_authentication: bool,
     extra: tuple[str, ...],
+    backends: str,
     layers: tuple[str, ...],
     verify: bool,
     device: str,
@@ -147,6 +150,7 @@ def worker(
         raise ConfigError(f"the device {device!r} cannot be used: {error}") from error
     listen = registry.load(registry.TRANSPORTS, transport).listen
     read_blocks(bundle)
+    offered = offered_backends(backends)
     size = max_message_mb << 20
     message = Limits(buffer_bytes=size, total_bytes=size)
     # Keys, address and ports are looked at first: weights take minutes to read.
@@ -166,7 +170,7 @@ def worker(
     readings = 0 if withhold_weights else SessionLimits.readings
     limits = SessionLimits(max_sessions, idle_seconds=idle, nbytes=keys, all_nbytes=8 * keys, readings=readings)
     service = Service(
-        Worker(store, place, limits),
+        Worker(store, place, limits, backends=offered),
         Quota(max_requests, max_client_mb << 20),
         message,
         evaluators,

@@ -102,7 +102,8 @@ class Product:
         exchange.encrypt_seconds += clock() - start
         with contextlib.ExitStack() as stack:
             requests = [
-                self._send(piece, part, each, stack) for piece, part, each in zip(pieces, maps, encrypted, strict=True)
+                self._send(piece, whole, part, each, stack)
+                for piece, part, each in zip(pieces, maps, encrypted, strict=True)
             ]
             parts = []
             for piece, request, part, each in zip(pieces, requests, maps, encrypted, strict=True):
@@ -131,7 +132,12 @@ class Product:
         return check(piece, sent, y, piece, sent)
 
     def _send(
-        self, piece: Piece, linear_map: LinearMap, encrypted: Encrypted[Any], stack: contextlib.ExitStack
+        self,
+        piece: Piece,
+        whole: LinearMap,
+        linear_map: LinearMap,
+        encrypted: Encrypted[Any],
+        stack: contextlib.ExitStack,
     ) -> PendingRequest:
         """Send the request for a piece; it is given up when ``stack`` unwinds."""
         start = time.perf_counter()
@@ -141,7 +147,10 @@ class Product:
         def check(reply: Buffers) -> None:
             self._client.check_reply(reply, encrypted.state, linear_map)
 
-        request = PendingRequest(self._pool, piece, linear_map.direction, self._opening, buffers, check, allowance)
+        most = self._backend.reply_bytes(whole, linear_map, self._exchange.tokens)
+        request = PendingRequest(
+            self._pool, piece, linear_map.direction, self._opening, buffers, check, allowance, most
+        )
         stack.callback(request.abandon)
         self._exchange.wait_seconds += time.perf_counter() - start
         self._exchange.requests += 1

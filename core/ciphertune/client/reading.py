@@ -13,7 +13,7 @@ from ciphertune.client.connection import BACKOFF_SECONDS, Retry, WorkerConnectio
 from ciphertune.client.pool import WorkerPool
 from ciphertune.errors import TransportError, WeightsError, WorkerError
 from ciphertune.protocol import Message
-from ciphertune.weights import LayerInfo
+from ciphertune.weights import LayerInfo, code_dtype
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class WorkerCodes:
         timeouts = self._pool.timeouts
         end = time.monotonic() + timeouts.deadline
         problem = "no worker holds them any more"
+        most = (stop - start) * layer.in_features * code_dtype(layer.weight_bits).itemsize
         request = {"layer": layer.name, "start": start, "stop": stop}
         while True:
             refused = True
@@ -90,7 +91,8 @@ class WorkerCodes:
                 if self._pool.closed.is_set():
                     raise TransportError(f"the session was closed while the codes of {layer.name} were read")
                 try:
-                    reply = worker.reply(worker.submit(Message("weights", dict(request))), timeouts.timeout, "weights")
+                    future = worker.submit(Message("weights", dict(request)), most)
+                    reply = worker.reply(future, timeouts.timeout, "weights")
                 except WorkerError as error:
                     if error.code == "withheld":
                         raise WeightsError(_WITHHELD.format(name=worker.name)) from error

@@ -40,6 +40,7 @@ class PendingRequest:
         buffers: of the request.
         check: raises ``ReplyError`` for a reply that is not the product.
         allowance: seconds that it may take longer than others.
+        reply_bytes: of the reply's buffers at most; None where that is not known.
 
     Attributes:
         attempts: how often it was sent.
@@ -57,6 +58,7 @@ class PendingRequest:
         buffers: Mapping[str, Any],
         check: Callable[[Buffers], None],
         allowance: float = 0.0,
+        reply_bytes: int | None = None,
     ) -> None:
         self.attempts = 0
         self.check_seconds = 0.0
@@ -67,6 +69,7 @@ class PendingRequest:
         self._opening = opening
         self.answered_by: WorkerConnection | None = None
         self._buffers = dict(buffers)
+        self._reply_bytes = reply_bytes
         self._timeouts = pool.timeouts.extended(allowance)
         self.begun = time.monotonic()
         # The worker may have to be given the key again.
@@ -122,7 +125,7 @@ class PendingRequest:
                 group = worker.groups[self._piece.names]
                 session = worker.open(self._opening, seconds, group, self._pool.closed)
                 fields = {"session": session, "group": group, "direction": self._direction}
-                future = worker.submit(Message("evaluate", fields, self._buffers))
+                future = worker.submit(Message("evaluate", fields, self._buffers), self._reply_bytes)
                 self._under_way[future] = _Attempt(worker, session, time.monotonic())
             except BaseException as error:
                 self._pool.release(worker)

@@ -140,7 +140,7 @@ def plan_generation(
     """
     if (
         min(sequences, prompt_tokens, new_tokens, workers) < 1
-        or min(bandwidth, down or bandwidth) <= 0
+        or min(bandwidth, down_rate) <= 0
         or latency < 0
         or drafted < 0
     ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ciphertune.protocol import HELLO_VERSION, Frame, Limits, Message, error_message, pack
 from ciphertune.transport import Reply, RequestHandler
@@ -24,6 +24,10 @@ class Entrance:
     def open(self, service: RequestHandler) -> None:
         """Hand requests to a service from now on."""
         self._service = service
+
+    def reserve(self, peer: str, nbytes: int) -> Callable[[], None] | None:
+        """Count a request; see ``ciphertune.transport.RequestHandler``."""
+        return None if self._service is None else self._service.reserve(peer, nbytes)
 
     def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
         """Take a request; see ``ciphertune.transport.RequestHandler``."""

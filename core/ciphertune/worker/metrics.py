@@ -74,6 +74,9 @@ def serve_metrics(service: Service, host: str, port: int) -> tuple[int, Callable
             yield GaugeMetricFamily(
                 "ciphertune_session_key_bytes", "Evaluation keys of open sessions.", service.worker.session_bytes
             )
+            yield GaugeMetricFamily(
+                "ciphertune_prepared_bytes", "Prepared weights beside those held.", service.worker.prepared_bytes
+            )
             yield GaugeMetricFamily("ciphertune_clients", "Clients known.", load.clients)
             yield GaugeMetricFamily("ciphertune_queue_depth", "Requests that wait.", load.queued)
             yield GaugeMetricFamily("ciphertune_requests_under_way", "Requests under way.", load.under_way)
