@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ciphertune._support.bundle_names import CLIENT_MANIFEST
 from ciphertune._support.own_modes import own_modes
 from ciphertune.bundle.codes import FolderCodes
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
-    CLIENT_MANIFEST,
     OUTSOURCED,
     TensorFiles,
     checkpoint_files,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from ciphertune.bundle.files import CLIENT_MANIFEST
+from ciphertune._support.bundle_names import CLIENT_MANIFEST
 from ciphertune.errors import ConfigError
 
 _LARGEST = (1 << 31) - 1

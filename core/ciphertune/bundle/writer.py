@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ciphertune._support.atomic import draft_directory, safetensors_written, sync_tree
+from ciphertune._support.bundle_names import CLIENT_MANIFEST, WORKER_MANIFEST
 from ciphertune.backend import WeightBits
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
-    CLIENT_MANIFEST,
     INDEX,
     OUTSOURCED,
     WORKER_FORMAT,
-    WORKER_MANIFEST,
     write_json,
 )
 from ciphertune.bundle.outliers import kept_tables
