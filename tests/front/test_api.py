@@ -59,6 +59,7 @@ FRONT = {
         "WorkerHalf",
         "in_order",
     ],
+    "callers": ["Owners", "batch_of", "owners_of"],
     "cache": [
         "Entry",
         "Hold",
