@@ -81,6 +81,8 @@ EXCLUDED = {
     ("quickstart.md", ". .venv/bin/activate"): "the tests run in an environment already",
     ("concrete.md", 'pip install "ciphertune[concrete-glwe]"'): _INSTALL,
     ("concrete.md", "python examples/circles.py --to concrete-glwe"): _CIRCLES,
+    ("private.md", 'pip install "ciphertune[private]"'): _INSTALL,
+    ("private.md", "python examples/private.py --to mlwe --epochs 5"): "tests/whole/test_private.py runs it smaller",
     ("concrete.md", "python examples/circles.py --to concrete-glwe+zmq://"): _CIRCLES,
     ("from-concrete-ml.md", "python3.11 -m venv env"): _CONCRETE_ML,
     ("from-concrete-ml.md", 'env/bin/pip install "ciphertune[concrete-ml]"'): _CONCRETE_ML,
@@ -129,9 +131,13 @@ _PLANNED = _OWNER.replace("bundle/client", "model").replace("?curve=keys", "?ins
 GIVEN = {("remote.md", "train.toml"): _OWNER, ("planning.md", "mine.toml"): _PLANNED}
 
 # Pages on backends whose packages not every platform has.
-NEEDS = {"cluster.md": "ray", "concrete.md": "concrete"}
+NEEDS = {"cluster.md": "ray", "concrete.md": "concrete", "private.md": "opacus"}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Secure RNG turned off:UserWarning"),  # docs/private.md says what to do
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),  # Opacus' hooks
+]
 
 
 @dataclasses.dataclass

@@ -308,6 +308,25 @@ def _hostile(value: Any) -> Any:
     return {name: _hostile(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
+@pytest.mark.parametrize(
+    ("checked", "words"),
+    [("before decryption", "before it was decrypted"), ("after decryption", "tolerance"), ("no", "were not checked")],
+)
+def test_wrong_answers_are_told(demo: Path, checked: str, words: str) -> None:
+    """On top of the page, and how answers were checked among what is not protected."""
+    content = json.loads((demo / "result.json").read_text(encoding="utf-8"))
+    assert (content["checked"], content["excluded"]) == ("no", [])
+    row = {"worker": "<b>one", "when": "2026-01-02T03:04:05+00:00", "why": "it gave a wrong answer for 0 (forward)"}
+    content |= {"checked": checked, "excluded": [row]}
+    content["costs"] |= {"encrypted": True}
+    page = render(content)
+    Page(page)
+    assert "A wrong answer was refused" in page
+    assert "&lt;b&gt;one" in page
+    assert "2026-01-02 03:04:05 UTC" in page
+    assert words in page
+
+
 def test_hostile_text_stays_text(run: tuple[Page, dict[str, Any]]) -> None:
     page, content = run
     hostile = _hostile(content)
