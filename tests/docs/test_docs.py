@@ -96,10 +96,10 @@ EXCLUDED = {
         "ciphertune top 'zmq://10.0.0.5:5555,10.0.0.6:5555?curve=keys'",
     ): "asks workers that the page does not start; tests/client/test_monitor.py",
     ("concrete.md", "pip install 'ciphertune[concrete-circuit]'"): _INSTALL,
-    ("using.md", 'llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora notes.gguf -p "The notes of today:"'): _OTHERS,
-    ("using.md", "vllm serve merged"): _OTHERS,
+    ("adapters.md", 'llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora notes.gguf -p "The notes of today:"'): _OTHERS,
+    ("adapters.md", "vllm serve merged"): _OTHERS,
     (
-        "using.md",
+        "adapters.md",
         "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora --lora-modules notes=out/adapter",
     ): _OTHERS,
 }
@@ -128,7 +128,26 @@ output = "out"
 steps = 2
 """
 _PLANNED = _OWNER.replace("bundle/client", "model").replace("?curve=keys", "?insecure=1")
-GIVEN = {("remote.md", "train.toml"): _OWNER, ("planning.md", "mine.toml"): _PLANNED}
+_MINE = """
+[model]
+name = "model"
+[data]
+source = "text.txt"
+length = 12
+[training]
+output = "out"
+steps = 2
+"""
+_QUIZ = '{"question": "the client keeps", "choices": ["every key", "today"], "answer": "A"}\n'
+GIVEN = {
+    ("remote.md", "train.toml"): _OWNER,
+    ("planning.md", "mine.toml"): _PLANNED,
+    ("use.md", "mine.toml"): _MINE,
+    ("use.md", "prompts.txt"): "the worker\nthe client\n",
+    ("use.md", "questions.jsonl"): '{"prompt": "the worker sees"}\n',
+    ("use.md", "held.jsonl"): '{"text": "the client keeps every key"}\n',
+    ("use.md", "quiz.jsonl"): _QUIZ,
+}
 
 # Pages on backends whose packages not every platform has.
 NEEDS = {"cluster.md": "ray", "concrete.md": "concrete", "private.md": "opacus"}
