@@ -392,8 +392,8 @@ class WorkerHalf(abc.ABC):
     """Evaluation on ciphertext. Runs at the worker; never sees a secret."""
 
     divisible: ClassVar[bool] = False
-    """Whether ``part`` cuts a prepared weight. A worker then prepares each weight once for all sessions of a form and all
-    groups. Else each group is prepared alone, and what that takes counts against its client's quota."""
+    """Whether ``part`` cuts a prepared weight. A worker then prepares each weight once for all sessions of a form and
+    all groups. Else each group is prepared alone, and what that takes counts against its client's quota."""
 
     @abc.abstractmethod
     def prepare(self, weight: Tensor) -> Any:

@@ -24,7 +24,9 @@ _Answer = TypeVar("_Answer")
 _Connection = TypeVar("_Connection", bound=Hashable)
 
 MOST_STRANGERS = 64
-"""Connections of a listener over which no key was shown yet: in all, and half as many from one address."""
+"""Connections of a listener over which no key was shown for a while: in all, and half as many from one address."""
+GRACE_SECONDS = 2.0
+"""Age of a connection from which that counts."""
 
 
 class Transport(abc.ABC):
@@ -237,8 +239,9 @@ def opening_links() -> Iterator[list[Link]]:
 class Connections(Generic[_Connection]):
     """The open connections of a listener, and which of them to close so that strangers keep nobody out.
 
-    A stranger is a connection over which no key or token was shown yet. Strangers are bounded in all and by address. The
-    oldest of the address that has the most of them goes first: an authorised client needs an instant to show its key.
+    A stranger is a connection over which no key or token was shown yet. There are ``most`` connections at any moment, and
+    few strangers, in all and of an address, that are older than ``GRACE_SECONDS``: clients open many connections at once,
+    and take a moment to show their keys. The oldest stranger of the address that has the most of them goes first.
     Not synchronized, and opens and closes nothing.
 
     Args:
@@ -286,19 +289,34 @@ class Connections(Generic[_Connection]):
 
     def excess(self) -> list[_Connection]:
         """Connections to close now. They are counted no more."""
-        oldest = self._clock() - self._seconds
-        found = [each for each, (_, since) in self._strangers.items() if since < oldest]
+        now = self._clock()
+        found = [each for each, (_, since) in self._strangers.items() if since < now - self._seconds]
         for connection in found:
             self.gone(connection)
-        counts = collections.Counter(address for address, _ in self._strangers.values())
-        while counts and (max(counts.values()) > self.strangers_per_address or len(self._strangers) > self.strangers):
-            (address, _), *_ = counts.most_common(1)
-            victim = next(each for each, (where, _) in self._strangers.items() if where == address)
-            counts[address] -= 1
-            self.gone(victim)
-            found.append(victim)
+        old = {each: address for each, (address, since) in self._strangers.items() if since <= now - GRACE_SECONDS}
+        found += self._displaced(old, lambda counts: self._too_many(counts))
+        everyone = {each: address for each, (address, _) in self._strangers.items()}
+        found += self._displaced(everyone, lambda _: len(self) > self.most)
         while len(self) > self.most:
-            victim = next(reversed(self._strangers or self._known))
+            newest = next(reversed(self._known))
+            self.gone(newest)
+            found.append(newest)
+        return found
+
+    def _too_many(self, counts: collections.Counter[str]) -> bool:
+        return max(counts.values()) > self.strangers_per_address or counts.total() > self.strangers
+
+    def _displaced(
+        self, strangers: dict[_Connection, str], too_many: Callable[[collections.Counter[str]], bool]
+    ) -> list[_Connection]:
+        """The oldest of the address with the most, again and again while there are too many."""
+        counts = collections.Counter(strangers.values())
+        found = []
+        while strangers and too_many(counts):
+            ((most, _),) = counts.most_common(1)
+            victim = next(each for each, address in strangers.items() if address == most)
+            del strangers[victim]
+            counts[most] -= 1
             self.gone(victim)
             found.append(victim)
         return found

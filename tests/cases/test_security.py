@@ -263,16 +263,21 @@ def test_strangers_are_bounded_in_all_and_by_address() -> None:
     for number in range(100, 400):
         connections.came(number, "stranger")
         closed += connections.excess()
+    assert len(connections) == 100
+    now = 3.0
+    closed += connections.excess()
     assert closed == list(range(100, 400 - connections.strangers_per_address)), "the oldest, and no client"
-    for number in range(1000, 1100):
+    for number in range(1000, 1040):
         connections.came(number, f"address {number}")
         closed += connections.excess()
+    now = 6.0
+    closed += connections.excess()
     assert len(connections) == 30 + connections.strangers
     connections.came(5000, "late client")
     assert 5000 not in connections.excess()
     connections.known(5000)
     connections.stranger_again(5000)
-    now = 11.0
+    now = 17.0
     assert 5000 in connections.excess()
     assert len(connections) == 30
     for number in range(6000, 6100):

@@ -17,6 +17,7 @@ with atheris.instrument_imports(include=["ciphertune", "ciphertune_mlwe", "ciphe
     import torch
 
     from ciphertune.client.choice import choose
+    from ciphertune.errors import ProtocolError
     from ciphertune.protocol import Limits, Message, pack, unpack
     from ciphertune.weights import describe, group_map, quantize
     from ciphertune.worker import Service, SessionLimits, WeightStore, Worker
@@ -33,6 +34,7 @@ worker = Worker(
     WeightStore.of({"a": WEIGHT}),
     limits=SessionLimits(sessions=64, all_sessions=64, idle_seconds=600),
     clock=lambda: now,
+    backends=("clear", "mlwe", "simulation"),
 )
 service = Service(worker, limits=LIMITS)
 
@@ -61,6 +63,10 @@ class Client:
         self.half = self.backend.client(torch.device("cpu"))
         self.x = torch.randn(3, 4)
         public = dict(self.half.open_fields())
+        preparation = self.half.preparation(MAP, group_map([describe("a", WEIGHT)], "backward"))
+        if preparation is not None:
+            preparation.absorb(0, WEIGHT.codes)
+            preparation.finish()
         self.opening = Message("open", {"backend": self.backend.name, "groups": [["a"]], "public": public})
         self.open()
 
@@ -86,6 +92,16 @@ class Client:
 CLIENTS = [Client(name) for name in ("clear?weight_bits=8", "mlwe", "simulation")]
 MODELS = [message for client in CLIENTS for message in (client.request, client.opening)]
 MODELS += [Message(kind) for kind in ("hello", "manifest", "stats", "close")]
+# Streamed codes: rows that are there, that are not, and of a layer that is none.
+MODELS += [
+    Message("weights", {"layer": layer, "start": start, "stop": stop})
+    for layer, start, stop in (("a", 0, 6), ("a", 2, 3), ("a", 5, 1 << 40), ("b", 0, 1))
+]
+# What is asked for under a backend that this worker does not offer, and of fields that no client sends.
+MODELS += [
+    Message("open", {"backend": name, "groups": [["a"]], "public": {"junk": 1}})
+    for name in ("mlwe", "concrete", "ckks")
+]
 count = 0
 
 
@@ -97,6 +113,16 @@ def mutated(rng: random.Random, source: Any) -> list[bytes]:
         at = rng.randint(0, len(frame))
         frame[at : at + rng.choice((0, 1, 1, 2, 8))] = source.ConsumeBytes(rng.randint(0, 9)) or rng.randbytes(1)
     return [bytes(frame) for frame in frames]
+
+
+def check_reply(frames: list[Any]) -> None:
+    """What a worker may send is taken by the check of a good client, or refused with the error for it."""
+    try:
+        message = unpack(frames, CLIENTS[1].request.reply_limits)
+        CLIENTS[1].half.check_reply(message.buffers, CLIENTS[1].encrypted.state, MAP)
+    except ProtocolError:
+        return
+    raise AssertionError("mutated bytes passed for the product that was asked for")
 
 
 def one_input(data: bytes) -> None:
@@ -115,8 +141,14 @@ def one_input(data: bytes) -> None:
             raise
     if call(frames).kind not in ("ok", "error"):
         raise AssertionError("neither an answer nor an error")
-    if service.load.under_way:
+    if service.load.under_way or service.load.nbytes:
         raise AssertionError("something is still under way")
+    room = service.reserve("fuzz", source.ConsumeIntInRange(0, 1 << 40))
+    if room is not None:
+        room()
+    check_reply(frames)
+    if worker.prepared_bytes > 1 << 16 or len(worker._prepared) > 64:
+        raise AssertionError("prepared weights are kept more than once")
     if service.counters.errors["internal"]:
         raise AssertionError("the worker failed in a way that was not foreseen")
     if count % 1000 == 0:

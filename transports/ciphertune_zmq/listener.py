@@ -142,6 +142,7 @@ class _ServerLoop(SocketLoop):
             self._unsent = left
         if time.monotonic() >= self._next_check:
             self._next_check = time.monotonic() + _CHECK_SECONDS
+            self._end_excess()
             count = self._limit.enforce()
             if count:
                 log.warning("shut down %d connections whose incomplete messages were over the limit", count)
@@ -150,13 +151,16 @@ class _ServerLoop(SocketLoop):
         if event == zmq.EVENT_ACCEPTED:
             self._limit.watch(value)
             self._connections.came(value, self._limit.address(value))
-            for descriptor in self._connections.excess():
-                self._limit.shut_down(descriptor)
+            self._end_excess()
         elif event == zmq.EVENT_DISCONNECTED:
             self._limit.forget(value)
             self._connections.gone(value)
         elif event in HANDSHAKE_FAILURES:
             log.info("a connection was refused: it failed the handshake")
+
+    def _end_excess(self) -> None:
+        for descriptor in self._connections.excess():
+            self._limit.shut_down(descriptor)
 
     def ended(self) -> None:
         for _, release in self._unsent:

@@ -24,7 +24,7 @@ from ciphertune_concrete.ml.library import (
     largest_sum,
     require,
 )
-from ciphertune_concrete.ml.wire import request_tokens
+from ciphertune_concrete.ml.wire import reply_words, request_tokens
 from ciphertune_concrete.threads import prepare_thread
 
 
@@ -95,8 +95,8 @@ class ConcreteMLWorker(WorkerHalf):
         outputs, features = prepared.weight.shape if direction == "forward" else prepared.weight.shape[::-1]
         if self._quantization.mode == "execute":
             data = request.get("ciphertext")
-            tokens = None if data is None else wire.request_tokens(data, features)
-            return 0 if tokens is None else 8 * wire.reply_words(tokens, outputs) + 12 * outputs
+            tokens = None if data is None else request_tokens(data, features)
+            return 0 if tokens is None else 8 * reply_words(tokens, outputs) + 12 * outputs
         codes = request.get("codes")
         return 0 if codes is None or codes.dim() != 2 else 8 * len(codes) * outputs + 12 * outputs
 

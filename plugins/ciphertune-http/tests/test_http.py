@@ -8,7 +8,8 @@ import ssl
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -18,8 +19,13 @@ from torch import nn
 
 import ciphertune
 from ciphertune import KeyFileError, SecurityError, SelectionError, TransportError
-from ciphertune.protocol import Limits, Message
+from ciphertune.client.connection import WorkerConnection
+from ciphertune.errors import ReplyError
+from ciphertune.protocol import Frame, Limits, Message, pack, unpack
 from ciphertune.testing import EchoHandler, ServedWorker, TransportSuite
+from ciphertune.transport import Reply
+from ciphertune.weights import quantize
+from ciphertune.worker import Quota, Service, WeightStore, Worker
 from ciphertune_http import HttpOptions, HttpsTransport, HttpTransport, body, read_address
 from ciphertune_http.tokens import AuthorisedClients, make_token, read_token
 
@@ -205,3 +211,134 @@ def test_addresses_that_are_none(text: str) -> None:
 def test_addresses() -> None:
     assert read_address("example.org:443") == ("example.org", 443)
     assert read_address("[::1]:80") == ("::1", 80)
+
+
+class Bloated(EchoHandler):
+    """A worker that answers with as many bytes as a request's field says."""
+
+    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
+        size = int(unpack(frames).fields["size"])
+        reply(pack(Message("ok", {}, {"y": torch.zeros(size, dtype=torch.uint8)})), lambda: None)
+
+
+PLAIN = TestHttp()
+
+
+def test_a_client_takes_no_longer_reply_than_it_asked_for(tmp_path: Path) -> None:
+    listener = PLAIN.listen(Bloated(), tmp_path)
+    link = PLAIN.link(listener.address, tmp_path)
+    try:
+        for size in (1000, 4 << 20, 1001, 1000):
+            future = link.submit(Message("evaluate", {"size": size}, reply_bytes=1000))
+            if size == 1000:
+                assert future.result(60).buffers["y"].nbytes == size
+            else:
+                with pytest.raises(ReplyError):
+                    future.result(60)
+    finally:
+        link.close()
+        listener.close()
+
+
+@pytest.mark.parametrize("suite", [PLAIN, HTTPS], ids=["http", "https"])
+def test_silent_strangers_keep_no_client_out(suite: TransportSuite, tmp_path: Path) -> None:
+    """300 connections without a token, of which none says a word, some of them before TLS."""
+    listener = suite.listen(EchoHandler(), tmp_path)
+    link = suite.link(listener.address, tmp_path)
+    silent = []
+    try:
+        for _ in range(300):
+            silent.append(socket.create_connection(read_address(listener.address), 10))
+        for _ in range(3):
+            connection = WorkerConnection(link)
+            for _attempt in range(40):
+                try:
+                    connection.reply(connection.hello(), 10, "hello")
+                except (TransportError, ReplyError) as error:
+                    # The echo is no 'ok', and says that the request went through.
+                    if isinstance(error, ReplyError):
+                        break
+                    time.sleep(0.1)
+            else:
+                pytest.fail("no answer with silent strangers")
+        # Those that are left are closed, one after the other.
+        assert _closed(silent) >= 300 - 256
+    finally:
+        for each in silent:
+            each.close()
+        link.close()
+        listener.close()
+
+
+def _closed(sockets: list[socket.socket]) -> int:
+    count = 0
+    for each in sockets:
+        each.setblocking(False)
+        try:
+            count += each.recv(1) == b""
+        except BlockingIOError:
+            pass
+        except OSError:
+            count += 1
+    return count
+
+
+def _request(token: str, length: int) -> bytes:
+    head = f"POST {body.PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {length}\r\n\r\n"
+    return head.encode()
+
+
+def test_quota_is_reserved_before_a_body_is_read(tmp_path: Path) -> None:
+    """Unfinished bodies hold no more than their client may have."""
+    service = Service(
+        Worker(WeightStore.of({"l": quantize(torch.randn(8, 8), 8)})),
+        Quota(64, 4 << 20),
+        Limits(buffer_bytes=4 << 20, total_bytes=4 << 20),
+    )
+    listener = PLAIN.listen(service, tmp_path)
+    token = read_token(str(tmp_path / "client.token"))
+    held = []
+    try:
+        size = 3 << 20
+        for number in range(4):
+            peer = socket.create_connection(read_address(listener.address), 10)
+            held.append(peer)
+            peer.sendall(_request(token, size) + bytes(size - 1))
+            if number == 0:
+                end = time.monotonic() + 10
+                while not service.load.nbytes and time.monotonic() < end:
+                    time.sleep(0.01)
+        for refused in held[1:]:
+            refused.settimeout(10)
+            answer = refused.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b"busy" in answer + refused.recv(4096)
+        assert service.load.nbytes == size
+    finally:
+        for each in held:
+            each.close()
+        end = time.monotonic() + 10
+        while service.load.nbytes and time.monotonic() < end:
+            time.sleep(0.01)
+        assert service.load.nbytes == 0, "a body that never comes gives its quota back"
+        listener.close()
+        service.close()
+
+
+def test_slow_bytes_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers and bodies that come a byte at a time."""
+    monkeypatch.setattr("ciphertune_http.server._HEAD_SECONDS", 0.5)
+    monkeypatch.setattr("ciphertune_http.server._BODY_SECONDS", 0.5)
+    handler = EchoHandler()
+    listener = PLAIN.listen(handler, tmp_path)
+    token = read_token(str(tmp_path / "client.token"))
+    address = read_address(listener.address)
+    try:
+        with socket.create_connection(address, 10) as head, socket.create_connection(address, 10) as late:
+            head.sendall(b"POST / HTTP/1.1\r\nX:")
+            late.sendall(_request(token, 1000) + b"x")
+            assert head.recv(100) == b"", "headers that do not end"
+            assert late.recv(100).startswith(b"HTTP/1.1 408"), "a body that does not end"
+        assert handler.peers == []
+    finally:
+        listener.close()
