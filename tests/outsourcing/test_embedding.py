@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ciphertune
+from ciphertune.callers import batch_of
 from ciphertune.cli import cli
 from ciphertune.errors import (
     ConfigError,
@@ -138,6 +139,27 @@ def test_a_worker_sees_how_many_tokens_and_not_whether_they_repeat(recorder: Any
         )
     assert seen[0] == seen[1] == [(("model.embed_tokens",), "backward", 12, 1, 12 * 48 * 3, 12 * 16 * 3)]
     assert table(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 16)
+
+
+def test_tokens_of_several_callers_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "_VALUES_AT_ONCE", 48 * 5)
+    monkeypatch.setattr(embedding, "_TOKENS_STEP", 5)
+    plain = models.model("llama-tied")
+    model: Any = ciphertune.outsource(copy.deepcopy(plain), "mlwe", "all", embeddings=True)
+    session = ciphertune.session_of(model)
+    asked: list[Any] = []
+    product = session.product
+
+    def watched(group: int, direction: Any, x: Tensor, owners: Any = None) -> Tensor:
+        asked.append((len(x), owners))
+        return product(group, direction, x, owners)
+
+    monkeypatch.setattr(session, "product", watched)
+    ids = torch.arange(12).view(3, 4)
+    with batch_of(["a", "b", "b"]):
+        rows = rows_of(model, ids)
+    assert asked == [(5, (("a", 4), ("b", 1))), (5, (("b", 5),)), (2, (("b", 2),))]
+    assert torch.allclose(rows, rows_of(rounded(plain), ids), atol=2e-3)
 
 
 def test_dtype_hooks_and_modes_are_those_of_the_embedding_before() -> None:

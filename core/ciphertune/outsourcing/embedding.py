@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ciphertune._support.absent_tensor import AbsentTensor, refuse
 from ciphertune._support.torch_compat import uncompiled
+from ciphertune.callers import Owners, owners_of
 from ciphertune.errors import InputError, NothingOutsourcedError, OutsourcedWeightError, UnsupportedLayerError
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import Candidate, linear_layers, meant_to_train
@@ -132,18 +133,23 @@ class OutsourcedEmbedding(nn.Embedding):
             raise InputError(f"{self.name}: expected token ids of int64 or int32, got {ids.dtype}")
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_embeddings):
             raise InputError(f"{self.name}: a token id is outside of the table of {self.num_embeddings} rows")
+        owners = owners_of((*ids.shape, self.embedding_dim))
         flat = ids.detach().reshape(-1, 1).long()
+        most = tokens_at_once(self.num_embeddings)
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            parts = [self._rows(part) for part in torch.split(flat, tokens_at_once(self.num_embeddings)) if len(part)]
+            parts = [
+                self._rows(flat[start : start + most], None if owners is None else _part(owners, start, start + most))
+                for start in range(0, len(flat), most)
+            ]
             rows = torch.cat(parts) if parts else torch.empty(0, self.embedding_dim, device=ids.device)
             return rows.to(self.weight.dtype).reshape(*ids.shape, self.embedding_dim)
 
-    def _rows(self, ids: Tensor) -> Tensor:
+    def _rows(self, ids: Tensor, owners: Owners | None) -> Tensor:
         """``one-hot · diag(scale) · codes``, the scale of a row in the place of the one."""
         scale = self.info.scale
         values = torch.ones(ids.shape, device=ids.device) if scale is None else scale.to(ids.device)[ids]
         named = torch.zeros(len(ids), self.num_embeddings, dtype=torch.float32, device=ids.device)
-        return self.group.lookup(named.scatter_(1, ids, values))
+        return self.group.lookup(named.scatter_(1, ids, values), owners)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise OutsourcedWeightError(
@@ -163,6 +169,17 @@ class OutsourcedEmbedding(nn.Embedding):
 def outsourced_embeddings(model: nn.Module) -> list[OutsourcedEmbedding]:
     """The outsourced token embeddings of a model."""
     return [module for module in model.modules() if isinstance(module, OutsourcedEmbedding)]
+
+
+def _part(owners: Owners, start: int, stop: int) -> Owners:
+    """Whose the tokens from start to stop are."""
+    found = []
+    first = 0
+    for caller, count in owners:
+        if (held := min(stop, first + count) - max(start, first)) > 0:
+            found.append((caller, held))
+        first += count
+    return tuple(found)
 
 
 def _table_weight(model: nn.Module) -> Tensor:

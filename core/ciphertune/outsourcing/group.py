@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.torch_compat import uncompiled
-from ciphertune.callers import owners_of
+from ciphertune.callers import Owners, owners_of
 from ciphertune.client.session import Session
 from ciphertune.errors import OutsourcedWeightError
 from ciphertune.outsourcing.autograd import OutsourcedProduct
@@ -97,13 +97,14 @@ class LayerGroup:
         self._pending.last = _Pending(weakref.ref(x), x._version, x.detach().clone(), *modes, outputs)
         return output
 
-    def lookup(self, named: Tensor) -> Tensor:
+    def lookup(self, named: Tensor, owners: Owners | None) -> Tensor:
         """Rows of the table that this is a handle on, (tokens, K) float32.
 
         Args:
             named: (tokens, N) float32, a value for one row in each, times which the row's codes come.
+            owners: as in ``Session.product``.
         """
-        return self.session.product(self.group, "backward", named).contiguous()
+        return self.session.product(self.group, "backward", named, owners).contiguous()
 
     def _evaluate(self, group: int, x: Tensor, half: bool) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
