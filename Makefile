@@ -32,8 +32,8 @@ WHEEL := ".[demo,testing]" mypy "plugins/ciphertune-http[test]" "plugins/ciphert
 # Two processes, a thread each: tests wait as much as they compute. Modules stay together (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install install-checks demo demo-quick check test fast-tests tests elsewhere lint types docs wheel-test concrete-ml \
-	constraints soak fuzz bench clean
+.PHONY: install install-checks demo demo-quick check test fast-tests tests browser-test elsewhere lint types docs wheel wheel-test \
+	arm-test concrete-ml constraints soak fuzz bench clean
 
 install: $(STAMP)
 
@@ -72,6 +72,10 @@ fast-tests: $(CHECK_STAMP)
 tests: $(CHECK_STAMP)
 	$(PYTEST)
 
+# The page that `ciphertune serve` shows, in the system's Chromium; skipped where there is none.
+browser-test: $(CHECK_STAMP)
+	CIPHERTUNE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v --durations 0 tests/serving/test_page.py
+
 elsewhere:
 	@mkdir -p build
 	@$(MAKE) lint docs wheel-test concrete-ml > build/elsewhere.log 2>&1; status=$$?; cat build/elsewhere.log; exit $$status
@@ -86,9 +90,27 @@ lint: $(CHECK_STAMP)
 docs: $(CHECK_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
+# What others install without a compiler, in dist/: for every Linux of this processor with a C library from 2012 on.
+wheel: $(CHECK_STAMP)
+	rm -rf build/wheel
+	$(BIN)/python -m build --quiet --wheel --outdir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_17_$(shell uname -m) --wheel-dir dist build/wheel/*.whl
+
 # The wheel in an empty environment of its own runs the demo.
-wheel-test: $(CHECK_STAMP)
+wheel-test: wheel
 	PYTHON=$(BIN)/python TORCH="$(TORCH)" CONSTRAINTS="$(call constraints,wheel)" sh tests/wheel/wheel.sh
+
+# The compiled products on emulated 64-bit Arm processors, with dot products and without.
+# Debian has the tools in gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user-static.
+ARM_CC ?= aarch64-linux-gnu-gcc
+ARM_RUN ?= qemu-aarch64-static
+arm-test:
+	mkdir -p build
+	$(ARM_CC) -static -O3 -std=c11 -Wall -Werror -ffp-contract=off -fno-math-errno tests/long/products.c \
+		backends/ciphertune_mlwe/native/product.c -o build/arm-products
+	$(ARM_CC) -shared -fPIC -O3 -std=c11 -Wall -Werror -ffp-contract=off -fno-math-errno $(NATIVE) -o build/arm-kernels.so -lm
+	$(ARM_RUN) -cpu max build/arm-products neon portable
+	$(ARM_RUN) -cpu cortex-a53 build/arm-products portable
 
 # The oldest torch that is supported, and the backend on Concrete ML.
 concrete-ml: $(CONCRETE_ML_STAMP)

@@ -30,7 +30,7 @@ from typing import Any
 from sweep import machine
 
 import ciphertune
-from ciphertune.bench.train import _child
+from ciphertune.bench.train import run_child
 from ciphertune.bundle.spread import Spread
 from ciphertune.models.known import skeleton
 from ciphertune.planning.estimate import estimate_step
@@ -120,7 +120,7 @@ def run(case: Case, bundle: Path, keys: Path, steps: int, pin: bool) -> dict[str
         if case.micro_batches > 1:
             request |= {"micro_batches": case.micro_batches, "interleave": case.interleave}
         with on(CORES[0] if pin else None):
-            found = _child(request)
+            found = run_child(request, str(keys / "cache"))
     traffic = found["traffic"][-1]
     return {
         "seconds": statistics.median(found["seconds"][1:]),

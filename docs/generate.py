@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from typing import Any
 
 import ciphertune
 from ciphertune import hookspecs
+from ciphertune.cli.output import percent
+from ciphertune.models import known
+from ciphertune.planning.shares import shares_of
 
 DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks"
@@ -208,6 +212,45 @@ def _separate() -> str:
     return f"{_table(('what', 'measured', 'to reach'), separate.rows(found))}\n{where}\n" + _note("separate")
 
 
+def _scale() -> str:
+    """Steps of models with billions of weights, beside what was planned."""
+    if not (BENCHMARKS / "scale.json").exists():
+        return "Not measured yet.\n"
+    rows = []
+    found: Any = _measured("scale")
+    for each in found:
+        set_up, wrong = each["set_up"], (each["planned_step_s"] or math.nan) / each["step_s"] - 1
+        exact = each["bytes_up"] == each["planned_up"] and each["bytes_down"] == each["planned_down"]
+        planned = (
+            "as planned" if exact else f"planned {_gigabytes(each['planned_up'])} / {_gigabytes(each['planned_down'])}"
+        )
+        rows.append(
+            (
+                f"`{each['shape']}`, {each['tokens']} tokens",
+                f"{each['outsourced_weights'] / 1e6:,.0f} million",
+                f"{set_up['seconds']:.0f} s",
+                f"{_gigabytes(each['prepared_bytes'])} on disk",
+                f"{each['step_s']:.1f} s (planned {100 * wrong:+.0f}%)",
+                f"{_gigabytes(each['client_peak'])} / {_gigabytes(each['worker_peak'])}",
+                f"{_gigabytes(each['bytes_up'])} / {_gigabytes(each['bytes_down'])}, {planned}",
+            )
+        )
+    header = (
+        "model, tokens",
+        "weights at the worker",
+        "set-up, once",
+        "hints",
+        "a step",
+        "peak memory, client / worker",
+        "up / down",
+    )
+    return f"{_table(header, rows)}\n{_where(found[-1]['machine'])}\n"
+
+
+def _gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
+
+
 _BOTTLENECKS = {
     "crypto": "encryption",
     "rest": "client",
@@ -277,6 +320,17 @@ def _where(machine: Any) -> str:
     )
 
 
+def _shares() -> str:
+    """Shares of the known models at the workers."""
+    header = ("model", "weights (million)", "default", "with the output head", "with head and embeddings")
+    rows = []
+    for model in known.BUILT_IN:
+        found = shares_of(model)
+        parts = (found.default, found.with_head, found.with_embeddings or 0.0)
+        rows.append((f"`{model}`", f"{found.weights / 1e6:,.0f}", *map(percent, parts)))
+    return _table(header, rows)
+
+
 def _names() -> str:
     """What ``import ciphertune`` exports, with the first line of each docstring."""
     rows = []
@@ -297,13 +351,14 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "overlap": _overlap,
         "cluster": _cluster,
         "separate": _separate,
+        "scale": _scale,
     },
     "configuration.md": {
         "keys": settings.keys,
         **{name: functools.partial(settings.part, name) for name in settings.options()},
     },
     "training.md": {"names": _names},
-    "planning.md": {"predicted": _predicted, "validated": _validated},
+    "planning.md": {"predicted": _predicted, "shares": _shares, "validated": _validated},
     "../README.md": {"summary": _summary},
 }
 

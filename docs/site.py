@@ -26,6 +26,7 @@ _COPIES = "files"
 # Module of the core → title of its page. Front modules have pages of their own; other modules export public names.
 MODULES = {
     "outsourcing.convert": "Outsourcing a model",
+    "outsourcing.calibration": "Calibrating a model",
     "linear": "The outsourced layer",
     "training.trainer": "Training",
     "interleaving.interleaver": "Interleaving",
@@ -39,6 +40,7 @@ MODULES = {
     "weights": "Weights",
     "status": "Status of a worker",
     "selection": "Selection strings",
+    "callers": "Callers of a session",
     "cache": "Cache",
     "key_files": "Key files",
     "plugins.manager": "Hook plugins",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from ciphertune.backend import (
     WeightBits,
     WorkerHalf,
 )
+from ciphertune.callers import Owners
 from ciphertune.errors import ProtocolError, ReplyError
 
 
@@ -42,6 +43,12 @@ class ClearClient(ClientHalf[int]):
         """See ``ClientHalf.encrypt``; nothing is encrypted."""
         return Encrypted({"x": x}, len(x))
 
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[int]]:
+        """See ``ClientHalf.encrypt_owned``: there are no secrets."""
+        return self.encrypt_pieces(x, whole, pieces)
+
     def decrypt(self, reply: Buffers, state: int, linear_map: LinearMap) -> Tensor:
         """See ``ClientHalf.decrypt``."""
         y = reply.get("y")
@@ -53,9 +60,20 @@ class ClearClient(ClientHalf[int]):
 class ClearWorker(WorkerHalf):
     """Multiplies in float32."""
 
+    divisible = True
+
     def prepare(self, weight: Tensor) -> Tensor:
         """See ``WorkerHalf.prepare``."""
         return weight
+
+    def part(self, prepared: Tensor, start: int, stop: int) -> Tensor:
+        """See ``WorkerHalf.part``: a view."""
+        return prepared[start:stop]
+
+    def reply_bytes(self, prepared: Tensor, direction: Direction, request: Buffers) -> int:
+        """See ``WorkerHalf.reply_bytes``."""
+        x = request.get("x")
+        return 0 if x is None or x.dim() != 2 else 4 * len(x) * prepared.shape[0 if direction == "forward" else 1]
 
     def evaluate(self, prepared: Tensor, direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``."""
@@ -72,6 +90,7 @@ class ClearBackend(Backend):
 
     name = "clear"
     Options = ClearOptions
+    separates_callers = True
 
     @property
     def security(self) -> SecurityStatement:

@@ -80,6 +80,8 @@ class MLWEBackend(Backend):
     Options = MLWEOptions
 
     prepares = True
+    whole_products = True
+    separates_callers = True
 
     def parameters(self, linear_map: LinearMap) -> ParameterSet:
         """The parameter set of a group's product in one direction."""
@@ -148,9 +150,10 @@ class MLWEBackend(Backend):
         value = self.parameters(whole).planes * sent
         return piece.in_features * value, piece.out_features * self._digits * value
 
-    def kept_bytes(self, forward: LinearMap, backward: LinearMap) -> int:
+    def kept_bytes(self, forward: LinearMap | None, backward: LinearMap) -> int:
         """See ``Backend.kept_bytes``: the hints of both directions."""
-        rows = ((each.out_features, self.parameters(each).dimension) for each in (forward, backward))
+        maps = [each for each in (forward, backward) if each is not None]
+        rows = ((each.out_features, self.parameters(each).dimension) for each in maps)
         return sum(self._digits * count * dimension * HINT_PLANES for count, dimension in rows)
 
     def work(self, linear_map: LinearMap, tokens: int) -> Work:

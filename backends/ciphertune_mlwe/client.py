@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ciphertune.backend import Buffers, ClientHalf, Encrypted, LinearMap, Preparation
+from ciphertune.callers import Owners
 from ciphertune.errors import InputError, ReplyError, SecurityError, WrongReplyError
 from ciphertune_mlwe.checks import CheckVectors, Rows, Vectors, cuts_of, right
 from ciphertune_mlwe.clones import CloneWatch
@@ -38,14 +40,16 @@ class EncryptionState:
 
     Attributes:
         tokens, sent: tokens asked for, and sent.
-        mask: of the ciphertext.
+        masks: of the ciphertext, each of the tokens after those of the one before.
+        runs: tokens of each mask.
         scale: per sent token, float64.
         b: what was sent for a piece, and ``vectors`` its check vectors; None where answers are not checked.
     """
 
     tokens: int
     sent: int
-    mask: Mask = dataclasses.field(repr=False)
+    masks: tuple[Mask, ...] = dataclasses.field(repr=False)
+    runs: tuple[int, ...]
     scale: Tensor = dataclasses.field(repr=False)
     b: Tensor | None = dataclasses.field(default=None, repr=False)
     vectors: Vectors | None = dataclasses.field(default=None, repr=False)
@@ -98,10 +102,11 @@ class MLWEClient(ClientHalf[EncryptionState]):
         self._seed = seed
         self._public = PublicMatrix(seed or fresh_seed(), b"", self._transforms)
         self._prepared: dict[str, Prepared] = {}
-        self._bank_columns = -1
+        # Of the banks for a number of callers.
+        self._bank_columns: dict[int, int] = {}
         self._lock = threading.Lock()
         self._stock = MaskStock(
-            self._block, self._block_bytes, self._columns, mask_bytes if ahead else 0, watch or CloneWatch()
+            self._block, self._block_bytes, self._columns, mask_bytes, mask_bytes if ahead else 0, watch or CloneWatch()
         )
 
     def begin(self, model: bytes) -> None:
@@ -111,7 +116,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
             self._public = PublicMatrix(seed, model, self._transforms)
 
     def preparation(
-        self, forward: LinearMap, backward: LinearMap, pieces: Sequence[LinearMap] = ()
+        self, forward: LinearMap | None, backward: LinearMap, pieces: Sequence[LinearMap] = ()
     ) -> GroupPreparation | None:
         """See ``ClientHalf.preparation``: hints of both directions and check vectors, unless they are here or on disk.
 
@@ -119,11 +124,11 @@ class MLWEClient(ClientHalf[EncryptionState]):
             CacheError: hints would fit neither in memory nor on disk.
         """
         parts: list[Preparation] = []
-        missing = [each for each in (forward, backward) if not self._found(each)]
+        missing = [each for each in (forward, backward) if each is not None and not self._found(each)]
         if missing:
             shapes = [hint_shape(self._digits * each.out_features, self._parameters(each)) for each in missing]
             self._store.announce(sum(map(math.prod, shapes)))
-            parameters = self._parameters(forward), self._parameters(backward)
+            parameters = None if forward is None else self._parameters(forward), self._parameters(backward)
             kernel = KERNELS[choose_kernel(self._device)[0]]
             parts.append(
                 HintPreparation(
@@ -131,12 +136,13 @@ class MLWEClient(ClientHalf[EncryptionState]):
                 )
             )
         rows = [piece.rows for piece in pieces]
-        if self._check and not self._covers(forward, backward, rows):
-            cuts = cuts_of(forward.out_features, [*rows, *self._cuts(forward)])
-            vectors = CheckVectors(
-                fresh_seed(), forward.out_features, forward.in_features, self._digits, cuts, self._device
-            )
-            parts.append(CheckPreparation(vectors, lambda made: self._keep_checks(forward, backward, made)))
+        # Hash under which the group's vectors are kept, of either direction.
+        keys = [each.identity for each in (forward, backward) if each is not None]
+        outputs, features = backward.in_features, backward.out_features
+        if self._check and not self._covers(keys, outputs, features, rows):
+            cuts = cuts_of(outputs, [*rows, *self._cuts(keys)])
+            vectors = CheckVectors(fresh_seed(), outputs, features, self._digits, cuts, self._device)
+            parts.append(CheckPreparation(vectors, lambda made: self._keep_checks(keys, made)))
         return GroupPreparation(parts) if parts else None
 
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[EncryptionState]:
@@ -147,6 +153,12 @@ class MLWEClient(ClientHalf[EncryptionState]):
         self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap]
     ) -> list[Encrypted[EncryptionState]]:
         """See ``ClientHalf.encrypt_pieces``: one ciphertext; backward pieces get the rows of their features."""
+        return self.encrypt_owned(x, whole, pieces, (("", len(x)),))
+
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[EncryptionState]]:
+        """See ``ClientHalf.encrypt_owned``: one ciphertext, with masks of each caller's own for its columns."""
         product = self._product(whole)
         vectors = [self._vectors(whole, piece) for piece in pieces]
         tokens = len(x)
@@ -157,13 +169,22 @@ class MLWEClient(ClientHalf[EncryptionState]):
         if sent > tokens:
             values = torch.cat([values, values.new_zeros(sent - tokens, values.shape[1])])
         scale = product.parameters.noise(self._digits).token_scale(values, whole)
-        mask = self._stock.take(whole.identity, sent, lambda: _hash(values))
+        runs = [count for _, count in owners]
+        # What fills up the last tokens is zeros, which may be anyone's.
+        runs[-1] += sent - tokens
+        masks = tuple(
+            self._stock.take(whole.identity, len(own), caller, functools.partial(_hash, own))
+            for own, (caller, _) in zip(torch.split(values, runs), owners, strict=True)
+        )
         planes = product.parameters.planes
-        b = mask.take(lambda body: self._transforms.encrypt(body, values, scale, planes))
+        b = _side_by_side(
+            mask.take(lambda body, own=own, unit=unit: self._transforms.encrypt(body, own, unit, planes))  # type: ignore[misc]
+            for mask, own, unit in zip(masks, torch.split(values, runs), torch.split(scale, runs), strict=True)
+        )
         found = []
         for piece, each in zip(pieces, vectors, strict=True):
             part = b if whole.direction == "forward" else _rows(b, piece.rows)
-            found.append(Encrypted({"b": part}, EncryptionState(tokens, sent, mask, scale, part, each)))
+            found.append(Encrypted({"b": part}, EncryptionState(tokens, sent, masks, tuple(runs), scale, part, each)))
         return found
 
     def check_reply(self, reply: Buffers, state: EncryptionState, piece: LinearMap) -> None:
@@ -194,7 +215,19 @@ class MLWEClient(ClientHalf[EncryptionState]):
             if part.shape[1] != product.parameters.planes:
                 raise ReplyError(f"{whole.label}: a value of the reply has {part.shape[1]} bytes")
         unit = state.scale.reciprocal().to(torch.float32)
-        y = state.mask.reveal(lambda hint: self._decrypted(parts, whole, pieces, hint, unit))
+        outputs, first = [], 0
+        for mask, run in zip(state.masks, state.runs, strict=True):
+            columns = slice(first, first + run)
+            own = [part[:, :, columns].contiguous() for part in parts] if len(state.runs) > 1 else parts
+            outputs.append(
+                mask.reveal(
+                    lambda hint, own=own, columns=columns: self._decrypted(  # type: ignore[misc]
+                        own, whole, pieces, hint, unit[columns]
+                    )
+                )
+            )
+            first += run
+        y = _side_by_side(outputs)
         if self._digits > 1:
             y = torch.add(*y.tensor_split(2), alpha=256)
         return y.t()[: state.tokens]
@@ -269,33 +302,33 @@ class MLWEClient(ClientHalf[EncryptionState]):
                 self._add(linear_map, rows, hints)
         return linear_map.identity in self._prepared
 
-    def _cuts(self, forward: LinearMap) -> list[Rows]:
+    def _cuts(self, keys: Sequence[str]) -> list[Rows]:
         """The cuts that a group's check vectors allow already."""
-        known = self._checks.get(forward.identity)
+        known = self._checks.get(keys[0])
         return [] if known is None else [[(cut, cut)] for cut in known.cuts]
 
-    def _covers(self, forward: LinearMap, backward: LinearMap, pieces: Sequence[Rows]) -> bool:
+    def _covers(self, keys: Sequence[str], outputs: int, features: int, pieces: Sequence[Rows]) -> bool:
         """Whether check vectors for these pieces are here, or were found on disk."""
-        known = self._checks.get(forward.identity)
+        known = self._checks.get(keys[0])
         if known is not None and known.covers(pieces):
             return True
-        sizes = forward.out_features, forward.in_features, self._digits
-        cuts = cuts_of(forward.out_features, [*pieces, *self._cuts(forward)])
-        content = self._store.find_checks(forward.identity, cuts, CheckVectors.nbytes(*sizes, cuts))
+        sizes = outputs, features, self._digits
+        cuts = cuts_of(outputs, [*pieces, *self._cuts(keys)])
+        content = self._store.find_checks(keys[0], cuts, CheckVectors.nbytes(*sizes, cuts))
         if content is None:
             return False
         vectors = CheckVectors(content[:SEED_BYTES], *sizes, cuts, self._device)
         vectors.load(content[SEED_BYTES:])
-        self._add_checks(forward, backward, vectors)
+        self._add_checks(keys, vectors)
         return True
 
-    def _keep_checks(self, forward: LinearMap, backward: LinearMap, vectors: CheckVectors) -> None:
-        self._store.keep_checks(forward.identity, vectors.cuts, vectors.to_bytes())
-        self._add_checks(forward, backward, vectors)
+    def _keep_checks(self, keys: Sequence[str], vectors: CheckVectors) -> None:
+        self._store.keep_checks(keys[0], vectors.cuts, vectors.to_bytes())
+        self._add_checks(keys, vectors)
 
-    def _add_checks(self, forward: LinearMap, backward: LinearMap, vectors: CheckVectors) -> None:
+    def _add_checks(self, keys: Sequence[str], vectors: CheckVectors) -> None:
         with self._lock:
-            self._checks[forward.identity] = self._checks[backward.identity] = vectors
+            self._checks.update(dict.fromkeys(keys, vectors))
 
     def _vectors(self, whole: LinearMap, piece: LinearMap) -> Vectors | None:
         if not self._check:
@@ -315,7 +348,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         prepared = Prepared(self._parameters(linear_map), linear_map.in_features, rows, hints)
         with self._lock:
             self._prepared[linear_map.identity] = prepared
-            self._bank_columns = -1
+            self._bank_columns.clear()
 
     def _block(self, order: Order, message: bytes) -> Block:
         """Masks under fresh secrets, which are forgotten as soon as the masks are made; see ``hedged_seed``."""
@@ -329,8 +362,9 @@ class MLWEClient(ClientHalf[EncryptionState]):
             hedged_seed(b"secrets", message), parameters, -(-order.tokens // parameters.degree)
         )
         try:
-            public = self._public.transformed(product.features, parameters.rank)
-            self._transforms.masks(public, secrets, parameters, hedged_seed(b"errors", message), block.body.matrix)
+            for start, stop, public in self._public.parts(product.features, parameters.rank):
+                seed = hedged_seed(b"errors", message)
+                self._transforms.masks(public, secrets, parameters, seed, block.body.matrix[start:stop])
             for row, hints in product.hints.parts():
                 rows = block.hint.matrix[row : row + LANES * len(hints)]
                 self._transforms.hint_masks(hints, secrets, parameters, rows)
@@ -342,18 +376,24 @@ class MLWEClient(ClientHalf[EncryptionState]):
         product = self._prepared.get(order.product)
         return 0 if product is None else 4 * order.tokens * (product.features + product.rows)
 
-    def _columns(self) -> int:
-        """Columns of a bank: as many as the memory for masks allows, were there one for every product."""
+    def _columns(self, callers: int) -> int:
+        """Columns of a bank: as many as the memory for masks allows, had each caller one for every product."""
         if not self._banks:
             return 0
         with self._lock:
-            if self._bank_columns < 0:
-                each = 4 * sum(product.features + product.rows for product in self._prepared.values())
+            if callers not in self._bank_columns:
+                each = 4 * callers * sum(product.features + product.rows for product in self._prepared.values())
                 columns = BANK_COLUMNS
                 while columns > _FEWEST_BANK_COLUMNS and columns * each > self._mask_bytes:
                     columns //= 2
-                self._bank_columns = columns
-            return self._bank_columns
+                self._bank_columns[callers] = columns
+            return self._bank_columns[callers]
+
+
+def _side_by_side(parts: Iterable[Tensor]) -> Tensor:
+    """Tensors whose last dimension is tokens, as one; a single one as it is."""
+    found = list(parts)
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 def _hash(values: Tensor) -> bytes:

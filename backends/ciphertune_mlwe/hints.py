@@ -78,13 +78,13 @@ class CheckPreparation(Preparation):
 
 
 class HintPreparation(Preparation):
-    """Makes the hints of both directions from one pass over a group's codes.
+    """Makes the hints of both directions, or of the backward one alone, from one pass over a group's codes.
 
     Rows of the forward hint are final at once: they are products of those rows alone. The backward hint is a sum over
     rows, kept mod 2^32 until the last.
 
     Args:
-        forward, backward: the group's maps.
+        forward, backward: the group's maps; no forward one for a table.
         parameters: of their ciphertexts.
         digits: of the weight.
         public, transforms, kernel: the arithmetic.
@@ -93,9 +93,9 @@ class HintPreparation(Preparation):
 
     def __init__(
         self,
-        forward: LinearMap,
+        forward: LinearMap | None,
         backward: LinearMap,
-        parameters: tuple[ParameterSet, ParameterSet],
+        parameters: tuple[ParameterSet | None, ParameterSet],
         digits: int,
         public: PublicMatrix,
         transforms: Transforms,
@@ -109,35 +109,39 @@ class HintPreparation(Preparation):
         self._transforms = transforms
         self._kernel = kernel
         self._done = done
-        self._outputs = forward.out_features
-        self._features = forward.in_features
+        self._outputs = backward.in_features
+        self._features = backward.out_features
         self._forward: Tensor | None = None
-        self._sums = torch.empty(0)
+        self._sums: Tensor | None = None
 
     def absorb(self, row: int, codes: Tensor) -> None:
         """See ``Preparation.absorb``."""
         ahead, back = self._parameters
-        if self._forward is None:
+        device = self._transforms.device
+        if self._sums is None:
             # Memory is taken group by group, as codes come.
-            self._forward = self._transforms.empty_hints(self._digits * self._outputs, ahead)
-            shape = self._digits, self._features, back.dimension
-            self._sums = torch.zeros(shape, dtype=torch.int32, device=self._transforms.device)
-        inputs = self._public.operand(0, self._features, ahead.rank)
+            self._sums = torch.zeros(self._digits, self._features, back.dimension, dtype=torch.int32, device=device)
+            if ahead is not None:
+                self._forward = self._transforms.empty_hints(self._digits * self._outputs, ahead)
         outputs = self._public.operand(row, row + len(codes), back.rank)
-        part = torch.empty(len(codes), ahead.dimension, dtype=torch.int32, device=self._transforms.device)
-        for index, digit in enumerate(digits_of(codes.to(self._transforms.device))):
-            self._kernel.multiply(digit, inputs, part)
-            self._transforms.pack(part, index * self._outputs + row, self._forward)
+        for index, digit in enumerate(digits_of(codes.to(device))):
+            if ahead is not None and self._forward is not None:
+                inputs = self._public.operand(0, self._features, ahead.rank)
+                part = torch.empty(len(codes), ahead.dimension, dtype=torch.int32, device=device)
+                self._kernel.multiply(digit, inputs, part)
+                self._transforms.pack(part, index * self._outputs + row, self._forward)
             self._kernel.multiply(digit.t(), outputs, self._sums[index], add=True)
 
     def finish(self) -> None:
         """See ``Preparation.finish``."""
-        if self._forward is None:
+        if self._sums is None:
             raise RuntimeError("no codes came")
-        self._done(self._maps[0], self._digits * self._outputs, self._forward)
-        self._forward = None
+        forward, backward = self._maps
+        if forward is not None and self._forward is not None:
+            self._done(forward, self._digits * self._outputs, self._forward)
+            self._forward = None
         rows = self._digits * self._features
-        backward = self._transforms.empty_hints(rows, self._parameters[1])
-        self._transforms.pack(self._sums.view(rows, -1), 0, backward)
-        self._sums = torch.empty(0)
-        self._done(self._maps[1], rows, backward)
+        hints = self._transforms.empty_hints(rows, self._parameters[1])
+        self._transforms.pack(self._sums.view(rows, -1), 0, hints)
+        self._sums = None
+        self._done(backward, rows, hints)

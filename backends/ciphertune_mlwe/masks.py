@@ -153,13 +153,14 @@ class MaskStock:
     """Masks of one session: made when asked for, or before.
 
     Requests of few tokens take columns of a bank, whose secret they share; all others have secrets of their own. A
-    stock belongs to one trust domain: whoever knows what one column hides, and sees exact outputs, learns of the
-    others of its bank.
+    bank belongs to one caller: whoever knows what one column hides, and sees exact outputs, learns of the others of its
+    bank. What is made ahead is nobody's until it is taken.
 
     Args:
         make: makes the block for an order. Called on any thread.
         size: bytes of such a block.
-        bank_columns: of the banks for requests of few tokens; 0 for secrets of their own.
+        bank_columns: of the banks for requests of few tokens, for a number of callers; 0 for secrets of their own.
+        banked: bytes of banks. Those of the callers who asked least lately are dropped beyond it.
         ahead: bytes of masks that may be made before they are asked for; 0 for none.
         watch: notices that the machine was copied.
     """
@@ -168,13 +169,15 @@ class MaskStock:
         self,
         make: Callable[[Order, bytes], Block],
         size: Callable[[Order], int],
-        bank_columns: Callable[[], int],
+        bank_columns: Callable[[int], int],
+        banked: int,
         ahead: int,
         watch: CloneWatch,
     ) -> None:
         self._make = make
         self._size = size
         self._bank_columns = bank_columns
+        self._banked = banked
         self._ahead = ahead
         self._watch = watch
         self._process = os.getpid()
@@ -183,7 +186,8 @@ class MaskStock:
         self._asked: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._closed = False
         self._copies = 0
-        self._banks: dict[str, _Bank] = {}
+        # By caller, who asked last stands last, and by product.
+        self._banks: dict[str, dict[str, _Bank]] = {}
         self._ready: dict[Order, collections.deque[Block]] = collections.defaultdict(collections.deque)
         self._next: dict[Order, Order] = {}
         self._last: Order | None = None
@@ -191,12 +195,13 @@ class MaskStock:
         self._handed: weakref.WeakSet[Mask] = weakref.WeakSet()
         _STOCKS.add(self)
 
-    def take(self, product: str, tokens: int, message: Callable[[], bytes] = bytes) -> Mask:
-        """A mask that nobody else gets.
+    def take(self, product: str, tokens: int, caller: str = "", message: Callable[[], bytes] = bytes) -> Mask:
+        """A mask that nobody else gets, under no secret that another caller's mask has.
 
         Args:
             product: identity of the map.
             tokens: columns of the mask.
+            caller: whose tokens they are.
             message: a hash of what will be masked, asked for where the mask is made now.
 
         Raises:
@@ -204,9 +209,10 @@ class MaskStock:
         """
         with self._lock:
             self._check()
-        columns = self._bank_columns()
+            callers = len(self._banks.keys() | {caller})
+        columns = self._bank_columns(callers)
         if 2 * tokens <= columns:
-            return self._of_bank(product, tokens, columns, message)
+            return self._of_bank(product, tokens, columns, caller, message)
         order = Order(product, tokens)
         while True:
             block = self._find(order) or self._made(order, message())
@@ -259,11 +265,12 @@ class MaskStock:
         self._handed.add(mask)
         return mask
 
-    def _of_bank(self, product: str, tokens: int, size: int, message: Callable[[], bytes]) -> Mask:
+    def _of_bank(self, product: str, tokens: int, size: int, caller: str, message: Callable[[], bytes]) -> Mask:
         while True:
             with self._lock:
                 self._check()
-                bank = self._banks.get(product)
+                own = self._banks[caller] = self._banks.pop(caller, {})
+                bank = own.get(product)
                 if bank is not None and bank.used + tokens <= bank.block.columns and self._usable(bank.block):
                     columns = slice(bank.used, bank.used + tokens)
                     bank.used += tokens
@@ -272,7 +279,18 @@ class MaskStock:
             block = self._find(order) or self._made(order, message())
             with self._lock:
                 self._check()
-                self._banks[product] = _Bank(block)
+                self._banks.setdefault(caller, {})[product] = _Bank(block)
+                self._make_room(caller)
+
+    def _make_room(self, caller: str) -> None:
+        """Drop banks of others while all together take too much."""
+        sizes = {each: sum(bank.block.nbytes for bank in banks.values()) for each, banks in self._banks.items()}
+        for each in list(self._banks):
+            if each == caller or sum(sizes.values()) <= self._banked:
+                break
+            del sizes[each]
+            for bank in self._banks.pop(each).values():
+                bank.block.body.spoil()
 
     def _made(self, order: Order, message: bytes = b"") -> Block:
         """A new block, which tells whether the machine was copied after its secrets were drawn."""
@@ -314,7 +332,8 @@ class MaskStock:
         """The first order that is to come and has no block yet; blocks that none of them takes are dropped."""
         if self._last is None or self._ahead == 0:
             return None
-        room = self._ahead - sum(bank.block.nbytes for bank in self._banks.values())
+        banks = [bank for own in self._banks.values() for bank in own.values()]
+        room = self._ahead - sum(bank.block.nbytes for bank in banks)
         coming: collections.Counter[Order] = collections.Counter()
         found: Order | None = None
         order = self._next.get(self._last)
@@ -345,8 +364,9 @@ class MaskStock:
             raise SecurityError(_GONE)
 
     def _drop(self) -> None:
-        for bank in self._banks.values():
-            bank.block.body.spoil()
+        for own in self._banks.values():
+            for bank in own.values():
+                bank.block.body.spoil()
         for blocks in self._ready.values():
             for block in blocks:
                 block.body.spoil()

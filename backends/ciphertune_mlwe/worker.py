@@ -28,6 +28,8 @@ class MLWEWorker(WorkerHalf):
         ProtocolError: the fields are not those of a client of this version.
     """
 
+    divisible = True
+
     def __init__(self, fields: Mapping[str, Any], device: torch.device) -> None:
         if fields:
             raise ProtocolError("the mlwe backend opens sessions without fields")
@@ -43,6 +45,20 @@ class MLWEWorker(WorkerHalf):
         if int(weight.max()) > 127 * 257 or int(weight.min()) < -128 * 257:
             raise ProtocolError("a 16-bit weight code is outside what two balanced digits hold, -32896 to 32639")
         return digits_of(weight)
+
+    def part(self, prepared: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
+        """See ``WorkerHalf.part``: views."""
+        return tuple(digit[start:stop] for digit in prepared)
+
+    def prepared_nbytes(self, prepared: tuple[Tensor, ...]) -> int:
+        """See ``WorkerHalf.prepared_nbytes``: the digits of int16 codes; int8 codes are used as they are."""
+        return sum(digit.nbytes for digit in prepared) if len(prepared) > 1 else 0
+
+    def reply_bytes(self, prepared: tuple[Tensor, ...], direction: Direction, request: Buffers) -> int:
+        """See ``WorkerHalf.reply_bytes``."""
+        b = request.get("b")
+        rows = prepared[0].shape[0 if direction == "forward" else 1]
+        return 0 if b is None or b.dim() != 3 else len(prepared) * rows * b.shape[1] * b.shape[2]
 
     def evaluate(self, prepared: tuple[Tensor, ...], direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``.

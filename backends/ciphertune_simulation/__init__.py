@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,9 @@ from ciphertune.backend import (
     SecurityStatement,
     WeightBits,
     WorkerHalf,
+    columns_of,
 )
+from ciphertune.callers import Owners
 from ciphertune.errors import ProtocolError, ReplyError, SelectionError
 from ciphertune.plugins import registry
 
@@ -58,21 +60,48 @@ _ANY = LinearMap("any", "forward", 64, 64, 1000.0)
 
 
 class SimulationClient(ClientHalf[Tensor]):
-    """Encodes tokens as the simulated backend does and sends them in the clear."""
+    """Encodes tokens as the simulated backend does and sends them in the clear.
 
-    def __init__(self, noise: Callable[[LinearMap], NoiseModel], seed: int) -> None:
+    Args:
+        noise: the errors of a group's product.
+        seed: of the simulated noise.
+        whole: whether a product is one ciphertext (``Backend.whole_products``).
+    """
+
+    def __init__(self, noise: Callable[[LinearMap], NoiseModel], seed: int, whole: bool = False) -> None:
         self._noise = noise
         self._seed = seed
+        self._whole = whole
 
     def open_fields(self) -> Mapping[str, Any]:
         """The seed."""
         return {"seed": self._seed}
 
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[Tensor]]:
+        """See ``ClientHalf.encrypt_owned``: there are no secrets."""
+        return self.encrypt_pieces(x, whole, pieces)
+
     def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[Tensor]:
         """See ``ClientHalf.encrypt``; nothing is encrypted. ``noise`` says which errors are drawn, see ``_Noise``."""
         noise = self._noise(linear_map)
-        scale = noise.token_scale(x, linear_map)
-        errors = _Noise(noise.input_variance, noise.returned_variance, noise.correlation, noise.period)
+        return self._encoded(x, noise, noise.token_scale(x, linear_map), 1)
+
+    def encrypt_pieces(self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap]) -> list[Encrypted[Tensor]]:
+        """See ``ClientHalf.encrypt_pieces``.
+
+        Pieces of one ciphertext have the scale of the whole, and the sum of backward pieces is decrypted once: each
+        brings a share of that error.
+        """
+        if not self._whole or whole.direction == "forward":
+            return super().encrypt_pieces(x, whole, pieces)
+        noise = self._noise(whole)
+        scale = noise.token_scale(x, whole)
+        return [self._encoded(columns_of(x, piece.rows), noise, scale, len(pieces)) for piece in pieces]
+
+    def _encoded(self, x: Tensor, noise: NoiseModel, scale: Tensor, pieces: int) -> Encrypted[Tensor]:
+        errors = _Noise(noise.input_variance, noise.returned_variance / pieces, noise.correlation, noise.period)
         drawn = torch.tensor(errors, dtype=torch.float64)
         return Encrypted({"x": x, "scale": scale, "noise": drawn}, scale)
 
@@ -139,6 +168,15 @@ class SimulationWorker(WorkerHalf):
             found[direction] = _Prepared(matrix, norms, direction.encode() + bytes(_bytes(norms)))
         return found
 
+    def prepared_nbytes(self, prepared: dict[Direction, _Prepared]) -> int:
+        """See ``WorkerHalf.prepared_nbytes``: norms, and their bytes once more."""
+        return 2 * sum(each.norms.nbytes for each in prepared.values())
+
+    def reply_bytes(self, prepared: dict[Direction, _Prepared], direction: Direction, request: Buffers) -> int:
+        """See ``WorkerHalf.reply_bytes``."""
+        x = request.get("x")
+        return 0 if x is None or x.dim() != 2 else 4 * len(x) * len(prepared[direction].matrix)
+
     def evaluate(self, prepared: dict[Direction, _Prepared], direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``."""
         matrix, norms = prepared[direction].matrix, prepared[direction].norms
@@ -189,6 +227,7 @@ class SimulationBackend(Backend):
 
     name = "simulation"
     Options = SimulationOptions
+    separates_callers = True
     states_traffic = True
 
     def __init__(self, options: Any = None) -> None:
@@ -214,6 +253,11 @@ class SimulationBackend(Backend):
         return SecurityStatement(False, None, f"no protection: the errors of {self.options.of}, without its encryption")
 
     @property
+    def whole_products(self) -> bool:  # type: ignore[override]
+        """That of the simulated backend."""
+        return self._simulated.whole_products
+
+    @property
     def weight_bits(self) -> WeightBits | None:
         """That of the simulated backend."""
         return self._simulated.weight_bits
@@ -232,9 +276,13 @@ class SimulationBackend(Backend):
         """See ``Backend.piece_traffic``: what the simulated backend would send."""
         return self._simulated.piece_traffic(whole, piece, tokens)
 
+    def reply_bytes(self, whole: LinearMap, piece: LinearMap, tokens: int) -> int:
+        """See ``Backend.reply_bytes``: float32, whatever is simulated."""
+        return 4 * tokens * piece.out_features
+
     def client(self, device: torch.device) -> SimulationClient:
         """See ``Backend.client``."""
-        return SimulationClient(self.noise, self.options.seed)
+        return SimulationClient(self.noise, self.options.seed, self.whole_products)
 
     @classmethod
     def worker(cls, fields: Mapping[str, Any], evaluation_key: Buffers, device: torch.device) -> SimulationWorker:

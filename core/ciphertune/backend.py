@@ -10,13 +10,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from ciphertune._support.options import build_options
+from ciphertune.callers import Owners
 from ciphertune.errors import PrecisionError
 
 FLOAT32_ROUNDING = 1e-6
@@ -102,6 +103,8 @@ class LinearMap:
             a map that is made from sizes alone.
         rows: (start, stop) of the rows of the group's stacked weight that M is of, in M's order; empty for all of
             them. Of a forward map they are outputs, of a backward map inputs.
+        peak: where every input has one value that is not zero at most, as a lookup's has, an upper bound of the size of
+            M's entries as the worker stores them; 0 for other inputs.
     """
 
     label: str
@@ -111,6 +114,7 @@ class LinearMap:
     max_norm: float
     identity: str = ""
     rows: tuple[tuple[int, int], ...] = ()
+    peak: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +163,7 @@ class NoiseModel:
         usable = self._usable_range(linear_map)
         if usable <= 0:
             return math.inf
-        signal = usable / self._digit_norm(linear_map) * linear_map.max_norm / math.sqrt(linear_map.in_features)
+        signal = usable / self._digit_gain(linear_map) * linear_map.max_norm / math.sqrt(linear_map.in_features)
         return self.error_deviation(linear_map.max_norm) / max(signal, 1e-300)
 
     def token_scale(self, x: Tensor, linear_map: LinearMap) -> Tensor:
@@ -175,8 +179,14 @@ class NoiseModel:
         """
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         # Norms under 1e-30 would ask for a scale whose inverse float32 outputs cannot carry.
-        scale: Tensor = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_norm(linear_map))
+        scale: Tensor = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_gain(linear_map))
         return scale
+
+    def _digit_gain(self, linear_map: LinearMap) -> float:
+        """A bound of one digit's outputs over the norm of their input."""
+        if linear_map.peak == 0:
+            return self._digit_norm(linear_map)
+        return max(linear_map.peak, 1.0) if self.digits == 1 else 128.0
 
     def _digit_norm(self, linear_map: LinearMap) -> float:
         """A bound of the norm of one digit's rows; low digits take any value, whatever the weight's norm is."""
@@ -245,7 +255,7 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         return
 
     def preparation(
-        self, forward: LinearMap, backward: LinearMap, pieces: Sequence[LinearMap] = ()
+        self, forward: LinearMap | None, backward: LinearMap, pieces: Sequence[LinearMap] = ()
     ) -> Preparation | None:
         """What is to be made of a group's codes before its first product; None where nothing is.
 
@@ -253,7 +263,7 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         joins. The client streams the codes for a preparation, in memory that does not grow with the model.
 
         Args:
-            forward: the group's map.
+            forward: the group's map; None for a table, whose rows are looked up by backward products alone.
             backward: the same transposed.
             pieces: forward maps of the pieces that products are cut into; none for products in one piece.
         """
@@ -276,7 +286,23 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         """
         if whole.direction == "forward":
             return [self.encrypt(x, whole)] * len(pieces)
-        return [self.encrypt(columns(x, piece.rows), piece) for piece in pieces]
+        return [self.encrypt(columns_of(x, piece.rows), piece) for piece in pieces]
+
+    def encrypt_owned(
+        self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
+    ) -> list[Encrypted[StateT]]:
+        """Encrypt as ``encrypt_pieces`` does, under no secret that masks tokens of two callers, now or at another time.
+
+        Called in its place where a session keeps callers apart (``Session.keep_apart``), and only for a backend whose
+        ``separates_callers`` says that it is there.
+
+        Args:
+            x: as for ``encrypt_pieces``.
+            whole: as for ``encrypt_pieces``.
+            pieces: as for ``encrypt_pieces``.
+            owners: callers and their numbers of tokens, in the order of x.
+        """
+        raise NotImplementedError
 
     def check_reply(self, reply: Buffers, state: StateT, piece: LinearMap) -> None:
         """Hold one piece's reply against what was asked for, before anything is decrypted. Called once as it comes.
@@ -357,20 +383,24 @@ def in_order(parts: Sequence[Tensor], rows: Sequence[Sequence[tuple[int, int]]])
     return torch.cat([block for _, block in sorted(blocks, key=lambda each: each[0])]).t()
 
 
-def columns(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
-    """The columns of x, (tokens, features), that belong to a backward piece of these rows; all if there are none."""
+def columns_of(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """The columns of x, (tokens, features), that belong to a backward piece with these rows; none for all of them."""
     return torch.cat([x[:, start:stop] for start, stop in rows], dim=1) if rows else x
 
 
 class WorkerHalf(abc.ABC):
     """Evaluation on ciphertext. Runs at the worker; never sees a secret."""
 
+    divisible: ClassVar[bool] = False
+    """Whether ``part`` cuts a prepared weight. A worker then prepares each weight once for all sessions of a form and all
+    groups. Else each group is prepared alone, and what that takes counts against its client's quota."""
+
     @abc.abstractmethod
     def prepare(self, weight: Tensor) -> Any:
         """Take a weight of shape (N, K): int8 codes in ±127, int16 in ±32639, or float32 where ``weight_bits`` is None.
 
-        What it returns is handed to ``evaluate``, also of other sessions that were opened with the same fields, so it
-        must hold nothing of this session. It should keep a reference to ``weight`` rather than a copy.
+        What it returns is handed to ``evaluate``, also of other sessions of the same ``form``, so it must hold nothing
+        of this session. It should keep a reference to ``weight`` rather than a copy.
         """
 
     @abc.abstractmethod
@@ -380,6 +410,29 @@ class WorkerHalf(abc.ABC):
         Raises:
             ProtocolError: the request's buffers are not what this backend sends.
         """
+
+    @property
+    def form(self) -> Hashable:
+        """What of the session's fields ``prepare`` depends on. Sessions of the same form share what it returns."""
+        return None
+
+    def part(self, prepared: Any, start: int, stop: int) -> Any:
+        """What rows ``start`` to ``stop`` of a prepared weight are prepared as, sharing its memory.
+
+        Only called where ``divisible`` says so.
+        """
+        raise NotImplementedError
+
+    def prepared_nbytes(self, prepared: Any) -> int:
+        """Memory of what ``prepare`` returned, beside the weight that it was given."""
+        return 0
+
+    def reply_bytes(self, prepared: Any, direction: Direction, request: Buffers) -> int | None:
+        """Bytes of the reply's buffers, from sizes alone: reserved before ``evaluate``. Any value for a bad request.
+
+        As it stands None, for not known: the reply then counts once it is there.
+        """
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -404,6 +457,13 @@ class Backend(abc.ABC):
     """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
     prepares: ClassVar[bool] = False
     """Whether the client half makes something of each group's codes before the first product (``preparation``)."""
+    whole_products: ClassVar[bool] = False
+    """Whether each product is one ciphertext of its group's whole input, of which pieces get parts.
+
+    A layer that is evaluated alone is then some rows of its group's product, and its gradient the group's with zeros
+    for the other layers."""
+    separates_callers: ClassVar[bool] = False
+    """Whether the client half encrypts for several callers under secrets of their own (``encrypt_owned``)."""
     states_traffic: ClassVar[bool] = False
     """Whether sessions count the bytes that ``piece_traffic`` states and not those of buffers: for simulations."""
     measured_size: ClassVar[tuple[int, int, int]] = (2048, 2048, 4096)
@@ -470,8 +530,19 @@ class Backend(abc.ABC):
         returned = self.traffic(piece, tokens)
         return None if sent is None or returned is None else (sent[0], returned[1])
 
-    def kept_bytes(self, forward: LinearMap, backward: LinearMap) -> int:
-        """Memory of what a client half makes of a group's codes, for plans; 0 where it prepares nothing."""
+    def reply_bytes(self, whole: LinearMap, piece: LinearMap, tokens: int) -> int | None:
+        """Bytes of the buffers of one piece's reply: a client takes no more. None for as many as a message may have.
+
+        As it stands those of ``piece_traffic``, unless that is of another backend (``states_traffic``).
+        """
+        known = None if self.states_traffic else self.piece_traffic(whole, piece, tokens)
+        return None if known is None else known[1]
+
+    def kept_bytes(self, forward: LinearMap | None, backward: LinearMap) -> int:
+        """Memory of what a client half makes of a group's codes, for plans; 0 where it prepares nothing.
+
+        ``forward`` is None for a table, as in ``ClientHalf.preparation``.
+        """
         return 0
 
     def work(self, linear_map: LinearMap, tokens: int) -> Work:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # at runtime they would import torch, for which `ciphertune -
 
     from ciphertune.backend import SecurityStatement
     from ciphertune.selection import Selection
-    from ciphertune.traffic import Exchange, Traffic
+    from ciphertune.traffic import Exchange, SetUp, Traffic
     from ciphertune.weights import LayerInfo
 
 hookspec = pluggy.HookspecMarker("ciphertune")
@@ -46,6 +46,11 @@ class SessionView(Protocol):
     @property
     def traffic(self) -> Traffic:
         """Totals since the session opened."""
+        ...
+
+    @property
+    def set_up(self) -> SetUp:
+        """Costs of preparations from the weights' codes."""
         ...
 
     @property
@@ -80,6 +85,31 @@ def ciphertune_preparing(session: SessionView, done: int, total: int) -> None:
         session: the session; nothing can be evaluated yet.
         done: codes read so far.
         total: all that will be read, less what is cached.
+    """
+
+
+@hookspec
+def ciphertune_worker_silent(session: SessionView, worker: str, problem: str, seconds: float) -> None:
+    """Called once when a worker stops answering; a later call of ``ciphertune_worker_back`` ends it.
+
+    On any thread. The request goes to a replica, or is sent again until the worker is back.
+
+    Args:
+        session: the session.
+        worker: address of the worker.
+        problem: what went wrong.
+        seconds: until the product that waits is given up.
+    """
+
+
+@hookspec
+def ciphertune_worker_back(session: SessionView, worker: str, seconds: float) -> None:
+    """Called once a worker that was silent answers again. On any thread.
+
+    Args:
+        session: the session.
+        worker: address of the worker.
+        seconds: since it was called silent.
     """
 
 

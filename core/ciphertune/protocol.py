@@ -96,12 +96,15 @@ class Message:
         fields: plain data: None, bool, int, float, str, bytes, lists and dicts with text keys.
         buffers: tensors by name.
         version: of the protocol, in which it is written; a reply is written in its request's.
+        reply_bytes: of a request: bytes of buffers that its reply may have; None where they are not known. A link
+            refuses a longer reply. It does not travel.
     """
 
     kind: str
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     version: int = HELLO_VERSION
+    reply_bytes: int | None = dataclasses.field(default=None, compare=False)
 
     def __repr__(self) -> str:
         shapes = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in self.buffers.items()}
@@ -111,6 +114,14 @@ class Message:
     def nbytes(self) -> int:
         """Bytes of all buffers, without the header."""
         return sum(t.nbytes for t in self.buffers.values())
+
+    @property
+    def reply_limits(self) -> Limits:
+        """What the reply to this request may be."""
+        if self.reply_bytes is None:
+            return DEFAULT_LIMITS
+        most = min(self.reply_bytes, DEFAULT_LIMITS.total_bytes)
+        return dataclasses.replace(DEFAULT_LIMITS, buffer_bytes=most, total_bytes=most)
 
 
 def spoken_versions() -> list[int]:

@@ -1,4 +1,4 @@
-"""Costs of one exchange with the workers, their totals, and totals by layer."""
+"""Costs of one exchange with the workers, their totals, totals by layer, and costs before the first exchange."""
 
 from __future__ import annotations
 
@@ -41,6 +41,21 @@ class Traffic:
     def since(self, earlier: Traffic) -> Traffic:
         """The difference to an earlier copy."""
         return Traffic(**{name: getattr(self, name) - getattr(earlier, name) for name in COSTS})
+
+
+@dataclasses.dataclass
+class SetUp:
+    """Costs of a session's preparations from the weights' codes: once, and again for pieces that a new worker needs.
+
+    Attributes:
+        weights: codes read.
+        bytes_down: bytes of them that workers sent; 0 where the codes were at hand.
+        seconds: time of reading, checking and preparing. It is no part of ``Traffic``.
+    """
+
+    weights: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
 
 
 COSTS = tuple(field.name for field in dataclasses.fields(Traffic))

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import abc
+import collections
 import contextlib
 import dataclasses
 import itertools
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from ciphertune._support.options import build_options
+from ciphertune._support.printable import LONGEST_TEXT, printable
 from ciphertune.errors import CipherTuneError, ProtocolError, ReplyError, SelectionError, TransportError
 from ciphertune.protocol import Frame, Limits, Message
 
 _Answer = TypeVar("_Answer")
+_Connection = TypeVar("_Connection", bound=Hashable)
+
+MOST_STRANGERS = 64
+"""Connections of a listener over which no key was shown yet: in all, and half as many from one address."""
 
 
 class Transport(abc.ABC):
@@ -51,6 +59,16 @@ class Transport(abc.ABC):
         Raises:
             SelectionError: the endpoints are wrong for this transport.
             KeyFileError, SecurityError: the connection cannot be protected as asked for.
+        """
+
+    def check(self, endpoints: tuple[str, ...]) -> None:  # noqa: B027 - nothing to check is the rule
+        """Raise what ``connect`` would raise about addresses and keys, before a model is loaded. Opens no link.
+
+        Args:
+            endpoints: as for ``connect``.
+
+        Raises:
+            SelectionError, KeyFileError, SecurityError: as ``connect``.
         """
 
     def joining_workers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> Sequence[Link]:
@@ -157,6 +175,19 @@ class RequestHandler(Protocol):
     limits: Limits
     """Bounds on a request. A listener refuses larger ones before it has read them."""
 
+    def reserve(self, peer: str, nbytes: int) -> Callable[[], None] | None:
+        """Count a request of known size against its client's quota before it is received.
+
+        Args:
+            peer: as for ``submit``.
+            nbytes: of the request.
+
+        Returns:
+            What gives the quota back, to be called before ``submit`` or where the request never comes; None where there
+            is no room, and the client is to try again.
+        """
+        ...
+
     def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
         """Take a request; ``reply`` is called once, from any thread. Never raises, and does not block for long.
 
@@ -201,6 +232,86 @@ def opening_links() -> Iterator[list[Link]]:
         for link in links:
             link.close()
         raise
+
+
+class Connections(Generic[_Connection]):
+    """The open connections of a listener, and which of them to close so that strangers keep nobody out.
+
+    A stranger is a connection over which no key or token was shown yet. Strangers are bounded in all and by address. The
+    oldest of the address that has the most of them goes first: an authorised client needs an instant to show its key.
+    Not synchronized, and opens and closes nothing.
+
+    Args:
+        most: connections in all.
+        seconds: that a connection may stay a stranger's.
+        clock: as ``time.monotonic``.
+    """
+
+    def __init__(self, most: int, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
+        self.most = max(4, most)
+        self.strangers = min(MOST_STRANGERS, self.most // 2)
+        self.strangers_per_address = max(1, self.strangers // 2)
+        self._seconds = seconds
+        self._clock = clock
+        # In the order in which they became strangers.
+        self._strangers: dict[_Connection, tuple[str, float]] = {}
+        self._known: dict[_Connection, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._strangers) + len(self._known)
+
+    def all(self) -> list[_Connection]:
+        """All connections."""
+        return [*self._strangers, *self._known]
+
+    def came(self, connection: _Connection, address: str) -> None:
+        """Count a new connection from an address."""
+        self.gone(connection)
+        self._strangers[connection] = address, self._clock()
+
+    def known(self, connection: _Connection) -> None:
+        """Note that the peer has shown a key; nothing for a connection that is not counted."""
+        if (found := self._strangers.pop(connection, None)) is not None:
+            self._known[connection] = found[0]
+
+    def stranger_again(self, connection: _Connection) -> None:
+        """Note that the peer has to show its key once more."""
+        if (address := self._known.get(connection)) is not None:
+            self.came(connection, address)
+
+    def gone(self, connection: _Connection) -> None:
+        """Count a connection no more."""
+        self._strangers.pop(connection, None)
+        self._known.pop(connection, None)
+
+    def excess(self) -> list[_Connection]:
+        """Connections to close now. They are counted no more."""
+        oldest = self._clock() - self._seconds
+        found = [each for each, (_, since) in self._strangers.items() if since < oldest]
+        for connection in found:
+            self.gone(connection)
+        counts = collections.Counter(address for address, _ in self._strangers.values())
+        while counts and (max(counts.values()) > self.strangers_per_address or len(self._strangers) > self.strangers):
+            (address, _), *_ = counts.most_common(1)
+            victim = next(each for each, (where, _) in self._strangers.items() if where == address)
+            counts[address] -= 1
+            self.gone(victim)
+            found.append(victim)
+        while len(self) > self.most:
+            victim = next(reversed(self._strangers or self._known))
+            self.gone(victim)
+            found.append(victim)
+        return found
+
+
+def connections_allowed(wanted: int) -> int:
+    """As many connections as were asked for, but half of the files at most that this process may have open."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return wanted
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return wanted if files == resource.RLIM_INFINITY else min(wanted, files // 2)
 
 
 class PendingReplies(Generic[_Answer]):
@@ -283,11 +394,11 @@ class PendingReplies(Generic[_Answer]):
 
     def _error(self, why: BaseException | str) -> BaseException:
         if isinstance(why, ProtocolError) and not isinstance(why, ReplyError):
-            return ReplyError(f"{self._name} sent a malformed reply: {why}")
+            return ReplyError(f"{self._name} sent a malformed reply: {printable(str(why), LONGEST_TEXT)}")
         if isinstance(why, CipherTuneError):
             return why
         if isinstance(why, (str, OSError)):
-            return TransportError(f"{self._name}: {why}")
+            return TransportError(f"{self._name}: {printable(str(why), LONGEST_TEXT)}")
         return TransportError(f"{self._name}: unexpected {type(why).__name__}")
 
     @staticmethod

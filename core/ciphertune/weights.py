@@ -27,6 +27,29 @@ _CHUNK_VALUES = 1 << 22
 """Values worked on at once, so that quantizing a large layer takes little memory beside it."""
 
 
+MOST_CHANNELS = 8
+"""Channels of a product that a client multiplies itself, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptChannels:
+    """Channels of one layer that the client multiplies itself, because their values lie far above the others'.
+
+    The worker has the whole weight and gets requests of full length, in which these channels are zeros.
+
+    Attributes:
+        inputs: (A,) int64, rising: of the input, in forward products. The same for layers that share their input.
+        columns: the weight's columns for them, (A, N) in 16 bits, one scale each.
+        outputs: (B,) int64, rising: of the output's gradient, in backward products.
+        rows: the weight's rows for them, (B, K) in 16 bits, one scale each.
+    """
+
+    inputs: Tensor
+    columns: LayerWeight
+    outputs: Tensor
+    rows: LayerWeight
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
     """A client's view of one outsourced layer: everything but the weight.
@@ -38,6 +61,7 @@ class LayerInfo:
         scale: (N,) float32, ``W = diag(scale) · codes``; None where the weight is float32.
         max_row_norm, max_column_norm: largest Euclidean norm of a row and of a column of the codes.
         row_digests: SHA-256 of codes and scales of every ``DIGEST_ROWS`` rows, one after the other.
+        kept: channels that the client multiplies itself, None for none.
     """
 
     name: str
@@ -48,6 +72,7 @@ class LayerInfo:
     max_row_norm: float
     max_column_norm: float
     row_digests: bytes = dataclasses.field(repr=False)
+    kept: KeptChannels | None = dataclasses.field(default=None, repr=False)
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
         """SHA-256, hexadecimal, that identifies rows start to stop, both at multiples of ``DIGEST_ROWS`` or the end.
@@ -271,6 +296,21 @@ def group_map(layers: Sequence[LayerInfo], direction: Direction) -> LinearMap:
     # A column of the stacked matrix is the layers' columns one after the other.
     norm = math.sqrt(sum(layer.max_column_norm**2 for layer in layers))
     return LinearMap(label, "backward", outputs, features, norm, identity.hexdigest())
+
+
+def lookup_map(table: LayerInfo) -> LinearMap:
+    """The map of lookups in a table of N rows: backward products with inputs that name one row each.
+
+    They have an identity of their own: what is prepared for other backward products of the same weight is for inputs of
+    any kind.
+    """
+    whole = group_map([table], "backward")
+    return dataclasses.replace(
+        whole,
+        label=f"{table.name} (lookup)",
+        identity=hashlib.sha256(b"lookup" + whole.identity.encode()).hexdigest(),
+        peak=0.0 if table.weight_bits is None else _LARGEST_CODE[table.weight_bits],
+    )
 
 
 def code_dtype(bits: WeightBits | None) -> torch.dtype:

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ class HistoryOptions:
 
 
 class History(Tracker):
-    """Writes the file; metrics and times alone, never data.
+    """Writes the file, with mode 0600; metrics and times alone, never data.
 
     Raises:
         PluginError: the path is there already and is no history, so that it must not be written over.
@@ -54,9 +55,14 @@ class History(Tracker):
         self.path = options.path
         self._csv = options.path.suffix == ".csv"
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path.parent) as probe:
+                probe.write(b"x")
             with self.path.open("rb") as stream:
                 first = stream.readline(1 << 16)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if not self.path.parent.is_dir():
+                raise PluginError(f"cannot write {self.path}: {error.strerror}") from error
             return
         except OSError as error:
             raise PluginError(f"cannot use {self.path}: {error.strerror}") from error
@@ -67,7 +73,6 @@ class History(Tracker):
         """Begin the file, or drop what will be done again and what an interruption left half written."""
         from ciphertune._support.atomic import replace_file
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [self._line(COLUMNS)] if self._csv else []
         if start_step > 0 and self.path.exists():
             lines += self._kept(self.path.read_bytes(), start_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,27 @@ class _Bar:
 
     def __init__(self, trainer: Any, total_steps: int, start_step: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            Task,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.text import Text
 
+        bar = self
+
+        class Doing(ProgressColumn):
+            """What the run waits for at this moment."""
+
+            def render(self, task: Task) -> Text:
+                return Text(bar.doing(), style="dim")
+
+        self.silent: dict[str, float] = {}
+        self.product = ""
         self.trainer = trainer
         self.amount = 0.0
         self.seconds = 0.0
@@ -28,6 +48,7 @@ class _Bar:
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
+            Doing(),
             console=Console(stderr=True),
             refresh_per_second=2,
             speed_estimate_period=600,  # a step on ciphertext may take minutes
@@ -44,6 +65,13 @@ class _Bar:
         if self.seconds > 0:
             note += f"  {self.amount / self.seconds:.4g} {unit}/s"
         self.progress.update(self.task, completed=step, note=note)
+
+    def doing(self) -> str:
+        """What the run waits for: a worker that does not answer, with the time that it is left, or a product."""
+        if self.silent:
+            worker, until = next(iter(self.silent.items()))
+            return f"waiting for {worker}, {max(0.0, until - time.monotonic()):.0f} s left"
+        return self.product
 
     def close(self) -> None:
         """Leave the bar on the screen as it is and stop drawing it."""
@@ -133,13 +161,47 @@ def _end_preparing() -> None:
 
 @hookimpl
 def ciphertune_worker_excluded(worker: str, layers: tuple[str, ...], direction: str) -> None:
-    """Say so, above the bar."""
-    if _on_a_terminal():
-        from rich.console import Console
-        from rich.text import Text
+    """Print a line."""
+    _say(f"wrong answer from {worker} for {' + '.join(layers)} ({direction}): it is asked no more")
 
-        console = Console(stderr=True) if _bar is None else _bar.progress.console
-        console.print(Text(f"wrong answer from {worker} for {' + '.join(layers)} ({direction}): it is asked no more"))
+
+@hookimpl
+def ciphertune_before_request(exchange: Any) -> None:
+    """Note the product that is waited for."""
+    bar = _bar
+    if bar is not None:
+        name = ".".join(exchange.layers[0].split(".")[-3:])
+        more = f" + {len(exchange.layers) - 1}" if len(exchange.layers) > 1 else ""
+        evaluating = "" if bar.trainer.model.training else "evaluating: "
+        bar.product = f"{evaluating}{name}{more} {exchange.direction}"
+
+
+@hookimpl
+def ciphertune_worker_silent(worker: str, problem: str, seconds: float) -> None:
+    """Print a line, and show in the bar what is waited for."""
+    if _bar is not None:
+        _bar.silent[worker] = time.monotonic() + seconds
+    problem = problem.removeprefix(f"{worker}: ")
+    _say(f"{worker} does not answer ({problem}); waiting up to {seconds:.0f} s for it or a replica")
+
+
+@hookimpl
+def ciphertune_worker_back(worker: str, seconds: float) -> None:
+    """Print a line."""
+    if _bar is not None:
+        _bar.silent.pop(worker, None)
+    _say(f"{worker} answers again after {seconds:.0f} s")
+
+
+def _say(line: str) -> None:
+    """Print a line on standard error, above a bar that is there."""
+    from rich.text import Text
+
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    if _bar is not None:
+        _bar.progress.console.print(Text(line))
+    elif sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - what the plugin is for
 
 
 @hookimpl

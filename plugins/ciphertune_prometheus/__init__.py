@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,18 @@ from ciphertune.tracker import Tracker
 
 if TYPE_CHECKING:
     from ciphertune import Session
-    from ciphertune.traffic import Exchange
+    from ciphertune.traffic import Exchange, SetUp
 
 _GAUGES = {
     "loss": "Loss of the last step.",
     "learning_rate": "Learning rate of the last step.",
     "grad_norm": "Norm of the last step's gradient, before clipping.",
     "eval_loss": "Loss of the last evaluation.",
+}
+_SET_UP = {
+    "weights": "Weights read by set-ups.",
+    "bytes_down": "Bytes of weights that workers sent for set-ups.",
+    "seconds": "Time of set-ups.",
 }
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -81,6 +87,10 @@ class Prometheus(Tracker):
         )
         self._step = Gauge("ciphertune_training_step", "Optimizer steps done.", registry=self.registry)
         self._total = Gauge("ciphertune_training_total_steps", "Optimizer steps of the run.", registry=self.registry)
+        self._set_ups: list[SetUp] = []
+        for name, text in _SET_UP.items():
+            gauge = Gauge(f"ciphertune_client_set_up_{name}", text, registry=self.registry)
+            gauge.set_function(functools.partial(self._set_up, name))
         self._gauges = {
             name: Gauge(f"ciphertune_training_{name}", text, registry=self.registry) for name, text in _GAUGES.items()
         }
@@ -114,6 +124,7 @@ class Prometheus(Tracker):
     def ciphertune_session_opened(self, session: Session) -> None:
         """Start the listener."""
         self._sessions.add(session)
+        self._set_ups.append(session.set_up)
         self._serve()
 
     @hookimpl
@@ -136,6 +147,10 @@ class Prometheus(Tracker):
             self._seconds.labels(direction, phase).inc(getattr(exchange, f"{phase}_seconds"))
         whole = exchange.encrypt_seconds + exchange.wait_seconds + exchange.decrypt_seconds + exchange.turn_seconds
         self._products.labels(direction).observe(whole)
+
+    def _set_up(self, name: str) -> float:
+        """The sum over sessions so far; workers that join add to it."""
+        return float(sum(getattr(costs, name) for costs in self._set_ups))
 
     def _rest(self) -> None:
         if not self._training and not self._sessions:

@@ -1,4 +1,4 @@
-"""Bytes and seconds of a run, by layers and direction."""
+"""Bytes and seconds of a run, by layers and direction, and of the set-up before it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ciphertune.hookspecs import hookimpl
 from ciphertune.traffic import TrafficByLayer, by_kind, total
 
 if TYPE_CHECKING:
-    from ciphertune.traffic import Exchange
+    from ciphertune import Session
+    from ciphertune.traffic import Exchange, SetUp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,8 @@ class TrafficOptions:
     """Options of the traffic plugin.
 
     Attributes:
-        path: a JSON file to write, with a row for every group and direction, instead of a table on the terminal.
+        path: a JSON file to write, with a row for every group and direction and the costs of set-ups, instead of a
+            table on the terminal.
     """
 
     path: Path | None = None
@@ -40,8 +42,14 @@ class Traffic:
     def __init__(self, options: TrafficOptions) -> None:
         self.path = options.path
         self._by_layer = TrafficByLayer()
+        self._set_ups: list[SetUp] = []
         self._lock = threading.Lock()
         self._news = False
+
+    @hookimpl
+    def ciphertune_session_opened(self, session: Session) -> None:
+        """Remember where the session counts its set-up; workers that join later add to it."""
+        self._set_ups.append(session.set_up)
 
     @hookimpl
     def ciphertune_after_reply(self, exchange: Exchange) -> None:
@@ -67,6 +75,14 @@ class Traffic:
         """One row for every group and direction: its layers, and sums named as in ``Exchange``; the largest first."""
         return self._by_layer.rows()
 
+    def set_up(self) -> dict[str, float]:
+        """Sums over sessions, named as in ``ciphertune.traffic.SetUp``."""
+        sums = {"weights": 0.0, "bytes_down": 0.0, "seconds": 0.0}
+        for costs in self._set_ups:
+            for name in sums:
+                sums[name] += getattr(costs, name)
+        return sums
+
     def _report(self) -> None:
         with self._lock:
             news, self._news = self._news, False
@@ -77,9 +93,12 @@ class Traffic:
 
             rows = self.rows()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path, json.dumps({"total": total(rows), "groups": rows}, indent=2).encode())
+            replace_file(
+                self.path,
+                json.dumps({"total": total(rows), "set_up": self.set_up(), "groups": rows}, indent=2).encode(),
+            )
         elif sys.stderr is not None and sys.stderr.isatty():
-            sys.stderr.write(_table(self.rows()))
+            sys.stderr.write(_table(self.rows()) + _set_up_line(self.set_up()))
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -95,6 +114,13 @@ def _table(rows: list[dict[str, Any]]) -> str:
         for line in lines
     ]
     return "\n".join("  ".join(cells).rstrip() for cells in padded) + "\n"
+
+
+def _set_up_line(costs: Mapping[str, float]) -> str:
+    if not costs["weights"]:
+        return ""
+    weights, received = costs["weights"] / 1e6, costs["bytes_down"] / 1e6
+    return f"set-up: {weights:.1f} million weights read, {received:.1f} MB down, {costs['seconds']:.2f} s\n"
 
 
 def _cells(sums: Mapping[str, float]) -> list[str]:

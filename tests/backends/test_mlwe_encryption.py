@@ -273,7 +273,7 @@ def test_secrets_are_in_no_buffer_repr_or_pickle() -> None:
         assert "0.73" not in shown
         assert "tensor(" not in shown
     with pytest.raises(SecurityError, match="copied"):
-        pickle.dumps(message.state.mask)
+        pickle.dumps(message.state.masks[0])
 
 
 @pytest.mark.parametrize("made", MADE)

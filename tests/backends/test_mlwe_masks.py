@@ -336,12 +336,12 @@ def test_threads_get_masks_of_their_own(bench: Callable[..., Bench]) -> None:
 
 def test_banks_shrink_with_their_memory() -> None:
     small = Halves(random_codes(64, 64))
-    assert small.client._columns() == 256
-    assert Halves(random_codes(64, 64), banks="0").client._columns() == 0
+    assert small.client._columns(1) == 256
+    assert Halves(random_codes(64, 64), banks="0").client._columns(1) == 0
     for memory, columns in ((4 * 4 * 64 * 100, 64), (1, 32)):
         small.client._mask_bytes = memory
-        small.client._bank_columns = -1
-        assert small.client._columns() == columns
+        small.client._bank_columns.clear()
+        assert small.client._columns(1) == columns
 
 
 @pytest.mark.parametrize("options", [{}, {"ahead": "1"}, {"banks": "0"}])

@@ -1,18 +1,20 @@
 """No two messages of the mlwe backend under one mask, whatever a training goes through."""
 
 import dataclasses
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from farm import Farm, Host, never
-from mask_bench import at_once
+from mask_bench import at_once, until
 from torch import nn
 
 import ciphertune
-from ciphertune.errors import CipherTuneError, TransportError
+from ciphertune.errors import CipherTuneError, SecurityError, TransportError
 from ciphertune.protocol import Message, error_message
 from ciphertune_mlwe.masks import Mask
 
@@ -201,6 +203,96 @@ def test_retries_and_hedges(farm: Farm, messages: list[Sealed], tokens: int) -> 
     assert len(wire.sent) > len(messages)
     check_masks(messages)
     wire.check(messages)
+
+
+def test_other_cuts(register: Callable[[str, Any], None], messages: list[Sealed]) -> None:
+    """A worker joins in the midst of a training, and what was one piece becomes two."""
+    farm = Farm(register, elastic=True)
+    try:
+        (first,) = farm.plant(Wide(), "mlwe", first=[["q_proj", "k_proj"], ["o_proj"]])
+        model = Wide()
+        farm.outsource(model, "mlwe")
+        check(model, 40)
+        (second,) = farm.plant(Wide(), "mlwe", second=[["q_proj"]])
+        until(lambda: second.count("open") == 1)
+        wire = Wire(first, second)
+        for tokens in (40, 3):
+            check(model, tokens)
+        assert second.count("evaluate") > 0
+    finally:
+        farm.close()
+    assert len(messages) == 3 * 4
+    assert len(wire.sent) > 2 * 4
+    check_masks(messages)
+    wire.check(messages)
+
+
+def test_layers_alone_and_tasks_in_turns(messages: list[Sealed]) -> None:
+    """Layers that turn out to read different inputs, and micro-batches while others wait."""
+    model: Any = ciphertune.outsource(Wide(), "mlwe", "all")
+
+    def task(tokens: int) -> None:
+        x = torch.randn(tokens, 40, requires_grad=True)
+        (model(x).sum() + model.q_proj(x * 2).sum() + model.k_proj(x * 3).sum()).backward()
+
+    try:
+        for _ in range(2):
+            ciphertune.interleave([lambda: task(40), lambda: task(40), lambda: task(2)])
+    finally:
+        ciphertune.session_of(model).close()
+    assert len(messages) >= 6 * 8
+    check_masks(messages)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_forks(messages: list[Sealed], tokens: int) -> None:
+    """A forked process, which has the same masks in its memory, encrypts nothing with them."""
+    model: Any = ciphertune.outsource(Wide(), "mlwe", "all")
+    client = ciphertune.session_of(model)._keys.client
+    whole = ciphertune.session_of(model)._groups[0].maps["forward"]
+    x = torch.randn(tokens, 40)
+    try:
+        for _ in range(3):
+            check(model, tokens)
+            child = os.fork()
+            if child == 0:
+                status = 0
+                for encrypt in (lambda: model(x), lambda: client.encrypt(x, whole)):
+                    try:
+                        encrypt()
+                        status = 1
+                    except SecurityError:
+                        pass
+                    except BaseException:  # the child must end here
+                        status = 2
+                os._exit(status)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        ciphertune.session_of(model).close()
+    assert len(messages) == 3 * 4
+    check_masks(messages)
+
+
+def test_sessions_that_share_a_matrix(messages: list[Sealed], empty_cache: Path) -> None:
+    """Two at once and one later, of one client and one model, whose hints on disk are of one public matrix."""
+    models: list[Any] = [ciphertune.outsource(Wide(), "mlwe", "all") for _ in range(2)]
+    try:
+        for _ in range(2):
+            for model in models:
+                check(model, 3)
+        ciphertune.session_of(models[0]).close()
+        models.append(ciphertune.outsource(Wide(), "mlwe", "all"))
+        check(models[2], 200)
+        check(models[1], 200)
+        matrices = {bytes(ciphertune.session_of(model)._keys.client._public._prefix.digest(32)) for model in models}
+        assert len(matrices) == 1
+    finally:
+        for model in models:
+            ciphertune.session_of(model).close()
+    assert len(messages) == 6 * 4
+    check_masks(messages)
 
 
 def test_products_that_fail(farm: Farm, messages: list[Sealed]) -> None:

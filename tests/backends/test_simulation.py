@@ -184,6 +184,82 @@ def test_the_bytes_are_those_of_what_is_simulated(options: str, register: Callab
     assert all(up > 0 and down > 0 for up, down in counted["mlwe"])
 
 
+class Siblings(nn.Module):
+    """Layers that are taken to share their input, and here do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj = nn.Linear(48, 130, bias=False)
+        self.k_proj = nn.Linear(48, 64, bias=False)
+        with torch.no_grad():
+            # A norm that is the group's largest, as codes have it, in both directions.
+            self.k_proj.weight[:, 1:] /= 50
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Twice, since the first time is together.
+        return sum((self.q_proj(x.clone()).sum() + self.k_proj(x.clone()).sum() for _ in range(2)), x.new_zeros(()))
+
+
+HALVES: dict[str, Any] = {
+    "one": [[("q_proj", 0, 64), ("k_proj", 0, None)]],
+    "two": [[("q_proj", 64, None)]],
+}
+
+
+@pytest.mark.parametrize("plan", [{}, HALVES], ids=["whole", "cut"])
+def test_layers_alone_are_parts_of_their_groups(plan: Any, register: Callable[[str, Any], None]) -> None:
+    """Bytes and errors, as of the simulated backend."""
+    found: dict[str, list[Any]] = {}
+    for backend in ("clear", "mlwe", "simulation"):
+        farm = Farm(register)
+        try:
+            options: dict[str, Any] = {"weight_bits": 8} if backend == "clear" else {"request_bits": 24}
+            query = "&".join(f"{name}={value}" for name, value in options.items())
+            farm.plant(Siblings(), f"{backend}?{query}", **(plan or {"one": [["q_proj", "k_proj"]]}))
+            model = Siblings()
+            session = farm.outsource(model, backend, **options)
+            model(torch.randn(33, 48, requires_grad=True)).backward()
+            counted = session.traffic.bytes_up, session.traffic.bytes_down
+            x = torch.randn(400, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            y = model.k_proj(x)
+            gradient = torch.randn(400, 64, generator=torch.Generator().manual_seed(2))
+            (back,) = torch.autograd.grad(y, x, gradient)
+            found[backend] = [counted, y.detach().double(), back.double()]
+        finally:
+            farm.close()
+    assert found["simulation"][0] == found["mlwe"][0]
+    for exact, real, simulated in list(zip(*found.values(), strict=True))[1:]:
+        errors = [(each - exact).square().mean() for each in (real, simulated)]
+        # A token's outputs share a part of their error, so there are some hundred independent ones.
+        assert 0.75 < float(errors[0] / errors[1]) < 1.33
+
+
+def test_backward_pieces_are_one_ciphertext(register: Callable[[str, Any], None]) -> None:
+    """The error of a sum over workers: that of its inputs, and once that of a decryption."""
+    found: dict[str, torch.Tensor] = {}
+    x = torch.randn(300, 48, generator=torch.Generator().manual_seed(3))
+    for backend in ("clear", "mlwe", "simulation"):
+        farm = Farm(register)
+        try:
+            options: dict[str, Any] = {"weight_bits": 8} if backend == "clear" else {"request_bits": 32}
+            query = "&".join(f"{name}={value}" for name, value in options.items())
+            farm.plant(wide(), f"{backend}?{query}", one=UPPER, two=LOWER)
+            model = wide()
+            farm.outsource(model, backend, **options)
+            h = torch.randn(300, 64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+            gradient = torch.randn(300, 128, generator=torch.Generator().manual_seed(5))
+            # Large in one piece alone, whose scale is that of both.
+            gradient[:, 64:] *= 0.01
+            (back,) = torch.autograd.grad(model[2](h), h, gradient)
+            found[backend] = back.double()
+            model(x)
+        finally:
+            farm.close()
+    real, simulated = ((found[name] - found["clear"]).square().mean() for name in ("mlwe", "simulation"))
+    assert 0.9 < float(real / simulated) < 1.1
+
+
 def test_a_simulation_of_a_backend_that_foretells_no_traffic_counts_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ciphertune_mlwe.MLWEBackend.piece_traffic", lambda *_: None)
     model = ciphertune.outsource(network(), "simulation", "all")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -23,8 +27,10 @@ import ciphertune
 from ciphertune.cli import cli, main
 from ciphertune.client.choice import choose
 from ciphertune.data.splitting import split
-from ciphertune.errors import ConfigError, SelectionError
+from ciphertune.errors import CipherTuneError, ConfigError, SelectionError
+from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins import registry
+from ciphertune.plugins.manager import plugin_manager
 from ciphertune.training.lora import add_lora
 from ciphertune.weights import quantize
 from ciphertune.worker.service import Service
@@ -348,6 +354,120 @@ def test_mistakes_on_the_command_line(project: Path, capsys: pytest.CaptureFixtu
          "--metrics-host", "203.0.113.1"),
     ):  # fmt: skip
         assert said(arguments, capsys).strip(), arguments
+
+
+def test_a_folder_that_is_no_model_says_what_it_lacks(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    d, text = project, (project / "run.toml").read_text()
+    ciphertune.split(str(d / "model"), d / "bundle")
+    (d / "empty").mkdir()
+    changes: dict[str, tuple[Callable[[Path], bool], str]] = {
+        "weightless": (lambda file: file.suffix == ".safetensors", "no weights"),
+        "tokenless": (lambda file: file.name.startswith("tokenizer"), "no tokenizer"),
+    }
+    for name, (left_out, _) in changes.items():
+        shutil.copytree(d / "model", d / name)
+        for file in filter(left_out, list((d / name).iterdir())):
+            file.unlink()
+    shutil.copytree(d / "model", d / "cut")
+    (d / "cut" / "config.json").write_text('{"archi')
+    wrong = {
+        "empty": "no config.json and holds nothing",
+        "cut": "config.json is cut off or is no JSON",
+        "bundle": "name '.*client'",
+        "bundle/worker": "is a worker's part of a bundle",
+        "run.toml": "is a file",
+        **{name: words for name, (_, words) in changes.items()},
+    }
+    for name, words in wrong.items():
+        (d / "wrong.toml").write_text(text.replace('"model"', json.dumps(name)))
+        said_of = {("train", d / "wrong.toml")}
+        if name != "tokenless":
+            said_of.add(("split", d / name, d / "split"))
+        if name not in ("tokenless", "weightless", "run.toml"):
+            said_of.add(("plan", d / name))
+        for arguments in said_of:
+            assert re.search(words, said(arguments, capsys)), arguments
+    for name, words in {"": "name .*worker", "client": "a worker's is needed", "../model": "split it first"}.items():
+        assert re.search(words, said(("worker", d / "bundle" / name), capsys))
+
+
+def test_a_worker_looks_at_keys_and_ports_before_it_reads_weights(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ciphertune.split(str(project / "model"), project / "bundle")
+    for file in (project / "bundle" / "worker").rglob("*.safetensors"):
+        file.write_bytes(b"not looked at")
+    serve = ("worker", project / "bundle" / "worker")
+    plain = ("--bind", "tcp://127.0.0.1:0", "--insecure")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, words in {
+            ("--curve", project): "worker.key is missing",
+            ("--bind", "here"): "cannot read the address",
+            ("--bind", f"tcp://127.0.0.1:{port}", "--insecure"): "cannot listen",
+            (*plain, "--metrics-port", port): "cannot serve metrics",
+            plain: "is damaged",
+        }.items():
+            assert words in said((*serve, *arguments), capsys)
+
+
+def test_what_can_be_found_before_the_model_is_loaded(project: Path) -> None:
+    for file in (project / "model").glob("*.safetensors"):
+        file.write_bytes(b"not looked at")
+    for arguments, changes, words in (
+        (("--resume",), {}, "there is no checkpoint in .*: leave out --resume"),
+        ((), {"length": "65"}, "the model takes 64 tokens at most"),
+        (("--to", f"mlwe+zmq://10.0.0.5:5555?curve={project}"), {}, "client.key is missing"),
+        (("--to", "mlwe+zmq://10.0.0.5"), {}, "cannot read the address"),
+        (("--to", "mlwe?bits=3"), {}, "bits"),
+    ):
+        before = (project / "run.toml").read_text()
+        with pytest.raises(CipherTuneError, match=words):
+            train(project, *arguments, **changes)
+        (project / "run.toml").write_text(before)
+
+
+class Signals:
+    """Sends signals to its own process after a step."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = numbers
+
+    @hookimpl
+    def ciphertune_training_step(self, step: int) -> None:
+        for number in self.numbers if step == 2 else ():
+            os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_ended_by_a_signal_prints_the_command_that_goes_on(project: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    plugin_manager().register(sender := Signals(number))
+    try:
+        done = train(project, "--plugin", "traffic")
+    finally:
+        plugin_manager().unregister(sender)
+    assert signal.getsignal(number) is before
+    assert done.return_value == 128 + number
+    go_on = f"ciphertune train {project / 'run.toml'} --plugin traffic --resume"
+    assert f"checkpoint-2 is kept. Go on with: {go_on}\n" in done.stderr
+    assert "stopped after step 2 of 8" in done.stderr
+    assert not (project / "out" / "result.json").exists()
+    assert train(project, "--resume").return_value is None
+    assert len(json.loads((project / "out" / "result.json").read_text())["losses"]) == 8
+    assert {(project / "out" / name).stat().st_mode & 0o777 for name in ("result.json", "report.html", "loss.png")} == {
+        0o600
+    }
+
+
+def test_a_second_signal_ends_a_run_at_once(project: Path, interruptible: None) -> None:
+    plugin_manager().register(sender := Signals(signal.SIGTERM, signal.SIGTERM))
+    try:
+        with pytest.raises((KeyboardInterrupt, click.Abort)):
+            train(project, checkpoint_every="1")
+    finally:
+        plugin_manager().unregister(sender)
+    assert [path.name for path in (project / "ck").iterdir()] == ["checkpoint-1"]
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -66,6 +66,36 @@ def test_backends_state_their_security() -> None:
     assert "156 bits by" in invoke("backends").output
 
 
+def test_doctor_opens_with_a_verdict_for_each_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = ciphertune.cli.doctor.verdicts
+    assert set(verdicts().values()) == {"ready"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("ray", "zmq") else object())
+    assert verdicts() == {
+        "train here": "ready",
+        "use remote workers": 'lacks zmq: pip install "ciphertune[demo,zmq]"',
+        "serve as a worker": 'lacks zmq: pip install "ciphertune[worker]"',
+        "use a Ray cluster": 'lacks ray: pip install "ciphertune[demo,ray]"',
+    }
+    found = {
+        "verdicts": verdicts(),
+        "versions": {},
+        "machine": {},
+        "backends": {"mlwe": {"encryption loops": "portable"}},
+    }
+    monkeypatch.setattr(ciphertune.cli.doctor, "diagnose", lambda: found)
+    text = invoke("doctor").output
+    assert text.index("train here") < text.index("lacks zmq") < text.index("Versions")
+    assert "install a C compiler" in text
+
+
+@pytest.mark.parametrize("command", ["backends", "plugins", "transports"])
+def test_lists_fit_eighty_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = invoke(command).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(len(line) > 60 for line in lines), "words are not cut into a narrow column"
+
+
 def test_transports_and_plugins() -> None:
     rows = {row["name"]: row for row in json.loads(invoke("transports", "--json").stdout)}
     assert rows["local"]["remote"] is False
@@ -222,7 +252,7 @@ def test_bench_train_compares_the_same_training() -> None:
 
 def test_bench_train_interleaves_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     # In this process: how children are started is in the test above.
-    monkeypatch.setattr(train, "_child", lambda request: json.loads(json.dumps(child.steps(**request))))
+    monkeypatch.setattr(train, "run_child", lambda request, cache: json.loads(json.dumps(child.steps(**request))))
     arguments = ["--model", "mlp", "--to", "clear", "--tokens", "32", "--steps", "2", "--micro-batches", "4"]
     result = json.loads(invoke("bench", "train", *arguments, "--interleave", "2", "--json").stdout)
     assert (result["micro_batches"], result["interleave"], result["requests"]) == (4, 2, 4 * 5)

@@ -168,7 +168,7 @@ class Checked:
 
     def passes(self, x: torch.Tensor, error: torch.Tensor) -> bool:
         exact = x.double() @ self.weight.codes.double().t()
-        return self.checks.right(self.map, self.map, self.map, x, exact + error)
+        return self.checks.right(self.map, self.map, x, exact + error, self.map, x)
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
@@ -207,4 +207,4 @@ def test_magnitudes_of_inputs_make_no_false_alarm() -> None:
     for scale in (1e-30, 1e-12, 1.0, 1e12, 1e25, 0.0):
         x = torch.randn(4, 40, generator=torch.Generator().manual_seed(7)) * scale
         y = x @ held.weight.codes.float().t()
-        assert held.checks.right(held.map, held.map, held.map, x, y), scale
+        assert held.checks.right(held.map, held.map, x, y, held.map, x), scale

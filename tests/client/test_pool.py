@@ -31,6 +31,7 @@ from ciphertune.errors import (
     UnknownLayerError,
     WorkerError,
 )
+from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.protocol import Message, error_message, spoken_versions
@@ -343,6 +344,44 @@ def test_a_worker_that_never_knows_its_sessions_is_not_asked_without_end(farm: F
     assert 2 <= host.count("evaluate") < 20
     host.script = host.answer
     session.close()
+
+
+class Silence:
+    """Notes what hooks are told of workers that stop answering."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, ...]] = []
+        self.left: list[float] = []
+
+    @hookimpl
+    def ciphertune_worker_silent(self, worker: str, problem: str, seconds: float) -> None:
+        self.told.append(("silent", worker, problem))
+        self.left.append(seconds)
+
+    @hookimpl
+    def ciphertune_worker_back(self, worker: str, seconds: float) -> None:
+        self.told.append(("back", worker))
+
+
+def test_a_worker_that_stops_answering_is_told_of_once_until_it_is_back(farm: Farm) -> None:
+    plugins, heard = PluginManager(), Silence()
+    plugins.register(heard)
+    (host,) = farm.plant(single(), a=[["0"]])
+    session = farm.outsource(single(), plugins=plugins)
+    check(session)
+    assert heard.told == []
+    host.crash()
+    with thread(lambda: check(session)) as waiting:
+        while session.pool.workers[0].failures < 2:
+            time.sleep(0.01)
+        host.restart()
+        waiting.result(SECONDS)
+    check(session)
+    assert heard.told == [("silent", "a", "a: nothing answers there"), ("back", "a")]
+    assert 0 < heard.left[0] <= SECONDS
+    host.on("evaluate", lambda request: error_message("busy", "later"))
+    check(session)
+    assert len(heard.told) == 2, "one that is busy answers"
 
 
 def test_gone_for_good(farm: Farm) -> None:

@@ -90,8 +90,13 @@ def check(model: Any) -> None:
 def test_a_client_without_weights_reads_them_from_workers(farm: Farm, bundle: Any, weight_bits: int) -> None:
     folder = bundle(weight_bits=weight_bits)
     farm.plant(Siblings(), f"mlwe?weight_bits={weight_bits}", one=WHOLE)
-    check(load(farm, folder, weight_bits=weight_bits))
+    model = load(farm, folder, weight_bits=weight_bits)
+    check(model)
     assert farm.hosts["one"].count("weights") == 3
+    set_up = ciphertune.session_of(model).set_up
+    codes = sum(layer.in_features * layer.out_features for layer in ciphertune.session_of(model).layers)
+    assert (set_up.weights, set_up.bytes_down) == (codes, codes * weight_bits // 8)
+    assert set_up.seconds > 0
 
 
 def test_rows_are_read_where_they_lie(farm: Farm, bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +112,9 @@ def test_a_model_in_hand_is_not_read_from_workers(farm: Farm) -> None:
     farm.outsource(model, "mlwe")
     check(model)
     assert farm.hosts["one"].count("weights") == 0
+    set_up = ciphertune.session_of(model).set_up
+    assert set_up.weights > 0
+    assert set_up.bytes_down == 0
 
 
 def test_members_that_turn_out_to_differ_are_evaluated_alone(farm: Farm) -> None:
@@ -140,6 +148,50 @@ def test_a_replica_that_lies_is_left_out(farm: Farm, bundle: Any) -> None:
     check(load(farm, bundle()))
     assert two.count("weights") == 3
     two.script = two.answer
+
+
+OTHERS: dict[str, Callable[[torch.Tensor, Host], torch.Tensor]] = {
+    "other rows": lambda codes, host: codes.roll(1, 0),
+    "another layer": lambda codes, host: host.held.rows("q_proj", 0, len(codes)),
+    "a row less": lambda codes, host: codes[1:],
+    "a row more": lambda codes, host: torch.cat([codes, codes[:1]]),
+    "a column less": lambda codes, host: codes[:, 1:].contiguous(),
+    "16 bits": lambda codes, host: codes.to(torch.int16),
+    "one dimension": lambda codes, host: codes.flatten(),
+}
+
+
+@pytest.mark.parametrize("replica", [True, False])
+@pytest.mark.parametrize("how", OTHERS)
+def test_blocks_that_are_not_what_was_asked_for(farm: Farm, bundle: Any, how: str, replica: bool) -> None:
+    """A replica takes over; without one nothing is prepared and the session is closed."""
+    one, *_ = farm.plant(Siblings(), "mlwe", **dict.fromkeys(["one", "two"] if replica else ["one"], WHOLE))
+
+    def other(request: Message) -> Message:
+        reply = one.answer(request)
+        if request.fields["layer"] == "k_proj":
+            reply.buffers["codes"] = OTHERS[how](reply.buffers["codes"], one)
+        return reply
+
+    one.on("weights", other, always=True)
+    if replica:
+        check(load(farm, bundle()))
+    else:
+        with pytest.raises(WeightsError, match="k_proj"):
+            load(farm, bundle())
+        assert one.count("close") == 1
+    one.script = one.answer
+
+
+def test_the_only_worker_stops_half_way(farm: Farm, bundle: Any) -> None:
+    folder = bundle()
+    (one,) = farm.plant(Siblings(), "mlwe", one=WHOLE)
+    one.on("weights", one.answer, one.crash)
+    with pytest.raises(WeightsError, match=r"k_proj could not be read.*lost|k_proj could not be read.*nothing"):
+        load(farm, folder, selection={"deadline": 0.5})
+    one.restart()
+    one.script = one.answer
+    check(load(farm, folder))
 
 
 def test_where_all_lie_nothing_is_prepared(farm: Farm, bundle: Any) -> None:

@@ -39,6 +39,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.m
 
 # Pages that another test plays, whole and as they stand: page → the file that does.
 ELSEWHERE = {
+    "serve.md": "tests/serving/test_command.py",
     "write-a-backend.md": "tests/wheel/wheel.sh",
     "write-a-transport.md": "tests/wheel/wheel.sh",
     "write-a-plugin.md": "tests/wheel/wheel.sh",
@@ -51,6 +52,7 @@ _CONCRETE_ML = "an environment of its own, of gigabytes: make concrete-ml"
 # Commands that are not run: (page, command) → why. For a command that is on the page again, its whole line; for other
 # languages, the first line of the block.
 _CLUSTER = "needs a cluster of several machines; tests/transports/test_ray.py makes one"
+_OTHERS = "a program of others; tests/runs/test_export.py reads what it is given"
 EXCLUDED = {
     ("cluster.md", 'pip install "ciphertune[ray]"'): _INSTALL,
     ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8"): _CLUSTER,
@@ -64,23 +66,19 @@ EXCLUDED = {
     ("CONTRIBUTING.md", "make constraints"): _INSTALL,
     ("CONTRIBUTING.md", ".venv/bin/pre-commit install"): "changes the checkout's Git hooks",
     ("CONTRIBUTING.md", "make demo-quick"): _MAKE,
+    ("CONTRIBUTING.md", "make browser-test"): "needs a browser; for people",
     ("CONTRIBUTING.md", "make soak MINUTES=10"): "ten minutes; for people",
     ("CONTRIBUTING.md", "make fuzz RUNS=100000"): "minutes; for people",
     ("CONTRIBUTING.md", "make concrete-ml"): _MAKE,
-    ("README.md", "make install"): _MAKE,
+    ("README.md", 'pip install ".[demo]"   # the core is `pip install .`'): _INSTALL,
     ("README.md", "make demo"): "minutes; tests/runs/test_demo.py runs it small",
     ("README.md", "make test"): _MAKE,
-    ("README.md", ". .venv/bin/activate"): "the tests run in an environment already",
     ("performance.md", "ciphertune bench train --model smollm2 --to mlwe --tokens 1024 --steps 5 --json"): "minutes",
     ("plugins.md", "ciphertune new backend NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("plugins.md", "ciphertune new transport NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("plugins.md", "ciphertune new plugin NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("quickstart.md", "make install"): _MAKE,
     ("quickstart.md", ". .venv/bin/activate"): "the tests run in an environment already",
-    (
-        "remote.md",
-        "ciphertune keys keys          # here: clients/client.pub goes to the provider, worker.pub comes from there",
-    ): "here both share a folder, which is there already",
     ("concrete.md", 'pip install "ciphertune[concrete-glwe]"'): _INSTALL,
     ("concrete.md", "python examples/circles.py --to concrete-glwe"): _CIRCLES,
     ("private.md", 'pip install "ciphertune[private]"'): _INSTALL,
@@ -98,6 +96,12 @@ EXCLUDED = {
         "ciphertune top 'zmq://10.0.0.5:5555,10.0.0.6:5555?curve=keys'",
     ): "asks workers that the page does not start; tests/client/test_monitor.py",
     ("concrete.md", "pip install 'ciphertune[concrete-circuit]'"): _INSTALL,
+    ("using.md", 'llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora notes.gguf -p "The notes of today:"'): _OTHERS,
+    ("using.md", "vllm serve merged"): _OTHERS,
+    (
+        "using.md",
+        "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora --lora-modules notes=out/adapter",
+    ): _OTHERS,
 }
 
 # What stands for something that a test cannot have or wait for: (pages, or * for all; the text; what it becomes).
@@ -267,7 +271,7 @@ def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path / "cache"))
     # Processes of benchmarks would import everything again; tests/cli/test_cli.py starts them.
-    monkeypatch.setattr(train, "_child", lambda request: json.loads(json.dumps(child.steps(**request))))
+    monkeypatch.setattr(train, "run_child", lambda request, cache: json.loads(json.dumps(child.steps(**request))))
     player = Player(page, port)
     try:
         with player.workers:

@@ -15,6 +15,7 @@ from torch import nn
 import ciphertune
 from ciphertune.client.choice import choose
 from ciphertune.client.session import Session
+from ciphertune.outsourcing.calibration import Calibration
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.protocol import Message, pack, unpack
@@ -188,10 +189,16 @@ class Farm:
         return f"{backend}+farm://{','.join(self.hosts)}?" + "&".join(f"{k}={v}" for k, v in options.items())
 
     def outsource(
-        self, model: nn.Module, backend: str = "clear", plugins: PluginManager | None = None, **options: Any
+        self,
+        model: nn.Module,
+        backend: str = "clear",
+        plugins: PluginManager | None = None,
+        calibration: Calibration | None = None,
+        **options: Any,
     ) -> Session:
         """Outsource all linear layers to all hosts; the session."""
-        ciphertune.outsource(model, self.selection(backend, **options), "all", plugins=plugins)
+        to = self.selection(backend, **options)
+        ciphertune.outsource(model, to, "all", calibration=calibration, plugins=plugins)
         session = ciphertune.session_of(model)
         self.sessions.append(session)
         return session

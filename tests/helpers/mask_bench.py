@@ -44,13 +44,15 @@ class Bench:
         meanwhile: called while a block is made.
     """
 
-    def __init__(self, columns: int = 256, ahead: int = 0, machine: Machine | None = None) -> None:
+    def __init__(
+        self, columns: int = 256, ahead: int = 0, machine: Machine | None = None, banked: int = 1 << 30
+    ) -> None:
         self.made: list[tuple[Order, str, torch.Tensor]] = []
         self.meanwhile: Callable[[], None] = lambda: None
         # Taking the next is one step, whatever threads do.
         self._seeds = itertools.count()
         watch = (machine or Machine()).watch()
-        self.stock = MaskStock(self.make, self.size, lambda: columns, ahead, watch)
+        self.stock = MaskStock(self.make, self.size, lambda callers: columns, banked, ahead, watch)
 
     @staticmethod
     def size(order: Order) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 import ciphertune_progress
 from ciphertune import LoraTrainer
 from ciphertune.plugins.manager import PluginManager
+from ciphertune.traffic import Exchange
 
 
 class Terminal(io.StringIO):
@@ -65,6 +66,32 @@ def test_a_key_on_its_way_is_shown_until_it_is_there(monkeypatch):
         ciphertune_progress.ciphertune_sending_key(worker, 134_217_728, True)
     assert "sending a key of 134 MB to 10.0.0.5:5555" in shown(terminal)
     assert not ciphertune_progress._keys
+
+
+def test_a_worker_that_stops_answering_is_told_of_once_and_when_it_is_back(monkeypatch, capsys):
+    ciphertune_progress.ciphertune_worker_silent("10.0.0.5:5555", "10.0.0.5:5555: nothing answers there", 299.6)
+    ciphertune_progress.ciphertune_worker_back("10.0.0.5:5555", 12.2)
+    assert capsys.readouterr().err.splitlines() == [
+        "10.0.0.5:5555 does not answer (nothing answers there); waiting up to 300 s for it or a replica",
+        "10.0.0.5:5555 answers again after 12 s",
+    ]
+    terminal = make_terminal(monkeypatch)
+    trainer = trainer_of()
+    ciphertune_progress.ciphertune_training_start(trainer, 4, 0)
+    exchange = Exchange(
+        layers=("model.layers.3.self_attn.q_proj", "model.layers.3.self_attn.k_proj"), direction="backward", tokens=4
+    )
+    ciphertune_progress.ciphertune_before_request(exchange)
+    assert ciphertune_progress._bar.doing() == "3.self_attn.q_proj + 1 backward"
+    trainer.model.eval()
+    ciphertune_progress.ciphertune_before_request(exchange)
+    assert ciphertune_progress._bar.doing().startswith("evaluating: 3.self_attn")
+    ciphertune_progress.ciphertune_worker_silent("10.0.0.5:5555", "no answer", 30.0)
+    assert ciphertune_progress._bar.doing().startswith("waiting for 10.0.0.5:5555, ")
+    ciphertune_progress.ciphertune_worker_back("10.0.0.5:5555", 1.0)
+    assert ciphertune_progress._bar.doing().startswith("evaluating: ")
+    ciphertune_progress.ciphertune_training_end(trainer)
+    assert "10.0.0.5:5555 answers again after 1 s" in shown(terminal)
 
 
 def test_one_trainer_after_another(monkeypatch):

@@ -170,9 +170,12 @@ def test_history_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatc
     assert len(history.losses) == 5
     assert [row["step"] for row in jsonl_rows(path)] == [1, 3, 4, 5]
     (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "h.csv", Path("/proc/nowhere/h.csv")):
+        with pytest.raises(PluginError, match=rf"plugin 'history': cannot (use|write) {place}: \w+"):
+            PluginManager().use(f"history?path={place}")
     manager = PluginManager()
-    manager.use(f"history?path={tmp_path / 'file2' / 'h.csv'}")
-    (tmp_path / "file2").touch()
+    manager.use(f"history?path={tmp_path / 'gone' / 'h.csv'}")
+    (tmp_path / "gone").rmdir()
     with pytest.warns(RuntimeWarning, match="'history' failed in ciphertune_training_start"):
         trainer_of(manager, eval_every=None).train(BATCHES)
 
@@ -262,6 +265,23 @@ def test_traffic_adds_up_to_what_the_session_counted(tmp_path: Path, tiny: Any) 
     path.unlink()
     plugin.close()
     assert not path.exists(), "nothing new to report"
+
+
+def test_traffic_tells_of_set_ups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    told = []
+    for use in (f"traffic?path={tmp_path / 'traffic.json'}", "traffic"):
+        manager = PluginManager()
+        manager.use(use)
+        net = ciphertune.outsource(nn.Sequential(nn.Linear(16, 8)), "mlwe?hint_disk=0", layers="all", plugins=manager)
+        session = ciphertune.session_of(net)
+        net(torch.ones(1, 16))
+        session.close()
+        told.append(session.set_up)
+    assert json.loads((tmp_path / "traffic.json").read_text())["set_up"] == dataclasses.asdict(told[0])
+    assert told[0].weights == 128
+    assert f"set-up: 0.0 million weights read, 0.0 MB down, {told[1].seconds:.2f} s\n" in terminal.getvalue()
 
 
 def test_traffic_of_many_threads_is_complete() -> None:
@@ -400,6 +420,7 @@ def test_prometheus_serves_while_something_goes_on() -> None:
     waits = [values[f'ciphertune_client_phase_seconds_total{{direction="{d}",phase="wait"}}'] for d in both]
     assert sum(waits) == pytest.approx(traffic.wait_seconds)
     assert values['ciphertune_client_product_seconds_count{direction="backward"}'] == 5
+    assert values["ciphertune_client_set_up_weights"] == session.set_up.weights == 0, "clear prepares nothing"
     assert values["ciphertune_training_step"] == values["ciphertune_training_total_steps"] == 5
     assert values["ciphertune_training_loss"] == pytest.approx(history.losses[-1])
     assert values["ciphertune_training_eval_loss"] == pytest.approx(history.evaluations[-1]["eval_loss"])

@@ -194,6 +194,8 @@ def test_figures_are_those_of_result_json(run: tuple[Page, dict[str, Any]]) -> N
         wanted |= {"losses.-1", *(f"evaluations.{n}.eval_loss" for n in range(len(content["evaluations"])))}
     else:
         wanted |= {"plaintext.losses.-1", "encrypted.losses.-1", "encrypted.held_out", "encrypted.units_per_second"}
+    if content["costs"]["set_up"]["weights"]:
+        wanted |= {"costs.set_up.weights", "costs.set_up.seconds"}
     assert wanted <= seen
     assert ("security_bits" in seen) == (content["security_bits"] is not None)
 
@@ -252,12 +254,12 @@ def test_a_resumed_run_says_what_it_knows(trained: Path, resumed: Path) -> None:
     page = Page((resumed / "report.html").read_text())
     assert (whole["costs"]["first_step"], content["costs"]["first_step"]) == (1, 5)
     assert len(content["losses"]) == len(whole["losses"]) == 8
-    # The evaluation before the first step is the whole run's alone: 24 forward products.
-    assert content["traffic"]["requests"] == (whole["traffic"]["requests"] - 24) / 2
+    # The evaluation before the first step is the whole run's alone: 8 forward products.
+    assert content["traffic"]["requests"] == (whole["traffic"]["requests"] - 8) / 2
     assert "A resumed run" in page.text
     assert "from step 5 on" in page.text
     banners = [values["class"] for tag, values in page.tags if values.get("class", "").startswith("banner")]
-    assert banners == ["banner good", "banner info"]
+    assert banners == ["banner rehearsal", "banner info"], "the worker was in this process"
     assert "resumed" not in Page((trained / "out" / "report.html").read_text()).text
 
 
@@ -270,6 +272,29 @@ def test_a_run_with_nothing_left_to_do_has_a_report_too(trained: Path) -> None:
     assert "not counted in this run" in page.text
     content |= {"history": [], "losses": [], "comparison": None}
     assert "nothing to draw" in Page(render(content)).text
+
+
+def test_the_page_says_where_the_worker_was_and_how_to_do_it_again(trained: Path) -> None:
+    content = json.loads((trained / "out" / "result.json").read_text())
+    to = "mlwe+zmq://10.0.0.5:5555?curve=keys&client=me"
+    content["command"] = ["ciphertune", "train", "/data/my run.toml", "--to", to, "--plugin", "mlflow?token=abc"]
+    banners = {}
+    for encrypted in (True, False):
+        for remote in (True, False):
+            content["costs"] |= {"encrypted": encrypted, "remote": remote}
+            page = Page(render(content))
+            (banner,) = [values["class"] for tag, values in page.tags if values.get("class", "").startswith("banner")]
+            banners[encrypted, remote] = banner.removeprefix("banner ")
+    assert banners == {
+        (True, True): "good", (True, False): "rehearsal", (False, True): "bad", (False, False): "rehearsal"
+    }  # fmt: skip
+    assert "Rehearsal: the worker is in this process" in page.text
+    assert "Fine-tuning model" in page.text
+    assert (
+        "ciphertune train '/data/my run.toml' --to 'mlwe+zmq://10.0.0.5:5555?curve=(not shown)&client=me'" in page.text
+    )
+    assert "abc" not in page.text
+    assert f'name = "{trained / "model"}"' in page.text, "paths are those from anywhere"
 
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}</style></title>&amp;\u202e"

@@ -179,6 +179,55 @@ def test_resume_is_bit_for_bit(tmp_path, loader_and_reference, stop):
     assert_same(weights(resumed.model), weights(reference.model))
 
 
+class AskAt:
+    """Asks a run to stop, after a step or within the evaluation that follows it."""
+
+    def __init__(self, step: int, within: bool) -> None:
+        self.at, self.within, self.trainer = step, within, None
+
+    @hookimpl
+    def ciphertune_training_step(self, trainer, step):
+        if step == self.at:
+            self.trainer = trainer
+            if not self.within:
+                trainer.stop()
+
+    def batches(self):
+        for batch in listed():
+            if self.within and self.trainer is not None:
+                self.trainer.stop()
+            yield batch
+
+
+class Again:
+    def __init__(self, make):
+        self.make = make
+
+    def __iter__(self):
+        return iter(self.make())
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_a_run_that_is_asked_to_stop_has_a_checkpoint_and_resumes_bit_for_bit(
+    tmp_path, loader_and_reference, stop, within
+):
+    """Also where it was asked at a step that has an evaluation after it, which is then made on resuming."""
+    data, reference = loader_and_reference
+    kwargs = {**checkpointed(data), "checkpoint_every": 5}
+    asks = AskAt(stop, within and stop % 2 == 0)
+    trainer = trainer_of(build(), tmp_path / "run", **{k: v for k, v in kwargs.items() if k != "eval_data"})
+    trainer.plugins.register(asks)
+    seed_everything(3)
+    trainer.train(data(), Again(asks.batches))
+    assert (trainer.stopped, trainer.step) == (True, stop)
+    assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{stop}"
+    resumed = run(build(), data(), tmp_path / "run", resume=True, seed=99, **kwargs)
+    assert not resumed.stopped
+    assert metrics(resumed.history) == metrics(reference.history)
+    assert_same(weights(resumed.model), weights(reference.model))
+
+
 def test_resume_of_an_interleaved_run_is_bit_for_bit(tmp_path):
     """With dropout, and a shuffling loader that draws from the same generator."""
     kwargs = {"checkpoint_every": 1, "interleave": 3}

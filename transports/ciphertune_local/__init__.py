@@ -40,16 +40,16 @@ class LocalLink(Link):
         try:
             reply = worker.handle(unpack(pack(request)) if self._wire else request)
             if self._wire:
-                reply = self._carry(reply)
+                reply = self._carry(request, reply)
         except ProtocolError as error:
             future.set_exception(error)
         else:
             future.set_result(reply)
         return future
 
-    def _carry(self, reply: Message) -> Message:
+    def _carry(self, request: Message, reply: Message) -> Message:
         try:
-            return unpack(pack(reply))
+            return unpack(pack(reply), request.reply_limits)
         except ProtocolError as error:
             raise ReplyError(f"{self.name} sent a malformed reply: {error}") from error
 

@@ -49,7 +49,12 @@ class WorkerActor:
         self._spec, self._index = spec, index
         store = fetch_and_load(part, layers, lambda folder: load_worker(folder, device=device, layers=layers or None))
         self._service = Service(
-            Worker(store, device, SessionLimits(idle_seconds=spec["idle_seconds"])),
+            Worker(
+                store,
+                device,
+                SessionLimits(idle_seconds=spec["idle_seconds"]),
+                backends=spec.get("backends") or None,
+            ),
             Quota(spec["max_requests"], spec["max_client_mb"] << 20),
         )
 

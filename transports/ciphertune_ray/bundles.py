@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ciphertune.bundle.files import WORKER_MANIFEST
+from ciphertune._support.bundle_names import WORKER_MANIFEST
 from ciphertune.bundle.worker import read_blocks
 from ciphertune.cache import cache_folder
 from ciphertune.errors import ConfigError

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -35,10 +35,13 @@ class Channel:
 
     Args:
         end: one of ``socket_pair``.
+        most: bytes of frames that may come with a head; None for as many as a message may have. Longer ones are passed
+            over, and their head comes with an error.
     """
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, most: Callable[[Mapping[str, Any]], int | None] = lambda _: None) -> None:
         self._socket = end
+        self._most = most
         self._sending = threading.Lock()
 
     def send(self, head: Mapping[str, Any], frames: Sequence[Frame] = ()) -> None:
@@ -64,7 +67,13 @@ class Channel:
             if head is None:
                 return None
             frames: list[Frame] = []
-            for size in head.pop("sizes"):
+            sizes = head.pop("sizes")
+            most = self._most(head)
+            if most is not None and sum(sizes) > most:
+                if not self._pass_over(sum(sizes)):
+                    return None
+                return {**head, "error": "it is longer than the reply to its request can be", "kind": "ReplyError"}, []
+            for size in sizes:
                 frame = self._read(size)
                 if frame is None:
                     return None
@@ -96,6 +105,16 @@ class Channel:
         if not fits or sum(sizes) > most or max(sizes, default=0) > limits.buffer_bytes:
             raise ProtocolError("the relay announced more than a message may hold")
         return dict(head)
+
+    def _pass_over(self, size: int) -> bool:
+        """Read ``size`` bytes and forget them; False if the other end is gone before they are there."""
+        scratch = bytearray(min(size, _BUFFER))
+        while size > 0:
+            count = self._socket.recv_into(scratch, min(size, len(scratch)))
+            if count == 0:
+                return False
+            size -= count
+        return True
 
     def _read(self, size: int) -> Frame | None:
         """Read ``size`` bytes; None if the other end is gone before they are there."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ciphertune.cli.offered import backends_option, offered_backends
 from ciphertune.cli.pairs import name_values
 from ciphertune.errors import PluginError, SelectionError, TransportError
 from ciphertune.hookspecs import hookimpl
@@ -56,6 +57,7 @@ def ray() -> None:
 @click.option(
     "--idle", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds a session may idle."
 )
+@backends_option()
 @click.option(
     "--listen",
     default="",
@@ -83,6 +85,7 @@ def up(
     max_requests: int,
     max_client_mb: int,
     idle: float,
+    backends: str,
     listen: str,
     port: int,
     extra: tuple[str, ...],
@@ -107,6 +110,7 @@ def up(
         "max_requests": max_requests,
         "max_client_mb": max_client_mb,
         "idle_seconds": idle,
+        "backends": tuple(offered_backends(backends) or ()),
         "listen": listen,
         "port": port,
         "listen_options": name_values(extra),

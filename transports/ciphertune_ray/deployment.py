@@ -55,6 +55,7 @@ class Spec:
             for none.
         port: worker i listens on ``port + i`` of its node.
         listen_options: of that transport.
+        backends: those that clients may ask for; none for all that are installed.
     """
 
     bundle: str
@@ -71,6 +72,7 @@ class Spec:
     listen: str
     port: int
     listen_options: Mapping[str, str]
+    backends: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Wanted:
         bundle: a bundle, or a worker's folder of one.
         shards: parts of the model; 0 for as few as fit the nodes' memory.
         memory: bytes that a worker may take; 0 for what a node has.
-        cpus, gpus, threads, restarts, retries, max_requests, max_client_mb, idle_seconds, listen, port, listen_options:
-            as in ``Spec``.
+        cpus, gpus, threads, restarts, retries, max_requests, max_client_mb, idle_seconds, listen, port, listen_options,
+        backends: as in ``Spec``.
     """
 
     bundle: str
@@ -99,6 +101,7 @@ class Wanted:
     listen: str = ""
     port: int = 5555
     listen_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    backends: tuple[str, ...] = ()
 
 
 def members(name: str) -> list[int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 
-from ciphertune.errors import ProtocolError
-from ciphertune.protocol import Message, pack, unpack
+from ciphertune.errors import ProtocolError, ReplyError
+from ciphertune.protocol import Limits, Message, pack, unpack
 from ciphertune.transport import Link, PendingReplies
 from ciphertune_ray.relay_client import Answer, RelayClient
 
@@ -30,8 +30,10 @@ class RayLink(Link):
         frames = pack(request)
         number, reply = self._pending.add()
         if not reply.done():
-            asked = self.relay.request({"op": "call", "actor": self._actor, "peer": self._peer}, frames)
-            asked.add_done_callback(lambda answer: self._answered(number, answer))
+            limits = request.reply_limits
+            head = {"op": "call", "actor": self._actor, "peer": self._peer}
+            asked = self.relay.request(head, frames, limits.header_bytes + limits.total_bytes)
+            asked.add_done_callback(lambda answer: self._answered(number, limits, answer))
             # A request that is given up does not keep the answer's memory.
             reply.add_done_callback(lambda _: asked.cancel())
         return reply
@@ -41,13 +43,13 @@ class RayLink(Link):
         if self._pending.close():
             self.relay.release()
 
-    def _answered(self, number: int, answer: Future[Answer]) -> None:
+    def _answered(self, number: int, limits: Limits, answer: Future[Answer]) -> None:
         if answer.cancelled():
             return
         if (error := answer.exception()) is not None:
-            self._pending.fail(number, str(error))
+            self._pending.fail(number, error if isinstance(error, ReplyError) else str(error))
             return
         try:
-            self._pending.answer(number, unpack(answer.result()[1]))
+            self._pending.answer(number, unpack(answer.result()[1], limits))
         except ProtocolError as problem:
             self._pending.fail(number, problem)

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from ciphertune.errors import ConfigError, ProtocolError
+from ciphertune._support.printable import LONGEST_TEXT, printable
+from ciphertune.errors import ConfigError, ProtocolError, ReplyError
 from ciphertune.key_files import hide_process
 from ciphertune.protocol import Frame
 from ciphertune.transport import PendingReplies
@@ -54,6 +55,7 @@ class RelayClient:
         self.served: dict[str, Notify] = {}
         self._users = 0
         self._pending: PendingReplies[Answer] = PendingReplies(f"ray://{(cluster or 'local').removeprefix('ray://')}")
+        self._most: dict[int, int] = {}
         self._lock = threading.Lock()
         self._process: _RelayProcess | None = None
         self._not_before = 0.0
@@ -79,13 +81,21 @@ class RelayClient:
         timer.daemon = True
         timer.start()
 
-    def request(self, head: dict[str, Any], frames: Sequence[Frame] = ()) -> Future[Answer]:
+    def request(self, head: dict[str, Any], frames: Sequence[Frame] = (), most_bytes: int = 0) -> Future[Answer]:
         """Send a request to the relay.
+
+        Args:
+            head: what is asked.
+            frames: that go with it.
+            most_bytes: of the answer's frames; a longer answer is passed over as it comes.
 
         The future fails with ``TransportError`` if it cannot be answered, and with ``ConfigError`` if a bundle that it
         names is wrong.
         """
         number, answer = self._pending.add()
+        if not answer.done():
+            self._most[number] = most_bytes
+            answer.add_done_callback(lambda _: self._most.pop(number, None))
         if not answer.done() and (why := self._send({**head, "id": number}, frames)) is not None:
             self._pending.fail(number, why)
         return answer
@@ -121,16 +131,24 @@ class RelayClient:
                 if time.monotonic() < self._not_before:
                     return self._problem
                 self._not_before = time.monotonic() + _RETRY_SECONDS
-                self._process = _RelayProcess(self._cluster, self._max_inflight, self._received, self._ended)
+                self._process = _RelayProcess(
+                    self._cluster, self._max_inflight, self._received, self._ended, self._most_bytes
+                )
             self._process.outgoing.put((head, frames, sent))
         return None
+
+    def _most_bytes(self, head: Mapping[str, Any]) -> int | None:
+        """Bytes that may come with a head: none with an answer that nobody waits for any more."""
+        number = head.get("id")
+        return self._most.get(number, 0) if isinstance(number, int) else None
 
     def _received(self, head: dict[str, Any], frames: list[Frame]) -> None:
         number = head.get("id")
         if isinstance(number, int):
             if "error" in head:
-                error = str(head["error"])[:2000]
-                self._pending.fail(number, ConfigError(error) if head.get("kind") == "ConfigError" else error)
+                error = printable(str(head["error"]), LONGEST_TEXT)
+                known = {"ConfigError": ConfigError, "ReplyError": ReplyError}.get(str(head.get("kind")))
+                self._pending.fail(number, error if known is None else known(error))
             else:
                 self._pending.answer(number, (head, frames))
         elif (notify := self.served.get(str(head.get("actor")))) is not None:
@@ -158,10 +176,15 @@ class _RelayProcess:
     """A relay process from its start to its end, and the threads that write to it and read from it."""
 
     def __init__(
-        self, cluster: str | None, max_inflight: int, received: Notify, ended: Callable[[_RelayProcess, str], None]
+        self,
+        cluster: str | None,
+        max_inflight: int,
+        received: Notify,
+        ended: Callable[[_RelayProcess, str], None],
+        most_bytes: Callable[[Mapping[str, Any]], int | None],
     ) -> None:
         here, there = socket_pair()
-        self._channel = Channel(here)
+        self._channel = Channel(here, most_bytes)
         self._received, self._ended = received, ended
         self.outgoing: queue.SimpleQueue[tuple[dict[str, Any], Sequence[Frame], Callable[[], None] | None] | None]
         self.outgoing = queue.SimpleQueue()
@@ -215,7 +238,7 @@ class _RelayProcess:
             while (message := self._channel.receive()) is not None:
                 head, frames = message
                 if head.get("op") == "failed":
-                    why = f"the cluster cannot be joined: {str(head.get('error'))[:1000]}"
+                    why = f"the cluster cannot be joined: {printable(str(head.get('error')), LONGEST_TEXT)}"
                 elif head.get("op") == "joined":
                     self._join_timer.cancel()
                     why = "the relay to the cluster has ended"

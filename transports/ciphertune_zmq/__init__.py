@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ciphertune.errors import PluginError, SelectionError
 from ciphertune.key_files import make_keys_folder
 from ciphertune.transport import Link, Listener, LocalWorker, Loopback, RequestHandler, Transport, opening_links
+
+if TYPE_CHECKING:
+    from ciphertune_zmq.address import Address
+    from ciphertune_zmq.security import ClientCurve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,8 @@ class ZmqServeOptions:
         no_authentication: plain TCP on any address: anyone who can reach it can use this worker.
         heartbeat: as for clients.
         max_incomplete_bytes: bytes of incomplete messages, of all connections together.
+        connections: open at the same time. At most 64 of them may be of peers that have sent no message yet, and half of
+            these from one address; the oldest are closed for newer ones.
     """
 
     curve: str | None = None
@@ -53,6 +59,7 @@ class ZmqServeOptions:
     no_authentication: bool = False
     heartbeat: float = 5.0
     max_incomplete_bytes: int = 4 << 30
+    connections: int = 512
 
     def __post_init__(self) -> None:
         _check_heartbeat(self.heartbeat)
@@ -68,18 +75,27 @@ class ZmqTransport(Transport):
     def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
         """See ``Transport.connect``. Endpoints are ``HOST:PORT`` or ``ipc://PATH``."""
         _need_zmq()
-        from ciphertune_zmq.address import parse
         from ciphertune_zmq.link import ZmqLink
+
+        with opening_links() as links:
+            for address, curve in self._places(endpoints):
+                links.append(ZmqLink(address, curve, self.options.heartbeat))
+        return links
+
+    def check(self, endpoints: tuple[str, ...]) -> None:
+        """See ``Transport.check``: reads the addresses and the keys."""
+        _need_zmq()
+        self._places(endpoints)
+
+    def _places(self, endpoints: tuple[str, ...]) -> list[tuple[Address, ClientCurve | None]]:
+        """Addresses and keys for connections."""
+        from ciphertune_zmq.address import parse
         from ciphertune_zmq.security import client_curve
 
         if not endpoints:
             raise SelectionError("the zmq transport needs the workers' addresses: backend+zmq://HOST:PORT[,HOST:PORT…]")
         addresses = [parse(endpoint) for endpoint in endpoints]
-        curves = [client_curve(address, self.options) for address in addresses]
-        with opening_links() as links:
-            for address, curve in zip(addresses, curves, strict=True):
-                links.append(ZmqLink(address, curve, self.options.heartbeat))
-        return links
+        return [(address, client_curve(address, self.options)) for address in addresses]
 
     @staticmethod
     def make_keys(folder: Path, clients: Sequence[str], *, worker: bool) -> dict[str, str]:
@@ -104,10 +120,10 @@ class ZmqTransport(Transport):
         made: dict[str, str] = {}
         if worker:
             make_pair(folder / "worker.key", folder / "worker.pub")
-            made |= {"worker.key": "secret, stays at the worker", "worker.pub": "public, for clients"}
+            made |= {"worker.key": "secret, never leaves the worker", "worker.pub": "public, for clients"}
         for name in clients:
             make_pair(folder / f"{name}.key", folder / "clients" / f"{name}.pub")
-            made |= {f"{name}.key": "secret, stays at the client", f"clients/{name}.pub": "public, for the worker"}
+            made |= {f"{name}.key": "secret, never leaves the client", f"clients/{name}.pub": "public, for the worker"}
         return made
 
     @classmethod

@@ -21,6 +21,9 @@ CHUNK = 1 << 19
 PLAIN_CHUNK = 1 << 21
 """Bytes of a chunk without CURVE."""
 
+MAX_FRAME = PLAIN_CHUNK + (1 << 12)
+"""Bytes of a frame on the wire at most, what CURVE adds included. ZeroMQ takes no larger one."""
+
 NUMBER_BYTES = 8
 
 

@@ -9,11 +9,11 @@ from concurrent.futures import Future
 import zmq
 
 from ciphertune.errors import ProtocolError, TransportError
-from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, pack, unpack
+from ciphertune.protocol import DEFAULT_LIMITS, Frame, Limits, Message, pack, unpack
 from ciphertune.transport import Link, PendingReplies
 from ciphertune_zmq.address import Address
 from ciphertune_zmq.context import shared_context
-from ciphertune_zmq.framing import unwrap, wrap
+from ciphertune_zmq.framing import MAX_FRAME, unwrap, wrap
 from ciphertune_zmq.loop import HANDSHAKE_FAILURES, SocketLoop
 from ciphertune_zmq.receive_limit import ReceiveLimit
 from ciphertune_zmq.security import ClientCurve
@@ -21,6 +21,13 @@ from ciphertune_zmq.security import ClientCurve
 _CHECK_SECONDS = 0.25
 _CONNECT_SECONDS = 5.0
 _NUMBER = struct.Struct("<Q")
+_SPARE_BYTES = 1 << 16
+_MOST = DEFAULT_LIMITS.total_bytes
+
+
+def _most_bytes(limits: Limits) -> int:
+    """Bytes of a message on the wire at most: its frames, its envelope, and what ZeroMQ and CURVE add to a frame."""
+    return limits.header_bytes + limits.total_bytes + (limits.total_bytes >> 10) + _SPARE_BYTES
 
 
 class ZmqLink(SocketLoop, Link):
@@ -42,8 +49,10 @@ class ZmqLink(SocketLoop, Link):
         self._encrypted = curve is not None
         if curve is not None:
             self.identity = f"curve {curve.server.decode('ascii')}"
-        self._outgoing: collections.deque[tuple[int, list[Frame]]] = collections.deque()
-        self._limit = ReceiveLimit(DEFAULT_LIMITS.total_bytes)
+        self._outgoing: collections.deque[tuple[int, list[Frame], Limits]] = collections.deque()
+        # What replies to requests that were sent may be, those that were given up included.
+        self._expected: dict[int, Limits] = {}
+        self._limit = ReceiveLimit(0)
         self._connected = False
         self._descriptor = -1
         options = {
@@ -54,7 +63,7 @@ class ZmqLink(SocketLoop, Link):
             zmq.HANDSHAKE_IVL: int(1000 * _CONNECT_SECONDS),
             zmq.RECONNECT_IVL: 50,
             zmq.RECONNECT_IVL_MAX: 1000,
-            zmq.MAXMSGSIZE: DEFAULT_LIMITS.buffer_bytes,
+            zmq.MAXMSGSIZE: MAX_FRAME,
             zmq.IPV6: int(address.host.startswith("[")),
         }
         try:
@@ -74,7 +83,7 @@ class ZmqLink(SocketLoop, Link):
         frames = pack(request)
         number, reply = self._pending.add()
         if not reply.done():
-            self._outgoing.append((number, frames))
+            self._outgoing.append((number, frames, request.reply_limits))
             self.wake()
         return reply
 
@@ -93,6 +102,7 @@ class ZmqLink(SocketLoop, Link):
             self._receive()
         if self._connected:
             self._send()
+        self._limit.limit = _SPARE_BYTES + min(_MOST, sum(map(_most_bytes, self._expected.values())))
         if self._pending and self._limit.enforce():
             self._lost("it sent more than a reply can be")
 
@@ -121,11 +131,15 @@ class ZmqLink(SocketLoop, Link):
 
     def _send(self) -> None:
         while self._outgoing:
-            number, frames = self._outgoing.popleft()
+            number, frames, limits = self._outgoing.popleft()
             if number not in self._pending:
                 continue
+            if not self._expected:
+                # Signs of life that came meanwhile are no part of a reply.
+                self._limit.message_complete(self._descriptor)
             try:
                 self.socket.send_multipart(wrap(_NUMBER.pack(number), frames, self._encrypted), zmq.NOBLOCK, copy=False)
+                self._expected[number] = limits
             except zmq.ZMQError as error:
                 self._pending.fail(number, f"the request could not be sent: {error}")
 
@@ -138,10 +152,14 @@ class ZmqLink(SocketLoop, Link):
             self._limit.message_complete(self._descriptor)
             envelope = frames[0].bytes
             number = _NUMBER.unpack_from(envelope)[0] if len(envelope) >= _NUMBER.size else 0
-            if number not in self._pending:
+            limits = self._expected.pop(number, None)
+            if limits is None or number not in self._pending:
                 continue
             try:
-                self._pending.answer(number, unpack(unwrap(envelope, [frame.buffer for frame in frames[1:]])))
+                if sum(map(len, frames)) > _most_bytes(limits):
+                    raise ProtocolError("it is longer than the reply to its request can be")
+                parts = unwrap(envelope, [frame.buffer for frame in frames[1:]])
+                self._pending.answer(number, unpack(parts, limits))
             except ProtocolError as error:
                 self._pending.fail(number, error)
 
@@ -149,4 +167,5 @@ class ZmqLink(SocketLoop, Link):
         self._connected = False
         # In this order: a request that is submitted in between fails. In the other it would be dropped unanswered.
         self._outgoing.clear()
+        self._expected.clear()
         self._pending.fail_all(why)

@@ -14,9 +14,9 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from ciphertune.errors import ProtocolError, TransportError
 from ciphertune.protocol import Frame
-from ciphertune.transport import Listener, RequestHandler
+from ciphertune.transport import Connections, Listener, RequestHandler, connections_allowed
 from ciphertune_zmq.address import Address
-from ciphertune_zmq.framing import NUMBER_BYTES, max_parts, unwrap, wrap
+from ciphertune_zmq.framing import MAX_FRAME, NUMBER_BYTES, max_parts, unwrap, wrap
 from ciphertune_zmq.loop import HANDSHAKE_FAILURES, SocketLoop
 from ciphertune_zmq.receive_limit import ReceiveLimit
 from ciphertune_zmq.security import ServerCurve
@@ -87,6 +87,7 @@ class _ServerLoop(SocketLoop):
         super().__init__(zmq.ROUTER, "ciphertune-zmq-listener")
         self._handler = handler
         self._limit = ReceiveLimit(options.max_incomplete_bytes)
+        self._connections: Connections[int] = Connections(connections_allowed(options.connections))
         self._replies: collections.deque[_Outgoing] = collections.deque()
         self._unsent: list[tuple[Any, Callable[[], None]]] = []
         self._authenticator: ThreadAuthenticator | None = None
@@ -98,7 +99,7 @@ class _ServerLoop(SocketLoop):
             zmq.HANDSHAKE_IVL: 1000 * _HANDSHAKE_SECONDS,
             zmq.RCVHWM: _RECEIVE_QUEUE * (_ROUTING_FRAMES + 2),
             zmq.SNDHWM: _SEND_QUEUE,
-            zmq.MAXMSGSIZE: handler.limits.buffer_bytes,
+            zmq.MAXMSGSIZE: MAX_FRAME,
             zmq.BACKLOG: 512,
             zmq.IPV6: int(address.host.startswith("[")),
         }
@@ -148,8 +149,12 @@ class _ServerLoop(SocketLoop):
     def connection_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
             self._limit.watch(value)
+            self._connections.came(value, self._limit.address(value))
+            for descriptor in self._connections.excess():
+                self._limit.shut_down(descriptor)
         elif event == zmq.EVENT_DISCONNECTED:
             self._limit.forget(value)
+            self._connections.gone(value)
         elif event in HANDSHAKE_FAILURES:
             log.info("a connection was refused: it failed the handshake")
 
@@ -190,6 +195,7 @@ class _ServerLoop(SocketLoop):
             except zmq.Again:
                 return
             self._limit.message_complete(_descriptor(frame))
+            self._connections.known(_descriptor(frame))
             if len(frames) < _ROUTING_FRAMES or len(frames[1]) < NUMBER_BYTES:
                 log.info("ignored a message without a request number")
                 continue

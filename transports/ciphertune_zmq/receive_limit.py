@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import socket
 import struct
@@ -32,10 +33,13 @@ class ReceiveLimit:
 
     Args:
         limit: bytes of incomplete messages of all connections together.
+
+    Attributes:
+        limit: as given; it may be changed.
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._connections: dict[int, _Connection] = {}
 
     def __len__(self) -> int:
@@ -64,15 +68,25 @@ class ReceiveLimit:
         total = sum(incomplete.values())
         count = 0
         for descriptor in sorted(incomplete, key=incomplete.__getitem__, reverse=True):
-            if total <= self._limit:
+            if total <= self.limit:
                 break
             total -= incomplete[descriptor]
             count += 1
-            with contextlib.suppress(OSError), _duplicate(descriptor) as handle:
-                if handle.getpeername() == self._connections[descriptor].peer:
-                    handle.shutdown(socket.SHUT_RDWR)
-            self.forget(descriptor)
+            self.shut_down(descriptor)
         return count
+
+    def address(self, descriptor: int) -> str:
+        """The address that a watched connection comes from, without its port; empty where it is not known."""
+        known = self._connections.get(descriptor)
+        return str(known.peer[0]) if known is not None and isinstance(known.peer, tuple) else ""
+
+    def shut_down(self, descriptor: int) -> None:
+        """End a watched connection."""
+        known = self._connections.get(descriptor)
+        with contextlib.suppress(OSError), _duplicate(descriptor) as handle:
+            if known is not None and handle.getpeername() == known.peer:
+                handle.shutdown(socket.SHUT_RDWR)
+        self.forget(descriptor)
 
     def _incomplete(self, descriptor: int) -> int:
         """Bytes received since the last complete message; a connection that has ended is forgotten."""
@@ -90,7 +104,18 @@ class ReceiveLimit:
 @contextlib.contextmanager
 def _duplicate(descriptor: int) -> Iterator[socket.socket]:
     """Make a socket object for a descriptor of ZeroMQ. Raises ``OSError`` if it is not that of a socket."""
-    copy = os.dup(descriptor)
+    try:
+        copy = os.dup(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        # Connections have to be ended above all when descriptors have run out.
+        handle = socket.socket(fileno=descriptor)
+        try:
+            yield handle
+        finally:
+            handle.detach()
+        return
     try:
         handle = socket.socket(fileno=copy)
     except OSError:

@@ -38,13 +38,20 @@ class AuthorisedClients:
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether this Z85 public key may connect, as ``zmq.auth`` asks it."""
-        for file in sorted(self.folder.glob("*.pub")):
-            try:
-                if read_public(file) == key:
-                    return True
-            except KeyFileError as error:
-                log.warning("a client's key is skipped: %s", error)
-        return False
+        try:
+            return any(self._is(file, key) for file in sorted(self.folder.iterdir()) if file.suffix == ".pub")
+        except Exception as error:
+            # The authenticator's thread, which asks, must not end: descriptors may run out, or the folder be away.
+            log.warning("a client is refused, as the authorised keys cannot be read: %s", error)
+            return False
+
+    @staticmethod
+    def _is(file: Path, key: bytes) -> bool:
+        try:
+            return read_public(file) == key
+        except KeyFileError as error:
+            log.warning("a client's key is skipped: %s", error)
+            return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,12 @@ def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | No
     folder = keys_folder(options.curve)
     pair = read_pair(_existing(folder / "worker.key"))
     clients = AuthorisedClients(folder / "clients")
+    if any(file.name != "worker.key" for file in folder.glob("*.key")):
+        log.warning(
+            "a rehearsal: %s holds secret keys of clients beside the worker's. Where clients need not trust the "
+            "machine there must be none: make them at the clients, and copy their .pub files here",
+            folder,
+        )
     if not any(clients.folder.glob("*.pub")):
         raise KeyFileError(f"no client is authorised: put clients' public keys in {clients.folder}")
     return ServerCurve(pair, clients)

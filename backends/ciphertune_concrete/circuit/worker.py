@@ -73,6 +73,17 @@ class CircuitWorker(WorkerHalf):
             raise ProtocolError(f"a row or column of the weight has a norm over {MAX_NORM}")
         return LinearCircuits(weight, self._bits, self._mode)
 
+    @property
+    def form(self) -> tuple[int, str]:
+        """See ``WorkerHalf.form``."""
+        return self._bits, self._mode
+
+    def reply_bytes(self, prepared: LinearCircuits, direction: Direction, request: Buffers) -> int:
+        """See ``WorkerHalf.reply_bytes``."""
+        x = request.get("x")
+        words = self._parameters.reply_words if self._mode == "execute" else 1
+        return 0 if x is None or x.dim() == 0 else 8 * len(x) * prepared.sizes(direction)[1] * words
+
     def evaluate(self, prepared: LinearCircuits, direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``.
 

@@ -17,7 +17,7 @@ from ciphertune.backend import Buffers, Direction, WorkerHalf
 from ciphertune.errors import ProtocolError
 from ciphertune_concrete.glwe import wire
 from ciphertune_concrete.glwe.library import load, panics_are
-from ciphertune_concrete.glwe.params import KEY_WORDS, NAME, REQUEST_WORDS, SEED_WORDS, SIZE, input_blocks
+from ciphertune_concrete.glwe.params import KEY_WORDS, NAME, REQUEST_WORDS, SEED_WORDS, SIZE, input_blocks, reply_words
 
 
 class _Key:
@@ -76,6 +76,12 @@ class GlweWorker(WorkerHalf):
         if weight.dtype != torch.int8:
             raise ProtocolError(f"this backend evaluates int8 weights, not {weight.dtype}")
         return GlweWeight(weight)
+
+    def reply_bytes(self, prepared: GlweWeight, direction: Direction, request: Buffers) -> int:
+        """See ``WorkerHalf.reply_bytes``."""
+        values = request.get("values")
+        outputs = prepared.codes.shape[0 if direction == "forward" else 1]
+        return 0 if values is None or values.dim() == 0 else 8 * len(values) * sum(reply_words(outputs))
 
     def evaluate(self, prepared: GlweWeight, direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``.

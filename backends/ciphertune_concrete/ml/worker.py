@@ -85,6 +85,21 @@ class ConcreteMLWorker(WorkerHalf):
         """See ``WorkerHalf.prepare``: float32 weights or integer codes, quantized when they are first used."""
         return Prepared(weight)
 
+    @property
+    def form(self) -> str:
+        """See ``WorkerHalf.form``."""
+        return repr(self._quantization)
+
+    def reply_bytes(self, prepared: Prepared, direction: Direction, request: Buffers) -> int:
+        """See ``WorkerHalf.reply_bytes``."""
+        outputs, features = prepared.weight.shape if direction == "forward" else prepared.weight.shape[::-1]
+        if self._quantization.mode == "execute":
+            data = request.get("ciphertext")
+            tokens = None if data is None else wire.request_tokens(data, features)
+            return 0 if tokens is None else 8 * wire.reply_words(tokens, outputs) + 12 * outputs
+        codes = request.get("codes")
+        return 0 if codes is None or codes.dim() != 2 else 8 * len(codes) * outputs + 12 * outputs
+
     def evaluate(self, prepared: Prepared, direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``. The reply carries what dequantizing takes: three numbers an output."""
         matrix = prepared.matrix(direction, self._quantize)

@@ -436,11 +436,7 @@ INLINE void dot_bytes(void *memory, const void *values, const void *codes, int l
 #define DOT8(s, x, w) dot_bytes(&(s), &(x), &(w), 8, 0)
 #define DOT16(s, x, w) dot_bytes(&(s), &(x), &(w), 16, 0)
 #else
-#if defined(__ARM_FEATURE_DOTPROD) || defined(__clang__)
 #define DOT4(s, x, w) __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(x), "w"(w))
-#else
-#define DOT4(s, x, w) __asm__(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(x), "w"(w))
-#endif
 #define DOT8(s, x, w) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(s) : "x"(x), "x"(w))
 #define DOT16(s, x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(s) : "v"(x), "v"(w))
 #endif
@@ -515,9 +511,11 @@ INLINE uint32_t less(const int8_t *codes, int64_t depth, int planes) {
     return ((uint32_t)sum << 7) * (planes == 3 ? 0x010101u : 0x01010101u);
 }
 
-/* Clang wants to hear of the instruction here, gcc's assembler in the macro. */
-#if defined(__clang__) && defined(ARM) && !defined(CT_EMULATE)
+/* The extension by itself means Armv8.2 to clang; gcc's assembler has to hear of it. */
+#if defined(ARM) && !defined(CT_EMULATE) && defined(__clang__)
 TARGET("dotprod")
+#elif defined(ARM) && !defined(CT_EMULATE)
+TARGET("arch=armv8.2-a+dotprod")
 #endif
 static void neon_tile(const void *memory, int64_t row, const uint8_t *panel, int64_t depth, int planes, int add,
                       int32_t *out, int64_t stride) {
@@ -945,12 +943,7 @@ static int tiled(const kernel *k, const product *p) {
 
 static int always(void) { return 1; }
 
-#if defined(CT_EMULATE)
-#define has_avx512_vnni always
-#define has_avx_vnni always
-#define has_amx always
-#define has_dot_products always
-#elif defined(X86)
+#if defined(X86)
 static unsigned leaf7(unsigned sub, int out) {
     unsigned r[4] = {0};
     __get_cpuid_count(7, sub, r, r + 1, r + 2, r + 3);
@@ -964,12 +957,21 @@ static int keeps(unsigned mask) {
     __asm__ volatile(".byte 0x0f, 0x01, 0xd0" /* xgetbv */ : "=a"(low), "=d"(high) : "c"(0));
     return (low & mask) == mask;
 }
+static int has_avx2(void) { return keeps(0x6) && (leaf7(0, 1) >> 5 & 1); }
+#endif
+
+#if defined(CT_EMULATE)
+#define has_avx512_vnni always
+#define has_avx_vnni always
+#define has_amx always
+#define has_dot_products always
+#elif defined(X86)
 static int has_avx512_vnni(void) {
-    return keeps(0xE6) && (leaf7(0, 1) >> 16 & 1) && (leaf7(0, 2) >> 11 & 1) && __builtin_cpu_supports("avx2");
+    return keeps(0xE6) && (leaf7(0, 1) >> 16 & 1) && (leaf7(0, 2) >> 11 & 1) && has_avx2();
 }
 #if defined(X86_NEW)
 static int has_avx_vnni(void) {
-    return leaf7(0, 0) >= 1 && (leaf7(1, 0) >> 4 & 1) && __builtin_cpu_supports("avx2");
+    return leaf7(0, 0) >= 1 && (leaf7(1, 0) >> 4 & 1) && has_avx2();
 }
 static int has_amx(void) {
     if (!keeps(0x600E6) || !(leaf7(0, 3) >> 24 & 1) || !(leaf7(0, 3) >> 25 & 1) || !(leaf7(0, 1) >> 16 & 1))
@@ -993,10 +995,6 @@ static int has_dot_products(void) {
 #endif
 }
 #endif
-#if defined(X86)
-static int has_avx2(void) { return __builtin_cpu_supports("avx2"); }
-#endif
-
 static const kernel KERNELS[] = {
 #if defined(X86_NEW)
     {"amx", has_amx, {32, 16}, 64, 4, DEEP, pack_tiles, expand_bytes, amx_tile, avx2_direct, amx_begin, amx_end},

@@ -55,10 +55,11 @@ def safetensors_written() -> Iterator[None]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or keeps its old content. Raises ``OSError``."""
+    """Write a file of mode 0600 that appears whole or keeps its old content. Raises ``OSError``."""
     draft = _draft_beside(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        with draft.open("wb") as stream:
+        with os.fdopen(os.open(draft, flags, 0o600), "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

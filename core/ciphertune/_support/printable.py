@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+LONGEST_TEXT = 2000
+"""Characters of a peer's text that are shown at most."""
+
 
 def printable(text: str, limit: int) -> str:
     r"""Return text on one line, without control characters and cut to a length.

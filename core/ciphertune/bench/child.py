@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ciphertune.bench.plaintext import kernel_of
 from ciphertune.errors import ConfigError
 from ciphertune.interleaving.interleaver import Interleaver
 from ciphertune.outsourcing.convert import outsource, session_of
@@ -29,27 +30,32 @@ def steps(
     seed: int,
     micro_batches: int = 1,
     interleave: int = 1,
+    bfloat16: bool = False,
 ) -> dict[str, Any]:
     """Train for ``count`` optimizer steps, in the clear where ``to`` is None.
 
     Args:
-        model_name: a built-in workload.
+        model_name: of a workload.
         to: selection string, or None.
         tokens: tokens or samples a step.
         count: steps.
         seed: of adapters and data.
         micro_batches: parts of equally many sequences or samples that a step's batch is computed in.
         interleave: how many of them are under way at once.
+        bfloat16: compute in bfloat16 instead of float32; in the clear only.
 
     Raises:
         ConfigError: a batch cannot be cut into so many equal parts.
 
     Returns:
         ``seconds`` and ``losses`` by step, ``peak_rss_mb`` of this process, and where products were outsourced the
-        ``traffic`` by step.
+        ``traffic`` by step, the costs of ``set_up``, and the ``kernel`` that multiplied, None where a worker elsewhere
+        did or it has no name.
     """
     work = load_workload(model_name, batches=count, tokens=tokens, held_out=1, seed=seed)
     model = work.model if to is None else outsource(work.model, to)
+    if bfloat16:
+        model = model.to(torch.bfloat16)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=work.learning_rate)
@@ -76,6 +82,8 @@ def steps(
     interleaver.close()
     result: dict[str, Any] = {"seconds": seconds, "losses": losses, "peak_rss_mb": _peak_mb(), "traffic": traffic}
     if session is not None:
+        result["kernel"] = None if session.choice.transport.remote else kernel_of(session.choice.backend)
+        result["set_up"] = dataclasses.asdict(session.set_up)
         session.close()
     return result
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ciphertune.bench.plaintext import has_bfloat16, kernel_of
 from ciphertune.client.choice import choose
 from ciphertune.client.session import Session
 from ciphertune.errors import ConfigError
@@ -19,7 +20,7 @@ from ciphertune.worker import WeightStore, Worker
 def bench_kernel(
     to: str, tokens: int, in_features: int, out_features: int, repeat: int = 7, seed: int = 0
 ) -> dict[str, Any]:
-    """Time and error of ``y = x Wᵀ`` under a selection, the plaintext float32 product between rounds.
+    """Time and error of ``y = x Wᵀ`` under a selection, the plaintext product between rounds.
 
     x and W are standard normal. Times are medians over ``repeat`` rounds after one that is not counted.
     ``relative_rms_error`` is against the float32 weight, ``relative_rms_error_quantized_weight`` against the weight
@@ -58,12 +59,18 @@ def bench_kernel(
     device = torch.device("cpu")
     session = Session(choice, [info], [(0,)], Worker(WeightStore.of({"layer": held}), device), device)
     plain: list[float] = []
+    half: list[float] = []
+    halves = (weight.bfloat16(), x.bfloat16()) if has_bfloat16() else None
     rounds = []
     y = torch.empty(0)
     for index in range(repeat + 1):
         start = time.perf_counter()
         torch.nn.functional.linear(x, weight)
         seconds = time.perf_counter() - start
+        if halves is not None:
+            start = time.perf_counter()
+            torch.nn.functional.linear(halves[1], halves[0])
+            half += [time.perf_counter() - start] if index > 0 else []
         before = copy.copy(session.traffic)
         y = session.product(0, "forward", x)
         if index > 0:
@@ -85,6 +92,8 @@ def bench_kernel(
         "in_features": in_features,
         "out_features": out_features,
         "plaintext_fp32_s": plaintext,
+        "plaintext_bf16_s": statistics.median(half) if half else None,
+        "kernel": kernel_of(choice.backend),
         "encrypt_s": encrypt,
         "evaluate_s": evaluate,
         "decrypt_s": decrypt,

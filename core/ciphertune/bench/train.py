@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
+from ciphertune.bench.plaintext import has_bfloat16
 from ciphertune.errors import CipherTuneError, ConfigError
 from ciphertune.workloads.local_worker import serving
 
@@ -27,10 +30,11 @@ def bench_train(
 
     One process for both would show the larger of two peaks and keep one model's pages while the other runs. The
     first step of every process warms up and is not timed; a step's time, and that of each of its phases, is the median
-    over the others. Bytes are those of the last step.
+    over the others. Bytes are those of the last step. The set-up is that of the first encrypted process, which
+    finds nothing on disk of earlier sessions; later processes find what it made.
 
     Args:
-        model: a built-in workload, ``smollm2`` or ``mlp``.
+        model: a workload: ``smollm2`` or ``mlp``, a known shape with random weights, or a folder.
         to: selection string. A remote transport without endpoints, ``mlwe+zmq://``, gets a worker process of its own on
             this machine.
         tokens: tokens or samples a step.
@@ -57,13 +61,19 @@ def bench_train(
         )
     request = {"model_name": model, "tokens": tokens, "count": steps, "seed": seed}
     parts = {"micro_batches": micro_batches, "interleave": interleave}
-    plain, encrypted, other = [], [], []
-    with serving(model, to) as served, serving(model, against or "mlwe") as other_served:
+    plain, encrypted, other, half = [], [], [], []
+    with (
+        tempfile.TemporaryDirectory(prefix="ciphertune-bench-") as cache,
+        serving(model, to) as served,
+        serving(model, against or "mlwe") as other_served,
+    ):
         for _ in range(repeat):
-            encrypted.append(_child({**request, **parts, "to": served}))
-            plain.append(_child({**request, "to": None}))
+            encrypted.append(run_child({**request, **parts, "to": served}, cache))
+            plain.append(run_child({**request, "to": None}, cache))
+            if has_bfloat16():
+                half.append(run_child({**request, "to": None, "bfloat16": True}, cache))
             if against is not None:
-                other.append(_child({**request, **parts, "to": other_served}))
+                other.append(run_child({**request, **parts, "to": other_served}, cache))
     plain_step, encrypted_step = _step(plain), _step(encrypted)
     plain_peak, encrypted_peak = (max(run["peak_rss_mb"] for run in runs) for runs in (plain, encrypted))
     traffic = encrypted[-1]["traffic"][-1]
@@ -78,6 +88,7 @@ def bench_train(
         "steps": steps,
         **parts,
         "plaintext_step_s": plain_step,
+        "plaintext_bf16_step_s": _step(half) if half else None,
         "encrypted_step_s": encrypted_step,
         "ratio": encrypted_step / plain_step,
         "against": against,
@@ -89,6 +100,8 @@ def bench_train(
         "bytes_up": traffic["bytes_up"],
         "bytes_down": traffic["bytes_down"],
         "requests": traffic["requests"],
+        "set_up": encrypted[0]["set_up"],
+        "kernel": encrypted[0]["kernel"],
         "encrypt_s": encrypt,
         "evaluate_s": evaluate,
         "decrypt_s": decrypt,
@@ -101,9 +114,22 @@ def _step(runs: list[dict[str, Any]]) -> float:
     return float(statistics.median(s for run in runs for s in run["seconds"][1:]))
 
 
-def _child(request: dict[str, Any]) -> dict[str, Any]:
+def run_child(request: dict[str, Any], cache: str) -> dict[str, Any]:
+    """Run training steps in a process of its own.
+
+    Args:
+        request: arguments of ``ciphertune.bench.child.steps``.
+        cache: folder for what the process keeps on disk.
+
+    Returns:
+        What that function returns.
+
+    Raises:
+        CipherTuneError: the process failed; the message has its last line.
+    """
     command = [sys.executable, "-m", "ciphertune.bench.child", json.dumps(request)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "CIPHERTUNE_CACHE": cache}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if run.returncode:
         last = run.stderr.strip().splitlines()[-1:] or ["no output"]
         raise CipherTuneError(f"the benchmark's process ended with status {run.returncode}: {last[0]}")

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ciphertune._support.bundle_names import CLIENT_MANIFEST
 from ciphertune._support.own_modes import own_modes
 from ciphertune.bundle.codes import FolderCodes
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
-    CLIENT_MANIFEST,
     OUTSOURCED,
     TensorFiles,
     checkpoint_files,
@@ -25,10 +25,13 @@ from ciphertune.bundle.files import (
     tensor_shape,
 )
 from ciphertune.bundle.manifest import ClientManifest, check_model_config, read_client, refuse_strange_files
+from ciphertune.bundle.outliers import check_kept, read_kept
 from ciphertune.client.choice import choose
-from ciphertune.errors import ConfigError
+from ciphertune.errors import ConfigError, LayerError
+from ciphertune.models.load import note_vocabulary
 from ciphertune.models.skeleton import build, tied_names
 from ciphertune.outsourcing.convert import attach
+from ciphertune.outsourcing.embedding import Table, choose_table
 from ciphertune.outsourcing.layers import Candidate, linear_layers
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.transport import LocalWorker
@@ -83,7 +86,7 @@ def load_client(
             f"{to!r} evaluates in this process, but a client's folder holds no weights: name workers, for example "
             "'mlwe+zmq://HOST:5555', or pass an embedded one with worker="
         )
-    infos, groups = _read_layers(place, manifest), list(manifest.groups)
+    infos, groups, embeddings = _read_layers(place, manifest), list(manifest.groups), list(manifest.embeddings)
     bits = manifest.weight_bits
     if choice.backend.weight_bits != bits:
         raise ConfigError(
@@ -96,13 +99,15 @@ def load_client(
             raise ConfigError(f"{place} is not of a transformers model: pass its modules with skeleton=")
         check_model_config(place, len(checkpoint_files(place)) + len(infos))
         skeleton = build(place, manifest.architecture, name=manifest.model, dtype=dtype or stored)
-    chosen = _candidates(skeleton, infos, place)
-    _fill(skeleton, place, {f"{c.name}.weight" for c in chosen}, dtype, torch.device(device))
+    chosen = _candidates(skeleton, infos[: sum(map(len, groups))], place)
+    table = _table(skeleton, chosen, infos, embeddings, place) if embeddings else None
+    absent = {f"{c.name}.weight" for c in (*chosen, *(() if table is None else table.places))}
+    _fill(skeleton, place, absent, dtype, torch.device(device))
     _companions(skeleton, place)
     if not choice.options.share_inputs:
-        groups = [(i,) for i in range(len(infos))]
+        groups = [(i,) for i in range(len(chosen))]
     manager = plugins if plugins is not None else plugin_manager()
-    return attach(skeleton, chosen, infos, groups, choice, worker, torch.device(device), manager, codes)
+    return attach(skeleton, chosen, infos, groups, choice, worker, torch.device(device), manager, codes, table)
 
 
 def is_client_folder(folder: str | os.PathLike[str]) -> bool:
@@ -133,19 +138,35 @@ def _read_layers(folder: Path, manifest: ClientManifest) -> list[LayerInfo]:
             raise ConfigError(f"{file} is damaged: {layer.name}.digests is {digests.dtype}, not uint8")
         if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
             raise ConfigError(f"{file} is damaged: {layer.name}.scale holds values that are negative or not finite")
-        infos.append(
-            LayerInfo(
-                layer.name,
-                layer.in_features,
-                n,
-                manifest.weight_bits,
-                scale.clone(),
-                layer.max_row_norm,
-                layer.max_column_norm,
-                digests.numpy().tobytes(),
-            )
+        info = LayerInfo(
+            layer.name,
+            layer.in_features,
+            n,
+            manifest.weight_bits,
+            scale.clone(),
+            layer.max_row_norm,
+            layer.max_column_norm,
+            digests.numpy().tobytes(),
         )
+        infos.append(read_kept(handle, file, info) if layer.kept else info)
+    check_kept([[infos[i] for i in group] for group in manifest.groups], file)
     return infos
+
+
+def _table(
+    model: nn.Module, chosen: list[Candidate], infos: list[LayerInfo], embeddings: list[str], folder: Path
+) -> Table:
+    """The token embedding that a bundle says is outsourced. Raises ``ConfigError`` where the model has another."""
+    try:
+        layers, table = choose_table(model, chosen, allow_meta=True)
+    except LayerError as error:
+        raise ConfigError(f"{folder} names token embeddings, but: {error}") from error
+    info = infos[len(chosen) if table.tied is None else table.tied]
+    names = [place.name for place in table.places]
+    shape = tuple(table.places[0].weight().shape)
+    if names != embeddings or len(layers) != len(chosen) or shape != (info.out_features, info.in_features):
+        raise ConfigError(f"{folder} names token embeddings {embeddings}, which the model does not have: {names}")
+    return table
 
 
 def _candidates(model: nn.Module, infos: list[LayerInfo], folder: Path) -> list[Candidate]:
@@ -204,11 +225,7 @@ def _tie(model: nn.Module, groups: list[list[str]], outsourced: set[str]) -> Non
 
 
 def _companions(model: Any, folder: Path) -> None:
-    try:
-        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    except NotImplementedError:  # transformers' way to say that there are none, as for sound
-        embeddings = None
-    model.vocabulary_in_bundle = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else 0
+    note_vocabulary(model)
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ciphertune.bundle.files import WORKER_MANIFEST
+from ciphertune._support.bundle_names import WORKER_MANIFEST
 from ciphertune.bundle.worker import load_worker
 from ciphertune.errors import ConfigError, WeightsError
 from ciphertune.weights import LayerInfo

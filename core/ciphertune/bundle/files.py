@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ciphertune._support.bundle_names import CLIENT_MANIFEST, WORKER_MANIFEST, part_of_bundle
 from ciphertune.errors import ConfigError
 
 CLIENT_FORMAT = "ciphertune-client-1"
 WORKER_FORMAT = "ciphertune-worker-1"
-CLIENT_MANIFEST = "ciphertune.json"
-WORKER_MANIFEST = "manifest.json"
 OUTSOURCED = "outsourced.safetensors"
 INDEX = "model.safetensors.index.json"
 _LARGEST_MANIFEST = 1 << 28
@@ -35,6 +34,7 @@ def read_manifest_file(file: Path, form: str) -> dict[str, Any]:
             raise ConfigError(f"{file.parent} is not a bundle's folder: it has no file {file.name}")
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
+        _refuse_other_part(file)
         raise ConfigError(
             f"{file.parent} is not a bundle's folder: cannot read {file.name}: {error.strerror}"
         ) from error
@@ -44,6 +44,20 @@ def read_manifest_file(file: Path, form: str) -> dict[str, Any]:
     if found != form:
         raise ConfigError(f"{file} has format {found!r}, expected {form!r}: split the model again with this version")
     return dict(content)
+
+
+def _refuse_other_part(file: Path) -> None:
+    """Raise ``ConfigError`` for a folder that is another part of a bundle than the one asked for, or a whole one."""
+    wanted, folder = {CLIENT_MANIFEST: "client", WORKER_MANIFEST: "worker"}[file.name], file.parent
+    found = part_of_bundle(folder)
+    if found == "whole":
+        parts = sorted(path.name for path in folder.glob(f"{wanted}*") if path.is_dir())
+        raise ConfigError(f"{folder} is a whole bundle: name {' or '.join(str(folder / part) for part in parts[:4])}")
+    if found not in (None, wanted):
+        owner = {"client": "the client's", "worker": "a worker's"}
+        raise ConfigError(f"{folder} is {owner[str(found)]} part of a bundle, and {owner[wanted]} is needed here")
+    if (folder / "config.json").is_file() and not (folder / OUTSOURCED).exists():
+        raise ConfigError(f"{folder} is a model and no part of a bundle: split it first with 'ciphertune split'")
 
 
 def inside(folder: Path, name: Any) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from ciphertune.bundle.files import CLIENT_MANIFEST
+from ciphertune._support.bundle_names import CLIENT_MANIFEST
 from ciphertune.errors import ConfigError
 
 _LARGEST = (1 << 31) - 1
@@ -26,13 +26,18 @@ _COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layers", "n_layer", "
 
 @dataclasses.dataclass(frozen=True)
 class LayerEntry:
-    """A layer as a manifest describes it; sizes and norms as in ``LayerInfo``."""
+    """A layer as a manifest describes it; sizes and norms as in ``LayerInfo``.
+
+    Attributes:
+        kept: whether the client keeps channels of it.
+    """
 
     name: str
     in_features: int
     out_features: int
     max_row_norm: float
     max_column_norm: float
+    kept: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +49,9 @@ class ClientManifest:
         dtype: name of the dtype of the tensors that stay.
         architecture: class of transformers; None for a model that is not transformers'.
         weight_bits: of a code.
-        layers: the outsourced layers.
+        layers: the outsourced layers, and behind them a token embedding that is none of them.
         groups: layers of the same input, as indices; each layer is in one.
+        embeddings: names of the token embedding that is outsourced, by each of its places; none if it stays.
     """
 
     model: str
@@ -54,6 +60,7 @@ class ClientManifest:
     weight_bits: Literal[8, 16]
     layers: tuple[LayerEntry, ...]
     groups: tuple[tuple[int, ...], ...]
+    embeddings: tuple[str, ...] = ()
 
 
 def read_client(folder: Path, content: Mapping[str, Any]) -> ClientManifest:
@@ -82,16 +89,22 @@ def read_client(folder: Path, content: Mapping[str, Any]) -> ClientManifest:
         reader.group(f"groups[{number}]", group, layers)
         for number, group in enumerate(reader.items(content, "groups", _MOST_LAYERS))
     )
-    if sorted(i for group in groups for i in group) != list(range(len(layers))):
-        reader.fail("groups", "each layer in one group", f"{len(groups)} groups of {len(layers)} layers")
+    # Bundles without outsourced embeddings need not say so.
+    embeddings = tuple(reader.items({"embeddings": [], **content}, "embeddings", _MOST_LAYERS))
+    if not all(isinstance(name, str) for name in embeddings):
+        reader.fail("embeddings", "names of layers", embeddings)
+    grouped = len(layers) - int(bool(embeddings) and layers[-1].name == embeddings[0])
+    if not groups or sorted(i for group in groups for i in group) != list(range(grouped)):
+        reader.fail("groups", "each layer in one group", f"{len(groups)} groups of {grouped} layers")
     architecture = content.get("architecture")
     return ClientManifest(
         reader.text(content, "model", least=0),
         reader.text(content, "dtype"),
         None if architecture is None else reader.text(content, "architecture"),
-        bits,
+        8 if bits == 8 else 16,
         layers,
         groups,
+        embeddings,
     )
 
 
@@ -138,7 +151,11 @@ class _Reader:
         k, n = self.whole(row, "in_features", where), self.whole(row, "out_features", where)
         code = _LARGEST_CODE[bits] * _ABOVE
         row_norm = self.norm(row, "max_row_norm", where, code * math.sqrt(k))
-        return LayerEntry(name, k, n, row_norm, self.norm(row, "max_column_norm", where, code * math.sqrt(n)))
+        column_norm = self.norm(row, "max_column_norm", where, code * math.sqrt(n))
+        kept = row.get("kept", False)
+        if not isinstance(kept, bool):
+            self.fail(f"{where}kept", "true or false", kept)
+        return LayerEntry(name, k, n, row_norm, column_norm, kept)
 
     def group(self, where: str, group: Any, layers: tuple[LayerEntry, ...]) -> tuple[int, ...]:
         fits = isinstance(group, list) and group and all(type(i) is int and 0 <= i < len(layers) for i in group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from ciphertune._support.optional_imports import import_optional
 from ciphertune.bundle.files import TensorFiles, checkpoint_files
 from ciphertune.bundle.renaming import Renaming
 from ciphertune.errors import ConfigError
-from ciphertune.models.load import load_named_model, refuse_adapter, smollm2_folder
+from ciphertune.models.folders import refuse_folder
+from ciphertune.models.load import load_named_model, load_tokenizer, refuse_adapter, smollm2_folder
 from ciphertune.models.skeleton import build, tied_names
 from ciphertune.outsourcing.layers import Candidate
 from ciphertune.outsourcing.obstacles import is_conv1d
@@ -29,6 +31,8 @@ _TOKENIZER_FILES = (
     "*.model",
     "generation_config.json",
 )
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model")
+"""Patterns of files of which a tokenizer has at least one."""
 _HUB_FILES = ("*.safetensors", "*.json", *_TOKENIZER_FILES)
 
 
@@ -56,6 +60,15 @@ class Source(abc.ABC):
         """Write the configuration and the tokenizer, where there are any."""
 
     @property
+    @abc.abstractmethod
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, None where there is none."""
+
+    @abc.abstractmethod
+    def whole(self) -> nn.Module:
+        """The model with all of its weights, to be called and not changed."""
+
+    @property
     def architecture(self) -> str | None:
         """Class name of a transformers model, None for other modules."""
         return type(self.model).__name__ if hasattr(self.model, "config") else None
@@ -80,6 +93,15 @@ class ModuleSource(Source):
         """See ``Source.tensor``."""
         tensor: Tensor = self._state[name]
         return tensor
+
+    @property
+    def tokenizer(self) -> Any:
+        """See ``Source.tokenizer``."""
+        return self._tokenizer
+
+    def whole(self) -> nn.Module:
+        """See ``Source.whole``."""
+        return self.model
 
     def save_companions(self, folder: Path) -> None:
         """See ``Source.save_companions``."""
@@ -129,6 +151,24 @@ class CheckpointSource(Source):
                 f"{stored!r} in {self._folder} has shape {tuple(tensor.shape)}, the model's is {tuple(expected.shape)}"
             )
         return tensor
+
+    @property
+    def tokenizer(self) -> Any:
+        """See ``Source.tokenizer``."""
+        if not any(next(self._folder.glob(pattern), None) for pattern in _VOCABULARIES):
+            return None
+        with contextlib.suppress(ConfigError):
+            return load_tokenizer(str(self._folder))
+        return None
+
+    def whole(self) -> nn.Module:
+        """See ``Source.whole``: its tensors are pages of the files, as far as they are stored under one name."""
+        model: Any = build(self._folder, name=self.name)
+        state = {name: self.tensor(name) for name in model.state_dict()}
+        model.load_state_dict(state, assign=True)
+        model.tie_weights()
+        whole: nn.Module = model
+        return whole
 
     def save_companions(self, folder: Path) -> None:
         """See ``Source.save_companions``."""
@@ -184,6 +224,7 @@ def open_source(model: str | nn.Module, gguf_file: str | None, in_memory: bool) 
     if model == "smollm2":
         smollm2_folder()
         return ModuleSource(*_swap(load_named_model(model), model))
+    refuse_folder(model, gguf_file=gguf_file)
     folder = Path(model)
     if gguf_file is None and not folder.is_dir():
         folder = _download(model)

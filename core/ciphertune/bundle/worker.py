@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ciphertune._support.bundle_names import WORKER_MANIFEST
 from ciphertune._support.suggestions import closest
 from ciphertune.bundle.files import (
     WORKER_FORMAT,
-    WORKER_MANIFEST,
     inside,
     open_tensors,
     read_manifest_file,

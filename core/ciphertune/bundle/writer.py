@@ -16,21 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from ciphertune._support.atomic import draft_directory, safetensors_written, sync_tree
+from ciphertune._support.bundle_names import CLIENT_MANIFEST, WORKER_MANIFEST
 from ciphertune.backend import WeightBits
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
-    CLIENT_MANIFEST,
     INDEX,
     OUTSOURCED,
     WORKER_FORMAT,
-    WORKER_MANIFEST,
     write_json,
 )
+from ciphertune.bundle.outliers import kept_tables
 from ciphertune.bundle.source import Source, dtype_of, open_source
 from ciphertune.bundle.spread import Spread, rows_of_worker
 from ciphertune.errors import ConfigError
+from ciphertune.models.names import published_name
 from ciphertune.models.skeleton import tied_names
+from ciphertune.outsourcing.calibration import OFF, Calibration, calibration_of
+from ciphertune.outsourcing.embedding import Table, choose_table
 from ciphertune.outsourcing.layers import Candidate, LayerChoice, choose_layers, sibling_groups
+from ciphertune.outsourcing.outliers import keep_channels, products_with_outliers
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
 
@@ -51,6 +55,9 @@ class SplitResult:
         outsourced, at_client: weights.
         client_bytes: of the client's tensors.
         worker_bytes: of each worker's weights.
+        products: of the model, forward and backward of each group of layers.
+        with_outliers: those of which the client keeps channels; ``uncalibrated`` says why there are none to be found.
+        uncalibrated: why the model was not calibrated; empty if it was.
     """
 
     client: Path
@@ -60,6 +67,9 @@ class SplitResult:
     at_client: int
     client_bytes: int
     worker_bytes: tuple[int, ...]
+    products: int
+    with_outliers: int
+    uncalibrated: str
 
     @property
     def fraction(self) -> float:
@@ -72,6 +82,7 @@ def split(
     out: str | os.PathLike[str],
     *,
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
+    embeddings: bool = False,
     shards: int = 1,
     by: Literal["layers", "rows"] = "layers",
     replicas: int = 1,
@@ -79,17 +90,21 @@ def split(
     gguf_file: str | None = None,
     in_memory: bool = False,
     force: bool = False,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> SplitResult:
     """Split a model into ``OUT/client`` and ``OUT/worker`` (``OUT/worker-0`` … where there are several).
 
     A folder of safetensors is read tensor by tensor: memory stays near one block of layers and the largest tensor that
-    stays. ``OUT`` appears when it is complete.
+    stays. ``OUT`` appears when it is complete. A model with a tokenizer is called with public text first, to find
+    channels with outliers: this takes memory for its activations, and reads its weights as pages of the files.
 
     Args:
         model: a folder or hub name for transformers, the built-in ``smollm2``, or a module in memory.
         out: a folder that does not exist yet, or is empty.
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
+        embeddings: whether the token embedding goes to the workers, too, for encrypted lookups; see
+            ``ciphertune.outsource``.
         shards: workers to spread the layers over.
         by: whole layers, in runs of about equal size, or rows of every layer, cut at multiples of 64.
         replicas: worker folders with all layers; they share the disk's space.
@@ -97,20 +112,32 @@ def split(
         gguf_file: file within the folder, for models in GGUF form.
         in_memory: load the model whole, for checkpoints that cannot be read tensor by tensor.
         force: replace ``out``.
+        calibration: a file with public text to find channels with outliers by, which the client's part then keeps; the
+            Python language reference if not given, "off" to keep none, or what ``calibrate`` gave.
         progress: called as weights are written.
 
     Raises:
         ConfigError: the model cannot be read, an argument is wrong, or ``out`` exists or cannot be written.
-        LayerError: about ``layers``, or a weight that is not finite.
+        LayerError: about ``layers`` and ``embeddings``, or a weight that is not finite.
     """
     target = Path(out)
     _check(target, shards, by, replicas, weight_bits, force)
     source = open_source(model, gguf_file, in_memory)
     chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
+    table = None
+    if embeddings:
+        chosen, table = choose_table(source.model, chosen, allow_meta=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with draft_directory(target, 0o755) as draft, safetensors_written():
-            result = _Writer(source, chosen, draft, weight_bits, shards, by, progress).write(replicas)
+            if isinstance(calibration, Calibration):
+                found, why = calibration, ""
+            elif calibration == OFF:
+                found, why = None, "calibration is off"
+            else:
+                found, why = calibration_of(source.whole(), source.tokenizer, calibration)
+            writer = _Writer(source, chosen, table, draft, weight_bits, shards, by, found, progress)
+            result = dataclasses.replace(writer.write(replicas), uncalibrated=why)
             sync_tree(draft)
             _put(draft, target)
     except OSError as error:
@@ -144,21 +171,30 @@ class _Writer:
         self,
         source: Source,
         chosen: Sequence[Candidate],
+        table: Table | None,
         folder: Path,
         weight_bits: WeightBits,
         shards: int,
         by: Spread,
+        calibration: Calibration | None,
         progress: Progress | None,
     ) -> None:
         self._source = source
-        self._chosen = chosen
+        places = () if table is None else table.places
+        own = places[:1] if table is not None and table.tied is None else ()
+        # Behind the layers stands a table that is none of them.
+        self._chosen = [*chosen, *own]
+        self._table = table
+        self._absent = {f"{each.name}.weight" for each in (*chosen, *places)}
         self._folder = folder
         self._bits: WeightBits = weight_bits
         self._shards = shards
         self._by = by
+        self._calibration = calibration
         self._progress = progress or (lambda done, total: None)
         self._groups = sibling_groups(chosen, [c.weight().shape[1] for c in chosen])
-        self._total = sum(c.weight().numel() for c in chosen)
+        self._tables = [(i,) for i in range(len(chosen), len(self._chosen))]
+        self._total = sum(c.weight().numel() for c in self._chosen)
         self._blocks: list[list[dict[str, Any]]] = [[] for _ in range(shards)]
         self._bytes = [0] * shards
 
@@ -182,16 +218,22 @@ class _Writer:
             at_client=kept,
             client_bytes=kept_bytes,
             worker_bytes=tuple(self._bytes * (count if self._shards == 1 else 1)),
+            products=2 * len(self._groups),
+            with_outliers=products_with_outliers([[infos[i] for i in group] for group in self._groups]),
+            uncalibrated="",
         )
 
     def _write_workers(self, folders: Sequence[Path]) -> list[LayerInfo]:
         infos: dict[int, LayerInfo] = {}
         done = 0
-        for group in self._groups:
+        for group in (*self._groups, *self._tables):
+            exact = [self._source.weight(self._chosen[i]) for i in group]
             weights = [
-                quantize_layer(self._chosen[i].name, self._source.weight(self._chosen[i]), self._bits) for i in group
+                quantize_layer(self._chosen[i].name, weight, self._bits) for i, weight in zip(group, exact, strict=True)
             ]
             members = [describe(self._chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)]
+            members = keep_channels(members, exact, self._calibration)
+            del exact
             infos |= dict(zip(group, members, strict=True))
             size = sum(weight.codes.numel() for weight in weights)
             for worker, folder in enumerate(folders):
@@ -202,7 +244,8 @@ class _Writer:
             self._progress(done, self._total)
         for folder, blocks in zip(folders, self._blocks, strict=True):
             write_json(
-                folder / WORKER_MANIFEST, {"format": WORKER_FORMAT, "model": self._source.name, "blocks": blocks}
+                folder / WORKER_MANIFEST,
+                {"format": WORKER_FORMAT, "model": published_name(self._source.name), "blocks": blocks},
             )
         return [infos[i] for i in range(len(self._chosen))]
 
@@ -229,18 +272,19 @@ class _Writer:
         from safetensors.torch import save_file
 
         self._source.save_companions(folder)
-        weights, size = _write_kept(self._source, {f"{c.name}.weight" for c in self._chosen}, folder)
+        weights, size = _write_kept(self._source, self._absent, folder)
         tables: dict[str, Tensor] = {}
         for info in infos:
             assert info.scale is not None
             tables[f"{info.name}.scale"] = info.scale.cpu()
             tables[f"{info.name}.digests"] = torch.frombuffer(bytearray(info.row_digests), dtype=torch.uint8)
+            tables |= kept_tables(info)
         save_file(tables, folder / OUTSOURCED)
         write_json(
             folder / CLIENT_MANIFEST,
             {
                 "format": CLIENT_FORMAT,
-                "model": self._source.name,
+                "model": published_name(self._source.name),
                 "architecture": self._source.architecture,
                 "dtype": str(dtype_of(self._source.model)).removeprefix("torch."),
                 "weight_bits": self._bits,
@@ -253,10 +297,12 @@ class _Writer:
                         "out_features": info.out_features,
                         "max_row_norm": info.max_row_norm,
                         "max_column_norm": info.max_column_norm,
+                        "kept": info.kept is not None,
                     }
                     for info in infos
                 ],
                 "groups": [list(group) for group in self._groups],
+                "embeddings": [] if self._table is None else [place.name for place in self._table.places],
             },
         )
         return weights, size

@@ -43,8 +43,9 @@ def kernel(to: str, tokens: int, in_features: int, out_features: int, repeat: in
         f"{tokens} × {in_features} × {out_features} with {to}, medians of {repeat}",
         {
             "plaintext float32": f"{1e3 * plain:.2f} ms",
+            **({} if result["plaintext_bf16_s"] is None else {"plaintext bfloat16": against("plaintext_bf16_s")}),
             "encrypt": against("encrypt_s"),
-            "evaluate": against("evaluate_s"),
+            "evaluate": against("evaluate_s") + ("" if result["kernel"] is None else f" by {result['kernel']}"),
             "decrypt": against("decrypt_s"),
             "all three": f"{result['total_ratio']:.2f}× of plaintext",
             "up": _bytes(result, "up"),
@@ -57,7 +58,12 @@ def kernel(to: str, tokens: int, in_features: int, out_features: int, repeat: in
 
 
 @bench.command()
-@click.option("--model", type=click.Choice(["smollm2", "mlp"]), default="smollm2", show_default=True)
+@click.option(
+    "--model",
+    default="smollm2",
+    show_default=True,
+    help="smollm2 or mlp; llama-3-8b or another known shape, with random weights; or a folder with a language model.",
+)
 @_to
 @click.option("--tokens", default=1024, show_default=True, help="Tokens (of mlp: samples) a step.")
 @click.option("--steps", default=4, show_default=True, help="Optimizer steps; the first warms up.")
@@ -91,10 +97,13 @@ def train(
         {
             "micro-batches": f"{micro_batches}, {interleave} at once",
             "plaintext step": f"{result['plaintext_step_s']:.3f} s",
+            **_half(result),
             "encrypted step": f"{result['encrypted_step_s']:.3f} s ({result['ratio']:.2f}×)",
             **_comparison(result),
+            **_set_up(result["set_up"], result["plaintext_step_s"]),
             "of it encrypting": f"{result['encrypt_s']:.3f} s",
-            "of it evaluating": f"{result['evaluate_s']:.3f} s",
+            "of it evaluating": f"{result['evaluate_s']:.3f} s"
+            + ("" if result["kernel"] is None else f" by {result['kernel']}"),
             "of it decrypting": f"{result['decrypt_s']:.3f} s",
             "peak memory": f"{result['peak_rss_mb']:.0f} MB ({result['memory_ratio']:.2f}×)",
             "up a step": f"{megabytes(result['bytes_up'])} in {result['requests']} requests",
@@ -162,6 +171,21 @@ def _comparison(result: dict[str, Any]) -> dict[str, str]:
         return {}
     seconds, ratio = result["against_step_s"], result["against_ratio"]
     return {f"step with {result['against']}": f"{seconds:.3f} s; the one above is {ratio:.2f}× of it"}
+
+
+def _half(result: dict[str, Any]) -> dict[str, str]:
+    seconds = result["plaintext_bf16_step_s"]
+    return {} if seconds is None else {"plaintext step in bfloat16": f"{seconds:.3f} s"}
+
+
+def _set_up(costs: dict[str, Any], step: float) -> dict[str, str]:
+    if not costs["weights"]:
+        return {"set-up": f"{costs['seconds']:.1f} s; nothing had to be read"}
+    received = f", {megabytes(costs['bytes_down'])} from the worker" if costs["bytes_down"] else ""
+    return {
+        "set-up, once": f"{costs['seconds']:.1f} s ({costs['seconds'] / step:.1f}× of a plaintext step): "
+        f"{costs['weights'] / 1e6:.1f} million weights read{received}"
+    }
 
 
 def _bytes(result: dict[str, Any], way: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import time
 from typing import Any
 
@@ -11,6 +13,34 @@ from ciphertune._support import environment
 from ciphertune.cli.output import print_facts, print_json
 from ciphertune.errors import CipherTuneError
 from ciphertune.plugins import registry
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a user may want to do, and the extra with the packages that it needs."""
+
+    name: str
+    extra: str
+    modules: tuple[str, ...]
+
+
+_TRAINING = ("transformers", "peft", "accelerate", "matplotlib")
+_JOBS = (
+    _Job("train here", "demo", _TRAINING),
+    _Job("use remote workers", "demo,zmq", (*_TRAINING, "zmq")),
+    _Job("serve as a worker", "worker", ("zmq", "prometheus_client")),
+    _Job("use a Ray cluster", "demo,ray", (*_TRAINING, "ray", "fsspec")),
+)
+
+
+def verdicts() -> dict[str, str]:
+    """For each job whether this environment can do it, and what to install where it cannot."""
+    found = {}
+    for job in _JOBS:
+        missing = [name for name in job.modules if importlib.util.find_spec(name) is None]
+        lacks = f'lacks {", ".join(missing)}: pip install "ciphertune[{job.extra}]"'
+        found[job.name] = lacks if missing else "ready"
+    return found
 
 
 def _float_speed() -> float:
@@ -42,17 +72,23 @@ def diagnose() -> dict[str, Any]:
         except Exception as error:
             # A stranger's backend may raise anything; the others are examined all the same.
             backends[name] = {"error": f"{type(error).__name__}: {error}"}
-    return {"versions": environment.versions(), "machine": about, "backends": backends}
+    return {"verdicts": verdicts(), "versions": environment.versions(), "machine": about, "backends": backends}
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json: bool) -> None:
-    """Show versions, threads, and the chosen product kernel with its speed."""
+    """Say what this environment can do and what is missing, with versions, threads, and the product kernel's speed."""
     found = diagnose()
     if as_json:
         print_json(found)
         return
+    slow = [fact for facts in found["backends"].values() for fact in [facts.get("encryption loops")] if fact]
+    print_facts("What this environment can do", found["verdicts"])
+    if any(loops != "compiled" for loops in slow):
+        click.echo(
+            "Encryption runs without compiled loops, several times slower: install a C compiler, then CipherTune again."
+        )
     print_facts("Versions", {name: version or "not installed" for name, version in found["versions"].items()})
     print_facts("Machine", found["machine"])
     for name, facts in found["backends"].items():

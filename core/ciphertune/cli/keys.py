@@ -13,14 +13,18 @@ from ciphertune.cli.output import print_facts, print_json
 
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--client", "clients", multiple=True, help="Only make a key for this client; may be repeated.")
+@click.option("--worker", "worker", is_flag=True, help="Make a worker's key alone, on the worker's machine.")
+@click.option(
+    "--client", "clients", multiple=True, help="Make a key for this client alone, on its machine; may be repeated."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def keys(folder: Path, clients: tuple[str, ...], as_json: bool) -> None:
+def keys(folder: Path, worker: bool, clients: tuple[str, ...], as_json: bool) -> None:
     """Make the keys with which clients and workers recognise each other, in FOLDER.
 
-    Without --client: one pair for a worker and one for a client named 'client'. Secret keys have mode 0600 and never
-    leave the machine they are for: worker.key stays at the worker, client.key at the client. The public worker.pub goes
-    to clients, clients/*.pub to the worker, which lets in exactly these.
+    Each side makes its own, on its own machine: --worker there, --client NAME here. Only public keys (.pub) travel:
+    worker.pub to clients, clients/NAME.pub to the worker, which lets in exactly these. Secret keys (.key) have mode
+    0600 and never leave their machine. Without either option both sides are made in one folder, for a rehearsal on
+    one machine.
     """
     from ciphertune.errors import ConfigError
     from ciphertune.plugins import registry
@@ -29,13 +33,25 @@ def keys(folder: Path, clients: tuple[str, ...], as_json: bool) -> None:
         if not name.replace("-", "").replace("_", "").isalnum() or name == "worker":
             raise ConfigError(f"{name!r} cannot be a client's name: use letters, digits, '-' and '_'")
     transport = registry.load(registry.TRANSPORTS, "zmq")
-    made = transport.make_keys(folder, clients or ("client",), worker=not clients)
+    both = worker == bool(clients)
+    made = transport.make_keys(folder, clients or (("client",) if both else ()), worker=worker or both)
     if as_json:
         print_json(made)
         return
     print_facts(f"Keys in {folder}", made)
-    click.echo(
-        f"At the worker keep worker.key and clients/; give clients worker.pub and their own .key.\n"
-        f"Worker: ciphertune worker BUNDLE --bind tcp://0.0.0.0:5555 --curve {shlex.quote(str(folder))}\n"
-        f"Client: mlwe+zmq://HOST:5555?curve={quote(str(folder), safe='/:~')}"
-    )
+    if worker or both:
+        click.echo(
+            f"Worker: ciphertune worker BUNDLE --bind tcp://0.0.0.0:5555 --curve {shlex.quote(str(folder))}\n"
+            "To send to clients: worker.pub. To get from each of them: its .pub file, into clients/."
+        )
+    for name in clients or (("client",) if both else ()):
+        option = "" if name == "client" else f"&client={name}"
+        click.echo(
+            f"Client: mlwe+zmq://HOST:5555?curve={quote(str(folder), safe='/:~')}{option}\n"
+            f"To send to the worker: clients/{name}.pub. To get from it: worker.pub, into this folder."
+        )
+    if both:
+        click.echo(
+            "A rehearsal: this folder holds the secret keys of both sides. For real use make each side's on its own "
+            "machine, with --worker there and --client NAME here."
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ciphertune._support.builders import required
-from ciphertune.cli.output import print_json, print_table
+from ciphertune.cli.output import print_entries, print_json, print_table
 from ciphertune.errors import CipherTuneError
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import options_of
@@ -85,14 +85,15 @@ def backends(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    table = []
+    entries = []
     for row in rows:
         if row["error"]:
-            table.append((row["name"], "cannot be loaded", row["error"], "", row["package"]))
+            entries.append((row["name"], [f"cannot be loaded: {row['error']}", f"package: {row['package']}"]))
             continue
-        security = row["security"] + (f". Licence: {row['licence']}" if row["licence"] else "")
-        table.append((row["name"], row["security_level"], security, _options(row), row["package"]))
-    print_table("Backends", ["name", "security", "what it protects", "options", "package"], table)
+        licence = f"licence: {row['licence']}" if row["licence"] else ""
+        security = f"security: {row['security_level']}", row["security"], licence
+        entries.append((row["name"], [*security, f"options: {_options(row)}", f"package: {row['package']}"]))
+    print_entries(entries)
 
 
 @click.command()
@@ -123,18 +124,13 @@ def plugins(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    table = []
+    entries = []
     for row in rows:
-        table.append(
-            (
-                row["name"],
-                _state(row),
-                row["error"] or _options(row),
-                "\n".join(hook.removeprefix("ciphertune_") for hook in row.get("hooks", ())),
-                row["package"],
-            )
-        )
-    print_table("Plugins", ["name", "state", "options", "hooks", "package"], table)
+        hooks = ", ".join(hook.removeprefix("ciphertune_") for hook in row.get("hooks", ()))
+        lines = [_state(row), row["error"] or "", f"options: {_options(row)}" if row.get("options") else ""]
+        lines += [f"hooks: {hooks}" if hooks else "", f"package: {row['package']}"]
+        entries.append((row["name"], lines))
+    print_entries(entries)
 
 
 def _state(row: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,9 +32,31 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     Console().print(table)
 
 
+def print_entries(entries: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Print names with lines below each, wrapped to the terminal's width."""
+    from rich.console import Console
+
+    width = Console().width
+    for name, lines in entries:
+        click.echo(click.style(name, bold=True))
+        for line in filter(None, lines):
+            click.echo(
+                textwrap.fill(line, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+            )
+
+
 def print_facts(title: str, facts: Mapping[str, object]) -> None:
     """Print a table of names and values."""
     print_table(title, ["", ""], [(name, str(value)) for name, value in facts.items()])
+
+
+def percent(share: float) -> str:
+    """Print a share of 0 to 1 with two decimals, rounded down, so that 100% is all.
+
+    >>> percent(0.99997), percent(1.0)
+    ('99.99%', '100.00%')
+    """
+    return f"{math.floor(1e4 * share) / 100:.2f}%"
 
 
 def megabytes(count: float) -> str:

@@ -7,29 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from ciphertune.cli.output import megabytes, print_facts, print_json, print_table
+from ciphertune.cli.output import megabytes, percent, print_facts, print_json, print_table
+from ciphertune.cli.plan_summary import WAITED_FOR, summary
 
 if TYPE_CHECKING:
     from ciphertune.planning.estimate import Estimate
+    from ciphertune.planning.generating import GenerationPlan
+    from ciphertune.planning.run import Run
+    from ciphertune.planning.speeds import Speeds
+    from ciphertune.runs.config import TrainConfig
 
 _file: Any = click.Path(dir_okay=False, path_type=Path)
+_OF_TRAINING = ("tokens", "targets", "micro_batches", "interleave", "length")
+_OF_GENERATION = ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "draft_time")
 _SHADES = " ▁▂▃▄▅▆▇█"
-_PARTS = {
-    "crypto": "encrypting and decrypting",
-    "rest": "computation at the client",
-    "evaluate": "evaluation at the workers",
-    "uplink": "upload",
-    "downlink": "download",
-    "latency": "latency",
-}
 
 
 @click.command()
 @click.argument("model")
-@click.option("--to", default="mlwe", show_default=True, help="Selection string; no worker is asked.")
+@click.option("--to", default=None, help="Selection string; no worker is asked.  [default: mlwe, or the file's]")
 @click.option("--tokens", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a step.")
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
+@click.option("--embeddings", is_flag=True, help="Outsource the token embedding, too, for encrypted lookups.")
 @click.option(
     "--target",
     "targets",
@@ -40,6 +41,8 @@ _PARTS = {
 @click.option(
     "--bandwidth", default="1Gbit/s", show_default=True, help="Bandwidth between client and workers, each way."
 )
+@click.option("--up", default=None, help="Bandwidth from the client, where it is another than to it.")
+@click.option("--down", default=None, help="Bandwidth to the client.")
 @click.option("--latency", default="1ms", show_default=True, help="Latency of the network, one way.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of workers.")
 @click.option(
@@ -54,25 +57,52 @@ _PARTS = {
     "--interleave", type=click.IntRange(1), default=1, show_default=True, help="Micro-batches under way at once."
 )
 @click.option("--length", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a sequence.")
+@click.option("--generate", is_flag=True, help="Plan generation of text, with a key-value cache, in place of training.")
+@click.option("--sequences", type=click.IntRange(1), default=1, show_default=True, help="Sequences generated at once.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a prompt.")
+@click.option(
+    "--new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to generate for each."
+)
+@click.option(
+    "--drafted",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Tokens that prompt lookup or a draft model at the client proposes for each pass.",
+)
+@click.option("--accepted", type=float, help="Tokens of a sequence that a pass with drafted ones yields on average.")
+@click.option("--draft-time", default="0ms", show_default=True, help="Time that the client takes for a drafted token.")
 @click.option("--one-machine", is_flag=True, help="Client and workers share one processor.")
 @click.option("--measure/--no-measure", default=True, help="Estimate seconds from a short measurement here.")
 @click.option("--save-speeds", type=_file, help="Write the speeds measured here to a file, for a plan made elsewhere.")
 @click.option("--client-speeds", type=_file, help="File with the client's speeds, from --save-speeds there.")
 @click.option("--worker-speeds", type=_file, help="File with a worker's speeds, from --save-speeds there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
 def plan(
+    context: click.Context,
     model: str,
-    to: str,
+    to: str | None,
     tokens: int,
     layers: tuple[str, ...],
+    embeddings: bool,
     targets: tuple[str, ...],
     bandwidth: str,
+    up: str | None,
+    down: str | None,
     latency: str,
     workers: int,
     placement: Any,
     micro_batches: int,
     interleave: int,
     length: int,
+    generate: bool,
+    sequences: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    drafted: int,
+    accepted: float | None,
+    draft_time: str,
     one_machine: bool,
     measure: bool,
     save_speeds: Path | None,
@@ -80,46 +110,79 @@ def plan(
     worker_speeds: Path | None,
     as_json: bool,
 ) -> None:
-    """Plan a training step of a model: outsourced share, traffic and seconds.
+    """Plan a run, a training step of a model, or generation (--generate): outsourced share, traffic and seconds.
 
-    MODEL is a folder, a hub name, smollm2, llama-3-8b or llama-3-70b. No weight is loaded. Seconds are estimated from
+    MODEL is a run's file (.toml or .yaml), whose data is read and counted, a folder (the client's part of a bundle,
+    too), a hub name, or a known model ('ciphertune share' lists them). No weight is loaded. Seconds are estimated from
     speeds measured here, or on the machines that will do the work.
     """
-    from ciphertune.errors import ConfigError
+    from ciphertune.planning.generating import plan_generation
     from ciphertune.planning.plan import bytes_per_second, make_plan, seconds
-    from ciphertune.planning.speeds import read_speeds, write_speeds
+    from ciphertune.planning.run import totals
+    from ciphertune.planning.speeds import read_speeds
 
-    found = make_plan(
-        model,
-        to,
-        tokens=tokens,
-        layers="all" if layers == ("all",) else (layers or None),
-        targets=targets,
-        bandwidth=bytes_per_second(bandwidth),
-        latency=seconds(latency),
-        workers=workers,
-        placement=placement,
-        micro_batches=micro_batches,
-        interleave=interleave,
-        length=length,
-        processors="one" if one_machine else "own",
-        measure=measure,
-        client=None if client_speeds is None else read_speeds(client_speeds),
-        worker=None if worker_speeds is None else read_speeds(worker_speeds),
-    )
-    if save_speeds is not None:
-        if found.speeds is None:
-            raise ConfigError("nothing was measured here that --save-speeds could write: leave out --no-measure")
-        write_speeds(found.speeds, save_speeds)
+    _refuse_of_the_other(context, generate)
+    run = None
+    if generate:
+        name, selection = model, to or "mlwe"
+    elif is_run(model):
+        refuse_given("tokens", "layers", "embeddings", "targets", "micro_batches", "interleave", "length")
+        config, run = run_of(Path(model))
+        asked: dict[str, Any] = {"layers": config.layers, "embeddings": config.embeddings, "targets": run.targets}
+        asked |= {"tokens": run.tokens, "micro_batches": run.micro_batches, "interleave": run.interleave}
+        asked |= {"length": run.length, "evaluation": run.evaluation}
+        name, selection = config.model.name, to or config.to
+    else:
+        asked = {"layers": layers or None, "embeddings": embeddings, "targets": targets, "tokens": tokens}
+        asked |= {"micro_batches": micro_batches, "interleave": interleave, "length": length}
+        name, selection = model, to or "mlwe"
+    from_client, to_client = bytes_per_second(up or bandwidth), bytes_per_second(down or bandwidth)
+    client, worker = (None if file is None else read_speeds(file) for file in (client_speeds, worker_speeds))
+    common: dict[str, Any] = {
+        "bandwidth": from_client,
+        "down": to_client,
+        "latency": seconds(latency),
+        "workers": workers,
+        "placement": placement,
+        "processors": "one" if one_machine else "own",
+        "measure": measure,
+        "client": client,
+        "worker": worker,
+    }
+    if generate:
+        generation = plan_generation(
+            name,
+            selection,
+            layers="all" if layers == ("all",) else (layers or None),
+            embeddings=embeddings,
+            sequences=sequences,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            drafted=drafted,
+            accepted=accepted,
+            draft_seconds=seconds(draft_time),
+            **common,
+        )
+        _save(generation.speeds, save_speeds)
+        if as_json:
+            print_json(dataclasses.asdict(generation))
+        else:
+            _show_generation(name, generation)
+        return
+    found = make_plan(name, selection, **asked, **common)
+    _save(found.speeds, save_speeds)
     if as_json:
         rest: dict[str, Any] = {"fraction": found.fraction}
+        if run is not None:
+            rest["run"] = {**dataclasses.asdict(run), "totals": dataclasses.asdict(totals(found, run))}
         if found.estimate is not None:
             estimate = dataclasses.asdict(found.estimate)
             rest["estimate"] = {**estimate, "limit": found.estimate.limit, "bottleneck": found.estimate.bottleneck}
         print_json({**dataclasses.asdict(found), **rest})
         return
+    print_facts(f"{model} through {found.to}", summary(found, run, client, worker))
     print_table(
-        f"{model} through {found.to}, {tokens} tokens a step",
+        f"A step of {found.tokens:,} tokens, by layers",
         ["layers", "groups", "in", "out", "weights (M)", "requests", "up", "down"],
         [
             (
@@ -138,9 +201,10 @@ def plan(
     apart = found.bytes_without_sharing
     total = found.bytes_up + found.bytes_down
     facts: dict[str, object] = {
-        "outsourced": f"{found.outsourced / 1e6:.1f} million weights, {100 * found.fraction:.1f}% of all",
+        "outsourced": f"{found.outsourced / 1e6:.1f} million weights, {percent(found.fraction)} of all "
+        f"({percent(found.largest_fraction)} at most, by --layers all --embeddings)",
         "the client keeps": f"{found.at_client / 1e6:.1f} million weights, {megabytes(found.client_bytes)}",
-        "a step": f"{found.requests} requests, {megabytes(found.bytes_up)} up, {megabytes(found.bytes_down)} down",
+        "requests": f"{found.requests} a step",
         "without sharing inputs": f"{megabytes(apart)}, so sharing sends {total / apart:.2f}× of it",
     }
     if found.prepared_codes:
@@ -162,17 +226,100 @@ def plan(
         _show(found.estimate)
 
 
+_FILES = (".toml", ".yaml", ".yml")
+
+
+def is_run(model: str) -> bool:
+    """Whether what a user names is the file of a run."""
+    return model.lower().endswith(_FILES)
+
+
+def run_of(path: Path) -> tuple[TrainConfig, Run]:
+    """The configuration in a file, and what it asks for. Raises ``ConfigError``."""
+    from ciphertune.planning.run import read_run
+    from ciphertune.runs.config import load_config
+    from ciphertune.runs.trl import is_trl, load_trl
+
+    config = load_trl(path) if is_trl(path) else load_config(path)
+    return config, read_run(config)
+
+
+def refuse_given(*names: str) -> None:
+    """Raise ``ConfigError`` for options on the command line that a run's file decides."""
+    from ciphertune.errors import ConfigError
+
+    context = click.get_current_context()
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        options = ", ".join(f"--{'target' if name == 'targets' else name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{options}: a run's file says this; leave it out, or change the file")
+
+
+def _save(speeds: Speeds | None, path: Path | None) -> None:
+    """Write the speeds that were measured here. Raises ``ConfigError`` where nothing was."""
+    from ciphertune.errors import ConfigError
+    from ciphertune.planning.speeds import write_speeds
+
+    if path is None:
+        return
+    if speeds is None:
+        raise ConfigError("nothing was measured here that --save-speeds could write: leave out --no-measure")
+    write_speeds(speeds, path)
+
+
+def _refuse_of_the_other(context: click.Context, generate: bool) -> None:
+    """Refuse options that say nothing of what is planned."""
+    from ciphertune.errors import ConfigError
+
+    for name in _OF_TRAINING if generate else _OF_GENERATION:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = "--" + {"targets": "target"}.get(name, name).replace("_", "-")
+            of, other = ("training", "leave out --generate") if generate else ("generation", "add --generate")
+            raise ConfigError(f"{option} is of a plan of {of}: leave it out, or {other}")
+
+
+def _show_generation(model: str, found: GenerationPlan) -> None:
+    """Print a plan of generation."""
+    facts: dict[str, object] = {
+        "a pass": f"{found.round_trips} round trips one after the other, {megabytes(found.bytes_up)} up, "
+        f"{megabytes(found.bytes_down)} down",
+        "a new token": f"{megabytes(found.bytes_per_token)} up and down",
+        "the prompts": f"{megabytes(found.prompt_bytes_up)} up, {megabytes(found.prompt_bytes_down)} down, once",
+        "latency alone": f"{found.latency_seconds:.3g} s a pass, which no speed of a machine shortens",
+        "the network alone": f"{found.network_seconds:.3g} s a pass, so {found.most_tokens_per_second:.3g} tokens a "
+        "second at most",
+    }
+    if found.drafted:
+        facts["drafted"] = f"{found.drafted} tokens a pass, of which a pass yields {found.accepted:g} as you state"
+    if found.refused:
+        facts["refused"] = f"{len(found.refused)} groups of layers, at which outsourcing stops: see the plan of a step"
+    if found.tokens_per_second is not None:
+        each = found.tokens_per_second / found.sequences
+        facts["first token"] = f"after {found.first_token_seconds:.3g} s"
+        apart = f", {each:.3g} of each sequence" if found.sequences > 1 else ""
+        facts["then"] = f"{found.tokens_per_second:.3g} tokens a second{apart}"
+        facts["all of it"] = f"{found.total_seconds:.3g} s for {found.new_tokens} tokens of each sequence"
+    print_facts(f"{model} through {found.to}, {found.sequences} at once, {found.prompt_tokens} tokens of prompt", facts)
+    if found.path is not None:
+        ordered = sorted(found.path.items(), key=lambda item: -item[1])
+        total = sum(found.path.values()) or 1.0
+        rows = [(WAITED_FOR[part], f"{1000 * value:.1f} ms", f"{100 * value / total:.0f}%") for part, value in ordered]
+        print_table("A pass, estimated", ["waiting for", "of it", ""], rows)
+        if not found.client_compute_measured:
+            click.echo("What the client computes itself is a guess.")
+
+
 def _show(estimate: Estimate) -> None:
     """Print the uses of a step's time."""
     total = estimate.total
     ordered = sorted(estimate.path.items(), key=lambda item: -item[1])
-    rows = [(_PARTS[part], f"{value:.2f} s", f"{100 * value / total:.0f}%") for part, value in ordered]
+    rows = [(WAITED_FOR[part], f"{value:.2f} s", f"{100 * value / total:.0f}%") for part, value in ordered]
     print_table(
         f"A step, estimated: {total:.2f} s", ["waiting for", "of it", ""], [*rows, ("all of it", f"{total:.2f} s", "")]
     )
     busy = "   ".join(f"{name} {100 * share:.0f}%" for name, share in estimate.busy.items())
     click.echo(f"At work: {busy}")
-    click.echo(f"Most of it is {_PARTS[estimate.bottleneck]}.")
+    click.echo(f"Most of it is {WAITED_FOR[estimate.bottleneck]}.")
     click.echo(f"{estimate.chart_seconds:.3g} s of it, at work in each part:")
     for name, row in estimate.chart.items():
         click.echo(f"{name:>9} |{''.join(_SHADES[round(8 * min(1.0, value))] for value in row)}|")

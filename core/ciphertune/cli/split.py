@@ -15,6 +15,7 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 @click.argument("model")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
+@click.option("--embeddings", is_flag=True, help="The token embedding goes to workers, too, for encrypted lookups.")
 @click.option("--shards", type=click.IntRange(1), default=1, show_default=True, help="Workers to spread layers over.")
 @click.option(
     "--by", type=click.Choice(["layers", "rows"]), default="layers", show_default=True, help="Unit of the spreading."
@@ -25,18 +26,27 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 @click.option("--weight-bits", type=click.Choice(["8", "16"]), default="8", show_default=True)
 @click.option("--gguf-file", default=None, help="File within MODEL, for models in GGUF form.")
 @click.option("--in-memory", is_flag=True, help="Load the model whole instead of tensor by tensor.")
+@click.option(
+    "--calibration",
+    metavar="PATH|off",
+    default=None,
+    help="File with public text to find channels with outliers by, which the client then multiplies itself; by default "
+    "the Python language reference.",
+)
 @click.option("--force", is_flag=True, help="Replace OUT where it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def split(
     model: str,
     out: Path,
     layers: tuple[str, ...],
+    embeddings: bool,
     shards: int,
     by: str,
     replicas: int,
     weight_bits: str,
     gguf_file: str | None,
     in_memory: bool,
+    calibration: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -50,13 +60,15 @@ def split(
         result = split_model(
             model,
             out,
-            layers="all" if layers == ("all",) else (layers or None),
+            layers=layers or None,
+            embeddings=embeddings,
             shards=shards,
             by="rows" if by == "rows" else "layers",
             replicas=replicas,
             weight_bits=16 if weight_bits == "16" else 8,
             gguf_file=gguf_file,
             in_memory=in_memory,
+            calibration=calibration,
             force=force,
             progress=progress,
         )
@@ -69,6 +81,11 @@ def split(
     for folder, size in zip(result.workers, result.worker_bytes, strict=True):
         facts[str(folder)] = f"{megabytes(size)} of weights; for a worker"
     facts["outsourced"] = f"{100 * result.fraction:.1f}% of the weights, in {result.layers} layers"
+    facts["outlier channels"] = (
+        f"none kept: {result.uncalibrated}"
+        if result.uncalibrated
+        else f"kept at the client in {result.with_outliers} of {result.products} products"
+    )
     print_facts(f"{model}, split", facts)
     click.echo(
         f"Worker: ciphertune worker {result.workers[0]} --bind tcp://0.0.0.0:5555 --curve KEYS\n"

@@ -43,7 +43,8 @@ def train(
     """Fine-tune a model as described by the file CONFIG.
 
     It is TOML (see the page on configuration), or YAML with the keys of 'trl sft --config'; those that do not apply are
-    named.
+    named. Ctrl-C and SIGTERM end the run after its step, with a checkpoint where there is a checkpoint_dir, and status
+    130 or 143; a second one ends it at once.
     """
     from ciphertune.runs.config import load_config
     from ciphertune.runs.trl import is_trl, load_trl
@@ -55,9 +56,18 @@ def train(
     if to is not None:
         settings = dataclasses.replace(settings, to=to)
     settings = dataclasses.replace(settings, plugins=(*settings.plugins, *plugins))
+    from ciphertune.runs.stopping import RunStopped
     from ciphertune.runs.train import run_training
 
-    result = run_training(settings, resume=resume, overwrite=overwrite, compare=compare, progress=say)
+    command = ["ciphertune", "train", str(config.absolute()), *(() if to is None else ("--to", to))]
+    command += [part for plugin in plugins for part in ("--plugin", plugin)]
+    try:
+        result = run_training(
+            settings, resume=resume, overwrite=overwrite, compare=compare, progress=say, command=command
+        )
+    except RunStopped as stop:
+        say(f"ciphertune: {stop}")
+        click.get_current_context().exit(128 + stop.signal)
     if as_json:
         print_json(dataclasses.asdict(result))
         return
@@ -73,7 +83,7 @@ def train(
     facts["security"] = result.security + bits
     facts["adapter"] = result.adapter
     facts["report"] = result.report
-    print_facts(f"Fine-tuned through {result.to}", facts)
+    print_facts(f"Fine-tuned {result.model} through {result.to}", facts)
 
 
 _MEASURED = {

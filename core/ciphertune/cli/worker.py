@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ciphertune.cli.offered import backends_option, offered_backends
 from ciphertune.cli.pairs import name_values
 
 log = logging.getLogger("ciphertune.worker")
@@ -45,6 +46,7 @@ class _JsonFormatter(logging.Formatter):
     help="Plain TCP on any address: anyone who can reach it can use this worker, and alter traffic unnoticed.",
 )
 @click.option("-o", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Any option of the transport.")
+@backends_option()
 @click.option("--layers", multiple=True, help="Serve only layers that match; may be repeated.")
 @click.option("--verify/--no-verify", default=True, help="Check the weights against their hashes first.")
 @click.option("--device", default="cpu", show_default=True, help="Device that evaluates products.")
@@ -102,6 +104,7 @@ def worker(
     insecure: bool,
     no_authentication: bool,
     extra: tuple[str, ...],
+    backends: str,
     layers: tuple[str, ...],
     verify: bool,
     device: str,
@@ -132,11 +135,11 @@ def worker(
 
     import torch
 
-    from ciphertune.bundle.worker import load_worker
+    from ciphertune.bundle.worker import load_worker, read_blocks
     from ciphertune.errors import ConfigError
     from ciphertune.plugins import registry
     from ciphertune.protocol import Limits
-    from ciphertune.worker import Quota, Service, SessionLimits, Worker
+    from ciphertune.worker import Entrance, Quota, Service, SessionLimits, Worker
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -146,21 +149,34 @@ def worker(
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"the device {device!r} cannot be used: {error}") from error
     listen = registry.load(registry.TRANSPORTS, transport).listen
-    store = load_worker(bundle, device=device, layers=layers or None, verify=verify)
-    _say("weights loaded", layers=len(store), megabytes=round(store.nbytes / 1e6, 1), verified=verify)
+    read_blocks(bundle)
+    offered = offered_backends(backends)
     size = max_message_mb << 20
+    message = Limits(buffer_bytes=size, total_bytes=size)
+    # Keys, address and ports are looked at first: weights take minutes to read.
+    if metrics_port is not None:
+        from ciphertune.worker.metrics import check_metrics
+
+        check_metrics(metrics_host, metrics_port)
+    entrance = Entrance(message)
+    listener = listen(entrance, address, options)
+    try:
+        store = load_worker(bundle, device=device, layers=layers or None, verify=verify)
+    except BaseException:
+        listener.close()
+        raise
+    _say("weights loaded", layers=len(store), megabytes=round(store.nbytes / 1e6, 1), verified=verify)
     keys = max_key_mb << 20
     readings = 0 if withhold_weights else SessionLimits.readings
     limits = SessionLimits(max_sessions, idle_seconds=idle, nbytes=keys, all_nbytes=8 * keys, readings=readings)
     service = Service(
-        Worker(store, place, limits),
+        Worker(store, place, limits, backends=offered),
         Quota(max_requests, max_client_mb << 20),
-        Limits(buffer_bytes=size, total_bytes=size),
+        message,
         evaluators,
     )
     stop_metrics = None
     try:
-        listener = listen(service, address, options)
         try:
             if metrics_port is not None:
                 from ciphertune.worker.metrics import serve_metrics
@@ -168,6 +184,7 @@ def worker(
                 port, stop_metrics = serve_metrics(service, metrics_host, metrics_port)
                 _say("metrics", address=f"http://{metrics_host}:{port}/metrics")
             asked = _signals()
+            entrance.open(service)
             _say("ready", address=listener.address)
             click.echo(f"ready {listener.address}")
             asked.wait()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, TimeoutError as FutureTimeoutError
 from typing import Any
 
+from ciphertune._support.printable import LONGEST_TEXT, printable
 from ciphertune.errors import (
     CipherTuneError,
     ProtocolError,
@@ -20,7 +21,7 @@ from ciphertune.errors import (
     VersionError,
     WorkerError,
 )
-from ciphertune.protocol import HELLO_VERSION, Message, agree, spoken_versions
+from ciphertune.protocol import ERROR_CODES, HELLO_VERSION, Message, agree, spoken_versions
 from ciphertune.transport import Link
 from ciphertune.weights import Shard, read_manifest
 
@@ -142,8 +143,14 @@ class WorkerConnection:
 
     # Requests and replies.
 
-    def submit(self, request: Message) -> Future[Message]:
-        """Send a request; the future of its reply has failed where the link does not take it."""
+    def submit(self, request: Message, reply_bytes: int | None = 0) -> Future[Message]:
+        """Send a request; the future of its reply has failed where the link does not take it.
+
+        Args:
+            request: what is asked.
+            reply_bytes: of the reply's buffers at most, see ``Message.reply_bytes``.
+        """
+        request.reply_bytes = reply_bytes
         request.version = HELLO_VERSION if request.kind == "hello" or self.version is None else self.version
         try:
             return self.link.submit(request)
@@ -197,7 +204,9 @@ class WorkerConnection:
             log.warning("the transport failed", exc_info=error)
             raise TransportError(f"the transport failed: {type(error).__name__}") from error
         if reply.kind == "error":
-            code, text = str(reply.fields.get("code")), str(reply.fields.get("message"))[:2000]
+            code, text = str(reply.fields.get("code")), printable(str(reply.fields.get("message")), LONGEST_TEXT)
+            if code not in ERROR_CODES:
+                code = "internal"
             if code == "unknown-session":
                 raise UnknownSession("it does not know the session that it opened")
             if code in ("busy", "holdings"):

@@ -54,30 +54,35 @@ class NoiseChecks:
         self._groups: dict[str, _GroupVectors] = {}
 
     def preparation(
-        self, forward: LinearMap, backward: LinearMap, pieces: Sequence[LinearMap] = ()
+        self, forward: LinearMap | None, backward: LinearMap, pieces: Sequence[LinearMap] = ()
     ) -> Preparation | None:
         """As ``ClientHalf.preparation``; None where the vectors cover these pieces already."""
-        known = self._groups.get(forward.identity)
+        known = self._groups.get(backward.identity)
         edges = {edge for piece in pieces for rows in piece.rows for edge in rows}
         if known is not None and edges <= set(known.cuts):
             return None
-        cuts = sorted({0, forward.out_features, *edges, *(() if known is None else known.cuts)})
-        made = _GroupVectors(forward.out_features, forward.in_features, cuts, self._device)
+        cuts = sorted({0, backward.in_features, *edges, *(() if known is None else known.cuts)})
+        made = _GroupVectors(backward.in_features, backward.out_features, cuts, self._device)
 
         def keep(vectors: _GroupVectors) -> None:
-            self._groups[forward.identity] = self._groups[backward.identity] = vectors
+            self._groups[backward.identity] = vectors
+            if forward is not None:
+                self._groups[forward.identity] = vectors
 
         return _Absorbing(made, keep)
 
-    def right(self, whole: LinearMap, piece: LinearMap, encrypted: LinearMap, x: Tensor, y: Tensor) -> bool:
+    def right(
+        self, whole: LinearMap, piece: LinearMap, x: Tensor, y: Tensor, encrypted: LinearMap, whole_x: Tensor
+    ) -> bool:
         """Whether a decrypted answer is the product that was asked for, as far as its error lets that be told.
 
         Args:
             whole: the map of the group that vectors were made for.
             piece: the piece's map; its ``rows`` say where it stands in ``whole``.
-            encrypted: the map that the request was encrypted for.
-            x: (tokens, encrypted.in_features).
+            x: (tokens, piece.in_features).
             y: (tokens, piece.out_features), of any strides.
+            encrypted: the map that the request was encrypted for.
+            whole_x: (tokens, encrypted.in_features), what was encrypted.
         """
         found = self._groups[whole.identity].of(piece.direction, piece.rows)
         chosen: list[int] | slice = slice(None)
@@ -86,7 +91,9 @@ class NoiseChecks:
         left, right = found.left[chosen], found.right[chosen]
         values = x.to(self._device, torch.float64)
         off = y.to(self._device, torch.float64) @ left.t() - values @ right.t()
-        allowed = _deviation(self._backend, encrypted, piece, values, left, right)
+        noise = self._backend.noise(encrypted)
+        scale = None if noise is None else noise.token_scale(whole_x, encrypted)
+        allowed = _deviation(self._backend.rounding(piece) or 0.0, noise, scale, piece, values, left, right)
         # A comparison with NaN is false.
         return bool((off.abs() <= DEVIATIONS * allowed).all())
 
@@ -132,19 +139,24 @@ class _GroupVectors:
 
 
 def _deviation(
-    backend: Backend, encrypted: LinearMap, piece: LinearMap, x: Tensor, left: Tensor, right: Tensor
+    rounding: float,
+    noise: NoiseModel | None,
+    scale: Tensor | None,
+    piece: LinearMap,
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
 ) -> Tensor:
     """Standard deviation of r·y − v·x of an honest answer, (tokens, vectors) float64."""
     count = left.shape[1]
     norm: Tensor = torch.linalg.vector_norm(x, dim=1)[:, None]
-    arithmetic: Tensor = norm * ((backend.rounding(piece) or 0.0) * piece.max_norm * math.sqrt(count))
-    noise = backend.noise(encrypted)
-    if noise is None:
+    arithmetic: Tensor = norm * (rounding * piece.max_norm * math.sqrt(count))
+    if noise is None or scale is None:
         return arithmetic
     # A simulation draws the errors of outputs each by itself; added up, those of a real scheme weigh as v does.
     inputs = right.square().sum(dim=1).clamp_min(count * piece.max_norm**2)
     encoded = noise.input_variance * inputs + noise.returned_variance * _weight(noise, left)
-    unit = noise.token_scale(x, encrypted).to(x.device).reciprocal()[:, None]
+    unit = scale.to(x.device).reciprocal()[:, None]
     deviation: Tensor = (arithmetic.square() + encoded * unit.square()).sqrt()
     return deviation
 
@@ -182,7 +194,8 @@ def checkable(backend: Backend, maps: Mapping[Direction, LinearMap]) -> bool:
     return all(backend.rounding(each) is not None for each in maps.values())
 
 
-def decrypts_pieces(client: ClientHalf[Any]) -> bool:
-    """Whether each piece is encrypted and decrypted as ``ClientHalf`` does it, so that it can be checked by itself."""
+def decrypts_pieces(client: ClientHalf[Any], backend: Backend) -> bool:
+    """Whether each piece is decrypted by itself, and encrypted as ``ClientHalf`` does it or as a part of the whole."""
     kind = type(client)
-    return kind.take_reply is ClientHalf.take_reply and kind.encrypt_pieces is ClientHalf.encrypt_pieces
+    alone = kind.encrypt_pieces is ClientHalf.encrypt_pieces or backend.whole_products
+    return alone and kind.take_reply is ClientHalf.take_reply

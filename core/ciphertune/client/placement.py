@@ -72,12 +72,21 @@ def place(
             row += layer.out_features
         placed.append(_pieces(group, parts, index))
     if problems:
-        shown = "; ".join(f"{name}: {why}" for name, why in list(problems.items())[:5])
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UnknownLayerError(
-            f"the workers ({', '.join(names.values())}) do not hold {len(problems)} of the layers: {shown}{more}"
-        )
+        raise UnknownLayerError(_without(problems, list(names.values())))
     return placed
+
+
+def _without(problems: Mapping[str, str], names: Sequence[str]) -> str:
+    """Why some layers are held by no worker: each cause once, with the first of the layers that it is the cause of."""
+    causes: dict[str, list[str]] = {}
+    for name, why in problems.items():
+        causes.setdefault(why, []).append(name)
+    shown = "; ".join(
+        f"{of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}: {why}" for why, of in list(causes.items())[:3]
+    )
+    more = f"; and {len(causes) - 3} causes more" if len(causes) > 3 else ""
+    who = f"the workers ({', '.join(names)}) do not" if names else "no worker that answers does"
+    return f"{who} hold {len(problems)} of the layers: {shown}{more}"
 
 
 class _Part(NamedTuple):

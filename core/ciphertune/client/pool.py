@@ -32,6 +32,8 @@ JoiningWorkers = Callable[[Sequence[Link]], Sequence[Link]]
 
 
 ExclusionWatch = Callable[[str, tuple[str, ...], Direction], None]
+SilenceWatch = Callable[[str, str | None, float], None]
+"""Called with a worker's name, what went wrong or None for one that is back, and seconds: left to it, or of silence."""
 
 
 class WorkerPool:
@@ -47,6 +49,7 @@ class WorkerPool:
         remote: whether workers are in other processes.
         model: digest of the model, hexadecimal: by it and its address a worker is known that proves no identity.
         excluded: told of a worker that gave a wrong answer: its name, the layers and the direction.
+        silence: told of a worker that stops answering, and of one that answers again.
         clock: seconds, as ``time.monotonic``; by it failing workers are left alone.
 
     Attributes:
@@ -73,6 +76,7 @@ class WorkerPool:
         remote: bool = True,
         model: str = "",
         excluded: ExclusionWatch = lambda *_: None,
+        silence: SilenceWatch = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.opening = opening
@@ -86,6 +90,8 @@ class WorkerPool:
         self._exclusions = Exclusions()
         self.wrong: list[Exclusion] = []
         self._told_of_exclusion = excluded
+        self._told_of_silence = silence
+        self._silent: dict[WorkerConnection, float] = {}  # since when
         self._choosing = threading.Lock()
         self._introduce(self.workers)
         try:
@@ -99,7 +105,10 @@ class WorkerPool:
             if not absent:
                 raise
             gone = "; ".join(f"{worker.name} ({worker.last_problem})" for worker in absent)
-            raise TransportError(f"no answer within {timeouts.connect_timeout:g} s from {gone}; {error}") from error
+            rest = (
+                f"; {error}" if len(absent) < len(self.workers) else ". Is the worker started, and the address right?"
+            )
+            raise TransportError(f"no answer within {timeouts.connect_timeout:g} s from {gone}{rest}") from error
         try:
             self._open_all()
         except BaseException:
@@ -177,6 +186,25 @@ class WorkerPool:
         log.error("%s: %s%s%s", worker.name, why, _ASKED_NO_MORE * self._remote, _KEPT * keep)
         self._told_of_exclusion(worker.name, piece.names, direction)
 
+    def silent(self, worker: WorkerConnection, problem: str, seconds: float) -> None:
+        """Tell once of a worker that does not answer; ``seconds`` are left until its product is given up."""
+        with self._choosing:
+            if worker in self._silent:
+                return
+            self._silent[worker] = self._clock()
+        log.info("%s does not answer: %s", worker.name, problem)
+        self._told_of_silence(worker.name, problem, max(0.0, seconds))
+
+    def answered(self, worker: WorkerConnection) -> None:
+        """Record a good answer, and tell of a worker that was silent before it."""
+        worker.mark_answered()
+        if worker in self._silent:
+            with self._choosing:
+                since = self._silent.pop(worker, None)
+            if since is not None:
+                log.info("%s answers again", worker.name)
+                self._told_of_silence(worker.name, None, self._clock() - since)
+
     def others(self, piece: Piece, worker: WorkerConnection | None = None) -> bool:
         """Whether some worker but this one holds a piece and may be asked for it."""
         return any(not each.excluded for each in self.replicas(piece) if each is not worker)
@@ -247,7 +275,8 @@ class WorkerPool:
             for future in asked:
                 future.cancel()
         for worker in workers:
-            if worker.blocks is None and not worker.excluded:
+            answers = any(each.blocks is not None for each in self.workers)
+            if worker.blocks is None and not worker.excluded and answers:
                 log.warning("no answer from %s, going on without it: %s", worker.name, worker.last_problem)
 
     def _barred(self, worker: WorkerConnection) -> bool:

@@ -40,7 +40,7 @@ class Preparer(Protocol):
     """What prepares itself from codes, as ``ClientHalf`` does."""
 
     def preparation(
-        self, forward: LinearMap, backward: LinearMap, pieces: Sequence[LinearMap] = ()
+        self, forward: LinearMap | None, backward: LinearMap, pieces: Sequence[LinearMap] = ()
     ) -> Preparation | None:
         """See ``ClientHalf.preparation``."""
         ...
@@ -58,7 +58,8 @@ def prepare(
 
     Args:
         preparers: what prepares itself: the client half, checks of answers.
-        groups: the layers of each group, its maps, and forward maps of the pieces that its products are cut into.
+        groups: the layers of each group, its maps (a table has none of the forward direction), and forward maps of the
+            pieces that its products are cut into.
         source: where codes are read.
         progress: told of codes read.
 
@@ -71,7 +72,7 @@ def prepare(
     """
     wanted = []
     for layers, maps, pieces in groups:
-        found = [each.preparation(maps["forward"], maps["backward"], pieces) for each in preparers]
+        found = [each.preparation(maps.get("forward"), maps["backward"], pieces) for each in preparers]
         preparations = [each for each in found if each is not None]
         if preparations:
             wanted.append((layers, preparations))

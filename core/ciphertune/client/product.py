@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ciphertune.backend import Backend, Buffers, ClientHalf, Encrypted, LinearMap, columns
+from ciphertune.backend import Backend, Buffers, ClientHalf, Encrypted, LinearMap, columns_of
+from ciphertune.callers import Owners
 from ciphertune.client.connection import Opening, WorkerConnection
 from ciphertune.client.placement import Piece
 from ciphertune.client.pool import WorkerPool
@@ -20,8 +21,9 @@ from ciphertune.interleaving.interleaver import wait_for_reply
 from ciphertune.protocol import Message
 from ciphertune.traffic import Exchange
 
-PieceCheck = Callable[[LinearMap, LinearMap, Tensor, Tensor], bool]
-"""Whether a piece is right: its map, the map that it was encrypted for, what was encrypted, and what came of it."""
+PieceCheck = Callable[[LinearMap, Tensor, Tensor, LinearMap, Tensor], bool]
+"""Whether a piece is right: its map, what the worker multiplied and what came of it, the map that it was encrypted for
+and what was encrypted."""
 
 
 class Rejected(Exception):  # noqa: N818 - the reason for other keys; what the caller sees is a WrongReplyError
@@ -67,7 +69,14 @@ class Product:
         self._exchange = exchange
         self._check = check
 
-    def evaluate(self, pieces: Sequence[Piece], maps: Sequence[LinearMap], x: Tensor, whole: LinearMap) -> Tensor:
+    def evaluate(
+        self,
+        pieces: Sequence[Piece],
+        maps: Sequence[LinearMap],
+        x: Tensor,
+        whole: LinearMap,
+        owners: Owners | None = None,
+    ) -> Tensor:
         """``x Wᵀ`` or ``x W``, as ``whole.direction`` says.
 
         Args:
@@ -75,6 +84,7 @@ class Product:
             maps: of each piece in this direction; their ``rows`` say where they stand in ``whole``.
             x: (tokens, whole.in_features), float32.
             whole: the map of the whole group.
+            owners: callers whose tokens have secrets of their own; None for a single one.
 
         Returns:
             As ``ClientHalf.put_together``.
@@ -85,11 +95,15 @@ class Product:
         """
         exchange, clock = self._exchange, time.perf_counter
         start = clock()
-        encrypted = self._client.encrypt_pieces(x, whole, maps)
+        if owners is None:
+            encrypted = self._client.encrypt_pieces(x, whole, maps)
+        else:
+            encrypted = self._client.encrypt_owned(x, whole, maps, owners)
         exchange.encrypt_seconds += clock() - start
         with contextlib.ExitStack() as stack:
             requests = [
-                self._send(piece, part, each, stack) for piece, part, each in zip(pieces, maps, encrypted, strict=True)
+                self._send(piece, whole, part, each, stack)
+                for piece, part, each in zip(pieces, maps, encrypted, strict=True)
             ]
             parts = []
             for piece, request, part, each in zip(pieces, requests, maps, encrypted, strict=True):
@@ -110,15 +124,20 @@ class Product:
         exchange.decrypt_seconds += clock() - start
         return y
 
-    @staticmethod
-    def _right(check: PieceCheck, x: Tensor, y: Tensor, piece: LinearMap, whole: LinearMap) -> bool:
-        """Whether a decrypted piece is what was asked for; pieces are encrypted as ``ClientHalf`` does it."""
-        if whole.direction == "forward":
-            return check(piece, whole, x, y)
-        return check(piece, piece, columns(x, piece.rows), y)
+    def _right(self, check: PieceCheck, x: Tensor, y: Tensor, piece: LinearMap, whole: LinearMap) -> bool:
+        """Whether a decrypted piece is what was asked for."""
+        sent = x if whole.direction == "forward" else columns_of(x, piece.rows)
+        if whole.direction == "forward" or self._backend.whole_products:
+            return check(piece, sent, y, whole, x)
+        return check(piece, sent, y, piece, sent)
 
     def _send(
-        self, piece: Piece, linear_map: LinearMap, encrypted: Encrypted[Any], stack: contextlib.ExitStack
+        self,
+        piece: Piece,
+        whole: LinearMap,
+        linear_map: LinearMap,
+        encrypted: Encrypted[Any],
+        stack: contextlib.ExitStack,
     ) -> PendingRequest:
         """Send the request for a piece; it is given up when ``stack`` unwinds."""
         start = time.perf_counter()
@@ -128,7 +147,10 @@ class Product:
         def check(reply: Buffers) -> None:
             self._client.check_reply(reply, encrypted.state, linear_map)
 
-        request = PendingRequest(self._pool, piece, linear_map.direction, self._opening, buffers, check, allowance)
+        most = self._backend.reply_bytes(whole, linear_map, self._exchange.tokens)
+        request = PendingRequest(
+            self._pool, piece, linear_map.direction, self._opening, buffers, check, allowance, most
+        )
         stack.callback(request.abandon)
         self._exchange.wait_seconds += time.perf_counter() - start
         self._exchange.requests += 1

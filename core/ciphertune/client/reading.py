@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ciphertune.client.connection import BACKOFF_SECONDS, Retry, WorkerConnection
 from ciphertune.client.pool import WorkerPool
-from ciphertune.errors import ReplyError, TransportError, WeightsError, WorkerError
+from ciphertune.errors import TransportError, WeightsError, WorkerError
 from ciphertune.protocol import Message
-from ciphertune.weights import LayerInfo
+from ciphertune.weights import LayerInfo, code_dtype
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +30,15 @@ class WorkerCodes:
     Args:
         pool: the workers.
         groups: for each layer's name, the group of the pool that it belongs to.
+
+    Attributes:
+        bytes_down: bytes of codes that workers sent.
     """
 
     def __init__(self, pool: WorkerPool, groups: dict[str, int]) -> None:
         self._pool = pool
         self._groups = groups
+        self.bytes_down = 0
         self._liars: set[tuple[str, str]] = set()
 
     def read(self, layer: LayerInfo, start: int, stop: int) -> Tensor:
@@ -79,6 +83,7 @@ class WorkerCodes:
         timeouts = self._pool.timeouts
         end = time.monotonic() + timeouts.deadline
         problem = "no worker holds them any more"
+        most = (stop - start) * layer.in_features * code_dtype(layer.weight_bits).itemsize
         request = {"layer": layer.name, "start": start, "stop": stop}
         while True:
             refused = True
@@ -86,7 +91,8 @@ class WorkerCodes:
                 if self._pool.closed.is_set():
                     raise TransportError(f"the session was closed while the codes of {layer.name} were read")
                 try:
-                    reply = worker.reply(worker.submit(Message("weights", dict(request))), timeouts.timeout, "weights")
+                    future = worker.submit(Message("weights", dict(request)), most)
+                    reply = worker.reply(future, timeouts.timeout, "weights")
                 except WorkerError as error:
                     if error.code == "withheld":
                         raise WeightsError(_WITHHELD.format(name=worker.name)) from error
@@ -96,8 +102,11 @@ class WorkerCodes:
                 else:
                     codes = reply.buffers.get("codes")
                     if codes is not None and codes.dim() == 2 and len(codes) == stop - start:
+                        self.bytes_down += codes.nbytes
                         return codes
-                    raise ReplyError(f"{worker.name} answered a request for codes of {layer.name} without them")
+                    problem = f"{worker.name} answered a request for codes of {layer.name} without them"
+                    log.warning("%s", problem)
+                    self._liars.add((worker.name, layer.name))
             if refused or time.monotonic() > end:
                 raise WeightsError(f"rows {start} to {stop} of {layer.name} could not be read: {problem}")
             self._pool.closed.wait(BACKOFF_SECONDS)

@@ -40,6 +40,7 @@ class PendingRequest:
         buffers: of the request.
         check: raises ``ReplyError`` for a reply that is not the product.
         allowance: seconds that it may take longer than others.
+        reply_bytes: of the reply's buffers at most; None where that is not known.
 
     Attributes:
         attempts: how often it was sent.
@@ -57,6 +58,7 @@ class PendingRequest:
         buffers: Mapping[str, Any],
         check: Callable[[Buffers], None],
         allowance: float = 0.0,
+        reply_bytes: int | None = None,
     ) -> None:
         self.attempts = 0
         self.check_seconds = 0.0
@@ -67,6 +69,7 @@ class PendingRequest:
         self._opening = opening
         self.answered_by: WorkerConnection | None = None
         self._buffers = dict(buffers)
+        self._reply_bytes = reply_bytes
         self._timeouts = pool.timeouts.extended(allowance)
         self.begun = time.monotonic()
         # The worker may have to be given the key again.
@@ -122,7 +125,7 @@ class PendingRequest:
                 group = worker.groups[self._piece.names]
                 session = worker.open(self._opening, seconds, group, self._pool.closed)
                 fields = {"session": session, "group": group, "direction": self._direction}
-                future = worker.submit(Message("evaluate", fields, self._buffers))
+                future = worker.submit(Message("evaluate", fields, self._buffers), self._reply_bytes)
                 self._under_way[future] = _Attempt(worker, session, time.monotonic())
             except BaseException as error:
                 self._pool.release(worker)
@@ -130,7 +133,7 @@ class PendingRequest:
                 full = isinstance(error, WorkerError) and error.code == "quota"
                 if not (full or isinstance(error, (Retry, TransportError))):
                     raise
-                worker.mark_failed(str(error))
+                self._failed(worker, error)
             else:
                 self.attempts += 1
                 return True
@@ -154,7 +157,7 @@ class PendingRequest:
         for future, attempt in list(self._under_way.items()):
             if now >= attempt.started + timeouts.timeout and not future.done():
                 self._drop(future)
-                attempt.worker.mark_failed(f"no answer within {timeouts.timeout:g} s")
+                self._failed(attempt.worker, TransportTimeoutError(f"no answer within {timeouts.timeout:g} s"))
         if may_hedge and self._under_way and not done and now >= hedge_at and not self._send(hedging=True):
             self._hedge_not_before = now + BACKOFF_SECONDS
         return None
@@ -168,7 +171,7 @@ class PendingRequest:
         except UnknownSession as error:
             worker.mark_forgotten(attempt.session, str(error))
         except (Retry, TransportError) as error:
-            worker.mark_failed(str(error))
+            self._failed(worker, error)
         except WorkerError as error:
             # What one worker stumbles over, its replica may not.
             if error.code != "internal" or self.attempts >= len(self._piece.workers):
@@ -176,10 +179,16 @@ class PendingRequest:
             worker.mark_failed(str(error))
         else:
             if self._accept(worker, reply):
-                worker.mark_answered()
+                self._pool.answered(worker)
                 self.answered_by = worker
                 return reply
         return None
+
+    def _failed(self, worker: WorkerConnection, error: BaseException) -> None:
+        """Have a worker back off; one that is busy is not silent."""
+        worker.mark_failed(str(error))
+        if isinstance(error, TransportError) and not self._pool.closed.is_set():
+            self._pool.silent(worker, str(error), self._deadline - time.monotonic())
 
     def _accept(self, worker: WorkerConnection, reply: Message) -> bool:
         """Whether a reply is the product that was asked for; whoever gave another one is asked no more."""

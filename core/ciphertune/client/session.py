@@ -18,6 +18,7 @@ from torch import Tensor
 from ciphertune._support.denormals import flushing
 from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import DIRECTIONS, ClientHalf, Direction, LinearMap, SecurityStatement
+from ciphertune.callers import Owners, owners_of
 from ciphertune.client.choice import Choice
 from ciphertune.client.connection import Opening
 from ciphertune.client.noise_checks import NoiseChecks, checkable, decrypts_pieces
@@ -30,9 +31,9 @@ from ciphertune.client.request import KeysReplaced
 from ciphertune.errors import InputError, SecurityError, UnsupportedLayerError, WeightsError, WrongReplyError
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.selection import Selection
-from ciphertune.traffic import Exchange, Traffic
+from ciphertune.traffic import Exchange, SetUp, Traffic
 from ciphertune.transport import Link, LocalWorker
-from ciphertune.weights import CodeSource, LayerInfo, group_map, model_digest
+from ciphertune.weights import CodeSource, LayerInfo, group_map, lookup_map, model_digest
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class _Group:
 
     Attributes:
         layers: the layers.
-        maps: of both directions.
+        maps: of both directions; of a table backward alone, for lookups.
         parent: the group that a layer alone belongs to, and the layer's first row in it; None for any other group.
         precise: directions that the backend was asked about and does not refuse as imprecise.
     """
@@ -68,9 +69,12 @@ class Session:
         plugins: hook plugins; those of the process unless given.
         codes: where the layers' codes can be read, for an encryption that prepares itself from them; the workers if
             not given.
+        tables: layers whose rows are looked up, as indices into ``layers``: groups of their own after the others, for
+            backward products of inputs that name one row each.
 
     Attributes:
         traffic: totals since the session opened.
+        set_up: costs of preparations from the weights' codes.
         pool: the workers.
         worker: the embedded worker, None where the workers are remote.
         closed: whether it was closed.
@@ -92,16 +96,20 @@ class Session:
         device: torch.device,
         plugins: PluginManager | None = None,
         codes: CodeSource | None = None,
+        tables: Sequence[int] = (),
     ) -> None:
         self.choice = choice
         self.layers = tuple(layers)
         self.worker = worker
         self.device = device
         self.traffic = Traffic()
+        self.set_up = SetUp()
         self.closed = False
+        self._apart = False
         self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
         self._groups = [self._group(groups, number) for number in range(len(groups))]
+        self._groups += [self._table(self.layers[i]) for i in tables]
         client = choice.backend.client(device)
         self._checks = self._checking(client)
         self._counting = threading.Lock()
@@ -123,6 +131,7 @@ class Session:
                 remote=choice.transport.remote,
                 model=model.hex(),
                 excluded=self._watch_exclusions,
+                silence=self._watch_silence,
             )
         except BaseException:
             with contextlib.ExitStack() as stack:
@@ -135,7 +144,7 @@ class Session:
         self._covering = threading.Lock()
         self._covered: dict[int, tuple[Piece, ...]] = {}
         try:
-            self._prepare(list(range(len(groups))), codes)
+            self._prepare(list(range(len(self._groups))), codes)
             self.plugins.observe("ciphertune_session_opened", session=self)
         except BaseException:  # Ctrl-C, or warnings that are errors
             self.close()
@@ -170,13 +179,15 @@ class Session:
 
     @own_modes()
     @flushing()
-    def product(self, group: int, direction: Direction, x: Tensor) -> Tensor:
+    def product(self, group: int, direction: Direction, x: Tensor, owners: Owners | None = None) -> Tensor:
         """Evaluate one product at the workers.
 
         Args:
             group: index into the groups the session was opened with.
             direction: forward ``x Wᵀ`` or backward ``g W``, W being the group's stacked integer codes.
             x: (tokens, features), float32.
+            owners: callers and their numbers of tokens, in order, for a session that keeps callers apart; of all
+                tokens the caller that ``batch_of`` names if not given.
 
         Returns:
             (tokens, features of the other side), float32, of any strides, not yet scaled per channel.
@@ -184,7 +195,8 @@ class Session:
         Raises:
             PrecisionError: the backend cannot evaluate this map well enough. Nothing was sent.
             InputError: x is empty, of the wrong shape, or not finite. Nothing was sent.
-            SecurityError: the session is closed, or of another process. Nothing was sent.
+            SecurityError: the session is closed, or of another process, or keeps callers apart and was not told whose
+                the tokens are. Nothing was sent.
             VetoError: a plugin refused the request. Nothing was sent.
             TransportError, WorkerError, ReplyError: the product could not be had.
             WrongReplyError: no worker is left that answers rightly.
@@ -199,16 +211,33 @@ class Session:
         _check_input(x, linear_map)
         if self.closed:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
+        if self._apart:
+            owners = self._owners(linear_map, x, owners)
         self._refuse_imprecise(self._groups[group], direction)
         exchange = Exchange(
             layers=tuple(layer.name for layer in self.members(group)), direction=direction, tokens=len(x)
         )
         self.plugins.gate("ciphertune_before_request", session=self, exchange=exchange)
-        y = self._evaluate(group, direction, x, exchange)
+        y = self._evaluate(group, direction, x, exchange, owners if self._apart else None)
         with self._counting:
             self.traffic.add(exchange)
         self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
+
+    def keep_apart(self) -> None:
+        """Keep callers apart from now on: no secret of the encryption masks tokens of two of them.
+
+        Every product then needs to be told whose its tokens are, by ``ciphertune.callers.batch_of``.
+
+        Raises:
+            SecurityError: the backend has one secret for all.
+        """
+        if not self.choice.backend.separates_callers:
+            raise SecurityError(
+                f"{self.selection.backend} has one secret for all who use this session, so that a caller who works "
+                "together with a worker could learn of the others: use mlwe, or a session for each caller"
+            )
+        self._apart = True
 
     @own_modes()
     def close(self) -> None:
@@ -224,14 +253,16 @@ class Session:
                 client.close()
             self.plugins.observe("ciphertune_session_closed", session=self)
 
-    def _evaluate(self, number: int, direction: Direction, x: Tensor, exchange: Exchange) -> Tensor:
+    def _evaluate(
+        self, number: int, direction: Direction, x: Tensor, exchange: Exchange, owners: Owners | None
+    ) -> Tensor:
         """The product, encrypted anew as often as the session's keys had to be replaced meanwhile."""
         check = None if self._checks is None else functools.partial(self._right, number, direction)
         while True:
             keys = self._keys
             product = Product(self.choice.backend, keys, self.pool, exchange, check)
             try:
-                return product.evaluate(*self._cut(number, direction, x))
+                return product.evaluate(*self._cut(number, direction, x), owners)
             except KeysReplaced:
                 continue
             except Rejected as rejected:
@@ -246,14 +277,22 @@ class Session:
                     ) from None
 
     def _right(
-        self, number: int, direction: Direction, piece: LinearMap, encrypted: LinearMap, x: Tensor, y: Tensor
+        self,
+        number: int,
+        direction: Direction,
+        piece: LinearMap,
+        x: Tensor,
+        y: Tensor,
+        encrypted: LinearMap,
+        whole_x: Tensor,
     ) -> bool:
         """Whether a decrypted piece of a group's product is right; its vectors are those of the group's parent."""
         assert self._checks is not None
         parent, offset = self._groups[number].parent or (number, 0)
-        if self.choice.backend.prepares:
+        if self.choice.backend.whole_products:
             offset = 0  # ``_cut`` counted from the parent's top
-        return self._checks.right(self._groups[parent].maps[direction], _moved(piece, offset), encrypted, x, y)
+        whole = self._groups[parent].maps[direction]
+        return self._checks.right(whole, _moved(piece, offset), x, y, encrypted, whole_x)
 
     def _checking(self, client: ClientHalf[Any]) -> NoiseChecks | None:
         """Checks of decrypted answers, where a worker elsewhere gives them and nothing checks them before."""
@@ -264,7 +303,7 @@ class Session:
             why = "check_answers=0"
         elif not all(checkable(backend, group.maps) for group in self._groups):
             why = f"{backend.name} states no bound of its errors"
-        elif not decrypts_pieces(client):
+        elif not decrypts_pieces(client, backend):
             why = f"{backend.name} does not decrypt the pieces of a product one by one"
         else:
             return NoiseChecks(backend, self.device)
@@ -289,28 +328,34 @@ class Session:
             self._keys = self._keys_of(client)
             self.pool.opening = self._keys.opening
 
+    @staticmethod
+    def _owners(linear_map: LinearMap, x: Tensor, owners: Owners | None) -> Owners:
+        found = owners_of(x.shape) if owners is None else owners
+        if found is None or sum(tokens for _, tokens in found) != len(x):
+            raise SecurityError(
+                f"{linear_map.label}: this session keeps callers apart, and nobody said whose these {len(x)} tokens "
+                "are: call the model within ciphertune.callers.batch_of(…). Nothing was sent"
+            )
+        return found
+
     def _cut(
         self, number: int, direction: Direction, x: Tensor
     ) -> tuple[Sequence[Piece], Sequence[LinearMap], Tensor, LinearMap]:
         """How a product is evaluated: the pieces, their maps, what is sent, and the map that it is encrypted for.
 
-        Where a client half prepares itself for groups, a layer alone has nothing of its own: its product is some rows
-        of its group's, and its gradient the group's with zeros for the siblings.
+        With ``Backend.whole_products`` a layer alone has nothing of its own: its product is some rows of its group's,
+        and its gradient the group's with zeros for the siblings.
         """
-        group = self._groups[number]
-        offset = 0
-        if self.choice.backend.prepares and group.parent is not None:
-            parent, offset = group.parent
-            whole = self._groups[parent].maps[direction]
-            if direction == "backward":
-                columns = slice(offset, offset + x.shape[1])
-                x, alone = x.new_zeros(len(x), whole.in_features), x
-                x[:, columns] = alone
-                number, offset = parent, 0
-        else:
-            whole = group.maps[direction]
+        parent, offset = self._evaluated_in(number)
+        whole = self._groups[parent].maps[direction]
+        if parent != number and direction == "backward":
+            columns = slice(offset, offset + x.shape[1])
+            x, alone = x.new_zeros(len(x), whole.in_features), x
+            x[:, columns] = alone
+            number, offset = parent, 0
         pieces = self._prepared_pieces(number)
-        return pieces, [_moved(piece.map(direction), offset) for piece in pieces], x, whole
+        maps = [dataclasses.replace(piece.map(direction), peak=whole.peak) for piece in pieces]
+        return pieces, [_moved(each, offset) for each in maps], x, whole
 
     def _prepared_pieces(self, number: int) -> tuple[Piece, ...]:
         """The pieces of a group's products, for which the client half is prepared."""
@@ -354,20 +399,36 @@ class Session:
             raise WeightsError(
                 f"{error}. The codes are needed to check answers; check_answers=0 does without, and believes any answer"
             ) from error
+        self.set_up.weights += read
+        self.set_up.seconds += (seconds := time.monotonic() - begun)
+        if isinstance(codes, WorkerCodes):
+            self.set_up.bytes_down += codes.bytes_down
         if read:
-            log.info(
-                "prepared for the products of %.1f million weights in %.1f s", read / 1e6, time.monotonic() - begun
-            )
+            log.info("prepared for the products of %.1f million weights in %.1f s", read / 1e6, seconds)
+
+    def _evaluated_in(self, number: int) -> tuple[int, int]:
+        """The group whose product serves a group, and the row that it begins at there."""
+        parent = self._groups[number].parent if self.choice.backend.whole_products else None
+        return parent or (number, 0)
 
     def _group(self, groups: Sequence[tuple[int, ...]], number: int) -> _Group:
         layers = tuple(self.layers[i] for i in groups[number])
         maps = {direction: group_map(layers, direction) for direction in DIRECTIONS}
         group = _Group(layers, maps, self._parent(groups, number))
+        self._refuse(group)
+        self._refuse_imprecise(group, "forward")
+        return group
+
+    def _table(self, table: LayerInfo) -> _Group:
+        group = _Group((table,), {"backward": lookup_map(table)})
+        self._refuse(group)
+        self._refuse_imprecise(group, "backward")
+        return group
+
+    def _refuse(self, group: _Group) -> None:
         for linear_map in group.maps.values():
             if (why := self.choice.backend.refuse(linear_map)) is not None:
                 raise UnsupportedLayerError(f"{linear_map.label}: {self.selection.backend} refuses it: {why}")
-        self._refuse_imprecise(group, "forward")
-        return group
 
     def _parent(self, groups: Sequence[tuple[int, ...]], number: int) -> tuple[int, int] | None:
         """The larger group that a layer alone belongs to, and its first row there."""
@@ -396,6 +457,13 @@ class Session:
         self.plugins.observe(
             "ciphertune_worker_excluded", session=self, worker=worker, layers=layers, direction=direction
         )
+
+    def _watch_silence(self, worker: str, problem: str | None, seconds: float) -> None:
+        if problem is None:
+            self.plugins.observe("ciphertune_worker_back", session=self, worker=worker, seconds=seconds)
+        else:
+            told = {"session": self, "worker": worker, "problem": problem, "seconds": seconds}
+            self.plugins.observe("ciphertune_worker_silent", **told)
 
     def _watch_key(self, worker: str, nbytes: int, done: bool) -> None:
         self.plugins.observe("ciphertune_sending_key", worker=worker, nbytes=nbytes, done=done)

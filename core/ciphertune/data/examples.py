@@ -116,7 +116,7 @@ def examples_of(rows: Sequence[Row], form: Form, columns: Columns) -> list[Examp
             found.append(_completion(row, columns.prompt or "prompt", columns.completion or "completion"))
         else:
             name = next((name for name in _CONVERSATIONS if row.fields.get(name)), _CONVERSATIONS[0])
-            turns = _turns(row.fields.get(name), row, name)
+            turns = turns_in(row.fields.get(name), row, name)
             found.append(Example(row.place, None, turns, _tools(row)))
     if not found:
         raise ConfigError("data.source holds no text: every row is blank")
@@ -159,7 +159,7 @@ def _completion(row: Row, prompt: str, completion: str) -> Example:
     if isinstance(asked, str) and isinstance(answer, str):
         return Example(row.place, text_in(row, prompt, "prompt_field"), text_in(row, completion, "completion_field"))
     if isinstance(asked, list) and isinstance(answer, list):
-        return Example(row.place, _turns(asked, row, prompt), _turns(answer, row, completion), _tools(row))
+        return Example(row.place, turns_in(asked, row, prompt), turns_in(answer, row, completion), _tools(row))
     for name, value, key in ((prompt, asked, "prompt_field"), (completion, answer, "completion_field")):
         if not isinstance(value, (str, list)):
             text_in(row, name, key)  # says what is wrong
@@ -176,7 +176,17 @@ def _tools(row: Row) -> Any:
         raise ConfigError(f"{row.place}: the field 'tools' is a text that is no JSON") from None
 
 
-def _turns(value: Any, row: Row, name: str) -> list[Message]:
+def turns_in(value: Any, row: Row, name: str) -> list[Message]:
+    """The turns of a conversation that a field holds, as a list or as JSON of one.
+
+    Args:
+        value: of the field.
+        row: that has it.
+        name: of the field.
+
+    Raises:
+        ConfigError: it is no list of messages. Nothing of it is quoted.
+    """
     if isinstance(value, str):  # a list in a cell of a table
         try:
             value = json.loads(value)

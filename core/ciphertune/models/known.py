@@ -9,6 +9,7 @@ from torch import nn
 
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
+from ciphertune.models.folders import refuse_folder
 from ciphertune.models.names import refuse_path
 from ciphertune.models.skeleton import assemble, build
 
@@ -21,6 +22,8 @@ _LLAMA_3 = {
     "dtype": "bfloat16",
 }
 
+_LLAMA_3_2 = {**_LLAMA_3, "tie_word_embeddings": True}
+
 BUILT_IN: dict[str, dict[str, Any]] = {
     "smollm2": {
         "vocab_size": 49152,
@@ -31,6 +34,25 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "llama-3.2-1b": {**_LLAMA_3_2, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+    "llama-3.2-3b": {
+        **_LLAMA_3_2,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    },
     "llama-3-8b": {**_LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
     "llama-3-70b": {
         **_LLAMA_3,
@@ -40,7 +62,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
     },
 }
-"""Llama-shaped models by name: what their public ``config.json`` says of their sizes."""
+"""Models by name: what their public ``config.json`` says of their sizes; of Llama's architecture, or ``model_type``."""
 
 
 def skeleton(model: str, **changes: Any) -> nn.Module:
@@ -55,10 +77,13 @@ def skeleton(model: str, **changes: Any) -> nn.Module:
     """
     if model in BUILT_IN:
         transformers = import_optional("transformers", 'pip install "ciphertune[hf]"')
-        config = transformers.LlamaConfig(**{**BUILT_IN[model], **changes})
-        return assemble(config, transformers.LlamaForCausalLM)
+        said = {**BUILT_IN[model], **changes}
+        kind = said.pop("model_type", "llama").capitalize()
+        config = getattr(transformers, f"{kind}Config")(**said)
+        return assemble(config, getattr(transformers, f"{kind}ForCausalLM"))
     folder = Path(model)
     if not folder.is_dir():
+        refuse_folder(model, weights=False)
         refuse_path(model, ("smollm2", *BUILT_IN))
         try:
             from huggingface_hub import hf_hub_download

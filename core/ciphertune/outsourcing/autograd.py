@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ciphertune._support.denormals import flushing
 from ciphertune._support.torch_compat import uncompiled
+from ciphertune.callers import Owners
 from ciphertune.client.session import Session
+from ciphertune.outsourcing.outliers import add_inputs, add_outputs, set_inputs_aside, set_outputs_aside
 
 
 class OutsourcedProduct(torch.autograd.Function):
@@ -20,33 +22,39 @@ class OutsourcedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, session: Session, group: int, half: bool) -> tuple[Tensor, ...]:
-        """See the class; ``half`` as in ``OutsourcedGradient``."""
+    def forward(
+        ctx: Any, x: Tensor, session: Session, group: int, half: bool, owners: Owners | None = None
+    ) -> tuple[Tensor, ...]:
+        """See the class; ``half`` as in ``OutsourcedGradient``, ``owners`` as in ``Session.product``."""
         ctx.session, ctx.group, ctx.half, ctx.tokens = session, group, half, len(x)
         ctx.set_materialize_grads(False)
         # A backward pass started under autocast runs under it too, and may come back here.
         with flushing(), torch.autocast(x.device.type, enabled=False):
-            stacked = session.product(group, "forward", x)
+            layers = session.members(group)
+            sent, aside = set_inputs_aside(x, layers)
+            stacked = session.product(group, "forward", sent, owners)
             outputs = []
             row = 0
-            for layer in session.members(group):
+            for layer in layers:
                 part = stacked[:, row : row + layer.out_features]
                 row += layer.out_features
                 # Products come feature-major; one copy puts them in order, and the scale is applied in place.
                 output = torch.empty(part.shape, dtype=torch.float32, device=part.device).copy_(part)
-                outputs.append(output if layer.scale is None else output.mul_(layer.scale.to(output.device)))
+                if layer.scale is not None:
+                    output.mul_(layer.scale.to(output.device))
+                outputs.append(add_inputs(output, aside, layer))
         return tuple(outputs)
 
     @staticmethod
     @uncompiled
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         """See the class."""
         if not ctx.needs_input_grad[0] or all(grad is None for grad in grads):
-            return None, None, None, None
+            return None, None, None, None, None
         gradient: Tensor = OutsourcedGradient.apply(  # type: ignore[no-untyped-call]
             ctx.session, ctx.group, ctx.half, ctx.tokens, *grads
         )
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 class OutsourcedGradient(torch.autograd.Function):
@@ -81,10 +89,12 @@ class OutsourcedGradient(torch.autograd.Function):
                 else:
                     torch.mul(grad, layer.scale.to(device), out=part)
             if not half:
-                return session.product(group, "backward", stacked).contiguous()
+                product = session.product(group, "backward", set_outputs_aside(stacked, layers))
+                return add_outputs(product, grads, layers).contiguous()
             # Zeros are sent in their place: how many rows overflowed must not show in what is sent, nor in when.
             overflown = ~stacked.isfinite().all(dim=1, keepdim=True)
-            product = session.product(group, "backward", stacked.masked_fill(overflown, 0.0))
+            sent = set_outputs_aside(stacked.masked_fill(overflown, 0.0), layers)
+            product = add_outputs(session.product(group, "backward", sent), grads, layers)
             return torch.where(overflown, torch.nan, product).contiguous()
 
     @staticmethod

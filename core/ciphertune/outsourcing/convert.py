@@ -15,6 +15,13 @@ from ciphertune.client.choice import Choice, choose
 from ciphertune.client.session import Session
 from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError
 from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.calibration import Calibration
+from ciphertune.outsourcing.embedding import (
+    OutsourcedEmbedding,
+    Table,
+    choose_table,
+    outsourced_embeddings,
+)
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import (
     Candidate,
@@ -24,7 +31,8 @@ from ciphertune.outsourcing.layers import (
     linear_layers,
     sibling_groups,
 )
-from ciphertune.outsourcing.replacing import Restorer, originals, replace
+from ciphertune.outsourcing.outliers import keep_channels
+from ciphertune.outsourcing.replacing import Restorer, originals, replace, replace_embedding
 from ciphertune.outsourcing.trained_whole import guard
 from ciphertune.outsourcing.trial import frozen_from_birth
 from ciphertune.plugins.manager import PluginManager, plugin_manager
@@ -40,6 +48,8 @@ def outsource(
     to: str = "mlwe",
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
     *,
+    embeddings: bool = False,
+    calibration: Calibration | None = None,
     plugins: PluginManager | None = None,
 ) -> ModelT:
     """Replace linear layers by ones whose weights are at the workers. The model is changed in place and returned.
@@ -51,11 +61,14 @@ def outsource(
         to: selection string: which encryption, and where the workers are.
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``. By default all but the output head,
             layers tied to something that stays, and layers that are being trained. ``"all"`` includes the output head.
+        embeddings: whether the token embedding is at the workers, too: tokens are then looked up under encryption, by a
+            request as long as the vocabulary for each. An output head that is the same table goes with it.
+        calibration: from ``calibrate``: channels with outliers stay at the client, up to 8 a product.
         plugins: hook plugins; those of the process unless given.
 
     Raises:
         SelectionError, PluginError, SecurityError: about ``to``.
-        UnknownLayerError, UnsupportedLayerError, NothingOutsourcedError: about ``layers``.
+        UnknownLayerError, UnsupportedLayerError, NothingOutsourcedError: about ``layers`` and ``embeddings``.
         PrecisionError: a layer too large for the backend's guarantees.
         TransportError, WorkerError: no session could be opened.
         WeightsError: the encryption prepares itself from the codes, and they cannot be had.
@@ -63,13 +76,19 @@ def outsource(
     manager = plugins if plugins is not None else plugin_manager()
     choice = choose(to)
     chosen = choose_layers(model, layers, manager)
+    table = None
+    if embeddings:
+        chosen, table = choose_table(model, chosen)
     sizes = [candidate.weight().shape[1] for candidate in chosen]
     groups = sibling_groups(chosen, sizes) if choice.options.share_inputs else [(i,) for i in range(len(chosen))]
-    infos, store = quantize_all(chosen, groups, choice.backend.weight_bits, keep=not choice.transport.remote)
-    device = device_of(chosen)
+    held = [*chosen, table.places[0]] if table is not None and table.tied is None else chosen
+    blocks = [*groups, *((i,) for i in range(len(chosen), len(held)))]
+    local = not choice.transport.remote
+    infos, store = quantize_all(held, blocks, choice.backend.weight_bits, keep=local, calibration=calibration)
+    device = device_of(held)
     worker = None if choice.transport.remote else Worker(store, device)
-    codes = ModelCodes(chosen, choice.backend.weight_bits) if choice.transport.remote else None
-    return attach(model, chosen, infos, groups, choice, worker, device, manager, codes)
+    codes = ModelCodes(held, choice.backend.weight_bits) if choice.transport.remote else None
+    return attach(model, chosen, infos, groups, choice, worker, device, manager, codes, table)
 
 
 class ModelCodes:
@@ -98,7 +117,12 @@ class ModelCodes:
 
 @own_modes()
 def quantize_all(
-    chosen: Sequence[Candidate], groups: Sequence[tuple[int, ...]], bits: WeightBits | None, *, keep: bool
+    chosen: Sequence[Candidate],
+    groups: Sequence[tuple[int, ...]],
+    bits: WeightBits | None,
+    *,
+    keep: bool,
+    calibration: Calibration | None = None,
 ) -> tuple[list[LayerInfo], WeightStore]:
     """Quantize layers: return what a client knows of them, and a store for the worker.
 
@@ -107,6 +131,7 @@ def quantize_all(
         groups: those evaluated together, as indices; every layer is in exactly one.
         bits: of a weight at the worker, None for float32.
         keep: whether the weights are wanted too; the store is empty otherwise.
+        calibration: what channels the client keeps follows from; none are without it.
 
     Raises:
         LayerError: a weight is not finite.
@@ -115,7 +140,9 @@ def quantize_all(
     infos: dict[int, LayerInfo] = {}
     for group in groups:
         weights = [quantize_layer(chosen[i].name, chosen[i].weight(), bits) for i in group]
-        infos |= {i: describe(chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)}
+        members = [describe(chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)]
+        members = keep_channels(members, [chosen[i].weight() for i in group], calibration)
+        infos |= dict(zip(group, members, strict=True))
         if keep:
             codes = [weight.codes for weight in weights]
             store.add([infos[i].shard() for i in group], codes[0] if len(codes) == 1 else torch.cat(codes))
@@ -132,31 +159,38 @@ def attach(
     device: torch.device,
     plugins: PluginManager,
     codes: CodeSource | None = None,
+    table: Table | None = None,
 ) -> ModelT:
     """Open a session and put outsourced layers in the place of linear ones.
 
     Args:
         model: changed in place once the session is open; on any error it is as before.
         chosen: its layers to replace, whose weights may be on the meta device.
-        infos: of each of them, in order.
+        infos: of each of them, in order; behind them that of a table which is none of them.
         groups: layers evaluated together, as indices; every layer is in exactly one.
         choice: from ``choose``.
         worker: the embedded worker, for a transport that stays in this process.
         device: where the client encrypts and decrypts, and where the layers say their weight is.
         plugins: hook plugins.
         codes: where the layers' codes can be read; the workers if not given.
+        table: the token embedding, where that is replaced, too.
 
     Raises:
         PrecisionError, TransportError, WorkerError, WeightsError: as ``outsource``.
     """
     # Members of a group are also groups of their own, for models in which siblings turn out to differ in input.
     evaluated = list(dict.fromkeys([*groups, *((i,) for group in groups for i in group)]))
-    session = Session(choice, infos, evaluated, worker, device, plugins, codes)
-    kept = originals(model, chosen)
+    row = len(chosen) if table is None or table.tied is None else table.tied
+    session = Session(choice, infos, evaluated, worker, device, plugins, codes, () if table is None else (row,))
+    places = () if table is None else table.places
+    kept = originals(model, [*chosen, *places])
     for group in groups:
         handle = LayerGroup(session, evaluated.index(group), [evaluated.index((i,)) for i in group])
         for member, i in enumerate(group):
             replace(chosen[i], kept[i], infos[i], handle, member, device)
+    lookup = LayerGroup(session, len(evaluated), [len(evaluated)])
+    for place, original in zip(places, kept[len(chosen) :], strict=True):
+        replace_embedding(place, original, infos[row], lookup, device)
     if next(model.parameters(), None) is None:
         outsourced_layers(model)[0].anchor()
     guard()
@@ -184,7 +218,7 @@ def restore(model: ModelT) -> ModelT:
     restorer = Restorer(model, frozen=bool(frozen) and not frozen <= frozen_from_birth(model))
     for parent in list(model.modules()):
         for attribute, module in list(parent._modules.items()):
-            if isinstance(module, OutsourcedLinear):
+            if isinstance(module, (OutsourcedLinear, OutsourcedEmbedding)):
                 weight = LayerWeight(held[_session(module)][module.name], module.info.scale)
                 restorer.take_back(parent, attribute, module, weight.dequantize())
     _base(model).__dict__.pop("save_pretrained", None)
@@ -215,7 +249,7 @@ class Share:
         outsourced: weights of outsourced layers.
         at_client: parameters that stay, adapters included.
         trainable: those of them that are trained.
-        layers: number of outsourced layers.
+        layers: number of outsourced layers, a token embedding with a table of its own among them.
     """
 
     outsourced: int
@@ -231,10 +265,10 @@ class Share:
 
 def share(model: nn.Module) -> Share:
     """Count what is at the workers and what stays. Libraries that count parameters miss outsourced weights."""
-    layers = outsourced_layers(model)
+    layers = {(_session(each), each.name): each.info for each in _outsourced(model)}
     parameters = list(model.parameters())
     return Share(
-        outsourced=sum(layer.in_features * layer.out_features for layer in layers),
+        outsourced=sum(info.in_features * info.out_features for info in layers.values()),
         at_client=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         layers=len(layers),
@@ -246,14 +280,23 @@ def validate(model: nn.Module) -> dict[str, str]:
     return {c.name: c.obstacle for c in linear_layers(model) if c.obstacle is not None}
 
 
+def sessions_of(model: nn.Module) -> list[Session]:
+    """The sessions that a model's outsourced layers use; none for a model that has none."""
+    return list(dict.fromkeys(_session(layer) for layer in _outsourced(model)))
+
+
 def _sessions(model: nn.Module) -> list[Session]:
-    sessions = dict.fromkeys(_session(layer) for layer in outsourced_layers(model))
+    sessions = sessions_of(model)
     if not sessions:
         raise NothingOutsourcedError("the model has no outsourced layer: call ciphertune.outsource(model, to=…) first")
-    return list(sessions)
+    return sessions
 
 
-def _session(layer: OutsourcedLinear) -> Session:
+def _outsourced(model: nn.Module) -> list[OutsourcedLinear | OutsourcedEmbedding]:
+    return [*outsourced_layers(model), *outsourced_embeddings(model)]
+
+
+def _session(layer: OutsourcedLinear | OutsourcedEmbedding) -> Session:
     assert isinstance(layer.group, LayerGroup)
     return layer.group.session
 

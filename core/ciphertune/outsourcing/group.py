@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.torch_compat import uncompiled
+from ciphertune.callers import owners_of
 from ciphertune.client.session import Session
 from ciphertune.errors import OutsourcedWeightError
 from ciphertune.outsourcing.autograd import OutsourcedProduct
@@ -96,6 +97,14 @@ class LayerGroup:
         self._pending.last = _Pending(weakref.ref(x), x._version, x.detach().clone(), *modes, outputs)
         return output
 
+    def lookup(self, named: Tensor) -> Tensor:
+        """Rows of the table that this is a handle on, (tokens, K) float32.
+
+        Args:
+            named: (tokens, N) float32, a value for one row in each, times which the row's codes come.
+        """
+        return self.session.product(self.group, "backward", named).contiguous()
+
     def _evaluate(self, group: int, x: Tensor, half: bool) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
         if len(flat) == 0:
@@ -103,5 +112,6 @@ class LayerGroup:
             members = self.session.members(group)
             outputs = tuple(flat[:, :1].expand(0, layer.out_features) for layer in members)
         else:
-            outputs = OutsourcedProduct.apply(flat, self.session, group, half)  # type: ignore[no-untyped-call]
+            owners = owners_of(x.shape)
+            outputs = OutsourcedProduct.apply(flat, self.session, group, half, owners)  # type: ignore[no-untyped-call]
         return tuple(output.reshape(*x.shape[:-1], output.shape[-1]) for output in outputs)

@@ -74,9 +74,7 @@ def linear_layers(model: nn.Module, *, allow_meta: bool = False, trial: bool = T
     head = _output_head(model)
     shared = _shared_weights(model)
     outside = outside_base_models(model)
-    parameters = list(model.parameters())
-    frozen = {id(p) for p in parameters if not p.requires_grad}
-    mixed = 0 < len(frozen) < len(parameters) and not frozen <= frozen_from_birth(model)
+    mixed = meant_to_train(model)
     read = weights_read(model) if trial else set()
     found = []
     for path, parent, attribute, module in walk(model):
@@ -99,6 +97,13 @@ def linear_layers(model: nn.Module, *, allow_meta: bool = False, trial: bool = T
     return found
 
 
+def meant_to_train(model: nn.Module) -> bool:
+    """Whether a model has frozen parameters and others, so that those others are meant to be trained."""
+    parameters = list(model.parameters())
+    frozen = {id(p) for p in parameters if not p.requires_grad}
+    return 0 < len(frozen) < len(parameters) and not frozen <= frozen_from_birth(model)
+
+
 def choose_layers(
     model: nn.Module,
     choice: LayerChoice | Iterable[LayerChoice] | None,
@@ -110,8 +115,8 @@ def choose_layers(
 
     Args:
         model: any module.
-        choice: None for every layer that has no reason to stay, unless a plugin chooses; ``"all"`` for every layer
-            that can be outsourced, output head included; or names, patterns, types and predicates.
+        choice: None for every layer that has no reason to stay, unless a plugin chooses; ``"all"``, alone or in a list,
+            for every layer that can be outsourced, output head included; or names, patterns, types and predicates.
         plugins: asked when choice is None.
         allow_meta: take layers without weights, on the meta device, as well.
 
@@ -131,11 +136,10 @@ def choose_layers(
         answer = plugins.gate("ciphertune_select_layers", model=model, candidates=[c.name for c in free])
         answer = [answer] if isinstance(answer, str) else answer
         chosen = free if answer is None else _matching(candidates, list(answer))
-    elif isinstance(choice, str) and choice == "all":
-        chosen = possible
     else:
         single = isinstance(choice, (str, type)) or callable(choice)
-        chosen = _matching(candidates, [choice] if single else list(choice))  # type: ignore[arg-type,list-item]
+        choices: list[LayerChoice] = [choice] if single else list(choice)  # type: ignore[arg-type,list-item]
+        chosen = possible if choices == ["all"] else _matching(candidates, choices)
     if not chosen:
         reasons = "; ".join(f"{c.name}: {c.obstacle or c.stays or 'not chosen'}" for c in candidates[:5])
         raise NothingOutsourcedError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ciphertune._support.own_modes import own_modes
 from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.embedding import OutsourcedEmbedding
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import Candidate
 from ciphertune.outsourcing.obstacles import is_conv1d
@@ -92,6 +93,21 @@ def replace(
     old = candidate.module
     like = torch.empty(0, dtype=candidate.weight().dtype, device=device)
     new = OutsourcedLinear(info, old._parameters.get("bias"), group, member, like, tied=original.weight.shared)
+    _put(candidate, original, new)
+
+
+@own_modes()
+def replace_embedding(
+    candidate: Candidate, original: Original, info: LayerInfo, group: LayerGroup, device: torch.device
+) -> None:
+    """Put an outsourced embedding in the place of one, as ``replace`` does with linear layers."""
+    old: Any = candidate.module
+    like = torch.empty(0, dtype=candidate.weight().dtype, device=device)
+    _put(candidate, original, OutsourcedEmbedding(info, group, old.padding_idx, like, tied=original.weight.shared))
+
+
+def _put(candidate: Candidate, original: Original, new: OutsourcedLinear | OutsourcedEmbedding) -> None:
+    old = candidate.module
     new.original = original
     _move_hooks(old, new)
     for attribute, value in vars(old).items():
@@ -119,8 +135,10 @@ class Restorer:
         self._weights: dict[int, nn.Parameter] = {}
 
     @own_modes()
-    def take_back(self, parent: nn.Module, attribute: str, layer: OutsourcedLinear, weight: Tensor) -> None:
-        """Put one layer back.
+    def take_back(
+        self, parent: nn.Module, attribute: str, layer: OutsourcedLinear | OutsourcedEmbedding, weight: Tensor
+    ) -> None:
+        """Put one layer, or a token embedding, back.
 
         Args:
             parent: what the outsourced layer hangs in.
@@ -137,22 +155,23 @@ class Restorer:
             # A peft adapter merges into the layout of what it stands on.
             parent.fan_in_fan_out = is_conv1d(module)  # type: ignore[assignment]
 
-    def _layer(self, layer: OutsourcedLinear, original: Original, weight: Tensor) -> nn.Module:
+    def _layer(self, layer: OutsourcedLinear | OutsourcedEmbedding, original: Original, weight: Tensor) -> nn.Module:
         module = original.shell
         value = weight.t().contiguous() if is_conv1d(module) else weight
         module._parameters["weight"] = self._weight(original.weight, value, layer)
         if "bias" in module._parameters:
-            module._parameters["bias"] = layer.bias
+            module._parameters["bias"] = layer._parameters["bias"]
         _move_hooks(layer, module)
         return module.train(layer.training)
 
-    def _weight(self, kept: Weight, value: Tensor, layer: OutsourcedLinear) -> nn.Parameter:
+    def _weight(self, kept: Weight, value: Tensor, layer: nn.Module) -> nn.Parameter:
         tied = [self._stay[name] for name in kept.tied_to if name in self._stay]
         for parameter in tied:
             if parameter.shape == value.shape:
                 return parameter
         if id(kept) not in self._weights:
-            value = value.to(device=layer.weight.device, dtype=layer.weight.dtype)
+            like: Any = layer.weight
+            value = value.to(device=like.device, dtype=like.dtype)
             self._weights[id(kept)] = nn.Parameter(value, requires_grad=kept.requires_grad and not self._frozen)
         return self._weights[id(kept)]
 

@@ -9,6 +9,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ciphertune.errors import OutsourcedWeightError
 from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.embedding import OutsourcedEmbedding
 from ciphertune.outsourcing.walk import peft_types
 
 
@@ -24,7 +25,7 @@ def guard() -> None:
 def _refuse(parent: nn.Module, attribute: str, module: nn.Module | None) -> None:
     if module is None or not isinstance(parent, peft_types()[1]):
         return
-    absent = [each.name for each in module.modules() if isinstance(each, OutsourcedLinear)]
+    absent = [each.name for each in module.modules() if isinstance(each, (OutsourcedLinear, OutsourcedEmbedding))]
     if absent:
         raise OutsourcedWeightError(
             f"peft is to train {', '.join(map(repr, absent))} whole (modules_to_save, or the head of its task type), "

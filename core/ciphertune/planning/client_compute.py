@@ -55,7 +55,7 @@ class InstantSession:
         """See ``Session.members``."""
         return self._members[group]
 
-    def product(self, group: int, direction: Direction, x: Tensor) -> Tensor:
+    def product(self, group: int, direction: Direction, x: Tensor, owners: object = None) -> Tensor:
         """See ``Session.product``; a session checks what it sends, too."""
         torch.isfinite(x.sum()).item()
         self.marks.append(Mark(self._names[group], direction, self.end()))
@@ -76,7 +76,7 @@ def measure_client_compute(
         model: a causal language model of ``BLOCKS`` blocks, its parameters on the meta device; it is changed.
         chosen: its layers that are outsourced.
         share: whether siblings are one product.
-        targets: ends of the names of layers that get LoRA adapters of rank 8.
+        targets: ends of the names of layers that get LoRA adapters of rank 8; the empty end for all.
         tokens: of a micro-batch.
         length: tokens of a sequence.
 
@@ -84,7 +84,7 @@ def measure_client_compute(
         Seconds of a step's parts; ``head`` and ``end`` those of this small model.
     """
     session = attach_instant_session(model, chosen, share)
-    adapted: Any = add_lora(model, seed=0, rank=8, targets=list(targets)).train()
+    adapted: Any = add_lora(model, seed=0, rank=8, targets="all-linear" if "" in targets else list(targets)).train()
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     most = min(tokens, MOST_TOKENS)

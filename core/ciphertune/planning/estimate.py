@@ -122,7 +122,11 @@ class _Costs:
         end = compute.end.at(tokens) + (0.0 if back else compute.head.at(tokens))
         return MicroBatch(
             [
-                *(self._forward(group, tokens, first=i == 0) for i, group in enumerate(groups)),
+                *(
+                    self._forward(group, part, first=i == j == 0)
+                    for i, group in enumerate(groups)
+                    for j, part in enumerate(group.parts(tokens))
+                ),
                 *(self._backward(group, tokens, first=i == 0) for i, group in enumerate(back)),
             ],
             end,
@@ -130,6 +134,8 @@ class _Costs:
 
     def _forward(self, group: PlannedGroup, tokens: int, first: bool) -> Product:
         rest = self._compute.begin.at(tokens) if first else self._before(group, "forward", tokens)
+        if group.lookup:
+            return Product(rest, self._requests(group, "backward", tokens))
         if group.cut:
             rest += group.forward.out_features * tokens * self._client.copy
         return Product(rest, self._requests(group, "forward", tokens))
@@ -153,6 +159,8 @@ class _Costs:
         return tuple(requests)
 
     def _before(self, group: PlannedGroup, direction: Direction, tokens: int) -> float:
+        if group.lookup:
+            return 0.0  # Rows are looked up before all else.
         name = product_name(group.layers, direction)
         if name not in self._compute.before:
             known = ", ".join(self._compute.before) or "nothing"

@@ -21,7 +21,7 @@ from ciphertune.client.session import Session
 from ciphertune.errors import ConfigError
 from ciphertune.models.known import skeleton
 from ciphertune.outsourcing.convert import outsource, session_of
-from ciphertune.outsourcing.layers import choose_layers, linear_layers
+from ciphertune.outsourcing.layers import Candidate, choose_layers, linear_layers
 from ciphertune.planning.client_compute import BLOCKS, measure_client_compute
 from ciphertune.planning.products import PlannedModel
 from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, product_name
@@ -37,6 +37,8 @@ _COPIED_VALUES = 1 << 22
 _SMALL, _LARGE = (1, 64, 64), (512, 1024, 2048)
 """Products whose replies are of a few hundred kilobytes, and of megabytes."""
 _LINK_ROUNDS = 15
+_PREPARED = (1024, 1024)
+"""Inputs and outputs of the layer that preparing is measured with."""
 
 
 _MOST_SIZES = 12
@@ -146,7 +148,6 @@ def measure_link(transport: str, options: dict[str, str]) -> LinkSpeed:
 def measure_speeds(
     model: str,
     planned: PlannedModel,
-    layers: Sequence[str] | str | None,
     targets: Sequence[str],
     tokens: int,
     length: int,
@@ -157,7 +158,6 @@ def measure_speeds(
     Args:
         model: as all others, see ``ciphertune.planning.plan.make_plan``.
         planned: products of the model.
-        layers: which are outsourced.
         targets: ends of the names of those with adapters.
         tokens: of a micro-batch.
         length: of a sequence.
@@ -170,9 +170,24 @@ def measure_speeds(
             machine={name: str(value) for name, value in machine().items()} | {"torch": torch.__version__},
             products=measure_products(to, sizes_to_measure(planned, backend, tokens)),
             copy=measure_copy(),
-            client_compute=_client_compute(model, planned, layers, targets, tokens, length) if as_client else None,
-            link=_link(planned.choice) if as_client and planned.choice.transport.remote else None,
+            client_compute=_client_compute(model, planned, targets, tokens, length) if as_client else None,
+            link=measure_transport(planned.choice) if as_client and planned.choice.transport.remote else None,
         )
+
+
+def measure_preparing(to: str) -> float:
+    """Seconds that a client here takes for each weight to prepare its encryption, of a layer of some size.
+
+    Args:
+        to: selection string of a backend that prepares itself, without transport.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = outsource(nn.Sequential(nn.Linear(*_PREPARED)), to, layers="all", plugins=PluginManager())
+        session = session_of(model)
+        try:
+            return session.set_up.seconds / max(1, session.set_up.weights)
+        finally:
+            session.close()
 
 
 def local_selection(choice: Choice) -> str:
@@ -188,7 +203,7 @@ def sizes_to_measure(planned: PlannedModel, backend: Backend, tokens: int) -> li
     work: dict[Size, float] = {}
     for group in planned.groups:
         for piece in group.pieces:
-            for m in (piece.forward, piece.backward):
+            for m in (piece.backward,) if group.lookup else (piece.forward, piece.backward):
                 sizes = (min(a, b) for a, b in zip((tokens, m.in_features, m.out_features), most, strict=True))
                 size = Size(m.direction, *sizes)
                 work[size] = work.get(size, 0.0) + math.prod(size[1:])
@@ -203,7 +218,8 @@ def _options(choice: Choice) -> list[dict[str, str]]:
     return split_options(options, SessionOptions, backend.options_class(options), transport.Options)
 
 
-def _link(choice: Choice) -> LinkSpeed:
+def measure_transport(choice: Choice) -> LinkSpeed:
+    """Measure the transport of a selection. Raises ``ConfigError`` where it cannot serve a worker."""
     transport = registry.load(registry.TRANSPORTS, choice.selection.transport)
     if transport.ServeOptions is None:
         raise ConfigError(
@@ -215,32 +231,20 @@ def _link(choice: Choice) -> LinkSpeed:
 def _client_compute(
     model: str,
     planned: PlannedModel,
-    layers: Sequence[str] | str | None,
     targets: Sequence[str],
     tokens: int,
     length: int,
 ) -> ClientCompute:
     """Measure what a client computes itself; guess where the model cannot be cut to a few blocks and run on tokens."""
-    whole = planned.model
-    config = getattr(whole, "config", None)
-    vocabulary, hidden = getattr(config, "vocab_size", None), getattr(config, "hidden_size", None)
-    if not type(whole).__name__.endswith(("ForCausalLM", "LMHeadModel")) or not vocabulary or not hidden:
-        return _guess_client_compute(planned)
-    most = max(256, min(vocabulary, _HEAD_WEIGHTS // hidden))
-    changes = {"num_hidden_layers": BLOCKS, "vocab_size": most, "use_cache": False}
-    specials = ("pad_token_id", "bos_token_id", "eos_token_id")
-    small = skeleton(model, **changes, **dict.fromkeys(specials))
-    names = {candidate.name for candidate in planned.chosen}
-    chosen = choose_layers(small, layers, plugin_manager(), allow_meta=True)
-    chosen = [candidate for candidate in chosen if candidate.name in names]
-    blocks = getattr(config, "num_hidden_layers", 0)
-    if not chosen or (blocks > BLOCKS and len(chosen) >= len(names)):
-        return _guess_client_compute(planned)
+    cut = small_model(model, planned, use_cache=False)
+    if cut is None:
+        return guess_client_compute(planned)
+    small, chosen, share = cut
     found = measure_client_compute(small, chosen, planned.choice.options.share_inputs, targets, tokens, length)
-    needed = {product_name(u.layers, d) for u in planned.groups for d in DIRECTIONS[: 1 + u.backward]}
+    needed = {product_name(u.layers, d) for u in planned.groups for d in u.directions if not u.lookup}
     if not needed <= found.before.keys():
-        return _guess_client_compute(planned)  # Blocks are not all alike.
-    share = vocabulary / most
+        return guess_client_compute(planned)  # Blocks are not all alike.
+    blocks = getattr(planned.model.config, "num_hidden_layers", 0)
     return dataclasses.replace(
         found,
         head=Line(found.head.fixed * share, found.head.per_token * share),
@@ -248,7 +252,34 @@ def _client_compute(
     )
 
 
-def _guess_client_compute(planned: PlannedModel) -> ClientCompute:
+def small_model(
+    model: str, planned: PlannedModel, *, use_cache: bool
+) -> tuple[nn.Module, list[Candidate], float] | None:
+    """Cut a causal language model to ``BLOCKS`` blocks and a smaller vocabulary.
+
+    Returns:
+        The small model without weights, its layers that are outsourced, and the whole model's vocabulary over its own;
+        None where the model cannot be cut so.
+    """
+    whole = planned.model
+    config = getattr(whole, "config", None)
+    vocabulary, hidden = getattr(config, "vocab_size", None), getattr(config, "hidden_size", None)
+    if not type(whole).__name__.endswith(("ForCausalLM", "LMHeadModel")) or not vocabulary or not hidden:
+        return None
+    most = max(256, min(vocabulary, _HEAD_WEIGHTS // hidden))
+    changes = {"num_hidden_layers": BLOCKS, "vocab_size": most, "use_cache": use_cache}
+    specials = ("pad_token_id", "bos_token_id", "eos_token_id")
+    small = skeleton(model, **changes, **dict.fromkeys(specials))
+    names = {candidate.name for candidate in planned.chosen}
+    chosen = choose_layers(small, "all", plugin_manager(), allow_meta=True)
+    chosen = [candidate for candidate in chosen if candidate.name in names]
+    blocks = getattr(config, "num_hidden_layers", 0)
+    if not chosen or (blocks > BLOCKS and len(chosen) >= len(names)):
+        return None
+    return small, chosen, vocabulary / most
+
+
+def guess_client_compute(planned: PlannedModel) -> ClientCompute:
     """Guess: head and loss as three products with the weights that stay, and a tenth of the plain products besides."""
     rate = _plain_rate()
     names = {candidate.name for candidate in planned.chosen}

@@ -6,27 +6,30 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from ciphertune.backend import DIRECTIONS, Backend
+from ciphertune.backend import Backend
 from ciphertune.bundle.spread import Spread
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import linear_layers
 from ciphertune.planning.estimate import Estimate, estimate_step
-from ciphertune.planning.measure import local_selection, measure_speeds
+from ciphertune.planning.measure import local_selection, measure_preparing, measure_speeds
 from ciphertune.planning.products import PlannedGroup, kept_parameters, plan_products
+from ciphertune.planning.shares import shares_of
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import Speeds, check_backend
 
-_RATE = re.compile(r"([0-9.]+)\s*([kMGT]?)(bit|B)/s\Z")
-_TIME = re.compile(r"([0-9.]+)\s*(us|µs|ms|s)\Z")
+# A b is a bit and a B a byte, whatever stands around it; prefixes in either case.
+_RATE = re.compile(r"([0-9.]+)\s*([kKmMgGtT]?)(bits?|b|bytes?|B)(?:/s(?:ec)?|ps)\Z")
+_TIME = re.compile(r"([0-9.]+)\s*(us|µs|ms|msec|s|sec|seconds?|milliseconds?)\Z")
 _PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_UNIT = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_UNIT = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3, "s": 1.0, "sec": 1.0, "second": 1.0}
+_BITS = ("b", "bit", "bits")
 
 
 def bytes_per_second(text: str) -> float:
     """Read a bandwidth, in bytes a second.
 
-    >>> bytes_per_second("1Gbit/s"), bytes_per_second("10 MB/s")
-    (125000000.0, 10000000.0)
+    >>> bytes_per_second("1Gbit/s"), bytes_per_second("10 MB/s"), bytes_per_second("50 Mbps")
+    (125000000.0, 10000000.0, 6250000.0)
 
     Raises:
         ConfigError: it is not a number with a unit.
@@ -34,8 +37,8 @@ def bytes_per_second(text: str) -> float:
     found = _RATE.match(text.strip())
     value = _number(found[1]) if found else 0.0
     if found is None or value <= 0:
-        raise ConfigError(f"cannot read the bandwidth {text!r}: write for example 100Mbit/s, 1Gbit/s or 10GB/s")
-    return value * _PREFIX[found[2]] / (8 if found[3] == "bit" else 1)
+        raise ConfigError(f"cannot read the bandwidth {text!r}: write for example 50 Mbit/s, 1Gbit/s or 10MB/s")
+    return value * _PREFIX[found[2].upper().replace("K", "k")] / (8 if found[3] in _BITS else 1)
 
 
 def seconds(text: str) -> float:
@@ -50,7 +53,7 @@ def seconds(text: str) -> float:
     found = _TIME.match(text.strip())
     if found is None:
         raise ConfigError(f"cannot read the time {text!r}: write for example 5ms or 0.2s")
-    return _number(found[1]) * _UNIT[found[2]]
+    return _number(found[1]) * _UNIT[found[2] if found[2] in _UNIT else found[2].removesuffix("s")]
 
 
 def _number(text: str) -> float:
@@ -70,11 +73,13 @@ class Kind:
         count: groups of this kind in the model.
         requests: of a step.
         bytes_up, bytes_down: of a step.
+        tied: whether the weights are those of another kind, as a lookup's are in the table of the output head.
     """
 
     layers: str
     in_features: int
     out_features: int
+    tied: bool = False
     count: int = 0
     requests: int = 0
     bytes_up: int = 0
@@ -82,8 +87,27 @@ class Kind:
 
     @property
     def weights(self) -> int:
-        """Number of weights of all groups of this kind."""
+        """Number of weights of all groups of this kind; 0 where they are another kind's."""
+        return 0 if self.tied else self.codes
+
+    @property
+    def codes(self) -> int:
+        """Number of weights that products of this kind are made with."""
         return self.count * self.in_features * self.out_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Costs of one evaluation on held-out data.
+
+    Attributes:
+        bytes_up, bytes_down: of its requests and replies.
+        seconds: None without speeds.
+    """
+
+    bytes_up: int
+    bytes_down: int
+    seconds: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +120,14 @@ class Plan:
         requests, bytes_up, bytes_down: of a step.
         bytes_without_sharing: up and down, if siblings did not share their input.
         outsourced, at_client: weights.
+        largest_fraction: outsourced weights over all if the output head and the token embedding were outsourced, too.
         client_bytes: of the weights that stay, as the model stores them.
         worker_bytes: of the weights that the fullest worker holds.
         prepared_codes: weights that the client reads before the first step, unless what it makes of them is on disk.
         prepared_bytes: memory of the client for what it makes of them.
+        set_up_bytes: that a client without the whole model reads from workers to prepare itself, once a model.
+        set_up_seconds: of reading them and preparing; None where this was not measured here.
+        evaluation: of held-out data; None where none was asked for.
         stays: layers that stay and why, by name.
         refused: layers, or groups of them, that the backend cannot evaluate, and why: outsourcing stops at them. The
             other figures are of the rest.
@@ -120,10 +148,14 @@ class Plan:
     bytes_without_sharing: int
     outsourced: int
     at_client: int
+    largest_fraction: float
     client_bytes: int
     worker_bytes: int
     prepared_codes: int
     prepared_bytes: int
+    set_up_bytes: int
+    set_up_seconds: float | None
+    evaluation: Evaluation | None
     stays: dict[str, str]
     refused: dict[str, str]
     estimate: Estimate | None
@@ -141,8 +173,10 @@ def make_plan(
     *,
     tokens: int = 1024,
     layers: Sequence[str] | str | None = None,
+    embeddings: bool = False,
     targets: Sequence[str] = ("q_proj", "v_proj"),
     bandwidth: float = 125e6,
+    down: float | None = None,
     latency: float = 1e-3,
     workers: int = 1,
     placement: Spread = "layers",
@@ -153,6 +187,7 @@ def make_plan(
     measure: bool = True,
     client: Speeds | None = None,
     worker: Speeds | None = None,
+    evaluation: Sequence[int] = (),
 ) -> Plan:
     """Plan a training step of an outsourced model. No weight is loaded.
 
@@ -163,8 +198,10 @@ def make_plan(
             costs is measured, too.
         tokens: of a step.
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
+        embeddings: whether the token embedding is outsourced, too; see ``ciphertune.outsource``.
         targets: ends of names of the layers with adapters: no gradient is asked for before the first of them.
-        bandwidth: bytes a second of the client's network card, each way, and of each worker's.
+        bandwidth: bytes a second that the client's network card sends, and each worker's.
+        down: bytes a second that the client's receives; as ``bandwidth`` if None.
         latency: seconds one way.
         workers: how many.
         placement: how the model is split over them; see ``ciphertune.bundle.spread.Spread``.
@@ -175,18 +212,20 @@ def make_plan(
         measure: take some seconds to measure this machine where ``client`` or ``worker`` is not given.
         client: speeds of the machine that will be the client; this machine's if None.
         worker: the same for workers.
+        evaluation: tokens of each batch of an evaluation on held-out data; nothing for none.
 
     Raises:
         ConfigError: the model's configuration cannot be read, or an argument is wrong.
-        SelectionError, LayerError: about ``to`` and ``layers``.
+        SelectionError, LayerError: about ``to``, ``layers`` and ``embeddings``.
     """
-    if tokens < 1 or bandwidth <= 0 or latency < 0 or workers < 1 or length < 1:
+    down = bandwidth if down is None else down
+    if tokens < 1 or bandwidth <= 0 or down <= 0 or latency < 0 or workers < 1 or length < 1:
         raise ConfigError("tokens, length, bandwidth and workers must be above 0, and latency not below")
     if not 1 <= micro_batches <= tokens:
         raise ConfigError(f"{tokens} tokens cannot be divided into {micro_batches} micro-batches")
     if not 1 <= interleave <= micro_batches:
         raise ConfigError(f"interleave={interleave} must be between 1 and the number of micro-batches, {micro_batches}")
-    planned = plan_products(model, to, layers, targets, workers, placement)
+    planned = plan_products(model, to, layers, targets, workers, placement, embeddings)
     backend = planned.choice.backend
     sizes = [tokens // micro_batches + (i < tokens % micro_batches) for i in range(micro_batches)]
     local = local_selection(planned.choice)
@@ -194,15 +233,29 @@ def make_plan(
     check_backend(given, local)
     shared = _kinds(planned.groups, backend, sizes)
     alone = _kinds(planned.singles, backend, sizes)
-    speeds = None
+    speeds, preparing = None, None
+    if measure and shared and client is None and backend.prepares:
+        preparing = measure_preparing(local)
     if measure and shared and (client is None or worker is None):
-        speeds = measure_speeds(model, planned, layers, targets, max(sizes), length, as_client=client is None)
+        speeds = measure_speeds(model, planned, targets, max(sizes), length, as_client=client is None)
     client, worker = client or speeds, worker or speeds
-    estimate = None
+    network, estimate = Network(bandwidth, latency, processors=processors, down=down), None
     if shared and client is not None and worker is not None:
-        network = Network(bandwidth, latency, processors=processors)
         estimate = estimate_step(planned.groups, backend, sizes, interleave, workers, network, client, worker)
+    evaluated = None
+    if evaluation:
+        ahead = [dataclasses.replace(group, backward=False) for group in planned.groups]
+        once, took = _kinds(ahead, backend, evaluation), None
+        if estimate is not None and client is not None and worker is not None:
+            times = {
+                size: estimate_step(ahead, backend, [size], 1, workers, network, client, worker).total
+                for size in set(evaluation)
+            }
+            took = sum(times[size] for size in evaluation)
+        evaluated = Evaluation(sum(kind.bytes_up for kind in once), sum(kind.bytes_down for kind in once), took)
     kept = kept_parameters(planned)
+    codes = sum(kind.codes for kind in shared) if backend.prepares else 0
+    read = codes * (backend.weight_bits or 32) // 8
     return Plan(
         to=str(planned.choice.selection),
         tokens=tokens,
@@ -217,10 +270,17 @@ def make_plan(
         bytes_without_sharing=sum(kind.bytes_up + kind.bytes_down for kind in alone),
         outsourced=sum(kind.weights for kind in shared),
         at_client=sum(p.numel() for p in kept),
+        largest_fraction=shares_of(planned.model).largest,
         client_bytes=sum(p.nbytes for p in kept),
         worker_bytes=planned.worker_bytes,
-        prepared_codes=sum(kind.weights for kind in shared) if backend.prepares else 0,
-        prepared_bytes=sum(backend.kept_bytes(group.forward, group.whole_backward) for group in planned.groups),
+        prepared_codes=codes,
+        prepared_bytes=sum(
+            backend.kept_bytes(None if group.lookup else group.forward, group.whole_backward)
+            for group in planned.groups
+        ),
+        set_up_bytes=read,
+        set_up_seconds=None if preparing is None else read / down + codes * preparing,
+        evaluation=evaluated,
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
             for c in linear_layers(planned.model, allow_meta=True)
@@ -236,10 +296,11 @@ def _kinds(groups: Sequence[PlannedGroup], backend: Backend, sizes: Sequence[int
     kinds: dict[tuple[str, int, int], Kind] = {}
     for group in groups:
         key = (group.layers, group.forward.in_features, group.forward.out_features)
-        kind = kinds.setdefault(key, Kind(*key))
+        kind = kinds.setdefault(key, Kind(*key, tied=group.tied))
         kind.count += 1
-        for direction in DIRECTIONS[: 1 + group.backward]:
-            for up, down in (pair for tokens in sizes for pair in group.traffic(direction, backend, tokens)):
+        parts = [part for tokens in sizes for part in group.parts(tokens)]
+        for direction in group.directions:
+            for up, down in (pair for tokens in parts for pair in group.traffic(direction, backend, tokens)):
                 kind.requests += 1
                 kind.bytes_up += up
                 kind.bytes_down += down

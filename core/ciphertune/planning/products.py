@@ -16,9 +16,10 @@ from ciphertune.client.choice import Choice, choose
 from ciphertune.client.placement import Piece, place
 from ciphertune.errors import ConfigError
 from ciphertune.models.known import skeleton
+from ciphertune.outsourcing.embedding import Table, choose_table, tokens_at_once
 from ciphertune.outsourcing.layers import Candidate, choose_layers, linear_layers, sibling_groups
 from ciphertune.plugins.manager import plugin_manager
-from ciphertune.weights import LayerInfo, Shard, group_map
+from ciphertune.weights import LayerInfo, Shard, group_map, lookup_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class PlannedGroup:
         forward, whole_backward: the maps of all of them.
         pieces: how it is cut, and who holds what.
         backward: whether a gradient of its input is asked for.
+        lookup: whether it is a table, whose products are lookups: of the direction backward, in the forward pass.
+        tied: whether its weight is that of another group, too.
     """
 
     layers: str
@@ -37,6 +40,18 @@ class PlannedGroup:
     whole_backward: LinearMap
     pieces: tuple[Piece, ...]
     backward: bool
+    lookup: bool = False
+    tied: bool = False
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Directions of its products in a step."""
+        return ("backward",) if self.lookup else DIRECTIONS[: 1 + self.backward]
+
+    def parts(self, tokens: int) -> list[int]:
+        """Tokens of each product, for so many in all."""
+        most = tokens_at_once(self.forward.out_features) if self.lookup else tokens
+        return [min(most, tokens - done) for done in range(0, tokens, most)]
 
     @property
     def cut(self) -> bool:
@@ -63,6 +78,7 @@ class PlannedModel:
         model: without weights.
         choice: the selection.
         chosen: the layers that are outsourced, but for those that are refused.
+        table: the token embedding, if that is outsourced.
         groups: as they are evaluated, in order.
         singles: the same, without sharing of inputs.
         refused: why, by name.
@@ -73,6 +89,7 @@ class PlannedModel:
     model: nn.Module
     choice: Choice
     chosen: list[Candidate]
+    table: Table | None
     groups: list[PlannedGroup]
     singles: list[PlannedGroup]
     refused: dict[str, str]
@@ -87,15 +104,20 @@ def plan_products(
     targets: Sequence[str],
     workers: int,
     placement: Spread,
+    embeddings: bool = False,
 ) -> PlannedModel:
     """Find the products of a model's step and the workers that evaluate them; arguments as of ``make_plan``."""
     choice = choose(to)
     built = skeleton(model) if isinstance(model, str) else model
     chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True)
-    infos = [_info(candidate, choice.backend) for candidate in chosen]
-    groups = sibling_groups(chosen, [info.in_features for info in infos])
-    spread = _Placement(infos, groups, workers, placement)
-    singles = [(i,) for i in range(len(infos))]
+    table = None
+    if embeddings:
+        chosen, table = choose_table(built, chosen, allow_meta=True)
+    own = table.places[:1] if table is not None and table.tied is None else ()
+    infos = [_info(candidate, choice.backend) for candidate in (*chosen, *own)]
+    groups = sibling_groups(chosen, [info.in_features for info in infos[: len(chosen)]])
+    spread = _Placement(infos, [*groups, *((i,) for i in range(len(chosen), len(infos)))], workers, placement)
+    singles = [(i,) for i in range(len(chosen))]
     order = [candidate.name for candidate in linear_layers(built, allow_meta=True)]
     first = next((i for i, name in enumerate(order) if name.endswith(tuple(targets))), len(order))
     # Nothing is asked for the gradient of an input that comes before the first adapter.
@@ -109,13 +131,20 @@ def plan_products(
         else:
             refused[" + ".join(infos[i].name for i in group)] = why
 
+    row = None if table is None else len(chosen) if table.tied is None else table.tied
+    if row is not None and (why := choice.backend.refuse(lookup_map(infos[row]))) is not None:
+        refused[f"{infos[row].name} (lookup)"] = why
+        table = row = None
+    lookups = [] if table is None or row is None else [spread.lookup(row, tied=table.tied is not None)]
+
     def planned(of: Sequence[tuple[int, ...]]) -> list[PlannedGroup]:
-        return [spread.planned(group, backward=group[0] not in ahead) for group in of]
+        return [*lookups, *(spread.planned(group, backward=group[0] not in ahead) for group in of)]
 
     return PlannedModel(
         model=built,
         choice=choice,
         chosen=[chosen[i] for group in taken for i in group],
+        table=table,
         groups=planned(taken),
         singles=planned([(i,) for group in taken for i in group]),
         refused=refused,
@@ -161,6 +190,17 @@ class _Placement:
         forward, whole_backward = (group_map(members, direction) for direction in DIRECTIONS)
         return PlannedGroup(name, forward, whole_backward, pieces, backward)
 
+    def lookup(self, row: int, tied: bool) -> PlannedGroup:
+        """Lookups in the table that stands at this place."""
+        held = self.planned((row,), backward=False)
+        return dataclasses.replace(
+            held,
+            layers=f"{held.layers} (lookup)",
+            whole_backward=lookup_map(self._infos[row]),
+            lookup=True,
+            tied=tied,
+        )
+
     def _rows(self, info: LayerInfo, worker: int, place: float) -> tuple[int, int]:
         return rows_of_worker(self._placement, info.out_features, worker, self._workers, place)
 
@@ -180,12 +220,16 @@ class _Placement:
 
 def kept_parameters(planned: PlannedModel) -> list[nn.Parameter]:
     """Parameters that stay at the client."""
-    kept = {id(p): p for p in planned.model.parameters()}
-    places = collections.Counter(id(p) for module in planned.model.modules() for p in module._parameters.values())
-    for candidate in planned.chosen:
-        if places[id(candidate.module.weight)] == 1:
-            kept.pop(id(candidate.module.weight))
-    return list(kept.values())
+    return parameters_without(
+        planned.model, [*planned.chosen, *(() if planned.table is None else planned.table.places)]
+    )
+
+
+def parameters_without(model: nn.Module, outsourced: Sequence[Candidate]) -> list[nn.Parameter]:
+    """Parameters that stay where these layers are outsourced: a tied weight goes once all its places do."""
+    places = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    places.subtract(id(candidate.module.weight) for candidate in outsourced)
+    return [p for p in model.parameters() if places[id(p)] > 0]
 
 
 def _info(candidate: Candidate, backend: Backend) -> LayerInfo:

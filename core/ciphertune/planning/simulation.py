@@ -69,11 +69,12 @@ class Network:
     """Network between client and workers.
 
     Attributes:
-        bandwidth: bytes a second of the client's card, each way; all workers share it.
+        bandwidth: bytes a second that the client's card sends; all workers share it.
         latency: seconds one way.
         rate: bytes a second that the transport itself moves on one connection, each way.
         overhead: seconds that the transport adds to the way of a request and its reply together.
         processors: see ``Processors``.
+        down: bytes a second that the client's card receives; as it sends if None.
     """
 
     bandwidth: float
@@ -81,6 +82,11 @@ class Network:
     rate: float = math.inf
     overhead: float = 0.0
     processors: Processors = "own"
+    down: float | None = None
+
+    def card(self, way: Literal["uplink", "downlink"]) -> float:
+        """Bytes a second of the client's card in one direction."""
+        return self.bandwidth if way == "uplink" or self.down is None else self.down
 
 
 class Activity(NamedTuple):
@@ -302,9 +308,9 @@ class _Run:
         card, connection = self._cards[way], self._connections[way][sent.worker]
         ready = ((time, sent.cause), (card.free, card.last), (connection.free, connection.last))
         start, cause = max(ready, key=lambda pair: pair[0])
-        end = start + nbytes / min(self._network.bandwidth, self._network.rate)
+        end = start + nbytes / min(self._network.card(way), self._network.rate)
         sent.cause = self._note(way, sent.worker, start, end, cause)
-        card.free, card.last = start + nbytes / self._network.bandwidth, sent.cause
+        card.free, card.last = start + nbytes / self._network.card(way), sent.cause
         connection.free, connection.last = end, sent.cause
         if way == "uplink":
             self._travel(end, 1, sent)

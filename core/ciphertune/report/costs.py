@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ciphertune._support import environment
 from ciphertune.hookspecs import hookimpl
 from ciphertune.report.operations import StepOperations
-from ciphertune.traffic import TrafficByLayer
+from ciphertune.traffic import SetUp, TrafficByLayer
 
 if TYPE_CHECKING:
     from ciphertune.client.session import Session
@@ -31,6 +31,7 @@ class RunCosts:
             Where several workers evaluate at the same time, ``worker`` is at most the time spent waiting for them.
         groups: a row for every group and direction, as ``ciphertune.traffic.TrafficByLayer`` has them.
         first_step: of this process; above 1 where the run was resumed.
+        set_up: costs of preparations from the weights' codes, before the training and no part of ``seconds``.
         outsourced_weights, client_weights: numbers of them, adapters at the client included.
         outsourced_operations, client_operations: multiply-adds of the first step; both 0 where they are not known.
         remote: whether products were computed in other processes.
@@ -43,6 +44,7 @@ class RunCosts:
     phases: dict[str, float]
     groups: list[dict[str, Any]]
     first_step: int
+    set_up: SetUp
     outsourced_weights: int
     client_weights: int
     outsourced_operations: int
@@ -108,6 +110,7 @@ class CostMeter:
             phases=phases,
             groups=self._by_layer.rows(),
             first_step=self._first_step,
+            set_up=dataclasses.replace(self._session.set_up),
             outsourced_weights=self._share.outsourced,
             client_weights=self._share.at_client,
             outsourced_operations=self._operations.at_workers,

@@ -20,7 +20,7 @@ _ROWS = 400
 
 
 def write_report(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the report page, whole or not at all; ``content`` as for ``render``."""
+    """Write the report page with mode 0600, whole or not at all; ``content`` as for ``render``."""
     replace_file(path, render(content).encode())
 
 
@@ -142,7 +142,7 @@ def _train(content: Mapping[str, Any]) -> dict[str, Any]:
     mine = [e for e in history if e["step"] >= content["costs"]["first_step"]]
     rates = [entry[unit] / entry["seconds"] for entry in history]
     return {
-        "title": f"Fine-tuning {Path(config['model']['name']).name}",
+        "title": f"Fine-tuning {content['model']}",
         "subtitle": f"{len(history)} optimizer steps on {Path(config['data']['source']).name}",
         "unit": unit,
         "loss": chart(curves),
@@ -166,8 +166,16 @@ def _train(content: Mapping[str, Any]) -> dict[str, Any]:
         "file": toml(
             {**config, "to": redacted(config["to"]), "plugins": [redacted(text) for text in config["plugins"]]}
         ),
+        "command": _command(content["command"]) if content["command"] else None,
         "seed": config["training"]["seed"],
     }
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """A command line without the values that could be secret."""
+    secret = ("--to", "--plugin")
+    given = zip(arguments, ["", *arguments], strict=False)
+    return shlex.join(redacted(argument) if before in secret else argument for argument, before in given)
 
 
 def _demo(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -138,13 +138,17 @@ class TrainingSection(TrainingSettings):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A configuration file. ``task``, ``to``, ``layers`` and ``plugins`` stand before the sections.
+    """A configuration file; what is no section stands before the sections.
 
     Attributes:
         task: ``language`` teaches a language model texts, conversations, or answers to prompts, whichever the data
             holds; ``classification`` teaches a model to put one of a few labels on a text.
         to: selection string.
-        layers: names or patterns of the layers to outsource; the default choice if not given.
+        layers: names or patterns of the layers to outsource, or ``["all"]`` for all with the output head; the default
+            choice if not given.
+        embeddings: whether the token embedding is at the workers, too, and tokens are looked up under encryption.
+        calibration: a file with public text to find channels with outliers by, which stay at the client; the Python
+            language reference if not given, and ``off`` for none. A bundle was calibrated when it was split.
         plugins: hook plugins to use, each ``name[?option=value&…]``.
     """
 
@@ -155,6 +159,8 @@ class TrainConfig:
     task: Task = "language"
     to: str = "mlwe"
     layers: tuple[str, ...] | None = None
+    embeddings: bool = False
+    calibration: str | None = None
     plugins: tuple[str, ...] = ()
 
 
@@ -189,6 +195,7 @@ def placed(config: TrainConfig, folder: Path) -> TrainConfig:
     return dataclasses.replace(
         config,
         plugins=tuple(anchored(text, folder) for text in config.plugins),
+        calibration=None if config.calibration is None else _beside(folder, config.calibration),
         model=dataclasses.replace(model, name=_beside(folder, model.name), adapter=_below(folder, model.adapter)),
         data=dataclasses.replace(
             data,

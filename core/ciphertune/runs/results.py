@@ -64,7 +64,7 @@ class OutputFolder:
             ) from error
 
     def write(self, content: Mapping[str, Any], curves: Mapping[str, Sequence[float]], title: str) -> None:
-        """Write ``result.json``, the report and the plot, each whole or not at all.
+        """Write ``result.json``, the report and the plot, each with mode 0600, whole or not at all.
 
         Args:
             content: the figures, as ``ciphertune.report.page.render`` takes them.

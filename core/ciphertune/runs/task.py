@@ -84,4 +84,6 @@ def load_bundle(config: TrainConfig) -> Any:
         return None
     if config.layers is not None:
         raise ConfigError("layers were chosen when the model was split: leave 'layers' out")
+    if config.calibration is not None:
+        raise ConfigError("the model was calibrated when it was split: leave 'calibration' out")
     return load_client(model.name, config.to, weights=model.weights)

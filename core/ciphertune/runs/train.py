@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,20 @@ import torch
 from torch import nn
 
 from ciphertune._support.atomic import remove_directory
+from ciphertune.bundle.client import is_client_folder
+from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError
+from ciphertune.models.load import most_positions
+from ciphertune.outsourcing.calibration import Calibration, calibration_of
 from ciphertune.outsourcing.convert import outsource, outsourced_layers, session_of, share
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.report.costs import CostMeter
 from ciphertune.runs.classification import ClassificationTask
-from ciphertune.runs.config import LoraSection, TrainConfig
+from ciphertune.runs.config import LoraSection, TrainConfig, placed
 from ciphertune.runs.language import LanguageTask
 from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
+from ciphertune.runs.sizes import evaluation_size, evaluations_told, judging_batches
+from ciphertune.runs.stopping import Asked, RunStopped, stopping_on_signals
 from ciphertune.runs.task import Batches, RunTask
 from ciphertune.training.checkpoint import list_checkpoints
 from ciphertune.training.lora import add_lora, check_adapter, load_adapter
@@ -51,12 +61,16 @@ class RunResult(Result):
     """The figures of a training run; ``result.json`` holds the same with the history and the configuration.
 
     Attributes:
+        model: its name, without the folder that it is in.
+        command: command line that does the run again; None where it was no command.
         steps: optimizer steps done, those before a resume included.
         losses: training loss of every step.
         evaluations: as in ``ciphertune.training.history.History``.
         comparison: the run drawn beside this one.
     """
 
+    model: str
+    command: list[str] | None
     steps: int
     losses: list[float]
     evaluations: list[dict[str, float]]
@@ -70,6 +84,7 @@ def run_training(
     overwrite: bool = False,
     compare: Path | None = None,
     progress: Progress | None = None,
+    command: Sequence[str] | None = None,
 ) -> RunResult:
     """Load a model and data, outsource the model, train its adapters, and write the results.
 
@@ -79,8 +94,11 @@ def run_training(
         overwrite: write over the results and checkpoints of an earlier run in the same folders.
         compare: ``result.json`` of another run, to draw its losses beside this one's.
         progress: called with a line at every stage.
+        command: the command line of the run. Where it is given and there are checkpoints, Ctrl-C and SIGTERM end the
+            run after its step, and what goes on with it is told by ``progress`` whenever it ends early.
 
     Raises:
+        RunStopped: a signal ended it after a step.
         ConfigError: the model or data, or the run to compare with, cannot be loaded; a folder for results holds those
             of another run.
         SelectionError, PluginError: about ``to`` or ``plugins``.
@@ -88,17 +106,26 @@ def run_training(
     """
     comparison = None if compare is None else read_comparison(compare)
     with plugin_manager().using(*config.plugins):
-        return _run(config, resume, overwrite, comparison, progress or (lambda line: None))
+        return _run(config, resume, overwrite, comparison, progress or (lambda line: None), command)
 
 
 def _run(
-    config: TrainConfig, resume: bool, overwrite: bool, comparison: Comparison | None, progress: Progress
+    config: TrainConfig,
+    resume: bool,
+    overwrite: bool,
+    comparison: Comparison | None,
+    progress: Progress,
+    command: Sequence[str] | None,
 ) -> RunResult:
     t = config.training
     output = OutputFolder(Path(t.output))
     checkpoints = None if t.checkpoint_dir is None else Path(t.checkpoint_dir)
     if resume and checkpoints is None:
         raise ConfigError("training.checkpoint_dir is not set, so there is nothing to resume from")
+    if resume and checkpoints is not None and not list_checkpoints(checkpoints):
+        raise ConfigError(f"there is no checkpoint in {checkpoints}, so nothing to go on from: leave out --resume")
+    choice = choose(config.to)
+    choice.transport.check(choice.selection.endpoints)
     # Before the model, which takes minutes: places and data are looked at quickly, and may be wrong.
     if not resume and not overwrite:
         _refuse_overwriting(output, checkpoints)
@@ -110,16 +137,20 @@ def _run(
     for name, folder in (("output", output.path), ("checkpoint_dir", checkpoints)):
         if folder is not None:
             check_writable(f"training.{name}", folder)
+    _check_length(config.data.length, most_positions(config.model.name))
     progress(f"Loading {config.model.name} …")
     base, tokenizer = task.load()
-    _check_length(config.data.length, base)
+    _check_length(config.data.length, getattr(base.config, "max_position_embeddings", None))
+    name = _model_name(config.model.name, base)
     data = task.batches(tokenizer)
     _check_vocabulary(data, base, config.model.name)
     for note in data.notes:
         progress(f"Data: {note}")
+    # Before the adapter: one that goes on may have been shaped by private data.
+    calibration = None if outsourced_layers(base) else _calibrated(base, tokenizer, config, progress)
     model = _adapted(base, config, task)
     if not outsourced_layers(base):
-        outsource(model, config.to, config.layers)
+        outsource(model, config.to, config.layers, embeddings=config.embeddings, calibration=calibration)
     session = session_of(model)
     part = share(model)
     progress(
@@ -128,14 +159,23 @@ def _run(
     )
     trainer = LoraTrainer(model, t, metric=task.metric)
     loader = data.loader(config.data.batch_size, t.seed)
-    held = data.evaluation(config.data.batch_size)
+    held = data.evaluation(evaluation_size(data.held, base, config.data.batch_size))
+    if held is not None:
+        told = evaluations_told(t, len(data.train), len(data.held), config.data.batch_size)
+        if told is not None:
+            progress(told)
     if overwrite and not resume and checkpoints is not None:
         for checkpoint in list_checkpoints(checkpoints):
             remove_directory(checkpoint)
     torch.manual_seed(t.seed)
     meter = CostMeter(session, part)
-    with meter.measuring():
+    # Products that overlap take longer than they would alone, and tell nothing.
+    judging = judging_batches(config.data.batch_size, progress) if t.interleave == 1 else contextlib.nullcontext()
+    with meter.measuring(), judging, _ending_early(trainer, checkpoints, command, progress) as asked:
         history = trainer.train(loader, held, resume=resume)
+    if trainer.stopped:
+        session.close()
+        raise RunStopped(trainer.step, trainer.total_steps, asked.signal or signal.SIGINT)
     with output.writing():
         trainer.save_adapter(output.adapter)
         if config.task == "classification":
@@ -144,16 +184,43 @@ def _run(
             base.config.save_pretrained(output.adapter)
     result = RunResult(
         **common_figures(config.to, session, part, meter, output),
+        model=name,
+        command=None if command is None else [*command, "--overwrite"],
         steps=trainer.step,
         losses=history.losses,
         evaluations=history.evaluations,
         comparison=comparison,
     )
     session.close()
-    content = {**dataclasses.asdict(result), "history": history.steps, "config": dataclasses.asdict(config)}
+    settings = dataclasses.asdict(placed(config, Path.cwd()))
+    content = {**dataclasses.asdict(result), "history": history.steps, "config": settings}
     with output.writing():
-        output.write(content, {config.to: history.losses}, title=f"{config.model.name} through {config.to}")
+        output.write(content, {config.to: history.losses}, title=f"{name} through {config.to}")
     return result
+
+
+@contextlib.contextmanager
+def _ending_early(
+    trainer: LoraTrainer, checkpoints: Path | None, command: Sequence[str] | None, progress: Progress
+) -> Iterator[Asked]:
+    """End a run after its step where a signal asks for it, and say how to go on if it ends before its last one."""
+    if command is None or checkpoints is None:
+        yield Asked()
+        return
+    try:
+        with stopping_on_signals(trainer, progress) as asked:
+            yield asked
+    finally:
+        ended = trainer.total_steps > 0 and not trainer.stopped and trainer.step == trainer.total_steps
+        kept = [] if ended and sys.exc_info()[0] is None else list_checkpoints(checkpoints)
+        if kept:
+            progress(f"{kept[-1].name} is kept. Go on with: {shlex.join([*command, '--resume'])}")
+
+
+def _model_name(given: str, model: Any) -> str:
+    """What to call a model: a bundle's by the model that was split, a folder by its last part."""
+    split = getattr(model.config, "_name_or_path", "") if is_client_folder(given) else ""
+    return Path(split or given).name or Path(given).resolve().name
 
 
 def _refuse_overwriting(output: OutputFolder, checkpoints: Path | None) -> None:
@@ -184,8 +251,17 @@ def _adapted(base: Any, config: TrainConfig, task: RunTask) -> nn.Module:
     )
 
 
-def _check_length(length: int, model: Any) -> None:
-    most = getattr(model.config, "max_position_embeddings", None)
+def _calibrated(base: Any, tokenizer: Any, config: TrainConfig, progress: Progress) -> Calibration | None:
+    """Sizes of the base model's channels over public text, for an encryption that profits from them."""
+    if choose(config.to).backend.weight_bits is None:
+        return None
+    calibration, why = calibration_of(base, tokenizer, config.calibration)
+    if why:
+        progress(f"No channels with outliers are kept at the client: {why}")
+    return calibration
+
+
+def _check_length(length: int, most: Any) -> None:
     if isinstance(most, int) and length > most:
         raise ConfigError(f"data.length is {length}, and the model takes {most} tokens at most: lower data.length")
 

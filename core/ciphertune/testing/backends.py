@@ -333,7 +333,7 @@ class BackendSuite:
             if noise is not None:
                 honest = honest + noise.error_deviation(linear_map.max_norm) / noise.token_scale(x, linear_map)
             off = (y.double() - x.double() @ both.matrix(direction).t()).norm(dim=1)
-            passed = checks.right(linear_map, linear_map, linear_map, x, y)
+            passed = checks.right(linear_map, linear_map, x, y, linear_map, x)
             return passed, float((off / honest).nan_to_num(math.inf).max())
 
         assert all(told(both.worker, both.prepared, seed)[0] for seed in (7, 8)), "an honest answer was refused"

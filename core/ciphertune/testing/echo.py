@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ciphertune.protocol import Frame, Limits, error_message, pack
 from ciphertune.transport import Reply
@@ -29,6 +29,10 @@ class EchoHandler:
         self.released = 0
         self.largest = 0
         self._lock = threading.Lock()
+
+    def reserve(self, peer: str, nbytes: int) -> Callable[[], None] | None:
+        """See ``RequestHandler.reserve``: there is always room."""
+        return lambda: None
 
     def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
         """See ``RequestHandler.submit``."""

@@ -65,6 +65,15 @@ class LyingWorker(WorkerHalf):
         change = WEIGHT_LIES.get(self._lie)
         return self._half.prepare(weight), None if change is None else self._half.prepare(change(weight.clone()))
 
+    @property
+    def form(self) -> Hashable:
+        """See ``WorkerHalf.form``."""
+        return self._half.form
+
+    def reply_bytes(self, prepared: tuple[object, object], direction: Direction, request: Buffers) -> int | None:
+        """See ``WorkerHalf.reply_bytes``."""
+        return self._half.reply_bytes(prepared[0], direction, request)
+
     def evaluate(self, prepared: tuple[object, object], direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``."""
         right, wrong = prepared

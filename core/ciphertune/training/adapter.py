@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import nn
 
 from ciphertune._support.atomic import atomic_directory, draft_directory, safetensors_written, sync_tree
 from ciphertune.errors import NoAdapterError
+from ciphertune.models.names import published_name
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -68,12 +70,32 @@ def _write(peft_model: Any, directory: Path) -> None:
         # peft warns that the vocabulary may have grown where the base model has no config file, as in GGUF form.
         warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
         peft_model.save_pretrained(directory, save_embedding_layers=_save_embeddings(peft_model))
+    _name_base(directory, peft_model)
+
+
+def _name_base(directory: Path, peft_model: Any) -> None:
+    """State the base model by a name that means something elsewhere, in place of a path of this machine.
+
+    peft writes it into the configuration and into the card (README.md) of each adapter.
+    """
+    base = peft_model.get_base_model()
+    named = (getattr(base, "config", None), "_name_or_path"), (base, "name_or_path")
+    given = next((found for of, name in named if (found := str(getattr(of, name, None) or ""))), "")
+    for file in directory.rglob("adapter_config.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        stated = str(content.get("base_model_name_or_path") or given)
+        content["base_model_name_or_path"] = published_name(stated) or None
+        file.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+    card = directory / "README.md"
+    if given and card.is_file():
+        text = card.read_text(encoding="utf-8")
+        card.write_text(text.replace(given, published_name(given)), encoding="utf-8")
 
 
 def _save_embeddings(peft_model: Any) -> bool | str:
     """Whether the vocabulary grew: peft would ask a model hub for the original's size, which a bundle states."""
     base = peft_model.get_base_model()
-    original = getattr(base, "vocabulary_in_bundle", None)
+    original = getattr(base, "original_vocabulary", None)
     if original is None:
         return "auto"
     # 0 is a model without a vocabulary.

@@ -79,7 +79,8 @@ def write_checkpoint(
     except OSError as error:
         raise CheckpointError(
             f"{final} cannot be written: {error}. Earlier checkpoints are as they were; "
-            "make room, or copy them to another checkpoint_dir, and go on with resume=True (--resume)"
+            "make room, or copy them to another checkpoint_dir, and resume from there (resume=True, or --resume on the "
+            "command line)"
         ) from error
     return final
 

@@ -73,8 +73,8 @@ class RunState:
         present = list_checkpoints(directory)
         if present:
             raise CheckpointError(
-                f"{directory} already holds {present[-1].name}: go on from it with resume=True (--resume), "
-                "or choose another checkpoint_dir"
+                f"{directory} already holds {present[-1].name}: resume it (resume=True, or --resume on the command "
+                "line), or choose another checkpoint_dir"
             )
         remove_drafts(directory)
         for name, state in self._optimization().items():
@@ -107,7 +107,10 @@ class RunState:
         """
         present = list_checkpoints(directory)
         if not present:
-            raise CheckpointError(f"there is no checkpoint in {directory}: train with resume=False to begin")
+            raise CheckpointError(
+                f"there is no checkpoint in {directory}: begin without resuming (resume=False, or without --resume on "
+                "the command line)"
+            )
         path = present[-1]
         checkpoint = read_checkpoint(path)
         self._check(path, checkpoint)

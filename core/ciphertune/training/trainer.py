@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+class _Stopping(Exception):  # noqa: N818 - no error: an evaluation is given up
+    """The run that an evaluation belongs to is to stop."""
+
+
 class LoraTrainer:
     """Trains the trainable parameters of a model, which are its adapters' as a rule.
 
@@ -71,6 +76,8 @@ class LoraTrainer:
         settings: the settings, changes included.
         history: metrics of the current or last run.
         step: optimizer steps done in it.
+        total_steps: those of the whole of it.
+        stopped: whether it ended before its last step because ``stop`` asked for it.
         optimizer: the optimizer.
         scheduler: the scheduler; None before training where a function makes it, or where there is none.
 
@@ -104,6 +111,9 @@ class LoraTrainer:
         self.allow_unused = allow_unused
         self.history = History()
         self.step = 0
+        self.total_steps = 0
+        self.stopped = False
+        self._stop_asked = threading.Event()
         trainable = list(trainable_parameters(model).values())
         if require_outsourced and not outsourced_layers(model):
             raise NothingOutsourcedError(
@@ -147,6 +157,14 @@ class LoraTrainer:
         """
         adapter.save(self.model, Path(path))
 
+    def stop(self) -> None:
+        """End the current run after the step under way, with a checkpoint where there is a ``checkpoint_dir``.
+
+        From any thread, and from a signal's handler. An evaluation under way is given up, and made when the run is
+        resumed. ``train`` returns as usual, and ``stopped`` is set.
+        """
+        self._stop_asked.set()
+
     @flushing()
     def train(self, data: Iterable[Any], eval_data: Iterable[Any] | None = None, *, resume: bool = False) -> History:
         """Train, or go on from the latest checkpoint exactly as if training had never stopped.
@@ -173,7 +191,7 @@ class LoraTrainer:
         elif self.settings.eval_every is not None:
             raise TrainingError("eval_every is set but there is no eval_data")
         loader = ResumableLoader(data, self.settings.accumulation)
-        total = self._total_steps(loader)
+        total = self.total_steps = self._total_steps(loader)
         check_optimizer(self.optimizer, self.model)
         if self._make_scheduler is not None:
             self.scheduler = self._make_scheduler(self.optimizer, total)
@@ -182,6 +200,8 @@ class LoraTrainer:
         random_states = self._begin(state, resume)
         self.optimizer.zero_grad()
         self.model.train()
+        self.stopped = False
+        self._stop_asked.clear()
         reason = "failed"
         try:
             self.plugins.observe("ciphertune_training_start", trainer=self, total_steps=total, start_step=self.step)
@@ -189,7 +209,7 @@ class LoraTrainer:
                 loader.restore(random_states)
             with self._interleaving():
                 self._run(state, eval_data)
-            reason = "finished"
+            reason = "interrupted" if self.stopped else "finished"
         except (KeyboardInterrupt, SystemExit):
             reason = "interrupted"
             raise
@@ -262,19 +282,37 @@ class LoraTrainer:
     def _run(self, state: RunState, eval_data: Iterable[Any] | None) -> None:
         """Step until the end, with evaluations and checkpoints where they are due."""
         settings, loader, directory = self.settings, state.loader, self._checkpoint_dir
-        if self.step == 0 and eval_data is not None and settings.eval_on_start:
-            self.history.evaluations.append({"step": 0, **self.evaluate(eval_data)})
+        done = self.step == state.total_steps
+        owed = settings.eval_on_start if self.step == 0 else self._due(settings.eval_every, loader, done)
+        if owed:  # of a run that is resumed only where it was stopped before this evaluation
+            self._evaluate_once(eval_data)
         first = True
-        while self.step < state.total_steps:
+        while self.step < state.total_steps and not self._stop_asked.is_set():
             metrics = self._train_step(loader, first)
             first = False
             self.history.steps.append(metrics)
             self.plugins.observe("ciphertune_training_step", trainer=self, step=self.step, metrics=dict(metrics))
             done = self.step == state.total_steps
-            if eval_data is not None and self._due(settings.eval_every, loader, done):
-                self.history.evaluations.append({"step": self.step, **self.evaluate(eval_data)})
-            if directory is not None and (done or self._due(settings.checkpoint_every, loader, done)):
+            if self._due(settings.eval_every, loader, done):
+                self._evaluate_once(eval_data)
+            stopping = self._stop_asked.is_set()
+            if directory is not None and (done or stopping or self._due(settings.checkpoint_every, loader, done)):
                 state.save(directory, self.step, self.history, settings.keep_checkpoints)
+        self.stopped = self._stop_asked.is_set()
+
+    def _evaluate_once(self, data: Iterable[Any] | None) -> None:
+        """Evaluate after this step, unless that was done or the run is to stop."""
+        evaluations = self.history.evaluations
+        if data is None or (evaluations and evaluations[-1]["step"] == self.step):
+            return
+        with contextlib.suppress(_Stopping):
+            evaluations.append({"step": self.step, **self.evaluate(self._until_stopped(data))})
+
+    def _until_stopped(self, data: Iterable[Any]) -> Iterator[Any]:
+        for batch in data:
+            if self._stop_asked.is_set():
+                raise _Stopping
+            yield batch
 
     def _due(self, every: int | None, loader: ResumableLoader, done: bool) -> bool:
         return self.step % every == 0 if every is not None else loader.epoch_complete or done

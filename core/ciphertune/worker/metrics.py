@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ciphertune.errors import ConfigError
 from ciphertune.worker.service import Service
+
+_NEEDED = 'metrics need prometheus-client: pip install "ciphertune[worker]"'
+
+
+def check_metrics(host: str, port: int) -> None:
+    """Say now whether metrics can be served at an address, before there is a worker to measure.
+
+    Raises:
+        ConfigError: prometheus-client is missing, or the port cannot be used.
+    """
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise ConfigError(_NEEDED)
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(f"cannot serve metrics at {host}:{port}: {error.strerror or error}") from error
 
 
 def serve_metrics(service: Service, host: str, port: int) -> tuple[int, Callable[[], None]]:
@@ -27,7 +48,7 @@ def serve_metrics(service: Service, host: str, port: int) -> tuple[int, Callable
         import prometheus_client
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     except ImportError as error:
-        raise ConfigError('metrics need prometheus-client: pip install "ciphertune[worker]"') from error
+        raise ConfigError(_NEEDED) from error
 
     class Collector:
         def collect(self) -> Iterator[Any]:
@@ -52,6 +73,9 @@ def serve_metrics(service: Service, host: str, port: int) -> tuple[int, Callable
             yield GaugeMetricFamily("ciphertune_sessions", "Open sessions.", load.sessions)
             yield GaugeMetricFamily(
                 "ciphertune_session_key_bytes", "Evaluation keys of open sessions.", service.worker.session_bytes
+            )
+            yield GaugeMetricFamily(
+                "ciphertune_prepared_bytes", "Prepared weights beside those held.", service.worker.prepared_bytes
             )
             yield GaugeMetricFamily("ciphertune_clients", "Clients known.", load.clients)
             yield GaugeMetricFamily("ciphertune_queue_depth", "Requests that wait.", load.queued)

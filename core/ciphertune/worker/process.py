@@ -37,6 +37,8 @@ def worker_process(
         CipherTuneError: it did not start.
     """
     command = [sys.executable, "-m", "ciphertune", "worker", str(bundle), "--transport", transport, "--bind", address]
+    # Its only client is this process.
+    command += ["--backends", "all"]
     for name, value in options.items():
         command += ["--option", f"{name}={value}"]
     with tempfile.TemporaryFile("w+") as errors:

@@ -16,7 +16,8 @@ class Quota:
 
     Attributes:
         requests: number of them.
-        nbytes: bytes of requests and replies together. A single request is always taken, within ``Limits``.
+        nbytes: bytes of requests and replies together. A single request is always taken, within ``Limits``, but for one
+            whose reply alone would be more.
     """
 
     requests: int = 64
@@ -25,12 +26,21 @@ class Quota:
 
 @dataclasses.dataclass
 class Job:
-    """A request, its bytes, where its reply goes, and when it arrived."""
+    """A request under way.
+
+    Attributes:
+        request: what was asked.
+        nbytes: its bytes.
+        reply: where its reply goes.
+        arrived: when it did.
+        reserved: bytes counted against the quota, the reply's included, until there is a reply.
+    """
 
     request: Message
     nbytes: int
     reply: Reply
     arrived: float
+    reserved: int = 0
 
 
 @dataclasses.dataclass

@@ -90,8 +90,17 @@ class Service:
             self._answer(None, job, told, kind)
         elif kind == "hello" and not self._draining:
             self._answer(None, job, self.worker.handle(job.request, peer), kind)
-        elif refusal := self._enqueue(peer, job):
-            self._answer(None, job, error_message("busy", refusal), kind)
+        elif refused := self._enqueue(peer, job):
+            self._answer(None, job, refused, kind)
+
+    def reserve(self, peer: str, nbytes: int) -> Callable[[], None] | None:
+        """Count a request that has yet to be received; see ``ciphertune.transport.RequestHandler``."""
+        with self._lock:
+            client = self._products.client(peer, self._clock())
+            if self._draining or self._products.refusal(client, nbytes):
+                return None
+            self._products.admit(client, nbytes)
+        return self._releaser(client, nbytes)
 
     @property
     def load(self) -> Load:
@@ -152,22 +161,29 @@ class Service:
         for thread in self._threads:
             thread.join()
 
-    def _enqueue(self, peer: str, job: Job) -> str:
-        """Queue a request, or return why it is refused."""
+    def _enqueue(self, peer: str, job: Job) -> Message | None:
+        """Queue a request with its reply's bytes reserved, or return the error with which it is refused."""
+        reply_bytes = self.worker.reply_bytes(job.request, peer)
+        most = min(self._products.quota.nbytes, self.limits.total_bytes)
+        # A reading's size is a bound, which small quotas need not hold.
+        if job.request.kind == "evaluate" and reply_bytes > most:
+            text = f"the reply would have {reply_bytes} bytes, and this worker sends a client {most} at most"
+            return error_message("quota", f"{text}: ask for fewer tokens at a time")
+        job.reserved = job.nbytes + reply_bytes
         with self._lock:
             client = self._products.client(peer, job.arrived)
             if self._draining:
-                return "this worker is shutting down"
-            if refusal := self._products.refusal(client, job.nbytes):
-                return refusal
-            self._products.admit(client, job.nbytes)
+                return error_message("busy", "this worker is shutting down")
+            if refusal := self._products.refusal(client, job.reserved):
+                return error_message("busy", refusal)
+            self._products.admit(client, job.reserved)
             if job.request.kind == "evaluate":
                 self._products.push(client, job)
                 self._work.notify()
             else:
                 self._quick.append((client, job))
                 self._quick_work.notify()
-            return ""
+            return None
 
     def _load(self) -> Load:
         """Load of this moment; the caller holds the lock."""
@@ -229,7 +245,7 @@ class Service:
             seconds = self._clock() - start
             self.counters.count(kind, job.nbytes, message, nbytes, seconds)
             if client is not None:
-                client.nbytes += nbytes - job.nbytes
+                client.nbytes += nbytes - job.reserved
                 client.counters.count(kind, job.nbytes, message, nbytes, seconds)
         # The request's memory goes with it; the reply's once it has left.
         job.request = Message("hello")

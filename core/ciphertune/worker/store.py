@@ -82,6 +82,15 @@ class WeightStore:
             UnknownLayerError: a name this store does not hold.
             ProtocolError: the layers do not lie one below the other in one block.
         """
+        block, start, stop = self.place(names)
+        return self._blocks[block][1][start:stop]
+
+    def block(self, number: int) -> Tensor:
+        """The codes of a block."""
+        return self._blocks[number][1]
+
+    def place(self, names: tuple[str, ...]) -> tuple[int, int, int]:
+        """Where ``matrix`` lies: its block, its first row there, and the row behind its last. Raises as ``matrix``."""
         places = [self._place(name) for name in names]
         block, first, _ = places[0]
         row = first
@@ -91,7 +100,7 @@ class WeightStore:
                     f"layers {', '.join(names)} do not lie one below the other at this worker, so they are no group"
                 )
             row += shard.rows
-        return self._blocks[block][1][first:row]
+        return block, first, row
 
     def shard(self, name: str) -> Shard:
         """Which rows of a layer are here. Raises ``UnknownLayerError``."""

@@ -8,11 +8,11 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
-import msgpack
 import torch
+from torch import Tensor
 
 from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import DIRECTIONS, Backend, Direction, WorkerHalf
@@ -59,12 +59,26 @@ class SessionLimits:
     readings: int = 32
 
 
+class _Prepared:
+    """Weights that a backend prepared; sessions of one form share them while one is open.
+
+    Attributes:
+        value: what the backend's half made.
+        nbytes: memory beside the weights.
+    """
+
+    def __init__(self, value: Any, nbytes: int) -> None:
+        self.value = value
+        self.nbytes = nbytes
+
+
 @dataclasses.dataclass
 class _Group:
-    """A group of layers with the backend's prepared weight; sessions with equal parameters share it."""
+    """A group of layers as its session evaluates it, and what holds its memory."""
 
-    layers: tuple[str, ...]
     prepared: Any
+    owner: _Prepared
+    shared: bool
 
 
 @dataclasses.dataclass
@@ -87,9 +101,13 @@ class Worker:
         device: where products are evaluated.
         limits: bounds on clients' sessions.
         clock: seconds, as ``time.monotonic``; by it sessions expire.
+        backends: names of those that clients may ask for; None for all that are installed.
 
     Attributes:
         weights, device, limits: as given.
+
+    Raises:
+        PluginError: a backend that is to be offered is not installed, or not usable.
     """
 
     def __init__(
@@ -98,7 +116,11 @@ class Worker:
         device: torch.device | str = "cpu",
         limits: SessionLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        backends: Collection[str] | None = None,
     ) -> None:
+        self._backends = None if backends is None else tuple(sorted(set(backends)))
+        for name in self._backends or ():
+            registry.load(registry.BACKENDS, name)
         self.weights = weights
         self.device = torch.device(device)
         self.limits = limits if limits is not None else SessionLimits()
@@ -106,9 +128,11 @@ class Worker:
         self._blocks = weights.manifest()
         self._holdings = holdings_digest(self._blocks)
         self._sessions: dict[str, _WorkerSession] = {}
-        self._prepared: weakref.WeakValueDictionary[tuple[str, bytes, tuple[str, ...]], _Group] = (
+        # By backend, form, and the block or the layers.
+        self._prepared: weakref.WeakValueDictionary[tuple[str, Hashable, Hashable], _Prepared] = (
             weakref.WeakValueDictionary()
         )
+        self._preparing = threading.Lock()
         self._lock = threading.Lock()
         self._readings = Readings(self.limits.readings * weights.nbytes, clock)
         self._operations = {
@@ -148,6 +172,28 @@ class Worker:
         """Number of open sessions."""
         return len(self._sessions)
 
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """Names of the backends that clients may ask for."""
+        return self._backends if self._backends is not None else tuple(sorted(registry.installed(registry.BACKENDS)))
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Memory of prepared weights beside the weights themselves."""
+        return sum(prepared.nbytes for prepared in list(self._prepared.values()))
+
+    def reply_bytes(self, request: Message, peer: str) -> int:
+        """Bytes of buffers of the reply to a request, before anything is evaluated; 0 where they are not known."""
+        if request.kind == "weights":
+            return LARGEST_READING
+        session = self._sessions.get(str(request.fields.get("session")))
+        if request.kind != "evaluate" or session is None or session.peer != peer:
+            return 0
+        index, direction = request.fields.get("group"), request.fields.get("direction")
+        if type(index) is not int or not 0 <= index < len(session.groups) or direction not in DIRECTIONS:
+            return 0  # which is refused
+        return session.half.reply_bytes(session.groups[index].prepared, direction, request.buffers) or 0
+
     def sessions_of(self, peer: str) -> int:
         """Number of sessions that one client has open."""
         return sum(session.peer == peer for session in list(self._sessions.values()))
@@ -168,7 +214,7 @@ class Worker:
             "ok",
             {
                 "versions": spoken_versions(),
-                "backends": sorted(registry.installed(registry.BACKENDS)),
+                "backends": list(self.offered),
                 "device": self.device.type,
                 "layers": len(self.weights),
                 "holdings": self._holdings,
@@ -200,14 +246,24 @@ class Worker:
                 raise ProtocolError("a group is not a list of layer names")
         if len(groups) > 2 * len(self.weights) or sum(map(len, groups)) > 3 * len(self.weights):
             raise ProtocolError(f"{len(groups)} groups are more than {len(self.weights)} layers can form")
+        if self._backends is not None and name not in self._backends:
+            raise PluginError(
+                f"this worker does not offer the backend {name!r}; it offers {', '.join(self._backends)} (its operator "
+                "chooses with 'ciphertune worker --backends')"
+            )
         # Before the backend allocates anything for it.
         self._refuse_more(peer, request.nbytes)
         backend: type[Backend] = registry.load(registry.BACKENDS, name)
         half = backend.worker(public, request.buffers, self.device)
-        form = msgpack.packb(public)
-        prepared = [self._prepare(half, name, form, tuple(group)) for group in groups]
+        try:
+            prepared = [self._prepare(half, name, tuple(group)) for group in groups]
+        except BaseException:
+            half.close()
+            raise
         session_id = secrets.token_hex(16)
-        nbytes = max(request.nbytes, half.nbytes)
+        # What one session alone uses counts as its own.
+        own = {id(group.owner): group.owner.nbytes for group in prepared if not group.shared}
+        nbytes = max(request.nbytes, half.nbytes) + sum(own.values())
         with self._lock:
             self._refuse_more(peer, nbytes)
             self._sessions[session_id] = _WorkerSession(peer, half, prepared, self._clock(), nbytes)
@@ -229,14 +285,23 @@ class Worker:
                 f"{all_held / 1e6:.0f} of {limits.all_nbytes / 1e6:.0f} MB; {later}"
             )
 
-    def _prepare(self, half: WorkerHalf, backend: str, form: bytes, layers: tuple[str, ...]) -> _Group:
+    def _prepare(self, half: WorkerHalf, backend: str, layers: tuple[str, ...]) -> _Group:
         matrix = self.weights.matrix(layers)
-        key = (backend, form, layers)
-        group = self._prepared.get(key)
-        if group is None:
-            group = _Group(layers, half.prepare(matrix))
-            self._prepared[key] = group
-        return group
+        with self._preparing:
+            if half.divisible:
+                block, start, stop = self.weights.place(layers)
+                whole = self._once(half, (backend, half.form, block), self.weights.block(block))
+                return _Group(half.part(whole.value, start, stop), whole, shared=True)
+            alone = self._once(half, (backend, half.form, layers), matrix)
+            return _Group(alone.value, alone, shared=False)
+
+    def _once(self, half: WorkerHalf, key: tuple[str, Hashable, Hashable], weight: Tensor) -> _Prepared:
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            value = half.prepare(weight)
+            prepared = _Prepared(value, half.prepared_nbytes(value))
+            self._prepared[key] = prepared
+        return prepared
 
     def _evaluate(self, request: Message, peer: str) -> Message:
         session = self._session(request, peer)

@@ -16,6 +16,10 @@ from ciphertune.worker.process import worker_process
 
 
 def _base_of(model: str | nn.Module) -> str | nn.Module:
+    if isinstance(model, str) and model != "smollm2" and model != "mlp":
+        from ciphertune.workloads.shapes import base_model
+
+        return base_model(model)
     if model != "mlp":
         return model
     # Its weights come from a short training, always the same.
@@ -31,7 +35,7 @@ def serving(model: str | nn.Module, to: str) -> Iterator[str]:
     """Start a worker for a selection string that names none, for as long as the context lasts.
 
     Args:
-        model: the model that the worker serves: a built-in workload's name, or a module.
+        model: the model that the worker serves: a workload's name, or a module.
         to: a selection string. A worker is started for a remote transport without an endpoint, as ``mlwe+zmq://``.
 
     Yields:

@@ -1,4 +1,4 @@
-"""Built-in workloads by name."""
+"""Workloads by name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from ciphertune.workloads.workload import Workload
 
 
 def load_workload(name: str, *, batches: int, tokens: int, held_out: int, seed: int = 0, rank: int = 8) -> Workload:
-    """Load a built-in workload.
+    """Load a workload.
 
     Args:
-        name: ``smollm2`` or ``mlp``.
+        name: ``smollm2`` or ``mlp``; or a known shape of ``ciphertune.models.known``, which gets random weights, or a
+            folder with a causal language model, both on random tokens.
         batches: training batches.
         tokens: tokens (or samples) in a batch; of a language model a multiple of 256 is 256 a row.
         held_out: evaluation batches.
@@ -29,4 +30,10 @@ def load_workload(name: str, *, batches: int, tokens: int, held_out: int, seed: 
         from ciphertune.workloads.digits import digits_mlp
 
         return digits_mlp(batches=batches, samples=tokens, held_out=held_out, seed=seed, rank=rank)
-    raise ConfigError(f"unknown built-in model {name!r}; {closest(name, ['smollm2', 'mlp'])}")
+    from ciphertune.models.known import BUILT_IN
+    from ciphertune.workloads.shapes import is_shape, random_tokens
+
+    if is_shape(name):
+        return random_tokens(name, batches=batches, tokens=tokens, held_out=held_out, seed=seed, rank=rank)
+    known = ["smollm2", "mlp", *(shape for shape in BUILT_IN if shape != "smollm2")]
+    raise ConfigError(f"{name!r} is neither a folder nor a known model; {closest(name, known)}")

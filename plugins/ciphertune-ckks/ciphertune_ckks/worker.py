@@ -24,6 +24,8 @@ class CKKSWorker(WorkerHalf):
         device: where products run; it must know float64.
     """
 
+    divisible = True
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
@@ -32,6 +34,16 @@ class CKKSWorker(WorkerHalf):
         if weight.dtype != torch.int8:
             raise ProtocolError(f"the ckks backend evaluates int8 weights, not {weight.dtype}")
         return weight
+
+    def part(self, prepared: Tensor, start: int, stop: int) -> Tensor:
+        """See ``WorkerHalf.part``: a view."""
+        return prepared[start:stop]
+
+    def reply_bytes(self, prepared: Tensor, direction: Direction, request: Buffers) -> int:
+        """See ``WorkerHalf.reply_bytes``: a ciphertext an output, each as long as one of an input."""
+        c = request.get("c")
+        rows = prepared.shape[0 if direction == "forward" else 1]
+        return 0 if c is None or c.dim() != 5 or len(c) == 0 else rows * (c.nbytes // len(c))
 
     def evaluate(self, prepared: Tensor, direction: Direction, request: Buffers) -> Buffers:
         """See ``WorkerHalf.evaluate``."""

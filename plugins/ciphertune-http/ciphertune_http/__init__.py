@@ -38,7 +38,8 @@ class HttpServeOptions:
     Attributes:
         tokens: file with the names of clients and hashes of their tokens, a line each.
         certificate, key: files of the certificate chain and its private key (``https`` only).
-        connections: open at the same time; more are answered with 503.
+        connections: open at the same time; more are closed. At most 64 of them may be of peers that have not shown a
+            token yet, and half of these from one address; the oldest are closed for newer ones.
     """
 
     tokens: str

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from ciphertune.errors import KeyFileError, ReplyError, TransportError
-from ciphertune.protocol import DEFAULT_LIMITS, Frame, Message, error_message, pack, unpack
+from ciphertune.protocol import Frame, Limits, Message, error_message, pack, unpack
 from ciphertune.transport import Link, PendingReplies
 from ciphertune_http import body
 
@@ -60,7 +60,7 @@ class HttpLink(Link):
         """See ``Link.submit``. Buffers are read until the request has left, so they must not be changed."""
         frames = pack(request)
         number, reply = self._pending.add()
-        self._call(self._start, number, frames, reply)
+        self._call(self._start, number, frames, request.reply_limits, reply)
         return reply
 
     def close(self) -> None:
@@ -87,20 +87,20 @@ class HttpLink(Link):
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _start(self, number: int, frames: list[Frame], reply: Future[Message]) -> None:
+    def _start(self, number: int, frames: list[Frame], limits: Limits, reply: Future[Message]) -> None:
         if number in self._pending:
-            task = self._loop.create_task(self._run(number, frames))
+            task = self._loop.create_task(self._run(number, frames, limits))
             reply.add_done_callback(lambda _: self._call(task.cancel))
 
-    async def _run(self, number: int, frames: list[Frame]) -> None:
+    async def _run(self, number: int, frames: list[Frame], limits: Limits) -> None:
         try:
-            self._pending.answer(number, await self._exchange(frames))
+            self._pending.answer(number, await self._exchange(frames, limits))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             self._pending.fail(number, f"{type(error).__name__}: {error}")
         except Exception as error:
             self._pending.fail(number, error)
 
-    async def _exchange(self, frames: Sequence[Frame]) -> Message:
+    async def _exchange(self, frames: Sequence[Frame], limits: Limits) -> Message:
         async def content() -> AsyncIterator[bytes]:
             for chunk in body.chunks(frames):
                 yield chunk
@@ -115,9 +115,10 @@ class HttpLink(Link):
                 raise TransportError(f"{self.name} answered with status {response.status_code}")
             if response.headers.get("Content-Type") != body.TYPE:
                 raise TransportError(f"{self.name} is no CipherTune worker")
+            most, announced = body.most_bytes(limits), response.headers.get("Content-Length", "0")
             received = bytearray()
             async for chunk in response.aiter_raw():
                 received += chunk
-                if len(received) > body.most_bytes(DEFAULT_LIMITS):
-                    raise ReplyError(f"{self.name} sent more than a reply can be")
-        return unpack(body.split(received, DEFAULT_LIMITS))
+                if len(received) > most or not announced.isdecimal() or int(announced[:18]) > most:
+                    raise ReplyError(f"{self.name} sent more than the reply to its request can be")
+        return unpack(body.split(received, limits), limits)

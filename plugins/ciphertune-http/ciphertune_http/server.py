@@ -8,14 +8,15 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+import weakref
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import uvicorn
 
 from ciphertune.errors import KeyFileError, ProtocolError, TransportError
-from ciphertune.protocol import Frame
-from ciphertune.transport import Listener, RequestHandler
+from ciphertune.protocol import Frame, error_message, pack
+from ciphertune.transport import Connections, Listener, RequestHandler, connections_allowed
 from ciphertune_http import HttpServeOptions, body
 from ciphertune_http.tokens import AuthorisedClients
 
@@ -25,16 +26,61 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _Answer = tuple[list[Frame], Callable[[], None]]
 
-_BODY_SECONDS = 60.0
-"""Longest silence in the middle of a request's body."""
+_HEAD_SECONDS = 10.0
+"""Time for a connection's handshake and the headers of a request, and between two requests."""
+_BODY_SECONDS = 30.0
+"""Time for a request's body, beside that for its bytes at the slowest rate."""
+_SLOWEST_RATE = 1 << 16
+"""Bytes a second that a body has to come at, on the whole."""
+_SWEEP_SECONDS = 0.5
 _CLOSE_SECONDS = 1.0
 _ROUNDS = 5
+
+
+class _Door(socket.socket):
+    """A listening socket that keeps count of the connections made over it, from before TLS.
+
+    All calls but the first are of the event loop's thread.
+    """
+
+    def guard(self, connections: Connections[_Peer]) -> None:
+        """Begin to count."""
+        self._connections = connections
+        self._sockets: weakref.WeakValueDictionary[_Peer, socket.socket] = weakref.WeakValueDictionary()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """See ``socket.socket.accept``."""
+        connection, address = super().accept()
+        peer = _Peer(address[0], address[1])
+        self._sockets[peer] = connection
+        self._connections.came(peer, peer.host)
+        self.sweep()
+        return connection, address
+
+    def sweep(self) -> None:
+        """Forget connections that have ended, and end those that are too many or too slow."""
+        for peer in self._connections.all():
+            known = self._sockets.get(peer)
+            if known is None or known.fileno() < 0:
+                self._connections.gone(peer)
+        for peer in self._connections.excess():
+            if (victim := self._sockets.pop(peer, None)) is not None:
+                with contextlib.suppress(OSError):
+                    victim.shutdown(socket.SHUT_RDWR)
+
+
+class _Peer(NamedTuple):
+    """The other end of a connection."""
+
+    host: str
+    port: int
 
 
 class _Application:
     """Checks a request's path, token and length, reads its body, and hands it to the handler."""
 
-    def __init__(self, handler: RequestHandler, authorised: AuthorisedClients) -> None:
+    def __init__(self, handler: RequestHandler, authorised: AuthorisedClients, connections: Connections[_Peer]) -> None:
+        self._connections = connections
         self._handler = handler
         self._authorised = authorised
         self._most = body.most_bytes(handler.limits)
@@ -74,6 +120,14 @@ class _Application:
         peer = self._authorised.name(headers.get(b"authorization", b""))
         if peer is None:
             return await _status(send, 401)
+        connection = _Peer(*scope["client"])
+        self._connections.known(connection)
+        try:
+            return await self._serve_client(peer, headers, receive, send)
+        finally:
+            self._connections.stranger_again(connection)
+
+    async def _serve_client(self, peer: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         if self.closing:
             return await _status(send, 503)
         length = headers.get(b"content-length", b"")
@@ -81,33 +135,46 @@ class _Application:
             return await _status(send, 411)
         if len(length) > 18 or int(length) > self._most:
             return await _status(send, 413)
-        received = await self._read(receive)
+        give_back = self._handler.reserve(peer, int(length))
+        if give_back is None:
+            refusal = error_message("busy", "this worker has no room for another request of this client now")
+            return await self._send(send, pack(refusal))
+        try:
+            received = await self._read(receive, int(length))
+        finally:
+            give_back()
         if received is None:
-            return None
+            return await _status(send, 408)
         try:
             frames = body.split(received, self._handler.limits)
         except ProtocolError as error:
             log.info("malformed request of %s: %s", peer, error)
             frames = []
+        del received
         answer = await self._answer(frames, peer)
         if answer is None:
             return await _status(send, 503)
+        del frames
         reply, release = answer
         try:
-            await _start(send, 200, body.length(reply), body.TYPE)
-            for chunk in body.chunks(reply):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+            return await self._send(send, reply)
         finally:
             release()
-        return None
 
-    async def _read(self, receive: Receive) -> bytearray | None:
-        """Read the body; None if the client is gone or silent. The server enforces the announced length."""
+    @staticmethod
+    async def _send(send: Send, reply: Sequence[Frame]) -> None:
+        await _start(send, 200, body.length(reply), body.TYPE)
+        for chunk in body.chunks(reply):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _read(self, receive: Receive, length: int) -> bytearray | None:
+        """Read the body; None if the client is gone or too slow. The server enforces the announced length."""
         received = bytearray()
+        end = time.monotonic() + _BODY_SECONDS + length / _SLOWEST_RATE
         while True:
             try:
-                event = await asyncio.wait_for(receive(), _BODY_SECONDS)
+                event = await asyncio.wait_for(receive(), end - time.monotonic())
             except asyncio.TimeoutError:
                 return None
             if event["type"] != "http.request":
@@ -160,7 +227,8 @@ class HttpListener(Listener):
     """
 
     def __init__(self, handler: RequestHandler, host: str, port: int, options: HttpServeOptions) -> None:
-        self._application = _Application(handler, AuthorisedClients(options.tokens))
+        connections: Connections[_Peer] = Connections(connections_allowed(options.connections), _HEAD_SECONDS)
+        self._application = _Application(handler, AuthorisedClients(options.tokens), connections)
         config = uvicorn.Config(
             self._application,
             http="h11",
@@ -169,7 +237,7 @@ class HttpListener(Listener):
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=options.connections,
+            proxy_headers=False,
             timeout_graceful_shutdown=1,
             ssl_certfile=options.certificate,
             ssl_keyfile=options.key,
@@ -180,9 +248,11 @@ class HttpListener(Listener):
             raise KeyFileError(f"{options.certificate} and {options.key} cannot be used: {error}") from error
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._socket = socket.create_server((host, port), family=family, backlog=128)
+            server = socket.create_server((host, port), family=family, backlog=128)
         except OSError as error:
             raise TransportError(f"cannot listen at {host}:{port}: {error}") from error
+        self._socket = _Door(server.family, server.type, server.proto, server.detach())
+        self._socket.guard(connections)
         # Without it small replies are delayed. Connections inherit it; asyncio sets it only on sockets made as TCP's.
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         shown = f"[{host}]" if ":" in host else host
@@ -193,7 +263,9 @@ class HttpListener(Listener):
 
     def _run(self) -> None:
         async def serve() -> None:
+            sweeping = asyncio.create_task(self._sweep())
             await self._server.serve([self._socket])
+            sweeping.cancel()
             # TLS waits for the peer's close_notify; a peer that does not send one is disconnected.
             connections = self._server.server_state.connections
             end = time.monotonic() + _CLOSE_SECONDS
@@ -206,6 +278,11 @@ class HttpListener(Listener):
                 await asyncio.sleep(0.01)
 
         asyncio.run(serve())
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            self._socket.sweep()
 
     def close(self, linger: float = 0.0) -> None:
         """See ``Listener.close``."""

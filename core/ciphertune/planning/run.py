@@ -1,0 +1,106 @@
+"""A plan of a whole run: what its file says of steps and data, and the sums over all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from ciphertune.data.render import use_template
+from ciphertune.models.load import load_tokenizer
+from ciphertune.planning.plan import Plan
+from ciphertune.runs.config import TrainConfig
+from ciphertune.runs.train import TASKS
+
+_EVALUATION_TOKENS = 2048
+_DEFAULT_TARGETS = ("q_proj", "v_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a configuration asks for.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: of a step, on average.
+        micro_batches, interleave: as of ``make_plan``.
+        length: tokens of a sequence, on average.
+        targets: ends of names of the layers with adapters.
+        evaluations: number of them.
+        held: sequences held out.
+        evaluation: tokens of each batch of one evaluation.
+    """
+
+    steps: int
+    tokens: int
+    micro_batches: int
+    interleave: int
+    length: int
+    targets: tuple[str, ...]
+    evaluations: int
+    held: int
+    evaluation: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunTotals:
+    """Sums over a run.
+
+    Attributes:
+        bytes_up, bytes_down: of all steps and evaluations, and of the set-up where codes are read from workers.
+        seconds: of the same; None without an estimate.
+        evaluation_seconds: of them, those of evaluations.
+    """
+
+    bytes_up: int
+    bytes_down: int
+    seconds: float | None
+    evaluation_seconds: float | None
+
+
+def read_run(config: TrainConfig) -> Run:
+    """Read the data of a run, and count steps and tokens. No weight is read.
+
+    Raises:
+        ConfigError: the data or the tokenizer cannot be read.
+    """
+    task = TASKS[config.task](config)
+    tokenizer = load_tokenizer(config.model.name, config.model.gguf_file)
+    if config.task == "language":
+        use_template(tokenizer, config.data.chat_template_path)
+    data, t, size = task.batches(tokenizer), config.training, config.data.batch_size
+    per_epoch = math.ceil(math.ceil(len(data.train) / size) / t.accumulation)
+    steps = t.steps if t.steps is not None else t.epochs * per_epoch
+    length = _mean([len(sequence.ids) for sequence in data.train])
+    in_step = min(size * t.accumulation, len(data.train))
+    targets = config.lora.target_modules
+    held = sum(len(sequence.ids) for sequence in data.held)
+    whole, rest = divmod(held, _EVALUATION_TOKENS)
+    return Run(
+        steps=steps,
+        tokens=max(1, round(length * in_step)),
+        micro_batches=min(t.accumulation, math.ceil(in_step / size)),
+        interleave=min(t.interleave, math.ceil(in_step / size)),
+        length=max(1, round(length)),
+        # Every name ends in nothing: the first linear layer has an adapter.
+        targets=("",) if targets == "all-linear" else tuple(targets or _DEFAULT_TARGETS),
+        evaluations=(math.ceil(steps / (t.eval_every or per_epoch)) + t.eval_on_start) if data.held else 0,
+        held=len(data.held),
+        evaluation=(*[_EVALUATION_TOKENS] * whole, *([rest] if rest else [])),
+    )
+
+
+def totals(plan: Plan, run: Run) -> RunTotals:
+    """Sums over a run, of the plan of its step."""
+    each = plan.evaluation
+    up = run.steps * plan.bytes_up + (run.evaluations * each.bytes_up if each else 0)
+    down = run.steps * plan.bytes_down + (run.evaluations * each.bytes_down if each else 0)
+    seconds = evaluating = None
+    if plan.estimate is not None:
+        evaluating = run.evaluations * each.seconds if each and each.seconds is not None else 0.0
+        seconds = run.steps * plan.estimate.total + evaluating + (plan.set_up_seconds or 0.0)
+    return RunTotals(up, down + plan.set_up_bytes, seconds, evaluating)
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / max(1, len(values))

@@ -1,0 +1,27 @@
+"""Requests that come before the weights are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ciphertune.protocol import Frame, Limits, Message, pack, unpack
+from ciphertune.worker import Entrance
+
+
+class Echo:
+    limits = Limits()
+
+    def submit(self, frames: Sequence[Frame], peer: str, reply: Callable[..., None]) -> None:
+        reply(pack(Message("ok", {"peer": peer})), lambda: None)
+
+
+def test_clients_are_asked_to_try_again_until_it_opens() -> None:
+    entrance, replies = Entrance(Limits()), []
+
+    def answer() -> Message:
+        entrance.submit(pack(Message("hello")), "me", lambda frames, release: replies.append(unpack(frames)))
+        return replies[-1]
+
+    assert (answer().kind, answer().fields["code"]) == ("error", "busy")
+    entrance.open(Echo())
+    assert answer().fields == {"peer": "me"}
