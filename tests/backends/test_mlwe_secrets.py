@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "urandom", lambda count: bytes(count))
 
 
-def sent(x: torch.Tensor, **options: str) -> torch.Tensor:
+def sent(x: torch.Tensor, **options: Any) -> torch.Tensor:
     codes = torch.ones(3, 40, dtype=torch.int8)
     halves = Halves(codes, hint_disk="0", check="0", **options)
     b: torch.Tensor = halves.client.encrypt(x, halves.maps["forward"]).buffers["b"]
