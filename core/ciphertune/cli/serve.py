@@ -120,8 +120,9 @@ def _read_keys(file: Path | None) -> list[str]:
 
 
 def _log_to_stderr() -> None:
-    """What this server has to say, and nothing of other packages below a warning."""
+    """What this project and the web server have to say: other packages could quote what they were given."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
+    for name in ("ciphertune", "uvicorn"):
+        logging.getLogger(name).handlers[:] = [handler]
     logging.getLogger("ciphertune").setLevel(logging.INFO)
