@@ -380,7 +380,7 @@ def test_a_folder_that_is_no_model_says_what_it_lacks(project: Path, capsys: pyt
     }
     for name, words in wrong.items():
         (d / "wrong.toml").write_text(text.replace('"model"', json.dumps(name)))
-        said_of = {("train", d / "wrong.toml")}
+        said_of: set[tuple[object, ...]] = {("train", d / "wrong.toml")}
         if name != "tokenless":
             said_of.add(("split", d / name, d / "split"))
         if name not in ("tokenless", "weightless", "run.toml"):

@@ -179,8 +179,8 @@ def test_plugins_with_options_are_active_where_they_are_named(monkeypatch: pytes
     assert rows["prometheus"]["options"] == {"port": 9101, "host": "127.0.0.1"}
     assert (rows["progress"]["always"], rows["progress"]["options"]) == (True, {})
     text = invoke("plugins").output
-    assert re.search(r"history +│ where named +│ path=…", text)
-    assert re.search(r"traffic +│ where named +│ path=none", text)
+    assert re.search(r"history\n +where named\n +options: path=…", text)
+    assert re.search(r"traffic\n +where named\n +options: path=none", text)
     monkeypatch.setenv("CIPHERTUNE_PLUGINS", f"history?path={tmp_path / 'h.csv'},prometheus?port=x")
     rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
     assert rows["history"]["active"] is True
