@@ -2,8 +2,8 @@
 
 ``python benchmarks/generation.py`` splits SmolLM2, starts a worker over zmq on this machine, adds ``--latency`` each
 way by the proxy of ``shaped.py`` and generates: one sequence; sixteen at once; one with prompt lookup, on text that
-repeats itself; one with a draft model at the client, whose tokens are verified in one pass; one with attention's projections at
-the client. Some ten minutes on two quiet cores; ``--model FOLDER --tokens 8`` with a tiny model takes one.
+repeats itself; one with a draft model at the client, whose tokens are verified in one pass; one with attention's
+projections at the client. Some ten minutes on two quiet cores; ``--model FOLDER`` with a tiny model takes one.
 
 The draft model is the same model in the clear unless ``--draft`` names another: every token of it is right, which is
 the best case. The tokens that a pass yields are counted, and the plan is told them. Client and worker share this

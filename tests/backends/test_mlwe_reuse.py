@@ -286,7 +286,8 @@ def test_sessions_that_share_a_matrix(messages: list[Sealed], empty_cache: Path)
         models.append(ciphertune.outsource(Wide(), "mlwe", "all"))
         check(models[2], 200)
         check(models[1], 200)
-        matrices = {bytes(ciphertune.session_of(model)._keys.client._public._prefix.digest(32)) for model in models}
+        clients: list[Any] = [ciphertune.session_of(model)._keys.client for model in models]
+        matrices = {bytes(client._public._prefix.digest(32)) for client in clients}
         assert len(matrices) == 1
     finally:
         for model in models:

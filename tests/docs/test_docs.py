@@ -127,7 +127,8 @@ length = 12
 output = "out"
 steps = 2
 """
-GIVEN = {("remote.md", "train.toml"): _OWNER}
+_PLANNED = _OWNER.replace("bundle/client", "model").replace("?curve=keys", "?insecure=1")
+GIVEN = {("remote.md", "train.toml"): _OWNER, ("planning.md", "mine.toml"): _PLANNED}
 
 # Pages on backends whose packages not every platform has.
 NEEDS = {"cluster.md": "ray", "concrete.md": "concrete", "private.md": "opacus"}

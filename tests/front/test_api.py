@@ -63,6 +63,7 @@ FRONT = {
         "columns_of",
         "in_order",
     ],
+    "callers": ["Owners", "batch_of", "owners_of"],
     "cache": [
         "Entry",
         "Hold",
@@ -165,6 +166,8 @@ HOOKS = {
     "ciphertune_session_opened": ["session"],
     "ciphertune_preparing": ["session", "done", "total"],
     "ciphertune_worker_excluded": ["session", "worker", "layers", "direction"],
+    "ciphertune_worker_silent": ["session", "worker", "problem", "seconds"],
+    "ciphertune_worker_back": ["session", "worker", "seconds"],
     "ciphertune_sending_key": ["worker", "nbytes", "done"],
     "ciphertune_session_closed": ["session"],
     "ciphertune_before_request": ["session", "exchange"],
@@ -221,6 +224,7 @@ def test_signatures() -> None:
         ("model", inspect.Parameter.empty),
         ("to", "mlwe"),
         ("layers", None),
+        ("embeddings", False),
         ("calibration", None),
         ("plugins", None),
     ]

@@ -138,12 +138,9 @@ def plan_generation(
         ConfigError: the model's configuration cannot be read, or an argument is wrong.
         SelectionError, LayerError: about ``to`` and ``layers``.
     """
-    if (
-        min(sequences, prompt_tokens, new_tokens, workers) < 1
-        or min(bandwidth, down_rate) <= 0
-        or latency < 0
-        or drafted < 0
-    ):
+    down_rate = bandwidth if down is None else down
+    counts, rates = min(sequences, prompt_tokens, new_tokens, workers), min(bandwidth, down_rate)
+    if counts < 1 or rates <= 0 or latency < 0 or drafted < 0:
         raise ConfigError("sequences, tokens, bandwidth and workers must be above 0, and latency not below")
     if drafted and accepted is None:
         raise ConfigError(
