@@ -9,6 +9,7 @@ import pytest
 
 import ciphertune
 from ciphertune.errors import ConfigError
+from ciphertune.outsourcing import calibration as calibrating, convert
 from ciphertune.runs import train
 from ciphertune.runs.config import load_config
 
@@ -24,18 +25,18 @@ def write(project: Path, *lines: str) -> Path:
 def given(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The calibration of every model that is outsourced, and whether it was found without an adapter."""
     found: list[Any] = []
-    outsource, calibrate = train.outsource, train.calibration_of
+    outsource, calibrate = convert.outsource, calibrating.calibration_under
 
     def watched(*args: Any, calibration: Any, **others: Any) -> Any:
         found.append(calibration)
         return outsource(*args, calibration=calibration, **others)
 
-    def before(model: Any, tokenizer: Any, text: Any) -> Any:
+    def before(backend: Any, model: Any, tokenizer: Any, text: Any) -> Any:
         assert not any("lora" in name for name, _ in model.named_parameters())
-        return calibrate(model, tokenizer, text)
+        return calibrate(backend, model, tokenizer, text)
 
     monkeypatch.setattr(train, "outsource", watched)
-    monkeypatch.setattr(train, "calibration_of", before)
+    monkeypatch.setattr(train, "calibration_under", before)
     return found
 
 

@@ -23,6 +23,13 @@ _MODEL = (
     click.option("--gguf-file", default=None, help="File within the folder MODEL, for models in GGUF form."),
     click.option("--weights", default=None, metavar="FOLDER", help="With a bundle's part: a worker's folder to read."),
     click.option("--layers", multiple=True, help="Outsource only layers that match; may be repeated."),
+    click.option("--embeddings", is_flag=True, help="Put the token embedding at the workers, too."),
+    click.option(
+        "--calibration",
+        default=None,
+        metavar="FILE",
+        help="Public text to find channels with outliers by, or 'off'.  [default: the Python language reference]",
+    ),
     click.option("--chat-template-path", default=None, metavar="FILE", help="Chat template in Jinja."),
     click.option(
         "--plugin",
@@ -62,7 +69,18 @@ _GENERATION = (
         help="Go on for all of --max-new-tokens, which hides from workers where the answer ends.",
     ),
 )
-_SOURCE = ("to", "adapter", "no_adapter", "gguf_file", "weights", "layers", "chat_template_path", "plugins")
+_SOURCE = (
+    "to",
+    "adapter",
+    "no_adapter",
+    "gguf_file",
+    "weights",
+    "layers",
+    "embeddings",
+    "calibration",
+    "chat_template_path",
+    "plugins",
+)
 _SETTINGS = (
     *("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"),
     *("prompt_lookup_num_tokens", "seed", "pad_tokens", "fixed_length"),

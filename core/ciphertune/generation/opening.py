@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ciphertune.bundle.client import is_client_folder, load_client
+from ciphertune.client.choice import choose
 from ciphertune.client.session import Session
 from ciphertune.data.render import use_template
 from ciphertune.errors import ConfigError
@@ -19,6 +20,7 @@ from ciphertune.generation.source import ModelSource
 from ciphertune.models.causal import refuse_encoder
 from ciphertune.models.load import load_named_model, load_tokenizer
 from ciphertune.models.skeleton import build
+from ciphertune.outsourcing.calibration import calibration_under
 from ciphertune.outsourcing.convert import outsource, session_of
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.training.lora import check_adapter, load_adapter
@@ -83,15 +85,23 @@ def open_model(source: ModelSource, progress: Callable[[str], None] | None = Non
         bundle = is_client_folder(source.name)
         if not bundle and source.weights is not None:
             raise ConfigError(f"weights are named for the client's part of a bundle, and {source.name} is none")
-        if bundle and source.layers is not None:
-            raise ConfigError("layers were chosen when the model was split: leave them out")
+        chosen = {"layers": source.layers, "embeddings": source.embeddings, "calibration": source.calibration}
+        for name in (name for name, value in chosen.items() if bundle and value):
+            raise ConfigError(f"{name}: the model was split with what was chosen then: leave it out")
         tokenizer, base = _load_bundle(source) if bundle else _load_model(source)
+        calibration = None
+        if not bundle:
+            # Before the adapter, which private data shaped.
+            backend = choose(source.to).backend
+            calibration, why = calibration_under(backend, base, tokenizer, source.calibration)
+            if why:
+                say(f"No channels with outliers are kept at the client: {why}")
         model = base if source.adapter is None else load_adapter(base, source.adapter, None)
         if bundle:
             stack.callback(session_of(model).close)
         else:
             # With the adapter still trainable, which keeps its own layers here.
-            outsource(model, source.to, source.layers)
+            outsource(model, source.to, source.layers, embeddings=source.embeddings, calibration=calibration)
             stack.callback(session_of(model).close)
         base.requires_grad_(False)
         base.eval()

@@ -25,6 +25,8 @@ class ModelSource:
         gguf_file: file within the folder, for models in GGUF form.
         weights: for the client's part of a bundle: a worker's folder to read codes in.
         layers: names or patterns of the layers to outsource; the default choice if None.
+        embeddings: whether the token embedding is at the workers, too.
+        calibration: as in a run's file: public text by which channels are kept here, or ``off``.
         plugins: hook plugins, each ``name[?option=value&…]``.
         chat_template_path: a Jinja file in place of the tokenizer's chat template.
         data: of a run's file, the section on its data.
@@ -36,6 +38,8 @@ class ModelSource:
     gguf_file: str | None = None
     weights: str | None = None
     layers: tuple[str, ...] | None = None
+    embeddings: bool = False
+    calibration: str | None = None
     plugins: tuple[str, ...] = ()
     chat_template_path: str | None = None
     data: DataSection | None = None
@@ -50,6 +54,8 @@ def find_source(
     gguf_file: str | None = None,
     weights: str | None = None,
     layers: Sequence[str] | None = None,
+    embeddings: bool = False,
+    calibration: str | None = None,
     plugins: Sequence[str] = (),
     chat_template_path: str | None = None,
 ) -> ModelSource:
@@ -64,6 +70,8 @@ def find_source(
         gguf_file: as in ``ModelSource``.
         weights: as in ``ModelSource``.
         layers: as in ``ModelSource``.
+        embeddings: as in ``ModelSource``, or the file's.
+        calibration: as in ``ModelSource``.
         plugins: beside those that the file names.
         chat_template_path: as in ``ModelSource``.
 
@@ -84,6 +92,8 @@ def find_source(
         gguf_file=gguf_file or found.gguf_file,
         weights=weights or found.weights,
         layers=tuple(layers) if layers else found.layers,
+        embeddings=embeddings or found.embeddings,
+        calibration=calibration or found.calibration,
         plugins=(*found.plugins, *plugins),
         chat_template_path=chat_template_path or found.chat_template_path,
     )
@@ -105,6 +115,8 @@ def _of_run(config: TrainConfig, adapted: bool) -> ModelSource:
         gguf_file=config.model.gguf_file,
         weights=config.model.weights,
         layers=config.layers,
+        embeddings=config.embeddings,
+        calibration=config.calibration,
         plugins=config.plugins,
         chat_template_path=config.data.chat_template_path,
         data=config.data,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ciphertune._support.own_modes import own_modes
+from ciphertune.backend import Backend
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import linear_layers
 
@@ -157,6 +158,13 @@ def calibration_of(
         if text is not None:
             raise ConfigError(f"the model cannot be calibrated with {text}: {why}") from error
         return None, why
+
+
+def calibration_under(
+    backend: Backend, model: nn.Module, tokenizer: Any, text: str | os.PathLike[str] | None
+) -> tuple[Calibration | None, str]:
+    """As ``calibration_of``; None without a reason for a backend with float32 weights, which gains nothing by it."""
+    return (None, "") if backend.weight_bits is None else calibration_of(model, tokenizer, text)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from ciphertune.bundle.client import is_client_folder
 from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import most_positions
-from ciphertune.outsourcing.calibration import Calibration, calibration_of
+from ciphertune.outsourcing.calibration import Calibration, calibration_under
 from ciphertune.outsourcing.convert import outsource, outsourced_layers, session_of, share
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.report.costs import CostMeter
@@ -253,9 +253,7 @@ def _adapted(base: Any, config: TrainConfig, task: RunTask) -> nn.Module:
 
 def _calibrated(base: Any, tokenizer: Any, config: TrainConfig, progress: Progress) -> Calibration | None:
     """Sizes of the base model's channels over public text, for an encryption that profits from them."""
-    if choose(config.to).backend.weight_bits is None:
-        return None
-    calibration, why = calibration_of(base, tokenizer, config.calibration)
+    calibration, why = calibration_under(choose(config.to).backend, base, tokenizer, config.calibration)
     if why:
         progress(f"No channels with outliers are kept at the client: {why}")
     return calibration
