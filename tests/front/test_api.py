@@ -126,6 +126,7 @@ FRONT = {
         "zero",
     ],
     "transport": [
+        "Connections",
         "Link",
         "Listener",
         "LocalWorker",
@@ -134,6 +135,7 @@ FRONT = {
         "Reply",
         "RequestHandler",
         "Transport",
+        "connections_allowed",
         "opening_links",
     ],
     "weights": [
