@@ -127,10 +127,12 @@ FRONT = {
     ],
     "transport": [
         "Connections",
+        "GRACE_SECONDS",
         "Link",
         "Listener",
         "LocalWorker",
         "Loopback",
+        "MOST_STRANGERS",
         "PendingReplies",
         "Reply",
         "RequestHandler",
