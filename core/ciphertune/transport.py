@@ -239,9 +239,9 @@ def opening_links() -> Iterator[list[Link]]:
 class Connections(Generic[_Connection]):
     """The open connections of a listener, and which of them to close so that strangers keep nobody out.
 
-    A stranger is a connection over which no key or token was shown yet. There are ``most`` connections at any moment, and
-    few strangers, in all and of an address, that are older than ``GRACE_SECONDS``: clients open many connections at once,
-    and take a moment to show their keys. The oldest stranger of the address that has the most of them goes first.
+    A stranger is a connection over which no key or token was shown yet. There are ``most`` connections at any moment,
+    and few strangers, in all and of an address, that are older than ``GRACE_SECONDS``: clients open many connections at
+    once, and take a moment to show their keys. The oldest stranger of the address that has the most of them goes first.
     Not synchronized, and opens and closes nothing.
 
     Args:

@@ -128,14 +128,18 @@ FRONT = {
         "zero",
     ],
     "transport": [
+        "Connections",
+        "GRACE_SECONDS",
         "Link",
         "Listener",
         "LocalWorker",
         "Loopback",
+        "MOST_STRANGERS",
         "PendingReplies",
         "Reply",
         "RequestHandler",
         "Transport",
+        "connections_allowed",
         "opening_links",
     ],
     "weights": [

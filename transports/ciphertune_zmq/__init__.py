@@ -50,8 +50,8 @@ class ZmqServeOptions:
         no_authentication: plain TCP on any address: anyone who can reach it can use this worker.
         heartbeat: as for clients.
         max_incomplete_bytes: bytes of incomplete messages, of all connections together.
-        connections: open at the same time. At most 64 of them may be of peers that have sent no message for two seconds,
-            and half of these from one address; the oldest are closed for newer ones.
+        connections: open at the same time. At most 64 may be of peers that have sent no message for two seconds, and
+            half of these from one address; the oldest are closed for newer ones.
     """
 
     curve: str | None = None
