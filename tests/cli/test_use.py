@@ -155,6 +155,8 @@ def test_eval(folder: Path, tmp_path: Path) -> None:
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
     assert found["perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-3)
     assert found["tokens"] == rows.numel() - len(rows)
+    short = json.loads(invoke("eval", folder, "--to", "clear", "--data", data, "--length", 100, "--json").stdout)
+    assert short["tokens"] == sum(len(each) - 1 for each in ids)
     with pytest.raises(ConfigError, match="nothing to measure"):
         invoke("eval", folder, "--to", "clear")
 
