@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from ciphertune.cli import cli
-from ciphertune.errors import ConfigError
+from ciphertune.errors import CipherTuneError, ConfigError
 from ciphertune.generation import conversation
 from ciphertune.generation.conversation import Conversation, stoppable
 from ciphertune.generation.opening import open_model
@@ -131,7 +131,7 @@ def test_an_answer_that_fails_leaves_the_conversation(folder: Path, monkeypatch:
         kept = list(talk.turns)
 
         def fail(*_: Any, **__: Any) -> None:
-            raise conversation.CipherTuneError("the worker is gone")
+            raise CipherTuneError("the worker is gone")
 
         with monkeypatch.context() as patched:
             patched.setattr(conversation, "answer", fail)
