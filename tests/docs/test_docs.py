@@ -123,7 +123,25 @@ length = 12
 output = "out"
 steps = 2
 """
-GIVEN = {("remote.md", "train.toml"): _OWNER}
+_MINE = """
+[model]
+name = "model"
+[data]
+source = "text.txt"
+length = 12
+[training]
+output = "out"
+steps = 2
+"""
+_QUIZ = '{"question": "the client keeps", "choices": ["every key", "today"], "answer": "A"}\n'
+GIVEN = {
+    ("remote.md", "train.toml"): _OWNER,
+    ("use.md", "mine.toml"): _MINE,
+    ("use.md", "prompts.txt"): "the worker\nthe client\n",
+    ("use.md", "questions.jsonl"): '{"prompt": "the worker sees"}\n',
+    ("use.md", "held.jsonl"): '{"text": "the client keeps every key"}\n',
+    ("use.md", "quiz.jsonl"): _QUIZ,
+}
 
 # Pages on backends whose packages not every platform has.
 NEEDS = {"cluster.md": "ray", "concrete.md": "concrete"}

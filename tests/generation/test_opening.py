@@ -21,16 +21,6 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a tokenizer of letters and a chat template."""
-    made = tmp_path_factory.mktemp("model")
-    torch.manual_seed(3)
-    tiny.llama(vocab_size=97).eval().save_pretrained(made)
-    tiny.save_letters(made)
-    return made
-
-
-@pytest.fixture(scope="module")
 def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("run") / "out" / "adapter"
     save_adapter(tiny.llama(vocab_size=97), made)
