@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from ciphertune.cli import cli
-from ciphertune.errors import ConfigError
+from ciphertune.errors import CipherTuneError, ConfigError
 from ciphertune.generation import conversation
 from ciphertune.generation.conversation import Conversation, stoppable
 from ciphertune.generation.opening import open_model
@@ -131,7 +131,7 @@ def test_an_answer_that_fails_leaves_the_conversation(folder: Path, monkeypatch:
         kept = list(talk.turns)
 
         def fail(*_: Any, **__: Any) -> None:
-            raise conversation.CipherTuneError("the worker is gone")
+            raise CipherTuneError("the worker is gone")
 
         with monkeypatch.context() as patched:
             patched.setattr(conversation, "answer", fail)
@@ -155,6 +155,8 @@ def test_eval(folder: Path, tmp_path: Path) -> None:
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
     assert found["perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-3)
     assert found["tokens"] == rows.numel() - len(rows)
+    short = json.loads(invoke("eval", folder, "--to", "clear", "--data", data, "--length", 100, "--json").stdout)
+    assert short["tokens"] == sum(len(each) - 1 for each in ids)
     with pytest.raises(ConfigError, match="nothing to measure"):
         invoke("eval", folder, "--to", "clear")
 

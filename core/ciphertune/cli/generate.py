@@ -70,9 +70,9 @@ def generate(
             costs.add(cost)
             answers += some
             if not as_json:
-                for number, each in enumerate(some, at + 1):
+                for number, one in enumerate(some, at + 1):
                     title = "" if len(rows) == 1 else f"[{number}] "
-                    click.echo("" if streamed else f"{title}{each.text}")
+                    click.echo("" if streamed else f"{title}{one.text}")
     if as_json:
         texts = [each.text for each in answers]
         print_json(

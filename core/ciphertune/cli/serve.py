@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +96,16 @@ def serve(
         pad_tokens=pad_tokens,
         fixed_length=fixed_length,
     )
-    _log_to_stderr()
-    if not settings.loopback and certificate is None:
-        log.warning("prompts, answers and keys travel in the clear to %s: use --certificate, or a proxy with TLS", host)
     from ciphertune.serving.server import Server, refuse_missing
 
     refuse_missing()
-    with opened(model, source) as found:
-        server = Server(name or Path(found.source.name).name, found.model, found.tokenizer, settings)
-        click.echo(f"ready {server.address}")
-        server.run()
+    with _log_to_stderr():
+        if not settings.loopback and certificate is None:
+            log.warning("prompts, answers and keys travel in the clear to %s: use --certificate, or a TLS proxy", host)
+        with opened(model, source) as found:
+            server = Server(name or Path(found.source.name).name, found.model, found.tokenizer, settings)
+            click.echo(f"ready {server.address}")
+            server.run()
 
 
 def _read_keys(file: Path | None) -> list[str]:
@@ -119,10 +121,17 @@ def _read_keys(file: Path | None) -> list[str]:
         raise KeyFileError(f"{file} holds other characters than letters, digits and signs") from None
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _log_to_stderr() -> Iterator[None]:
     """What this project and the web server have to say: other packages could quote what they were given."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in ("ciphertune", "uvicorn"):
-        logging.getLogger(name).handlers[:] = [handler]
-    logging.getLogger("ciphertune").setLevel(logging.INFO)
+    loggers = [logging.getLogger(name) for name in ("ciphertune", "uvicorn")]
+    for each in loggers:
+        each.addHandler(handler)
+    loggers[0].setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeHandler(handler)

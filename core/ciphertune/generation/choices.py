@@ -176,4 +176,5 @@ def _likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteLossError("evaluation: the model's logits are not finite")
     each = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return each.masked_fill(labels == IGNORED, 0.0).sum(-1)
+    found: Tensor = each.masked_fill(labels == IGNORED, 0.0).sum(-1)
+    return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ciphertune.data.render import IGNORED
 from ciphertune.errors import ConfigError
 from ciphertune.generation.opening import OpenedModel
 from ciphertune.runs.config import DataSection, ModelSection, TrainConfig, TrainingSection
 from ciphertune.runs.language import LanguageTask
+from ciphertune.runs.task import Batches
 from ciphertune.training.evaluation import evaluate
 
 
@@ -57,7 +59,7 @@ class HeldOutData:
         """
         if opened.positions is not None and self._length > opened.positions:
             raise ConfigError(f"sequences have {self._length} tokens, and the model takes {opened.positions} at most")
-        batches = self._task.batches(opened.tokenizer)
+        batches = self._batches(opened.tokenizer)
         rows = batches.train if self._whole else batches.held
         if not rows:
             raise ConfigError("no sequence is held out for evaluation: name data by --data")
@@ -71,3 +73,14 @@ class HeldOutData:
         collated = [batches.collate(rows[at : at + self._size]) for at in range(0, len(rows), self._size)]
         found = evaluate(opened.model, collated, None)
         return HeldOut(found["eval_loss"], found["perplexity"], tokens)
+
+    def _batches(self, tokenizer: Any) -> Batches:
+        try:
+            return self._task.batches(tokenizer)
+        except ConfigError:
+            if not self._whole or self._task.config.data.packing is not None:
+                raise
+        # Texts that fill no sequence when they are joined are sequences of their own.
+        config = self._task.config
+        self._task.config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=False))
+        return self._task.batches(tokenizer)

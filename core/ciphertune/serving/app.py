@@ -291,9 +291,10 @@ class Application:
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:
-                # Its text may hold what was asked.
-                log.error("a request failed: %s", type(error).__name__)
-                return _refused(failed())
+                kind = type(error).__name__
+            # Its text may hold what was asked, and could end up in a log that is written while it is handled.
+            log.error("a request failed: %s", kind)
+            return _refused(failed())
 
         return guarded
 
@@ -383,7 +384,9 @@ def _quiet(app: ASGIApp) -> ASGIApp:
     async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await app(scope, receive, send)
+            return
         except Exception as error:
-            log.error("a connection failed: %s", type(error).__name__)
+            kind = type(error).__name__
+        log.error("a connection failed: %s", kind)
 
     return quiet

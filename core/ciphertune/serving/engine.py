@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ciphertune.errors import CipherTuneError, ProtocolError, TransportError, WorkerError
 from ciphertune.serving.answers import Answer
@@ -63,14 +63,12 @@ class Engine:
             if joining is None:
                 break
             if joining:
-                try:
-                    self._decoder.join(joining)
-                except Exception as error:
+                error = _error_of(lambda joining=joining: self._decoder.join(joining))  # type: ignore[misc]
+                if error is not None:
                     self._fail(joining, error)
                     continue
-            try:
-                self._decoder.step()
-            except Exception as error:
+            error = _error_of(self._decoder.step)
+            if error is not None:
                 self._fail(self._decoder.answers, error)
                 self._decoder.clear()
         for answer in [*self._decoder.answers, *self._waiting.take(1 << 30)]:
@@ -110,3 +108,12 @@ class Engine:
         refusal: RequestError = unavailable() if workers else failed()
         for answer in answers:
             answer.fail(refusal)
+
+
+def _error_of(action: Callable[[], None]) -> Exception | None:
+    """What an action raises. A log written while it is handled could end up with its text."""
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
