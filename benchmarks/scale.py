@@ -112,7 +112,7 @@ def measure(shape: str, tokens: int, steps: int, options: str, base: Path) -> di
         begun = time.perf_counter()
         (folder / "model").mkdir()
         write_weights(shape, folder / "model")
-        split(str(folder / "model"), folder / "bundle")
+        split(str(folder / "model"), folder / "bundle", calibration="off")
         shutil.rmtree(folder / "model")
         made = time.perf_counter() - begun
         here = ZmqTransport.loopback(folder, {})

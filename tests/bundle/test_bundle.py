@@ -98,7 +98,7 @@ def test_sharded_checkpoints_and_ones_without_the_base_prefix(tiny: Tiny, saved:
     tiny("llama-tied").model.save_pretrained(tmp_path / "bare")
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     (tmp_path / "bare" / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
-    model = client(ciphertune.split(str(tmp_path / "bare"), tmp_path / "b"))
+    model = client(ciphertune.split(tmp_path / "bare", tmp_path / "b"))
     assert isinstance(model, LlamaForCausalLM)
     assert torch.equal(output(model), output(ciphertune.outsource(tiny("llama-tied"), CLEAR)))
 

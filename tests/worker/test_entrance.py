@@ -11,6 +11,9 @@ from ciphertune.worker import Entrance
 class Echo:
     limits = Limits()
 
+    def reserve(self, peer: str, nbytes: int) -> Callable[[], None]:
+        return lambda: None
+
     def submit(self, frames: Sequence[Frame], peer: str, reply: Callable[..., None]) -> None:
         reply(pack(Message("ok", {"peer": peer})), lambda: None)
 

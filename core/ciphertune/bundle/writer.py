@@ -78,7 +78,7 @@ class SplitResult:
 
 
 def split(
-    model: str | nn.Module,
+    model: str | os.PathLike[str] | nn.Module,
     out: str | os.PathLike[str],
     *,
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
@@ -122,7 +122,7 @@ def split(
     """
     target = Path(out)
     _check(target, shards, by, replicas, weight_bits, force)
-    source = open_source(model, gguf_file, in_memory)
+    source = open_source(model if isinstance(model, nn.Module) else os.fspath(model), gguf_file, in_memory)
     chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
     table = None
     if embeddings:
