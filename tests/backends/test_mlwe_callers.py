@@ -79,8 +79,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[int]]:
     blocks: list[Block] = []
     take = MaskStock.take
 
-    def recorded(stock: MaskStock, product: str, tokens: int, caller: str = "") -> Mask:
-        mask = take(stock, product, tokens, caller)
+    def recorded(stock: MaskStock, product: str, tokens: int, caller: str = "", *message: Any) -> Mask:
+        mask = take(stock, product, tokens, caller, *message)
         assert mask._block is not None
         blocks.append(mask._block)  # kept, so that its place in memory is no other's
         found[caller].add(id(mask._block))

@@ -43,6 +43,6 @@ def test_a_client_of_a_cluster_is_hidden_from_its_relay() -> None:
         def __init__(self, *_, **__):
             raise SystemExit
     sys.modules["ciphertune_ray.relay_client"].subprocess.Popen = Popen
-    _RelayProcess(None, 1 << 20, None, None)
+    _RelayProcess(None, 1 << 20, None, None, None)
     """.strip()
     assert dumpable("ciphertune_ray.relay_client", "_RelayProcess", call) == ("1", "0")

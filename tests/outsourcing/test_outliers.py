@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import ciphertune
 from ciphertune.errors import ConfigError, InputError
-from ciphertune.models.load import load_tokenizer
 from ciphertune.outsourcing.calibration import Calibration, calibration_of
 
 OUTLIERS = (3, 40)
@@ -234,13 +233,13 @@ def test_a_model_that_fails_is_left_as_it_was() -> None:
 
 
 def test_wrong_calls(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     with pytest.raises(ConfigError, match="at least one batch"):
         ciphertune.calibrate(Block(), [])
     with pytest.raises(ConfigError, match="before adding them"):
         ciphertune.calibrate(peft.get_peft_model(Block(), peft.LoraConfig(target_modules=["last"])), [data(3)])
     models.save_letters(tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "letters.txt").write_text("the quick brown fox")
     for name, content, message in (("none.txt", None, "cannot read"), ("bad.txt", b"\xff\xfe\xff", "UTF-8")):
         if content is not None:

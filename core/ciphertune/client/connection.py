@@ -21,13 +21,14 @@ from ciphertune.errors import (
     VersionError,
     WorkerError,
 )
-from ciphertune.protocol import ERROR_CODES, HELLO_VERSION, Message, agree, spoken_versions
+from ciphertune.protocol import HELLO_VERSION, Message, agree, spoken_versions
 from ciphertune.transport import Link
 from ciphertune.weights import Shard, read_manifest
 
 log = logging.getLogger(__name__)
 
 BACKOFF_SECONDS = 0.05
+_LONGEST_CODE = 40
 """Pause after a first failure; it doubles with each one that follows."""
 LONGEST_BACKOFF_SECONDS = 2.0
 _SLOWEST_LINK = 1 << 18
@@ -204,9 +205,8 @@ class WorkerConnection:
             log.warning("the transport failed", exc_info=error)
             raise TransportError(f"the transport failed: {type(error).__name__}") from error
         if reply.kind == "error":
-            code, text = str(reply.fields.get("code")), printable(str(reply.fields.get("message")), LONGEST_TEXT)
-            if code not in ERROR_CODES:
-                code = "internal"
+            code = printable(str(reply.fields.get("code")), _LONGEST_CODE)
+            text = printable(str(reply.fields.get("message")), LONGEST_TEXT)
             if code == "unknown-session":
                 raise UnknownSession("it does not know the session that it opened")
             if code in ("busy", "holdings"):
