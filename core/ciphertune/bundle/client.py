@@ -100,7 +100,7 @@ def load_client(
         check_model_config(place, len(checkpoint_files(place)) + len(infos))
         skeleton = build(place, manifest.architecture, name=manifest.model, dtype=dtype or stored)
         # peft asks a hub for any name, and for an empty one nobody; what is no hub's is this machine's.
-        skeleton.name_or_path = manifest.model if "/" in manifest.model else ""
+        setattr(skeleton, "name_or_path", manifest.model if "/" in manifest.model else "")  # noqa: B010
     chosen = _candidates(skeleton, infos[: sum(map(len, groups))], place)
     table = _table(skeleton, chosen, infos, embeddings, place) if embeddings else None
     absent = {f"{c.name}.weight" for c in (*chosen, *(() if table is None else table.places))}
