@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ def counted(model: Any, ids: torch.Tensor, new: int) -> list[Traffic]:
     passes: list[Traffic] = []
     forward = model.forward
 
+    @functools.wraps(forward)  # generate asks which arguments it takes
     def watched(*args: Any, **options: Any) -> Any:
         before = copy.copy(session.traffic)
         answer = forward(*args, **options)
@@ -59,6 +61,17 @@ def test_passes_send_what_was_planned(to: str, sequences: int, tiny: Tiny, tmp_p
     for each in later:
         assert (each.requests, each.bytes_up, each.bytes_down) == (found.requests, found.bytes_up, found.bytes_down)
     assert found.bytes_per_token == (found.bytes_up + found.bytes_down) / sequences
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_a_head_gets_the_last_token_of_a_prompt_alone(embeddings: bool, tiny: Tiny, tmp_path: Path) -> None:
+    model: Any = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    asked: dict[str, Any] = {"layers": "all", "embeddings": embeddings}
+    found = plan_generation(str(tmp_path / "model"), **asked, sequences=2, prompt_tokens=5, measure=False)
+    first, later = counted(ciphertune.outsource(model, "mlwe", **asked), torch.arange(1, 11).reshape(2, 5), 2)
+    assert (first.bytes_up, first.bytes_down) == (found.prompt_bytes_up, found.prompt_bytes_down)
+    assert (later.requests, later.bytes_up, later.bytes_down) == (found.requests, found.bytes_up, found.bytes_down)
 
 
 def test_a_pass_over_drafted_tokens_sends_what_was_planned(tiny: Tiny, tmp_path: Path) -> None:

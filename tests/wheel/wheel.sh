@@ -19,7 +19,7 @@ install "$wheel[demo,testing]"
 cd "$work"
 ciphertune backends
 ciphertune plugins
-if env PATH="$work/env/bin" sh -c 'command -v cc || command -v gcc || command -v clang'; then exit 1; fi
+if (PATH="$work/env/bin"; command -v cc || command -v gcc || command -v clang); then exit 1; fi
 env -u CC PATH="$work/env/bin" ciphertune demo --quick --output "$work/out" --json > "$work/result.json"
 env -u CC PATH="$work/env/bin" python - <<'PYTHON'
 from ciphertune_mlwe import native

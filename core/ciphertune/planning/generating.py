@@ -26,7 +26,7 @@ from ciphertune.planning.measure import (
     sizes_to_measure,
     small_model,
 )
-from ciphertune.planning.products import PlannedModel, plan_products
+from ciphertune.planning.products import PlannedGroup, PlannedModel, plan_products
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import ClientCompute, Line, Speeds, check_backend, product_name
 
@@ -155,9 +155,12 @@ def plan_generation(
     given = [(f"the {name}'s speeds", one) for name, one in (("client", client), ("worker", worker)) if one is not None]
     check_backend(given, local_selection(planned.choice))
     groups = [dataclasses.replace(group, backward=False) for group in planned.groups]
+    head = _head(planned.model)
+    # Of a prompt the last token alone goes through the head.
+    prompts = [dataclasses.replace(each, most=sequences if each.layers == head else None) for each in groups]
     width = sequences * (1 + drafted)
 
-    def traffic(tokens: int) -> list[tuple[int, int]]:
+    def traffic(groups: Sequence[PlannedGroup], tokens: int) -> list[tuple[int, int]]:
         return [
             sent
             for group in groups
@@ -166,7 +169,7 @@ def plan_generation(
             for sent in group.traffic(direction, backend, part)
         ]
 
-    each, prompt = traffic(width), traffic(sequences * prompt_tokens)
+    each, prompt = traffic(groups, width), traffic(prompts, sequences * prompt_tokens)
     bytes_up, bytes_down = (sum(column) for column in zip(*each, strict=True)) if each else (0, 0)
     prompt_up, prompt_down = (sum(column) for column in zip(*prompt, strict=True)) if prompt else (0, 0)
     waiting = 2 * latency * len(groups)
@@ -181,8 +184,8 @@ def plan_generation(
         client = _forward_only(client)
         network = Network(bandwidth, latency, processors=processors, down=down)
         first, later = (
-            estimate_step(groups, backend, [tokens], 1, workers, network, client, worker)
-            for tokens in (sequences * prompt_tokens, width)
+            estimate_step(sent, backend, [tokens], 1, workers, network, client, worker)
+            for sent, tokens in ((prompts, sequences * prompt_tokens), (groups, width))
         )
     seconds = None if later is None else later.total + drafted * draft_seconds
     rate = None if seconds is None else sequences * accepted / max(seconds, 1e-12)
@@ -217,6 +220,14 @@ def plan_generation(
         refused=planned.refused,
         speeds=speeds,
     )
+
+
+def _head(model: nn.Module) -> str | None:
+    """The last part of the name of a model's output head; None where it names none."""
+    getter = getattr(model, "get_output_embeddings", None)
+    found = getter() if callable(getter) else None
+    names = (name for name, module in model.named_modules() if module is found)
+    return None if found is None else next(names, "").rpartition(".")[2] or None
 
 
 def _measure(

@@ -33,6 +33,7 @@ class PlannedGroup:
         backward: whether a gradient of its input is asked for.
         lookup: whether it is a table, whose products are lookups: of the direction backward, in the forward pass.
         tied: whether its weight is that of another group, too.
+        most: tokens of a pass that reach it at most; None for all of them.
     """
 
     layers: str
@@ -42,6 +43,7 @@ class PlannedGroup:
     backward: bool
     lookup: bool = False
     tied: bool = False
+    most: int | None = None
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -50,6 +52,7 @@ class PlannedGroup:
 
     def parts(self, tokens: int) -> list[int]:
         """Tokens of each product, for so many in all."""
+        tokens = tokens if self.most is None else min(tokens, self.most)
         most = tokens_at_once(self.forward.out_features) if self.lookup else tokens
         return [min(most, tokens - done) for done in range(0, tokens, most)]
 
