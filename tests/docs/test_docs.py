@@ -54,6 +54,7 @@ _CONCRETE_ML = "an environment of its own, of gigabytes: make concrete-ml"
 _CLUSTER = "needs a cluster of several machines; tests/transports/test_ray.py makes one"
 _OTHERS = "a program of others; tests/runs/test_export.py reads what it is given"
 EXCLUDED = {
+    ("concrete.md", "ciphertune worker BUNDLE --backends mlwe,concrete-glwe"): "serves until it is stopped",
     ("cluster.md", 'pip install "ciphertune[ray]"'): _INSTALL,
     ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8"): _CLUSTER,
     ("cluster.md", "ciphertune ray up bundle --workers 8 --cpus 8"): _CLUSTER,
@@ -64,6 +65,8 @@ EXCLUDED = {
     ("CONTRIBUTING.md", "make check"): _MAKE,
     ("CONTRIBUTING.md", "make test"): _MAKE,
     ("CONTRIBUTING.md", "make constraints"): _INSTALL,
+    ("CONTRIBUTING.md", "make wheel"): _INSTALL,
+    ("CONTRIBUTING.md", "make arm-test"): "needs a cross compiler and an emulator; for people",
     ("CONTRIBUTING.md", ".venv/bin/pre-commit install"): "changes the checkout's Git hooks",
     ("CONTRIBUTING.md", "make demo-quick"): _MAKE,
     ("CONTRIBUTING.md", "make browser-test"): "needs a browser; for people",
