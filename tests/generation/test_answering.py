@@ -15,6 +15,7 @@ from farm import Farm, Host
 from torch import nn
 
 import ciphertune
+from ciphertune._support.denormals import flushes
 from ciphertune.errors import ConfigError
 from ciphertune.generation.answering import Costs, answer
 from ciphertune.generation.drafting import load_draft
@@ -160,6 +161,20 @@ def test_pieces_are_the_text_and_an_answer_can_be_stopped(opened: OpenedModel, f
     assert costs.passes < 8
     drawn = [answer(opened, prompts, GenerationSettings(max_new_tokens=9, temperature=2.0, seed=s)) for s in (1, 1, 2)]
     assert drawn[0][0] == drawn[1][0] != drawn[2][0]
+
+
+def test_denormals_are_zeros_between_products_too(opened: OpenedModel) -> None:
+    before, seen = flushes(), []
+    torch.set_flush_denormal(False)
+    try:
+        answer(
+            opened, ids(opened, "hello"), GenerationSettings(max_new_tokens=4), on_text=lambda _: seen.append(flushes())
+        )
+        assert seen
+        assert all(seen)
+        assert not flushes()
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_sent(opened: OpenedModel, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ciphertune._support.denormals import flushing
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.data.sequences import padding
 from ciphertune.errors import ConfigError
@@ -76,6 +77,7 @@ class Costs:
         self.tokens_per_second = (mine + theirs) / self.seconds if mine + theirs > 0 else None
 
 
+@flushing()
 def answer(
     opened: OpenedModel,
     prompts: Sequence[list[int]],

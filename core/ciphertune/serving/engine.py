@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from ciphertune._support.denormals import flush_here
 from ciphertune.errors import CipherTuneError, ProtocolError, TransportError, WorkerError
 from ciphertune.serving.answers import Answer
 from ciphertune.serving.decoding import Decoder
@@ -58,6 +59,7 @@ class Engine:
         self._thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
+        flush_here()
         while True:
             joining = self._next()
             if joining is None:
