@@ -83,9 +83,7 @@ def known_labels(name: str, gguf_file: str | None = None) -> tuple[str, ...] | N
     transformers = import_optional("transformers", _EXTRA)
     name, extra = _found(name, gguf_file)
     refuse_folder(name, weights=False, gguf_file=extra.get("gguf_file"))
-    with _quiet(transformers, offline=Path(name).exists()), _loading(name):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **extra)
-    return labels_in(config)
+    return labels_in(_config(transformers, name, **extra))
 
 
 def most_positions(name: str) -> int | None:
@@ -94,11 +92,14 @@ def most_positions(name: str) -> int | None:
         return None
     transformers = import_optional("transformers", _EXTRA)
     refuse_folder(name, weights=False)
-    with _quiet(transformers, offline=True), _loading(name):
-        most = getattr(
-            transformers.AutoConfig.from_pretrained(name, trust_remote_code=False), "max_position_embeddings", None
-        )
+    most = getattr(_config(transformers, name), "max_position_embeddings", None)
     return most if isinstance(most, int) else None
+
+
+def _config(transformers: Any, name: str, **extra: Any) -> Any:
+    """A model's configuration, without its weights and without code that comes with it. Raises ``ConfigError``."""
+    with _quiet(transformers, offline=Path(name).exists()), _loading(name):
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **extra)
 
 
 def labels_in(config: Any) -> tuple[str, ...] | None:
@@ -217,8 +218,7 @@ def stored_dtype(name: str, gguf_file: str | None = None) -> torch.dtype:
     name, extra = _found(name, gguf_file)
     if extra:
         return torch.float32
-    with _quiet(transformers, offline=Path(name).exists()), _loading(name):
-        stated = getattr(transformers.AutoConfig.from_pretrained(name), "dtype", None)
+    stated = getattr(_config(transformers, name), "dtype", None)
     return stated if isinstance(stated, torch.dtype) else torch.float32
 
 
