@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.absent_tensor import AbsentTensor, refuse
+from ciphertune._support.absent_tensor import AbsentTensor, WithoutWeight
 from ciphertune._support.torch_compat import autocast_dtype
-from ciphertune.errors import InputError, OutsourcedWeightError
+from ciphertune.errors import InputError
 from ciphertune.weights import LayerInfo
 
 _ANCHOR = "anchor_of_device"
@@ -36,7 +36,7 @@ class Evaluator(Protocol):
         ...
 
 
-class OutsourcedLinear(nn.Linear):
+class OutsourcedLinear(WithoutWeight, nn.Linear):
     """A linear layer whose weight is at the workers; differentiable in its input.
 
     It is an ``nn.Linear`` so that peft and everything else that adapts linear layers by type treats it as one,
@@ -83,13 +83,6 @@ class OutsourcedLinear(nn.Linear):
         self.register_parameter("bias", bias)
         self.tied = tied
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse another weight, but let ``tie_weights`` do as it always did."""
-        if name != "weight":
-            super().__setattr__(name, value)
-        elif not self.tied:
-            refuse(self.name, "assignment")
-
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 - the name nn.Linear uses
         """``input Wᵀ + bias``, input of shape (…, K); the result has its dtype, or autocast's where that is on.
 
@@ -127,16 +120,6 @@ class OutsourcedLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if held is not None:
             self._parameters[_ANCHOR] = held
-
-    def _replicate_for_data_parallel(self) -> NoReturn:
-        raise OutsourcedWeightError(
-            f"{self.name!r} cannot be replicated by DataParallel: its session belongs to one process and device. "
-            "Make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
-        )
-
-    def reset_parameters(self) -> NoReturn:
-        """Refuse: the weight is not here."""
-        refuse(self.name, "reset_parameters")
 
     def extra_repr(self) -> str:
         """Sizes and where the weight is."""

@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner, Result
-from torch import nn
 
 from ciphertune.cli import cli
 from ciphertune.errors import CipherTuneError, ConfigError
@@ -28,15 +27,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("model")
-    torch.manual_seed(3)
-    model = tiny.llama(vocab_size=97).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(made)
-    tiny.save_letters(made)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(made)
-    tokenizer.chat_template = tiny.TEMPLATE
-    tokenizer.save_pretrained(made)
+    tiny.save_talker(made)
     return made
 
 

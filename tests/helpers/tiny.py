@@ -92,6 +92,21 @@ def save_letters(folder: Path) -> None:
     _save(folder, [*map(chr, range(32, 127)), "<unk>", "<end>"], pre_tokenizers.Split("", "isolated"))
 
 
+def save_talker(folder: Path) -> None:
+    """Write a model with weights large enough to say different things, with letters as tokens and a chat template."""
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(3)
+    made = llama(vocab_size=97).eval()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    made.save_pretrained(folder)
+    save_letters(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
 def _save(folder: Path, tokens: list[str], splitter: Any) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

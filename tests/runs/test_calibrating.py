@@ -31,9 +31,9 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(calibration)
         return outsource(*args, calibration=calibration, **others)
 
-    def before(backend: Any, model: Any, tokenizer: Any, text: Any) -> Any:
+    def before(backend: Any, model: Any, tokenizer: Any, text: Any, progress: Any) -> Any:
         assert not any("lora" in name for name, _ in model.named_parameters())
-        return calibrate(backend, model, tokenizer, text)
+        return calibrate(backend, model, tokenizer, text, progress)
 
     monkeypatch.setattr(train, "outsource", watched)
     monkeypatch.setattr(train, "calibration_under", before)

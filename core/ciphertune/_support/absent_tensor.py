@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ciphertune.errors import OutsourcedWeightError
 
@@ -146,3 +146,33 @@ def refuse(layer: str, what: str) -> NoReturn:
         "Merging adapters, DoRA and initialisations drawn from the weight (PiSSA, OLoRA, …) need the original model: "
         "load the adapter there. If the model itself reads this weight, leave the layer out with layers=…"
     )
+
+
+class WithoutWeight(nn.Module):
+    """What modules have in common whose weight is at the workers; before the torch module that they stand for.
+
+    Attributes:
+        name: of the module, for errors.
+        tied: whether the weight was tied to another module's. What ties it again has no effect: the values are at the
+            workers.
+    """
+
+    name: str
+    tied: bool
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another weight, but let ``tie_weights`` do as it always did."""
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif not self.tied:
+            refuse(self.name, "assignment")
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise OutsourcedWeightError(
+            f"{self.name!r} cannot be replicated by DataParallel: its session belongs to one process and device. "
+            "Make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+    def reset_parameters(self) -> NoReturn:
+        """Refuse: the weight is not here."""
+        refuse(self.name, "reset_parameters")

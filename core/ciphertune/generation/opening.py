@@ -92,10 +92,7 @@ def open_model(source: ModelSource, progress: Callable[[str], None] | None = Non
         calibration = None
         if not bundle:
             # Before the adapter, which private data shaped.
-            backend = choose(source.to).backend
-            calibration, why = calibration_under(backend, base, tokenizer, source.calibration)
-            if why:
-                say(f"No channels with outliers are kept at the client: {why}")
+            calibration = calibration_under(choose(source.to).backend, base, tokenizer, source.calibration, say)
         model = base if source.adapter is None else load_adapter(base, source.adapter, None)
         if bundle:
             stack.callback(session_of(model).close)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +161,22 @@ def calibration_of(
 
 
 def calibration_under(
-    backend: Backend, model: nn.Module, tokenizer: Any, text: str | os.PathLike[str] | None
-) -> tuple[Calibration | None, str]:
-    """As ``calibration_of``; None without a reason for a backend with float32 weights, which gains nothing by it."""
-    return (None, "") if backend.weight_bits is None else calibration_of(model, tokenizer, text)
+    backend: Backend,
+    model: nn.Module,
+    tokenizer: Any,
+    text: str | os.PathLike[str] | None,
+    progress: Callable[[str], None],
+) -> Calibration | None:
+    """As ``calibration_of``, for a backend; ``progress`` is told why there is none.
+
+    Nothing is told of a backend with float32 weights, which gains nothing by it.
+    """
+    if backend.weight_bits is None:
+        return None
+    found, why = calibration_of(model, tokenizer, text)
+    if why:
+        progress(f"No channels with outliers are kept at the client: {why}")
+    return found
 
 
 @contextlib.contextmanager

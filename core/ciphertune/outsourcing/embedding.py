@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.absent_tensor import AbsentTensor, refuse
+from ciphertune._support.absent_tensor import AbsentTensor, WithoutWeight
 from ciphertune._support.torch_compat import uncompiled
 from ciphertune.callers import Owners, owners_of
-from ciphertune.errors import InputError, NothingOutsourcedError, OutsourcedWeightError, UnsupportedLayerError
+from ciphertune.errors import InputError, NothingOutsourcedError, UnsupportedLayerError
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import Candidate, linear_layers, meant_to_train
 from ciphertune.outsourcing.walk import bare_name, walk
@@ -83,7 +83,7 @@ def choose_table(
     return together, Table(tuple(places), index)
 
 
-class OutsourcedEmbedding(nn.Embedding):
+class OutsourcedEmbedding(WithoutWeight, nn.Embedding):
     """A token embedding whose table is at the workers. It is frozen: there is no gradient of a lookup.
 
     Args:
@@ -111,13 +111,6 @@ class OutsourcedEmbedding(nn.Embedding):
         full = torch.Size((info.out_features, info.in_features))
         self.register_buffer("weight", AbsentTensor.make(info.name, full, like), persistent=False)
         self.tied = tied
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse another weight, but let ``tie_weights`` do as it always did."""
-        if name != "weight":
-            super().__setattr__(name, value)
-        elif not self.tied:
-            refuse(self.name, "assignment")
 
     @uncompiled
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Embedding uses
@@ -150,16 +143,6 @@ class OutsourcedEmbedding(nn.Embedding):
         values = torch.ones(ids.shape, device=ids.device) if scale is None else scale.to(ids.device)[ids]
         named = torch.zeros(len(ids), self.num_embeddings, dtype=torch.float32, device=ids.device)
         return self.group.lookup(named.scatter_(1, ids, values), owners)
-
-    def _replicate_for_data_parallel(self) -> NoReturn:
-        raise OutsourcedWeightError(
-            f"{self.name!r} cannot be replicated by DataParallel: its session belongs to one process and device. "
-            "Make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
-        )
-
-    def reset_parameters(self) -> NoReturn:
-        """Refuse: the weight is not here."""
-        refuse(self.name, "reset_parameters")
 
     def extra_repr(self) -> str:
         """Sizes and where the table is."""

@@ -21,7 +21,7 @@ from ciphertune.bundle.client import is_client_folder
 from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import most_positions
-from ciphertune.outsourcing.calibration import Calibration, calibration_under
+from ciphertune.outsourcing.calibration import calibration_under
 from ciphertune.outsourcing.convert import outsource, outsourced_layers, session_of, share
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.report.costs import CostMeter
@@ -147,7 +147,9 @@ def _run(
     for note in data.notes:
         progress(f"Data: {note}")
     # Before the adapter: one that goes on may have been shaped by private data.
-    calibration = None if outsourced_layers(base) else _calibrated(base, tokenizer, config, progress)
+    calibration = None
+    if not outsourced_layers(base):
+        calibration = calibration_under(choice.backend, base, tokenizer, config.calibration, progress)
     model = _adapted(base, config, task)
     if not outsourced_layers(base):
         outsource(model, config.to, config.layers, embeddings=config.embeddings, calibration=calibration)
@@ -249,14 +251,6 @@ def _adapted(base: Any, config: TrainConfig, task: RunTask) -> nn.Module:
         task_type=task.peft_task,
         modules_to_save=task.trained_whole() or None,
     )
-
-
-def _calibrated(base: Any, tokenizer: Any, config: TrainConfig, progress: Progress) -> Calibration | None:
-    """Sizes of the base model's channels over public text, for an encryption that profits from them."""
-    calibration, why = calibration_under(choose(config.to).backend, base, tokenizer, config.calibration)
-    if why:
-        progress(f"No channels with outliers are kept at the client: {why}")
-    return calibration
 
 
 def _check_length(length: int, most: Any) -> None:

@@ -9,18 +9,13 @@ import torch
 from ciphertune.errors import ConfigError
 from ciphertune.models.load import SMOLLM2_FILE, load_causal_model, smollm2_folder
 from ciphertune.training.lora import add_lora
-from ciphertune.workloads.texts import batches_of, language_reference, rows_of
+from ciphertune.workloads.texts import batches_of, language_reference, row_length, rows_of
 from ciphertune.workloads.workload import Workload
-
-ROW = 256
-"""Tokens of one sequence."""
 
 
 def smollm2(*, batches: int, tokens: int, held_out: int, seed: int, rank: int) -> Workload:
     """Load the workload ``smollm2``: LoRA on q and v of all 30 layers, articles in an order drawn from the seed."""
-    length = min(ROW, tokens)
-    if tokens < 2 or tokens % length:
-        raise ConfigError(f"tokens must be below {ROW} or a multiple of it, not {tokens}")
+    length = row_length(tokens)
     size = tokens // length
     folder = smollm2_folder()
     base, tokenizer = load_causal_model(str(folder), SMOLLM2_FILE)

@@ -14,10 +14,9 @@ from ciphertune.errors import ConfigError
 from ciphertune.models.known import BUILT_IN
 from ciphertune.models.load import load_causal_model
 from ciphertune.training.lora import add_lora
-from ciphertune.workloads.texts import batches_of
+from ciphertune.workloads.texts import batches_of, row_length
 from ciphertune.workloads.workload import Workload
 
-_ROW = 256
 _EXTRA = 'pip install "ciphertune[hf]"'
 
 
@@ -55,9 +54,7 @@ def random_tokens(name: str, *, batches: int, tokens: int, held_out: int, seed: 
     Raises:
         ConfigError: as ``base_model``; tokens that do not fill rows; a model without text.
     """
-    length = min(_ROW, tokens)
-    if tokens < 2 or tokens % length:
-        raise ConfigError(f"tokens must be below {_ROW} or a multiple of it, not {tokens}")
+    length = row_length(tokens)
     model: Any = base_model(name)
     model.config.use_cache = False
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)

@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 from ciphertune.data.render import text_ids
+from ciphertune.errors import ConfigError
+
+ROW = 256
+"""Tokens of one sequence."""
+
+
+def row_length(tokens: int) -> int:
+    """Tokens of each row of a batch of so many: ``ROW`` at most. Raises ``ConfigError`` where they fill no rows."""
+    length = min(ROW, tokens)
+    if tokens < 2 or tokens % length:
+        raise ConfigError(f"tokens must be below {ROW} or a multiple of it, not {tokens}")
+    return length
 
 
 def language_reference() -> dict[str, str]:
