@@ -11,6 +11,7 @@ import ciphertune
 from ciphertune.backend import LinearMap
 from ciphertune.cli import cli
 from ciphertune.client.choice import choose
+from ciphertune.planning.measure import measure_preparing
 from ciphertune.planning.plan import make_plan
 
 
@@ -47,3 +48,10 @@ def test_pieces_are_as_wide_as_the_product_that_they_are_cut_from(direction: str
     narrow = LinearMap("layer", direction, 256, 64, 36 * 16.0, rows=((0, 256),))  # type: ignore[arg-type]
     assert backend.piece_traffic(wide, narrow, 10) == (4 * 256 * 10, 4 * 64 * 10)
     assert backend.traffic(narrow, 10) == (3 * 256 * 10, 3 * 64 * 10)
+
+
+def test_measuring_what_preparing_takes_leaves_nothing_on_disk(empty_cache: Path) -> None:
+    seconds = [measure_preparing("mlwe") for _ in range(2)]
+    assert not empty_cache.exists() or not list(empty_cache.rglob("*.*"))
+    # Each time a whole layer is prepared: what an earlier plan kept would count as no weight at all.
+    assert all(0 < each < 1e-3 for each in seconds)

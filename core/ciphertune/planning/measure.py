@@ -17,6 +17,7 @@ from ciphertune._support.environment import machine
 from ciphertune._support.options import split_options
 from ciphertune.backend import DIRECTIONS, Backend, Direction
 from ciphertune.client.choice import Choice, SessionOptions, choose
+from ciphertune.client.preparing import HeldCodes, prepare
 from ciphertune.client.session import Session
 from ciphertune.errors import ConfigError
 from ciphertune.models.known import skeleton
@@ -29,7 +30,7 @@ from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.selection import Selection
 from ciphertune.traffic import Traffic
-from ciphertune.weights import describe, quantize
+from ciphertune.weights import describe, group_map, quantize
 from ciphertune.worker import WeightStore, Worker
 from ciphertune.workloads.local_worker import serving
 
@@ -181,13 +182,22 @@ def measure_preparing(to: str) -> float:
     Args:
         to: selection string of a backend that prepares itself, without transport.
     """
-    with torch.random.fork_rng(devices=[]):
-        model = outsource(nn.Sequential(nn.Linear(*_PREPARED)), to, layers="all", plugins=PluginManager())
-        session = session_of(model)
+    backend = choose(to).backend
+    weight = torch.randn(*reversed(_PREPARED), generator=torch.Generator().manual_seed(0))
+    held = quantize(weight, backend.weight_bits)
+    layers = [describe("layer", held)]
+    maps = {direction: group_map(layers, direction) for direction in DIRECTIONS}
+    found = []
+    for _ in range(2):  # the first warms up
+        # Without ``begin``: nothing of this is kept on disk, nor found there.
+        client = backend.client(torch.device("cpu"))
         try:
-            return session.set_up.seconds / max(1, session.set_up.weights)
+            begun = time.perf_counter()
+            read = prepare([client], [(layers, maps, ())], HeldCodes({"layer": held.codes}))
+            found.append((time.perf_counter() - begun) / max(1, read))
         finally:
-            session.close()
+            client.close()
+    return min(found)
 
 
 def local_selection(choice: Choice) -> str:
