@@ -565,7 +565,8 @@ def test_it_trains_through_worker_processes_and_survives_the_loss_of_one(tmp_pat
     expected = train(local, 3)
     session_of(local).close()
     folder = tmp_path / "bundle" / "worker"
-    with remote.worker(folder) as first, remote.worker(folder) as second:
+    offered = ("--insecure", "--backends", "concrete-circuit")
+    with remote.worker(folder, *offered) as first, remote.worker(folder, *offered) as second:
         to = f"concrete-circuit+zmq://{first.address},{second.address}?insecure=1&timeout=60&connect_timeout=60"
         model = ciphertune.outsource(network(), to, layers=layers)
         session = session_of(model)
