@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _file: Any = click.Path(dir_okay=False, path_type=Path)
 _OF_TRAINING = ("tokens", "targets", "micro_batches", "interleave", "length")
 _OF_GENERATION = ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "draft_time")
+_OF_CAPACITY = ("chats", "think", "worker_bandwidth", "worker_price", "traffic_price", "slowdown")
 _SHADES = " ▁▂▃▄▅▆▇█"
 _SHOWN = 6
 """Placements that are printed."""
@@ -81,6 +82,17 @@ _SHOWN = 6
 )
 @click.option("--accepted", type=float, help="Tokens of a sequence that a pass with drafted ones yields on average.")
 @click.option("--draft-time", default="0ms", show_default=True, help="Time that the client takes for a drafted token.")
+@click.option("--clients", type=click.IntRange(1), default=None, help="Plan workers for so many clients at once.")
+@click.option(
+    "--chats", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of clients that chat."
+)
+@click.option("--think", default="30s", show_default=True, help="From an answer to the next question, on average.")
+@click.option("--worker-bandwidth", default="10Gbit/s", show_default=True, help="Of a worker's card, each way.")
+@click.option("--worker-price", type=click.FloatRange(0), default=0.0, help="Of a worker, an hour.")
+@click.option("--traffic-price", type=click.FloatRange(0), default=0.0, help="Of a gigabyte, either way.")
+@click.option(
+    "--slowdown", type=float, default=1.5, show_default=True, help="How much longer than alone clients may wait."
+)
 @click.option("--one-machine", is_flag=True, help="Client and workers share one processor.")
 @click.option("--measure/--no-measure", default=True, help="Estimate seconds from a short measurement here.")
 @click.option("--save-speeds", type=_file, help="Write the speeds measured here to a file, for a plan made elsewhere.")
@@ -113,6 +125,13 @@ def plan(
     drafted: int,
     accepted: float | None,
     draft_time: str,
+    clients: int | None,
+    chats: float,
+    think: str,
+    worker_bandwidth: str,
+    worker_price: float,
+    traffic_price: float,
+    slowdown: float,
     one_machine: bool,
     measure: bool,
     save_speeds: Path | None,
@@ -120,18 +139,25 @@ def plan(
     worker_speeds: Path | None,
     as_json: bool,
 ) -> None:
-    """Plan a run, a training step of a model, or generation (--generate): outsourced share, traffic and seconds.
+    """Plan a run, a training step, generation (--generate), or workers for many clients (--clients).
 
     MODEL is a run's file (.toml or .yaml), whose data is read and counted, a folder (the client's part of a bundle,
     too), a hub name, or a known model ('ciphertune share' lists them). No weight is loaded. Seconds are estimated from
     speeds measured here, or on the machines that will do the work.
     """
+    from ciphertune.errors import ConfigError
     from ciphertune.planning.generating import plan_generation
     from ciphertune.planning.plan import bytes_per_second, make_plan, seconds
     from ciphertune.planning.run import totals
     from ciphertune.planning.speeds import read_speeds
 
-    _refuse_of_the_other(context, generate)
+    if clients is None:
+        _refuse_of_the_other(context, generate)
+        for option in _OF_CAPACITY:
+            if context.get_parameter_source(option) is not ParameterSource.DEFAULT:
+                raise ConfigError(f"--{option.replace('_', '-')} is of a plan for many clients: add --clients")
+    elif generate or is_run(model) or one_machine or micro_batches > 1 or interleave is not None:
+        raise ConfigError("--clients plans for a model, and takes none of --generate, --one-machine, --micro-batches")
     run = None
     if generate:
         name, selection = model, to or "mlwe"
@@ -148,6 +174,35 @@ def plan(
         name, selection = model, to or "mlwe"
     from_client, to_client = bytes_per_second(up or bandwidth), bytes_per_second(down or bandwidth)
     client, worker = (None if file is None else read_speeds(file) for file in (client_speeds, worker_speeds))
+    if clients is not None:
+        from ciphertune.cli.plan_capacity import show_capacity
+        from ciphertune.planning.capacity import ClientMix, Prices, plan_capacity
+
+        capacity = plan_capacity(
+            name,
+            selection,
+            ClientMix(clients, chats, tokens, targets, length, prompt_tokens, new_tokens, seconds(think)),
+            layers="all" if layers == ("all",) else (layers or None),
+            embeddings=embeddings,
+            workers=workers if context.get_parameter_source("workers") is not ParameterSource.DEFAULT else None,
+            placement=placement,
+            worker_memory=None if worker_memory_gb is None else 1e9 * worker_memory_gb,
+            bandwidth=from_client,
+            down=to_client,
+            latency=seconds(latency),
+            worker_bandwidth=bytes_per_second(worker_bandwidth),
+            prices=Prices(worker_price, traffic_price),
+            slowdown=slowdown,
+            measure=measure,
+            client=client,
+            worker=worker,
+        )
+        _save(capacity.speeds, save_speeds)
+        if as_json:
+            print_json(dataclasses.asdict(capacity))
+        else:
+            show_capacity(name, capacity)
+        return
     common: dict[str, Any] = {
         "bandwidth": from_client,
         "down": to_client,

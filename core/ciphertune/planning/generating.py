@@ -164,7 +164,7 @@ def plan_generation(
     backend = planned.choice.backend
     given = [(f"the {name}'s speeds", one) for name, one in (("client", client), ("worker", worker)) if one is not None]
     check_backend(given, local_selection(planned.choice))
-    head, width = _head(planned.model), sequences * (1 + drafted)
+    head, width = output_head(planned.model), sequences * (1 + drafted)
 
     def traffic(groups: Sequence[PlannedGroup], tokens: int) -> list[tuple[int, int]]:
         return [
@@ -179,16 +179,16 @@ def plan_generation(
     if measure and planned.groups and (client is None or worker is None):
         # Products as one worker has them, and as those have them that divide a layer.
         parts = dataclasses.replace(planned, groups=[*whole.groups, *planned.groups] if workers > 1 else whole.groups)
-        speeds = _measure(model, parts, (width, sequences * prompt_tokens), sequences, client is None)
+        speeds = measure_generation(model, parts, (width, sequences * prompt_tokens), sequences, client is None)
     client, worker = client or speeds, worker or speeds
     network = Network(bandwidth, latency, processors=processors, down=down)
     first: Estimate | None = None
     later: Estimate | None = None
     if planned.groups and client is not None and worker is not None:
-        of_client, of_worker = _forward_only(client), worker
+        of_client, of_worker = forward_only(client), worker
 
         def later_pass(model: PlannedModel, placed: Placement, at_once: int = 1) -> Estimate:
-            groups = _forward_groups(model)
+            groups = forward_groups(model)
             return estimate_step(groups, backend, [width], at_once, placed.workers, network, of_client, of_worker)
 
         if len(fit) > 1:
@@ -196,7 +196,7 @@ def plan_generation(
             planned = next(model for one, model in fit if one == placed)
         later = later_pass(planned, placed)
         first = estimate_step(
-            _prompt_groups(planned, head, sequences),
+            prompt_groups(planned, head, sequences),
             backend,
             [sequences * prompt_tokens],
             1,
@@ -205,7 +205,7 @@ def plan_generation(
             of_client,
             of_worker,
         )
-    groups, prompts = _forward_groups(planned), _prompt_groups(planned, head, sequences)
+    groups, prompts = forward_groups(planned), prompt_groups(planned, head, sequences)
     each, prompt = traffic(groups, width), traffic(prompts, sequences * prompt_tokens)
     bytes_up, bytes_down = (sum(column) for column in zip(*each, strict=True)) if each else (0, 0)
     prompt_up, prompt_down = (sum(column) for column in zip(*prompt, strict=True)) if prompt else (0, 0)
@@ -246,7 +246,7 @@ def plan_generation(
     )
 
 
-def _head(model: nn.Module) -> str | None:
+def output_head(model: nn.Module) -> str | None:
     """The last part of the name of a model's output head; None where it names none."""
     getter = getattr(model, "get_output_embeddings", None)
     found = getter() if callable(getter) else None
@@ -254,17 +254,18 @@ def _head(model: nn.Module) -> str | None:
     return None if found is None else next(names, "").rpartition(".")[2] or None
 
 
-def _forward_groups(planned: PlannedModel) -> list[PlannedGroup]:
+def forward_groups(planned: PlannedModel) -> list[PlannedGroup]:
+    """Groups of a pass that asks for no gradient."""
     return [dataclasses.replace(group, backward=False) for group in planned.groups]
 
 
-def _prompt_groups(planned: PlannedModel, head: str | None, sequences: int) -> list[PlannedGroup]:
+def prompt_groups(planned: PlannedModel, head: str | None, sequences: int) -> list[PlannedGroup]:
     """Groups of a pass over prompts, of which the last token alone goes through the head."""
-    groups = _forward_groups(planned)
+    groups = forward_groups(planned)
     return [dataclasses.replace(each, most=sequences if each.layers == head else None) for each in groups]
 
 
-def _measure(
+def measure_generation(
     model: str,
     planned: PlannedModel,
     tokens: Sequence[int],
@@ -359,7 +360,7 @@ def _line(few: int, low: float, many: int, high: float) -> Line:
     return Line(max(0.0, low - slope * few), slope)
 
 
-def _forward_only(speeds: Speeds) -> Speeds:
+def forward_only(speeds: Speeds) -> Speeds:
     """Speeds of a client without what only training computes, where they were measured for that."""
     computed = speeds.client_compute
     if computed is None or not any(name.endswith(" backward") for name in computed.before):
