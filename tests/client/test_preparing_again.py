@@ -15,7 +15,7 @@ from torch import nn
 
 import ciphertune
 from ciphertune.bench.compare import Product, measure
-from ciphertune.errors import NotPreparedError, WeightsError
+from ciphertune.errors import NotPreparedError, SecurityError, WeightsError
 from ciphertune.plugins import registry
 from ciphertune.protocol import Message
 from ciphertune.worker import SessionLimits, Worker
@@ -63,6 +63,23 @@ def test_a_group_that_is_used_up_is_prepared_again(farm: Farm, client: Any) -> N
         assert client().passes == passes
     assert session.set_up.weights == passes // 2 * WEIGHTS
     assert session.traffic.requests == 10, "each product was sent once"
+
+
+def test_a_session_prepares_when_it_is_told_to(farm: Farm, client: Any) -> None:
+    """Between products, so that none waits for it."""
+    model = outsourced(farm)
+    session = ciphertune.session_of(model)
+    assert session.prepare() == 0
+    for _ in range(4):
+        model(X)
+        assert session.prepare() == WEIGHTS
+    assert client().passes == 10
+    session.close()
+    with pytest.raises(SecurityError, match="nothing can be prepared"):
+        session.prepare()
+    plain = ciphertune.outsource(Net(), "clear", "all")
+    assert ciphertune.session_of(plain).prepare() == 0
+    ciphertune.session_of(plain).close()
 
 
 def test_both_directions(farm: Farm, client: Any) -> None:

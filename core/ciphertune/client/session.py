@@ -236,6 +236,22 @@ class Session:
         self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
 
+    @own_modes()
+    def prepare(self) -> int:
+        """Let the encryption make ahead of time what was used up of it, for all groups. May be called at any moment.
+
+        Returns:
+            How many of the weights' codes were read for that; 0 where nothing was missing.
+
+        Raises:
+            SecurityError: the session is closed.
+            WeightsError, TransportError: the codes cannot be had now.
+        """
+        if self.closed:
+            raise SecurityError("the session is closed; nothing can be prepared any more")
+        with self._covering:
+            return self._prepare(list(range(len(self._groups))), None)
+
     def keep_apart(self) -> None:
         """Keep callers apart from now on: no secret of the encryption masks tokens of two of them.
 

@@ -277,6 +277,17 @@ def test_a_session_makes_passes(ciphertune_worker: Callable[..., ServedWorker]) 
     session.close()
 
 
+def test_pads_are_made_between_products() -> None:
+    model = ciphertune.outsource(network(), "slalom?tokens=10", "all")
+    session = ciphertune.session_of(model)
+    for _ in range(3):
+        assert session.prepare() in (0, 6 * 80 + 80 * 3)
+        read = session.set_up.weights
+        model(X)
+        assert session.set_up.weights == read, "the product had to wait for a pass"
+    session.close()
+
+
 def test_a_retry_sends_the_same_bytes(ciphertune_faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is lost is sent again under its pad, in the same bytes; answers that come twice do no harm."""
     sent: list[bytes] = []
