@@ -10,11 +10,14 @@ import click
 from click.core import ParameterSource
 
 from ciphertune.cli.output import megabytes, percent, print_facts, print_json, print_table
-from ciphertune.cli.plan_summary import WAITED_FOR, summary
+from ciphertune.cli.plan_summary import WAITED_FOR, duration, summary
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ciphertune.planning.estimate import Estimate
     from ciphertune.planning.generating import GenerationPlan
+    from ciphertune.planning.placing import Tried
     from ciphertune.planning.run import Run
     from ciphertune.planning.speeds import Speeds
     from ciphertune.runs.config import TrainConfig
@@ -23,6 +26,8 @@ _file: Any = click.Path(dir_okay=False, path_type=Path)
 _OF_TRAINING = ("tokens", "targets", "micro_batches", "interleave", "length")
 _OF_GENERATION = ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "draft_time")
 _SHADES = " ▁▂▃▄▅▆▇█"
+_SHOWN = 6
+"""Placements that are printed."""
 
 
 @click.command()
@@ -47,14 +52,18 @@ _SHADES = " ▁▂▃▄▅▆▇█"
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of workers.")
 @click.option(
     "--placement",
-    type=click.Choice(["layers", "rows", "replicas"]),
-    default="layers",
-    show_default=True,
-    help="Split of the model over workers, as by 'ciphertune split'.",
+    default=None,
+    metavar="PLACEMENT",
+    help="Of the model on workers, as of 'ciphertune split': layers, rows, replicas, or layers:2,rows:4.  "
+    "[default: the fastest]",
 )
+@click.option("--worker-memory-gb", type=click.FloatRange(0), default=None, help="Of weights that a worker may hold.")
 @click.option("--micro-batches", type=click.IntRange(1), default=1, show_default=True, help="Parts of a step's batch.")
 @click.option(
-    "--interleave", type=click.IntRange(1), default=1, show_default=True, help="Micro-batches under way at once."
+    "--interleave",
+    type=click.IntRange(1),
+    default=None,
+    help="Micro-batches under way at once.  [default: the fastest]",
 )
 @click.option("--length", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a sequence.")
 @click.option("--generate", is_flag=True, help="Plan generation of text, with a key-value cache, in place of training.")
@@ -92,9 +101,10 @@ def plan(
     down: str | None,
     latency: str,
     workers: int,
-    placement: Any,
+    placement: str | None,
+    worker_memory_gb: float | None,
     micro_batches: int,
-    interleave: int,
+    interleave: int | None,
     length: int,
     generate: bool,
     sequences: int,
@@ -144,6 +154,7 @@ def plan(
         "latency": seconds(latency),
         "workers": workers,
         "placement": placement,
+        "worker_memory": None if worker_memory_gb is None else 1e9 * worker_memory_gb,
         "processors": "one" if one_machine else "own",
         "measure": measure,
         "client": client,
@@ -220,8 +231,10 @@ def plan(
         more = " …" if len(found.refused) > 1 else ""
         facts["refused"] = f"{len(found.refused)}, at which outsourcing stops: {name} ({why}){more}"
     if workers > 1:
-        facts["a worker holds"] = f"{megabytes(found.worker_bytes)} of weights at most ({workers} workers, {placement})"
+        facts["a worker holds"] = f"{megabytes(found.worker_bytes)} of weights at most ({found.placement})"
     print_facts("", facts)
+    if found.tried:
+        _show_tried(found.tried)
     if found.estimate is not None:
         _show(found.estimate)
 
@@ -307,6 +320,18 @@ def _show_generation(model: str, found: GenerationPlan) -> None:
         print_table("A pass, estimated", ["waiting for", "of it", ""], rows)
         if not found.client_compute_measured:
             click.echo("What the client computes itself is a guess.")
+
+
+def _show_tried(tried: Sequence[Tried]) -> None:
+    """Print the placements that were compared, the best first."""
+    rows = [
+        (one.placement, one.interleave, duration(one.seconds), WAITED_FOR[one.bottleneck], megabytes(one.worker_bytes))
+        for one in tried[:_SHOWN]
+    ]
+    title = f"Placements on {tried[0].workers} workers, estimated" if tried[0].workers > 1 else "Estimated"
+    print_table(title, ["placement", "at once", "a step", "most of it", "a worker holds"], rows)
+    if len(tried) > _SHOWN:
+        click.echo(f"{len(tried) - _SHOWN} more were compared, all slower.")
 
 
 def _show(estimate: Estimate) -> None:
