@@ -19,6 +19,9 @@ from ciphertune.errors import ProtocolError, SelectionError
 MOST_TOKENS = 1 << 20
 """Tokens of the option ``tokens`` at most."""
 
+MOST_FEATURES = 1 << 20
+"""Inputs or outputs of a product at most."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SlalomOptions:
@@ -66,6 +69,11 @@ class SlalomBackend(Backend):
     def noise(self, linear_map: LinearMap | None = None) -> NoiseModel:
         """Rounding of inputs alone; products are exact, and outputs wrap at 2^31."""
         return NoiseModel(half_range=2.0**31, input_variance=1 / 12, output_variance=0.0)
+
+    def refuse(self, linear_map: LinearMap) -> str | None:
+        """See ``Backend.refuse``: sums of the check's 16-bit halves must stay below 2^53."""
+        most = max(linear_map.in_features, linear_map.out_features)
+        return f"{most} features are more than {MOST_FEATURES}" if most > MOST_FEATURES else None
 
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int]:
         """See ``Backend.traffic``: four bytes a number."""

@@ -36,7 +36,7 @@ def wide_product(values: Tensor, weights: Tensor) -> Tensor:
     """``values · weightsᵀ`` modulo 2^32, of int32 both, by products of 16-bit halves; those of high ones count nothing.
 
     Args:
-        values: (T, K) int32, K below 2^20.
+        values: (T, K) int32, K up to 2^20.
         weights: (N, K) int32, few rows.
 
     Returns:

@@ -222,6 +222,13 @@ def test_memory_is_foretold() -> None:
     assert SlalomBackend(SlalomOptions(32)).kept_bytes(both["forward"], both["backward"]) == held
 
 
+def test_products_that_are_too_large_are_refused() -> None:
+    backend = SlalomBackend()
+    for features, outputs, refused in ((1 << 20, 1 << 20, False), (2, (1 << 20) + 1, True), ((1 << 20) + 1, 2, True)):
+        why = backend.refuse(LinearMap("layer", "forward", features, outputs, 1.0))
+        assert (why is not None) == refused
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "1048577", "many"])
 def test_options_that_are_none(value: str) -> None:
     with pytest.raises(SelectionError, match="tokens"):
