@@ -25,6 +25,11 @@ if TYPE_CHECKING:  # at runtime they would import torch, for which `ciphertune -
     from ciphertune.traffic import Exchange, SetUp, Traffic
     from ciphertune.weights import LayerInfo
 
+INTERFACE_VERSION = 1
+"""The version of the hooks. It grows with every change that a plugin which is written for the one before would not
+stand. A plugin says which one it is written for by ``interface``, a number; one that is written for another is
+refused when it is loaded."""
+
 hookspec = pluggy.HookspecMarker("ciphertune")
 hookimpl = pluggy.HookimplMarker("ciphertune")
 """Marks a function of a plugin as an implementation of the hook of its name."""

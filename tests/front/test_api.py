@@ -33,6 +33,8 @@ PUBLIC = [
     "TransportError",
     "WorkerError",
     "calibrate",
+    "get_backend",
+    "get_transport",
     "interleave",
     "load_client",
     "outsource",
@@ -52,6 +54,7 @@ FRONT = {
         "Direction",
         "Encrypted",
         "FLOAT32_ROUNDING",
+        "INTERFACE_VERSION",
         "LinearMap",
         "NoiseModel",
         "Preparation",
@@ -98,6 +101,7 @@ FRONT = {
         "OLDEST_VERSION",
         "VERSION",
         "agree",
+        "buffers_fault",
         "error_message",
         "pack",
         "spoken_versions",
@@ -105,6 +109,8 @@ FRONT = {
     ],
     "selection": [
         "Selection",
+        "SessionOptions",
+        "Timeouts",
         "parse_use",
     ],
     "status": [
@@ -130,6 +136,7 @@ FRONT = {
     "transport": [
         "Connections",
         "GRACE_SECONDS",
+        "INTERFACE_VERSION",
         "Link",
         "Listener",
         "LocalWorker",

@@ -6,12 +6,12 @@ import importlib
 import io
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from ciphertune._support.version import __version__
-from ciphertune.errors import CipherTuneError
+from ciphertune.errors import CipherTuneError, PluginError
 from ciphertune.key_files import hide_process
 
 # Name → (module under ciphertune.cli, one line for --help); the command object has the command's name.
@@ -45,6 +45,30 @@ class LazyGroup(click.Group):
 
     _plugins_asked = False
 
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a plugin's command; a name that is taken is refused to the plugin that comes second."""
+        if (name or cmd.name) in {*_COMMANDS, *self.commands}:
+            whose = "CipherTune's own" if (name or cmd.name) in _COMMANDS else "another plugin's"
+            raise PluginError(f"the command {name or cmd.name!r} is {whose}")
+        super().add_command(cmd, name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what goes wrong in one of a plugin's is that plugin's fault, and said in one line."""
+        try:
+            return super().invoke(ctx)
+        except (CipherTuneError, OSError, click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            from ciphertune.plugins.blame import place_of
+            from ciphertune.plugins.trace import VARIABLE, tracing
+
+            if ctx.invoked_subcommand not in self.commands or tracing():
+                raise
+            raise PluginError(
+                f"the command {ctx.invoked_subcommand!r}, which a plugin added, failed: {type(error).__name__}: {error}"
+                f"{place_of(error)}. {VARIABLE}=1 shows the traceback"
+            ) from error
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All command names."""
         self._ask_plugins()
@@ -72,7 +96,7 @@ class LazyGroup(click.Group):
             self._plugins_asked = True
             from ciphertune.plugins.manager import plugin_manager
 
-            plugin_manager().observe("ciphertune_register_commands", cli=self)
+            plugin_manager().add_commands(self)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
