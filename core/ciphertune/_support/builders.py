@@ -35,7 +35,8 @@ def unreadable(cls: type) -> str | None:
         return f"the types of its fields cannot be resolved: {type(error).__name__}: {error}"
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.init and not _readable(hints[field.name]):
-            return f"no text can be read as the type of its field {field.name!r}, {field.type}"
+            told = getattr(hints[field.name], "__name__", hints[field.name])
+            return f"no text can be read as the type of its field {field.name!r}, {told}"
     return None
 
 

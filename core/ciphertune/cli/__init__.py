@@ -29,13 +29,13 @@ _COMMANDS = {
     "keys": ("keys", "Make the keys with which clients and workers recognise each other."),
     "new": ("new", "Start a project for a transport, a backend or a hook plugin of your own."),
     "plan": ("plan", "What outsourcing a model would mean: shares, traffic, seconds a step."),
-    "plugins": ("listing", "Installed hook plugins."),
+    "plugins": ("listing", "Everything that is installed: backends, transports, hook plugins, and their state."),
     "serve": ("serve", "Answer programs by the chat-completions protocol, with a private model."),
     "share": ("share", "Share of a model's weights that would be at the workers, by what is outsourced."),
     "split": ("split", "Split a model into the parts that a data owner and workers hold."),
     "top": ("top", "Watch workers: load, sessions, queue, throughput."),
     "train": ("train", "Fine-tune as a TOML file, or a YAML file of TRL's, says."),
-    "transports": ("listing", "Installed transports."),
+    "transports": ("listing", "Installed transports, and the options that every selection string takes."),
     "worker": ("worker", "Serve the layers of a bundle to clients on other machines."),
 }
 
