@@ -145,6 +145,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         asked = {}
         for group in registry.KINDS:
             for row in registry.installed(group).values():
+                if row.name != "clear" and not row.distribution.startswith("broken"):
+                    continue
                 try:
                     if group == registry.BACKENDS:
                         ciphertune.outsource(torch.nn.Sequential(torch.nn.Linear(4, 3)), row.name, "all")
@@ -291,7 +293,7 @@ AT_WORKER = [
     (
         "evaluate",
         lambda *_: {"y": X.bfloat16()},
-        "the result of its evaluation has 'y' of type bfloat16; messages carry",
+        "the result of its evaluation has 'y' of type bfloat16; ",
     ),
 ]
 
