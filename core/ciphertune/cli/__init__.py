@@ -20,6 +20,7 @@ _COMMANDS = {
     "bench": ("bench", "Measure products and training steps against plaintext in the same run."),
     "cache": ("cache", "What backends and transports keep on disk between runs; empty it."),
     "chat": ("chat", "Talk to a model, trained or not, whose layers are at workers."),
+    "check": ("check", "Run the conformance suite against an installed plugin, and report."),
     "demo": ("demo", "Fine-tune a real model on real data under encryption, in one command."),
     "doctor": ("doctor", "Versions, threads, kernels and their speed on this machine."),
     "eval": ("eval", "Measure loss, perplexity and accuracy of a model whose layers are at workers."),
