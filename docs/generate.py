@@ -61,9 +61,7 @@ def hooks() -> str:
         if name.startswith("ciphertune_"):
             arguments = ", ".join(inspect.signature(function).parameters)
             parts.append(f"\n## `{name}({arguments})`\n{_sections(_dedented(function))}\n")
-    parts.append(
-        "\n## What a hook gets\nA session of a hook is a `ciphertune.Session`, of which a hook relies on this.\n\n"
-    )
+    parts.append("\n## What a hook gets\nA session is a `ciphertune.Session`, of which a hook relies on this.\n\n")
     parts.append(reference.module("hookspecs.py", _sections, ("SessionView", "INTERFACE_VERSION"), level=3))
     parts.append(
         "\n## Trackers\n`from ciphertune.tracker import Tracker`: the base of plugins that record runs elsewhere. It "
@@ -85,8 +83,8 @@ _OURS = "Names without an underscore before them are public; a plugin imports th
 
 def _backend_reference() -> str:
     told = (
-        "What a backend implements: `from ciphertune.backend import …`. [Write a backend](write-a-backend.md) makes one, "
-        "and [has a table](write-a-backend.md#what-a-backend-can-and-cannot-do) of what a backend can and cannot do."
+        "What a backend implements: `from ciphertune.backend import …`. [Write a backend](write-a-backend.md) makes "
+        "one, and [has a table](write-a-backend.md#what-a-backend-can-and-cannot-do) of what a backend can and cannot do."
     )
     return _contract("Backend reference", f"{told} {_OURS}", "backend.py")
 
@@ -97,8 +95,8 @@ def _transport_reference() -> str:
         "makes one. Messages are on [a page of their own](reference-protocol.md)."
     )
     common = (
-        "## Options common to all transports\nEvery selection string takes these, whatever its transport: they are read "
-        "above transports. No `Options` of a backend or a transport may have one of their names.\n\n"
+        "## Options common to all transports\nEvery selection string takes these, whatever its transport: they are "
+        "read above transports. No `Options` of a backend or a transport may have one of their names.\n\n"
         f"{settings.table(SessionOptions, 'option')}"
     )
     return _contract("Transport reference", f"{told} {_OURS}\n\n{common}", "transport.py")
@@ -112,8 +110,8 @@ def _protocol_reference() -> str:
 def _testing_reference() -> str:
     told = (
         "Suites and tools for tests of plugins: `from ciphertune.testing import …`. They need "
-        '`pip install "ciphertune[testing]"`. `ciphertune check NAME --set ATTRIBUTE=VALUE` sets attributes of a suite. '
-        "What each of its tests demands stands with the test."
+        '`pip install "ciphertune[testing]"`. `ciphertune check NAME --set ATTRIBUTE=VALUE` sets attributes of a '
+        "suite. What each of its tests demands stands with the test."
     )
     modules = [f"testing/{testing._HOMES[name]}.py" for name in testing.__all__]
     head = _HEAD.format(source="core/ciphertune/testing")
