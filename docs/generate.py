@@ -84,7 +84,7 @@ _OURS = "Names without an underscore before them are public; a plugin imports th
 def _backend_reference() -> str:
     told = (
         "What a backend implements: `from ciphertune.backend import …`. [Write a backend](write-a-backend.md) makes "
-        "one, and [has a table](write-a-backend.md#what-a-backend-can-and-cannot-do) of what a backend can and cannot do."
+        "one, and [says in a table](write-a-backend.md#what-a-backend-can-and-cannot-do) what a backend can and cannot."
     )
     return _contract("Backend reference", f"{told} {_OURS}", "backend.py")
 

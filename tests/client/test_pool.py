@@ -688,11 +688,12 @@ def test_a_fault_of_the_link_is_not_the_network_s(farm: Farm, monkeypatch: pytes
     with pytest.raises(PluginError, match="the transport failed: unexpected KeyError, a fault of it") as caught:
         product(session)
     assert "0.123456" not in str(caught.value)
+    no_tensors: Any = {"y": [1.0]}
     for given, said in (
         (raising(RuntimeError("0.123456")), r"the transport failed \(farm\.HostLink\): RuntimeError at client/"),
         (lambda request: Message("ok"), "'submit' returned a Message and no Future"),
         (lambda request: answered("ok"), "a str came in place of a Message"),
-        (lambda request: answered(Message("ok", {}, {"y": [1.0]})), "has a list as 'y', and must have a tensor"),
+        (lambda request: answered(Message("ok", {}, no_tensors)), "has a list as 'y', and must have a tensor"),
     ):
         monkeypatch.setattr(host, "take", given)
         with pytest.raises(PluginError, match=said) as caught:

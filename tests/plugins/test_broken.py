@@ -254,6 +254,7 @@ def fault(where: str, what: Callable[..., Any]) -> Any:
 
 
 X = torch.zeros(2, 4)
+NO_TENSORS: Any = {"x": 3}
 AT_CLIENT = [
     ("client", lambda: "keys", "'client' gave a str, and must give a ciphertune.backend.ClientHalf"),
     ("begin", fail, "failed in 'begin': KeyError at plugins/test_broken.py"),
@@ -261,7 +262,7 @@ AT_CLIENT = [
     ("encrypt", fail, "failed in encryption: KeyError at plugins/test_broken.py"),
     ("encrypt", lambda x, whole: {"x": x}, "encryption gave a dict, and must give a ciphertune.backend.Encrypted"),
     ("encrypt", lambda x, whole: Encrypted({"x": x.half()}, 2), "'x' of type float16; messages carry uint8"),
-    ("encrypt", lambda x, whole: Encrypted({"x": 3}, 2), "it has a int as 'x', and must have a tensor"),
+    ("encrypt", lambda x, whole: Encrypted(NO_TENSORS, 2), "it has a int as 'x', and must have a tensor"),
     ("decrypt", fail, "failed in decryption: KeyError at plugins/test_broken.py"),
     ("decrypt", lambda *_: [0.7310585], "decryption gave a list, and must give a float32 tensor"),
     ("decrypt", lambda *_: torch.zeros(2, 3).double(), "decryption gave float64, and must give float32"),
@@ -310,9 +311,9 @@ def test_a_backend_s_faults_at_the_worker_are_its_own(
 
 
 def test_infinity_that_comes_of_the_input_is_not_the_backend_s_fault() -> None:
-    network = nn.Sequential(nn.Linear(4, 3))
-    nn.init.constant_(network[0].weight, 10.0)
-    model = ciphertune.outsource(network, "clear", "all", plugins=PluginManager())
+    layer = nn.Linear(4, 3)
+    nn.init.constant_(layer.weight, 10.0)
+    model = ciphertune.outsource(nn.Sequential(layer), "clear", "all", plugins=PluginManager())
     assert not torch.isfinite(model(torch.full((1, 4), 3e38))).all()
     ciphertune.session_of(model).close()
 

@@ -472,14 +472,14 @@ def test_one_can_be_switched_off_without_listing_the_others(monkeypatch: pytest.
 def test_order_is_that_of_registering_unless_a_hook_says_first_or_last() -> None:
     manager, called = PluginManager(), []
 
-    def plugin(name: str, **order: bool) -> Any:
-        @hookimpl(**order)
+    def plugin(name: str, first: bool = False, last: bool = False) -> Any:
+        @hookimpl(tryfirst=first, trylast=last)
         def ciphertune_session_closed() -> None:
             called.append(name)
 
         return type(name, (), {"ciphertune_session_closed": staticmethod(ciphertune_session_closed)})()
 
-    for name, order in (("first", {"tryfirst": True}), ("last", {"trylast": True}), ("one", {}), ("two", {})):
+    for name, order in (("first", {"first": True}), ("last", {"last": True}), ("one", {}), ("two", {})):
         manager.register(plugin(name, **order), name)
     manager.observe("ciphertune_session_closed", session=None)
     assert called == ["first", "two", "one", "last"]

@@ -33,7 +33,7 @@ def unreadable(cls: type) -> str | None:
         hints = typing.get_type_hints(cls)
     except Exception as error:
         return f"the types of its fields cannot be resolved: {type(error).__name__}: {error}"
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in dataclasses.fields(cls):
         if field.init and not _readable(hints[field.name]):
             told = getattr(hints[field.name], "__name__", hints[field.name])
             return f"no text can be read as the type of its field {field.name!r}, {told}"

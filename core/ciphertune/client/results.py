@@ -27,8 +27,8 @@ def check_requests(backend: str, found: object, count: int) -> None:
         if not isinstance(each, Encrypted):
             why = f"gave a {type(each).__name__}, and must give a ciphertune.backend.Encrypted"
             raise wrong_result(registry.BACKENDS, backend, "encryption", why)
-        if why := buffers_fault(each.buffers):
-            raise wrong_result(registry.BACKENDS, backend, "the buffers of an encrypted request:", f"it {why}")
+        if fault := buffers_fault(each.buffers):
+            raise wrong_result(registry.BACKENDS, backend, "the buffers of an encrypted request:", f"it {fault}")
 
 
 def check_tensor(backend: str, found: object) -> None:

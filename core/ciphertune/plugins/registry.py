@@ -15,7 +15,7 @@ from ciphertune._support.suggestions import closest
 from ciphertune._support.version import __version__
 from ciphertune.errors import CipherTuneError, PluginError, SelectionError
 from ciphertune.plugins import checking
-from ciphertune.plugins.groups import BACKENDS as BACKENDS, KINDS, PLUGINS as PLUGINS, TRANSPORTS as TRANSPORTS
+from ciphertune.plugins.groups import BACKENDS as BACKENDS, KINDS as KINDS, PLUGINS as PLUGINS, TRANSPORTS as TRANSPORTS
 
 if TYPE_CHECKING:
     from ciphertune.backend import Backend
