@@ -66,12 +66,13 @@ def check(name: str, kind: str | None, settings: tuple[str, ...], only: str | No
         results = []
         for result in run_suite(group, name, name_values(settings), only):
             results.append(result)
-            if not as_json:
+            if not as_json and result["outcome"] != "skipped":
                 _show(result)
         counts = collections.Counter(result["outcome"] for result in results)
         failed = failed or counts["failed"] > 0 or not counts["passed"]
         reports.append({**about, "passes": counts["failed"] == 0 and counts["passed"] > 0, "results": results})
         if not as_json:
+            _show_skipped(results)
             click.echo(", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")))
     if as_json:
         print_json(reports)
@@ -184,3 +185,11 @@ def _show(result: dict[str, Any]) -> None:
     click.echo(f"  {word}{result['test']}{case}" + (f": {result['reason']}" if result["reason"] else ""))
     if failed and result["about"]:
         click.echo(f"          {result['about']}")
+
+
+def _show_skipped(results: Sequence[dict[str, Any]]) -> None:
+    """Tests that were left out: cases that were for the same reason share a line."""
+    skipped = [result for result in results if result["outcome"] == "skipped"]
+    cases = collections.Counter((result["test"], result["reason"]) for result in skipped)
+    for (test, reason), count in cases.items():
+        _show({"outcome": "skipped", "test": test, "case": f"{count} cases" * (count > 1), "reason": reason})
