@@ -26,7 +26,8 @@ def place_of(error: BaseException) -> str:
 def blamed(group: str, name: str, doing: str, *, quote: bool = False) -> Iterator[None]:
     """Turn what a plugin raises without meaning to into a ``PluginError`` that names it.
 
-    Errors of CipherTune stay what they are, and so do those for want of memory, which are nobody's fault.
+    Errors of CipherTune stay what they are, and so do those for want of memory and, but for transports, of the system:
+    a full disk is no plugin's fault.
 
     Args:
         group: entry-point group of the plugin.
@@ -45,7 +46,9 @@ def blamed(group: str, name: str, doing: str, *, quote: bool = False) -> Iterato
     except Exception as error:
         if type(error).__name__ in _OUT_OF_MEMORY:
             raise
-        if group == registry.TRANSPORTS and isinstance(error, OSError):
+        if isinstance(error, OSError):
+            if group != registry.TRANSPORTS:
+                raise
             raise TransportError(f"{registry.title(group, name)} failed in {doing}: {error}") from error
         said = f": {error}" if quote else ""
         raise PluginError(
