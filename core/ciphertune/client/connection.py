@@ -211,7 +211,7 @@ class WorkerConnection:
             raise TransportError(f"{type(error).__name__}: {error.strerror or 'the connection failed'}") from error
         except Exception as error:
             # Its text may quote what was sent.
-            raise self._fault(f"{type(error).__name__}{place_of(error)}") from error
+            raise self._fault(f"{type(error).__name__}{place_of(error, __file__)}") from error
         if not isinstance(reply, Message):
             raise self._fault(f"a {type(reply).__name__} came in place of a Message")
         if why := buffers_fault(reply.buffers):

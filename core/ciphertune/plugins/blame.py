@@ -10,12 +10,20 @@ from pathlib import Path
 from ciphertune.errors import CipherTuneError, PluginError, TransportError
 from ciphertune.plugins import registry
 
+_FUTURES = "futures"
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 
 
-def place_of(error: BaseException) -> str:
-    """File and line where an error was raised, without the folders above the package's own; empty where unknown."""
-    frames = traceback.extract_tb(error.__traceback__)
+def place_of(error: BaseException, asked_in: str = "") -> str:
+    """File and line where an error was raised, without the folders above the package's own; empty where unknown.
+
+    Args:
+        error: as it was caught.
+        asked_in: the file that asked the plugin, which is no place of its.
+    """
+    found = traceback.extract_tb(error.__traceback__)
+    # An error that was put into a future is raised there again.
+    frames = [each for each in found if _FUTURES not in Path(each.filename).parts and each.filename != asked_in]
     if not frames:
         return ""
     path = Path(frames[-1].filename)
