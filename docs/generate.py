@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import ciphertune
-from ciphertune import hookspecs
+from ciphertune import hookspecs, testing
 from ciphertune.cli.output import percent
 from ciphertune.models import known
 from ciphertune.planning.shares import shares_of
+from ciphertune.selection import SessionOptions
 
 DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks"
@@ -28,6 +29,7 @@ sys.path.insert(0, str(DOCS))
 import figures  # noqa: E402
 import floors  # noqa: E402
 import plots  # noqa: E402
+import reference  # noqa: E402
 import separate  # noqa: E402
 import settings  # noqa: E402
 
@@ -42,9 +44,9 @@ def _sections(docstring: str) -> str:
     """A Google-style docstring in Markdown: arguments become a list."""
     lines: list[str] = []
     for line in docstring.splitlines():
-        if re.fullmatch(r"(Args|Returns|Raises):", line):
+        if re.fullmatch(r"(Args|Attributes|Returns|Raises):", line):
             lines += [f"**{line.removesuffix(':')}**", ""]
-        elif match := re.match(r"    (\w+): (.*)", line):
+        elif match := re.match(r"    (\w[\w, ]*): (.*)", line):
             lines.append(f"- `{match[1]}`: {match[2]}")
         else:
             lines.append(re.sub(r"^ {4,8}", "  " if line.startswith("        ") else "", line))
@@ -59,7 +61,62 @@ def hooks() -> str:
         if name.startswith("ciphertune_"):
             arguments = ", ".join(inspect.signature(function).parameters)
             parts.append(f"\n## `{name}({arguments})`\n{_sections(_dedented(function))}\n")
+    parts.append("\n## What a hook gets\nA session is a `ciphertune.Session`, of which a hook relies on this.\n\n")
+    parts.append(reference.module("hookspecs.py", _sections, ("SessionView", "INTERFACE_VERSION"), level=3))
+    parts.append(
+        "\n## Trackers\n`from ciphertune.tracker import Tracker`: the base of plugins that record runs elsewhere. It "
+        "implements the hooks of training, tells runs apart and keeps figures together; a tracker writes them.\n\n"
+    )
+    parts.append(reference.module("tracker.py", _sections, level=3))
     return "".join(parts)
+
+
+def _contract(title: str, introduction: str, *paths: str, after: Callable[[], str] = str) -> str:
+    """The reference of a contract, from the modules that it is in."""
+    head = _HEAD.format(source=" and ".join(f"core/ciphertune/{path}" for path in paths))
+    bodies = [reference.module(path, _sections) for path in paths]
+    return f"{head}# {title}\n\n{introduction}\n\n" + "\n".join([*bodies, *filter(None, [after()])])
+
+
+_OURS = "Names without an underscore before them are public; a plugin imports these and no others."
+
+
+def _backend_reference() -> str:
+    told = (
+        "What a backend implements: `from ciphertune.backend import …`. [Write a backend](write-a-backend.md) makes "
+        "one, and [says in a table](write-a-backend.md#what-a-backend-can-and-cannot-do) what a backend can and cannot."
+    )
+    return _contract("Backend reference", f"{told} {_OURS}", "backend.py")
+
+
+def _transport_reference() -> str:
+    told = (
+        "What a transport implements: `from ciphertune.transport import …`. [Write a transport](write-a-transport.md) "
+        "makes one. Messages are on [a page of their own](reference-protocol.md)."
+    )
+    common = (
+        "## Options common to all transports\nEvery selection string takes these, whatever its transport: they are "
+        "read above transports. No `Options` of a backend or a transport may have one of their names.\n\n"
+        f"{settings.table(SessionOptions, 'option')}"
+    )
+    return _contract("Transport reference", f"{told} {_OURS}\n\n{common}", "transport.py")
+
+
+def _protocol_reference() -> str:
+    told = "Messages between client and worker, and their form on a wire: `from ciphertune.protocol import …`."
+    return _contract("Protocol reference", f"{told} {_OURS}", "protocol.py")
+
+
+def _testing_reference() -> str:
+    told = (
+        "Suites and tools for tests of plugins: `from ciphertune.testing import …`. They need "
+        '`pip install "ciphertune[testing]"`. `ciphertune check NAME --set ATTRIBUTE=VALUE` sets attributes of a '
+        "suite. What each of its tests demands stands with the test."
+    )
+    modules = [f"testing/{testing._HOMES[name]}.py" for name in testing.__all__]
+    head = _HEAD.format(source="core/ciphertune/testing")
+    bodies = [reference.module(path, _sections, (name,)) for path, name in zip(modules, testing.__all__, strict=True)]
+    return f"{head}# Testing reference\n\n{told}\n\n" + "\n".join(bodies)
 
 
 def _measured(name: str) -> Any:
@@ -377,6 +434,10 @@ def filled(page: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "hooks.md": hooks,
+    "reference-backend.md": _backend_reference,
+    "reference-transport.md": _transport_reference,
+    "reference-protocol.md": _protocol_reference,
+    "reference-testing.md": _testing_reference,
     "images/architecture.svg": floors.draw,
     **{page: (lambda page=page: filled(page)) for page in PARTS},  # type: ignore[misc]
 }

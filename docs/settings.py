@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ciphertune._support.builders import required
-from ciphertune.client.choice import SessionOptions
 from ciphertune.runs import config
+from ciphertune.selection import SessionOptions
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -44,6 +44,7 @@ MODULES = {
     "cache": "Cache",
     "key_files": "Key files",
     "plugins.manager": "Hook plugins",
+    "plugins.registry": "Looking plugins up",
     "hookspecs": "What hooks see",
     "tracker": "Trackers",
     "errors": "Errors",

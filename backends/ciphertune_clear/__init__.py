@@ -89,6 +89,7 @@ class ClearBackend(Backend):
     """Exact plaintext products. The worker sees everything."""
 
     name = "clear"
+    interface = 1
     Options = ClearOptions
     separates_callers = True
 

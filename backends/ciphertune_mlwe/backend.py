@@ -77,6 +77,7 @@ class MLWEBackend(Backend):
     """Module-LWE encryption; workers evaluate int8 matrix products on ciphertext."""
 
     name = "mlwe"
+    interface = 1
     Options = MLWEOptions
 
     prepares = True

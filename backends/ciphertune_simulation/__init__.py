@@ -226,6 +226,7 @@ class SimulationBackend(Backend):
     """Encoding, weight quantization and noise of another backend, from a seed, at about the plain product's speed."""
 
     name = "simulation"
+    interface = 1
     Options = SimulationOptions
     separates_callers = True
     states_traffic = True

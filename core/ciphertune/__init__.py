@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         share as share,
         validate as validate,
     )
+    from ciphertune.plugins.registry import get_backend as get_backend, get_transport as get_transport
     from ciphertune.traffic import Traffic as Traffic
     from ciphertune.training.trainer import LoraTrainer as LoraTrainer
 
@@ -64,6 +65,7 @@ _PUBLIC = {
     "linear": ("OutsourcedLinear",),
     "outsourcing.calibration": ("calibrate", "public_batches"),
     "outsourcing.convert": ("outsource", "outsourced_layers", "restore", "session_of", "share", "validate"),
+    "plugins.registry": ("get_backend", "get_transport"),
     "traffic": ("Traffic",),
     "training.trainer": ("LoraTrainer",),
 }

@@ -20,6 +20,10 @@ from ciphertune._support.options import build_options
 from ciphertune.callers import Owners
 from ciphertune.errors import PrecisionError
 
+INTERFACE_VERSION = 1
+"""The version of this interface. It grows with every change that a backend which is written for the one before would
+not stand; ``Backend.interface`` says which one a backend is written for."""
+
 FLOAT32_ROUNDING = 1e-6
 """Standard deviation of an output's error from sums in float32, over the norms of what is multiplied; see
 ``Backend.rounding``."""
@@ -457,6 +461,9 @@ class Backend(abc.ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    interface: ClassVar[int | None] = None
+    """The ``INTERFACE_VERSION`` that this backend is written for, as a number; None where it does not say. One that is
+    written for another is refused when it is loaded."""
     licence: ClassVar[str] = ""
     """What a user must know of the licence of a package that this backend needs, for tables; empty for nothing."""
     prepares: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 CipherTuneError
 ├── SelectionError            the selection string, an option, or a name in it is wrong
-├── PluginError               an installed plugin could not be imported or set up
+├── PluginError               an installed plugin cannot be used, or failed by a fault of its own
 ├── LayerError                a layer cannot be outsourced, or is unknown
 │   ├── UnknownLayerError
 │   ├── UnsupportedLayerError
@@ -46,7 +46,10 @@ class SelectionError(CipherTuneError, ValueError):
 
 
 class PluginError(CipherTuneError):
-    """An installed plugin could not be imported or set up."""
+    """An installed plugin cannot be imported, checked or set up, or failed by a fault of its own.
+
+    Not what a network, a worker or a user did: another attempt would meet the same.
+    """
 
 
 class LayerError(CipherTuneError, ValueError):

@@ -6,6 +6,9 @@ hook that raises is reported by the plugin's name and stops nothing. The gates `
 ``ciphertune_select_layers`` let errors through. A hook is called on the thread of the event that it reports; hooks
 about requests may be called on several threads at once.
 
+The plugin that was registered last is called first. ``hookimpl(tryfirst=True)`` puts an implementation before all
+others, and ``hookimpl(trylast=True)`` after them.
+
 With ``CIPHERTUNE_TRACE_PLUGINS=1`` every call is printed to standard error, with the plugins that it goes to: of its
 arguments whole numbers and texts as they are, of all else the type. No value of a tensor is shown.
 """
@@ -24,6 +27,11 @@ if TYPE_CHECKING:  # at runtime they would import torch, for which `ciphertune -
     from ciphertune.selection import Selection
     from ciphertune.traffic import Exchange, SetUp, Traffic
     from ciphertune.weights import LayerInfo
+
+INTERFACE_VERSION = 1
+"""The version of the hooks. It grows with every change that a plugin which is written for the one before would not
+stand. A plugin says which one it is written for by ``interface``, a number; one that is written for another is
+refused when it is loaded."""
 
 hookspec = pluggy.HookspecMarker("ciphertune")
 hookimpl = pluggy.HookimplMarker("ciphertune")
@@ -207,4 +215,11 @@ def ciphertune_training_end(trainer: Any, step: int, reason: str) -> None:
 
 @hookspec
 def ciphertune_register_commands(cli: click.Group) -> None:
-    """Add commands to the ``ciphertune`` command line."""
+    """Add commands to the ``ciphertune`` command line.
+
+    A class with ``Options`` implements it as a static method or a class method: commands are there before any options
+    are given. A command whose name is taken is refused, and one that raises ends with one line that names it.
+
+    Args:
+        cli: the group of all commands; ``cli.add_command(command)``.
+    """

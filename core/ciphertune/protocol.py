@@ -124,6 +124,24 @@ class Message:
         return dataclasses.replace(DEFAULT_LIMITS, buffer_bytes=most, total_bytes=most)
 
 
+def buffers_fault(buffers: object) -> str | None:
+    """Why something cannot be the buffers of a message, as the end of a sentence; None where it can.
+
+    Names and types alone are looked at, no value and no size.
+    """
+    if not isinstance(buffers, dict):
+        return f"is a {type(buffers).__name__}, and must be a dict of tensors by name"
+    for name, buffer in buffers.items():
+        if not isinstance(name, str):
+            return f"has a name that is a {type(name).__name__}, and must be a text"
+        if not isinstance(buffer, Tensor):
+            return f"has a {type(buffer).__name__} as {name!r}, and must have a tensor"
+        if buffer.dtype not in _CODES:
+            carried = ", ".join(str(dtype).removeprefix("torch.") for dtype in _CODES)
+            return f"has {name!r} of type {str(buffer.dtype).removeprefix('torch.')}; messages carry {carried}"
+    return None
+
+
 def spoken_versions() -> list[int]:
     """The oldest and the newest version of this package, as ``hello`` and its reply carry them in ``versions``."""
     return [OLDEST_VERSION, VERSION]

@@ -1,12 +1,14 @@
 """The selection string: one string names the encryption, the wire, the endpoints and the options.
 
 ``backend[+transport]://[endpoint,endpoint…][?option=value&…]``, or just ``backend[?option=value&…]``. A transport may
-stand before another that it wraps, as in ``mlwe+flaky::zmq://…``.
+stand before another that it wraps, as in ``mlwe+flaky::zmq://…``. Some options are those of every selection string; no
+backend and no transport may have one of their names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from urllib.parse import parse_qsl, urlencode
@@ -15,6 +17,56 @@ from ciphertune.errors import SelectionError
 
 DEFAULT_TRANSPORT = "local"
 _NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*\Z")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeouts:
+    """Times to wait for workers.
+
+    Attributes:
+        timeout: seconds without an answer after which a request is sent again, to a replica where there is one.
+        deadline: seconds that one product may take in all, restarts of workers included.
+        hedge: seconds after which an unanswered request is also sent to a replica; 0 for never.
+        connect_timeout: seconds to wait for the workers when a session opens.
+
+    Raises:
+        SelectionError: one of them is no number of seconds above 0.
+    """
+
+    timeout: float = 60.0
+    deadline: float = 300.0
+    hedge: float = 0.0
+    connect_timeout: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("timeout", 0.001), ("deadline", 0.001), ("hedge", 0.0), ("connect_timeout", 0.001)):
+            if not least <= getattr(self, name) < math.inf:
+                raise SelectionError(f"option {name}={getattr(self, name)} must be a number of seconds above 0")
+
+    def extended(self, seconds: float) -> Timeouts:
+        """Timeouts for a product that may take so much longer."""
+        return Timeouts(
+            self.timeout + seconds,
+            self.deadline + seconds,
+            self.hedge + seconds if self.hedge else 0.0,
+            self.connect_timeout,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionOptions(Timeouts):
+    """Options that every selection string takes, those of ``Timeouts`` among them.
+
+    Attributes:
+        allow_insecure: let a backend that does not encrypt send data out of this process.
+        check_answers: hold answers of workers elsewhere against what was asked for once they are decrypted, within the
+            backend's declared error, where the backend does not check them before. Reads the weights' codes.
+        share_inputs: evaluate layers that read the same input (q/k/v, gate/up) as one product.
+    """
+
+    allow_insecure: bool = False
+    check_answers: bool = True
+    share_inputs: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

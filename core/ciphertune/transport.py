@@ -17,8 +17,12 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_type_hints
 
 from ciphertune._support.options import build_options
 from ciphertune._support.printable import LONGEST_TEXT, printable
-from ciphertune.errors import CipherTuneError, ProtocolError, ReplyError, SelectionError, TransportError
+from ciphertune.errors import CipherTuneError, PluginError, ProtocolError, ReplyError, SelectionError, TransportError
 from ciphertune.protocol import Frame, Limits, Message
+
+INTERFACE_VERSION = 1
+"""The version of this interface. It grows with every change that a transport which is written for the one before would
+not stand; ``Transport.interface`` says which one a transport is written for."""
 
 _Answer = TypeVar("_Answer")
 _Connection = TypeVar("_Connection", bound=Hashable)
@@ -33,13 +37,16 @@ class Transport(abc.ABC):
     """A way to carry messages, registered in the entry-point group ``ciphertune.transports``.
 
     It knows nothing of encryption or layers. Subclasses set ``name``, ``Options`` (a frozen dataclass), ``remote`` and,
-    if workers can be served over it, ``ServeOptions``.
+    if workers can be served over it, ``ServeOptions`` and ``serve``.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     ServeOptions: ClassVar[type | None] = None
     """Options of ``listen``, a frozen dataclass; None if workers cannot be served over this transport."""
+    interface: ClassVar[int | None] = None
+    """The ``INTERFACE_VERSION`` that this transport is written for, as a number; None where it does not say. One that
+    is written for another is refused when it is loaded."""
     remote: bool = True
     """Whether requests leave this process; a backend that does not encrypt then needs ``allow_insecure=1``. What the
     class says holds for every instance that says nothing else."""
@@ -54,6 +61,9 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> Sequence[Link]:
         """Open a link to every worker, without waiting for any of them.
+
+        Nothing bounds how long it takes: the session opens once it returns. One that takes longer than the option
+        ``connect_timeout`` is named in a warning.
 
         Args:
             endpoints: addresses from the selection string.
@@ -88,7 +98,7 @@ class Transport(abc.ABC):
 
     @classmethod
     def listen(cls, handler: RequestHandler, address: str, options: Mapping[str, Any]) -> Listener:
-        """Serve at an address, on threads of the transport's own.
+        """Read the options and ``serve``. This is what the framework calls, and what no transport overrides.
 
         Args:
             handler: takes the requests.
@@ -102,7 +112,7 @@ class Transport(abc.ABC):
         """
         if cls.ServeOptions is None:
             raise SelectionError(f"the {cls.name} transport cannot serve workers")
-        return cls._listen(handler, address, build_options(cls.ServeOptions, options))
+        return cls.serve(handler, address, build_options(cls.ServeOptions, options))
 
     @classmethod
     def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
@@ -120,7 +130,19 @@ class Transport(abc.ABC):
         return Loopback("127.0.0.1:0")
 
     @classmethod
-    def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
+    def serve(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
+        """Serve at an address, on threads of the transport's own. Every transport with ``ServeOptions`` overrides it.
+
+        Args:
+            handler: takes the requests.
+            address: in this transport's form.
+            options: an instance of ``ServeOptions``.
+
+        Raises:
+            SelectionError: the address is wrong.
+            KeyFileError, SecurityError: connections cannot be protected as asked for.
+            TransportError: the address cannot be used.
+        """
         raise NotImplementedError
 
 
@@ -501,7 +523,8 @@ class PendingReplies(Generic[_Answer]):
         Args:
             number: of the request.
             why: a text or ``OSError`` becomes a ``TransportError`` that names the worker, a ``ProtocolError`` the
-                ``ReplyError`` of a malformed reply; other errors of CipherTune stay as they are.
+                ``ReplyError`` of a malformed reply; other errors of CipherTune stay as they are. Any other is a
+                ``PluginError``, a fault of the transport, which no other attempt is made after.
         """
         error = self._error(why)
         self._settle(self._take(number), lambda future: future.set_exception(error))
@@ -535,7 +558,7 @@ class PendingReplies(Generic[_Answer]):
             return why
         if isinstance(why, (str, OSError)):
             return TransportError(f"{self._name}: {printable(str(why), LONGEST_TEXT)}")
-        return TransportError(f"{self._name}: unexpected {type(why).__name__}")
+        return PluginError(f"{self._name}: the transport failed: unexpected {type(why).__name__}, a fault of it")
 
     @staticmethod
     def _settle(futures: Sequence[Future[_Answer]], settle: Callable[[Future[_Answer]], None]) -> None:

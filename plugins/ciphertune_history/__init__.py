@@ -48,6 +48,7 @@ class History(Tracker):
         PluginError: the path is there already and is no history, so that it must not be written over.
     """
 
+    interface = 1
     Options = HistoryOptions
 
     def __init__(self, options: HistoryOptions) -> None:

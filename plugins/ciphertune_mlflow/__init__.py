@@ -61,6 +61,7 @@ class MLflow(Tracker):
         PluginError: mlflow-skinny is missing, or MLflow cannot use this ``uri``.
     """
 
+    interface = 1
     Options = MLflowOptions
 
     def __init__(self, options: MLflowOptions) -> None:

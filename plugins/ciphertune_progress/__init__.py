@@ -12,6 +12,8 @@ from ciphertune.hookspecs import hookimpl
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+interface = 1
+
 
 class _Bar:
     """The bar of one training run, on the screen from construction to ``close``."""

@@ -57,6 +57,7 @@ class Prometheus(Tracker):
         PluginError: prometheus-client is missing.
     """
 
+    interface = 1
     Options = PrometheusOptions
 
     def __init__(self, options: PrometheusOptions) -> None:

@@ -35,6 +35,7 @@ class TensorBoard(Tracker):
         PluginError: tensorboardX is missing.
     """
 
+    interface = 1
     Options = TensorBoardOptions
 
     def __init__(self, options: TensorBoardOptions) -> None:

@@ -37,6 +37,7 @@ class Traffic:
     layers whose names differ in numbers alone share a row of it.
     """
 
+    interface = 1
     Options = TrafficOptions
 
     def __init__(self, options: TrafficOptions) -> None:

@@ -58,7 +58,7 @@ def test_backends_state_their_security() -> None:
     assert rows["mlwe"]["security_bits"] == 130.2
     assert rows["mlwe"]["security_level"] == ("156 bits by MATZOV, 130 by core-SVP classical, 119 by core-SVP quantum")
     assert rows["clear"]["security_level"] == "none"
-    assert rows["mlwe"]["options"]["mask_memory"] == 512
+    assert rows["mlwe"]["options"]["mask_memory"] == {"required": False, "default": 512}
     for name in ("clear", "simulation"):
         assert rows[name]["encrypted"] is False
         assert rows[name]["security_bits"] is None
@@ -81,6 +81,7 @@ def test_doctor_opens_with_a_verdict_for_each_job(monkeypatch: pytest.MonkeyPatc
         "versions": {},
         "machine": {},
         "backends": {"mlwe": {"encryption loops": "portable"}},
+        "plugins": [],
     }
     monkeypatch.setattr(ciphertune.cli.doctor, "diagnose", lambda: found)
     text = invoke("doctor").output
@@ -114,8 +115,8 @@ def test_a_plugin_that_fails_is_listed_with_its_cause(monkeypatch: pytest.Monkey
     rows["broken"] = Broken("broken", "nowhere:Backend", "someone 1.0", None)  # type: ignore[arg-type]
     monkeypatch.setattr(registry, "installed", lambda group: rows)
     found = {row["name"]: row for row in json.loads(invoke("backends", "--json").stdout)}
-    assert "no module named quantum" in found["broken"]["error"]
-    assert found["mlwe"]["error"] is None
+    assert "no module named quantum" in found["broken"]["reason"]
+    assert found["mlwe"]["reason"] is None
     assert "quantum" in invoke("backends").output
 
 
@@ -124,7 +125,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, group: str, name: str, plugin: Any
         def load(self) -> Any:
             return plugin
 
-    row = Given(name, "stranger:Plugin", "stranger 1.0", None)  # type: ignore[arg-type]
+    row = Given(name, "stranger:Plugin", "stranger 1.0", None, group)  # type: ignore[arg-type]
     real = registry.installed
     monkeypatch.setattr(registry, "installed", lambda asked: {**real(asked), **({name: row} if asked == group else {})})
 
@@ -144,11 +145,13 @@ class _Explodes(ClearBackend):
 def test_a_backend_that_raises_anything_disables_no_other(monkeypatch: pytest.MonkeyPatch, plugin: Any) -> None:
     _install(monkeypatch, registry.BACKENDS, "strange", plugin)
     rows = {row["name"]: row for row in json.loads(invoke("backends", "--json").stdout)}
-    assert ("RuntimeError: no such device" if plugin is _Explodes else "AttributeError") in rows["strange"]["error"]
-    assert rows["mlwe"]["error"] is None
-    found = json.loads(invoke("doctor", "--json").stdout)["backends"]
-    assert ("RuntimeError: no such device" if plugin is _Explodes else "AttributeError") in found["strange"]["error"]
-    assert found["mlwe"]["kernel"]
+    assert ("RuntimeError: no such device" if plugin is _Explodes else "AttributeError") in rows["strange"]["reason"]
+    assert rows["mlwe"]["reason"] is None
+    found = json.loads(invoke("doctor", "--json").stdout)
+    ((name, reason),) = [(row["name"], row["reason"]) for row in found["plugins"] if row["package"] == "stranger 1.0"]
+    assert name == "strange"
+    assert ("RuntimeError: no such device" if plugin is _Explodes else "AttributeError") in reason
+    assert found["backends"]["mlwe"]["kernel"]
 
 
 class _Misspelt:
@@ -162,21 +165,22 @@ class _Misspelt:
 def test_a_plugin_that_is_refused_or_left_out_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, registry.PLUGINS, "misspelt", _Misspelt())
     rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
-    assert "ciphertune_trainig_step" in rows["misspelt"]["error"]
+    assert "ciphertune_trainig_step" in rows["misspelt"]["reason"]
     assert rows["misspelt"]["active"] is False
-    assert rows["progress"]["error"] is None
+    assert rows["progress"]["reason"] is None
     assert rows["progress"]["active"] is True
     monkeypatch.setenv("CIPHERTUNE_PLUGINS", "")
     rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
     assert rows["progress"]["active"] is False
-    assert rows["progress"]["error"] is None
+    assert rows["progress"]["reason"] is None
 
 
 def test_plugins_with_options_are_active_where_they_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
     assert (rows["history"]["always"], rows["history"]["active"]) == (False, False)
-    assert rows["prometheus"]["options"] == {"port": 9101, "host": "127.0.0.1"}
+    assert rows["prometheus"]["options"]["port"] == {"required": False, "default": 9101}
+    assert rows["history"]["options"]["path"] == {"required": True}
     assert (rows["progress"]["always"], rows["progress"]["options"]) == (True, {})
     text = invoke("plugins").output
     assert re.search(r"history\n +where named\n +options: path=…", text)
@@ -185,7 +189,7 @@ def test_plugins_with_options_are_active_where_they_are_named(monkeypatch: pytes
     rows = {row["name"]: row for row in json.loads(invoke("plugins", "--json").stdout)}
     assert rows["history"]["active"] is True
     assert rows["progress"]["active"] is False
-    assert "must be a whole number" in rows["prometheus"]["error"]
+    assert "must be a whole number" in rows["prometheus"]["reason"]
     assert list(tmp_path.iterdir()) == [], "asking writes nothing"
 
 
@@ -295,7 +299,7 @@ def test_exit_status(
     def diagnose() -> dict[str, Any]:
         if raised is not None:
             raise raised
-        return {"versions": {}, "machine": {}, "backends": {}}
+        return {"versions": {}, "machine": {}, "backends": {}, "plugins": []}
 
     monkeypatch.setattr(ciphertune.cli.doctor, "diagnose", diagnose)
     with pytest.raises(SystemExit) as exit_:

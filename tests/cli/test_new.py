@@ -32,9 +32,13 @@ def test_a_project(kind: Kind, tmp_path: Path) -> None:
     files = new_project(kind, "two-words", folder)
     assert sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()) == files
     assert {"pyproject.toml", "README.md", "tests/conftest.py", "tests/test_two_words.py"} <= set(map(str, files))
+    assert {".gitignore", ".github/workflows/test.yml"} <= set(map(str, files))
+    workflow = (folder / ".github/workflows/test.yml").read_text()
+    assert "ciphertune check two-words" in workflow
+    assert "${{ matrix.python }}" in workflow
     for file in files:
         text = (folder / file).read_text()
-        assert "$" not in text, file
+        assert "$" not in text.replace("${{", ""), file
         if file.suffix == ".py":
             ast.parse(text)
             assert all(len(line) <= 120 for line in text.splitlines()), file
@@ -45,7 +49,8 @@ def test_a_project(kind: Kind, tmp_path: Path) -> None:
     assert entry[0] == "two-words"
     module, _, name = entry[1].partition(":")
     tree = ast.parse((folder / module / "__init__.py").read_text())
-    assert name in [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    (skeleton,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    assert "interface = 1" in map(ast.unparse, skeleton.body)
 
 
 @pytest.mark.parametrize("name", ["", "Mine", "1st", "my_own", "a--b", "a-", "-a", "../a", "a b", "a/b", "ä"])

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +22,8 @@ import ciphertune
 from ciphertune.bundle.worker import load_worker
 from ciphertune.client.request import PendingRequest
 from ciphertune.client.session import Session
-from ciphertune.client.timeouts import Timeouts
 from ciphertune.errors import (
+    PluginError,
     ReplyError,
     SelectionError,
     TransportError,
@@ -35,6 +35,7 @@ from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.protocol import Message, error_message, spoken_versions
+from ciphertune.selection import Timeouts
 from ciphertune.weights import LayerWeight, quantize
 from ciphertune_clear import ClearBackend, ClearClient
 
@@ -671,9 +672,7 @@ def test_what_one_worker_stumbles_over_its_replica_may_not(farm: Farm) -> None:
         product(session)
 
 
-@pytest.mark.parametrize(
-    "error", [TransportError("cut"), TransportTimeoutError("late"), OSError("gone"), KeyError("x")]
-)
+@pytest.mark.parametrize("error", [TransportError("cut"), TransportTimeoutError("late"), OSError("gone")])
 def test_whatever_the_link_fails_with_a_replica_is_used(
     farm: Farm, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -683,17 +682,31 @@ def test_whatever_the_link_fails_with_a_replica_is_used(
     assert (first.count("evaluate"), second.count("evaluate"), session.traffic.retries) == (1, 1, 1)
 
 
-def test_a_link_that_raises_instead_of_failing(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, first, second = both(farm)
-    monkeypatch.setattr(first, "take", lambda request: raising(RuntimeError("0.123456"))(request))
-    for _ in range(3):
-        check(session)
-    assert second.count("evaluate") == 3
-    second.crash()
-    session.pool.timeouts = Timeouts(deadline=0.3)
-    with pytest.raises(TransportTimeoutError, match="a: the transport failed: RuntimeError") as caught:
+def test_a_fault_of_the_link_is_not_the_network_s(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, host = alone(farm)
+    host.on("evaluate", raising(KeyError("0.123456")))
+    with pytest.raises(PluginError, match="the transport failed: unexpected KeyError, a fault of it") as caught:
         product(session)
     assert "0.123456" not in str(caught.value)
+    no_tensors: Any = {"y": [1.0]}
+    for given, said in (
+        (raising(RuntimeError("0.123456")), r"the transport failed \(farm\.HostLink\): RuntimeError at client/"),
+        (lambda request: Message("ok"), "'submit' returned a Message and no Future"),
+        (lambda request: answered("ok"), "a str came in place of a Message"),
+        (lambda request: answered(Message("ok", {}, no_tensors)), "has a list as 'y', and must have a tensor"),
+    ):
+        monkeypatch.setattr(host, "take", given)
+        with pytest.raises(PluginError, match=said) as caught:
+            product(session)
+        assert "fault of the plugin, not of the network" in str(caught.value)
+        assert "0.123456" not in str(caught.value)
+    assert session.traffic.retries == 0
+
+
+def answered(reply: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(reply)
+    return future
 
 
 @pytest.mark.parametrize("reply", [Message("hello"), Message("ok"), Message("ok", {}, {"y": torch.zeros(3, 3)})])
@@ -979,7 +992,7 @@ def test_a_failure_at_the_start_leaves_nothing_behind(farm: Farm, halves: list[s
 
 def test_links_that_cannot_even_be_made(farm: Farm, halves: list[str]) -> None:
     model = single()
-    with pytest.raises(KeyError):
+    with pytest.raises(PluginError, match=r"transport 'farm' \(.*\) failed in 'connect': KeyError at helpers/farm.py"):
         ciphertune.outsource(model, farm.selection().replace("farm://", "farm://nowhere"))
     assert halves == ["made", "closed"]
 

@@ -17,6 +17,7 @@ import pytest
 import ciphertune
 from ciphertune import hookspecs
 from ciphertune.cli import cli
+from ciphertune.selection import SessionOptions
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -162,3 +163,23 @@ def test_environment_variables() -> None:
     assert "CIPHERTUNE_KEYS" in read
     text: Any = section("configuration.md", "Environment variables")
     assert missing(sorted(read), text) == []
+
+
+@pytest.mark.parametrize("module", ["backend", "transport", "protocol"])
+def test_contracts_read_in_the_repository(module: str) -> None:
+    """Every public class, method and function of a contract is on its page, with its signature."""
+    text = (DOCS / f"reference-{module}.md").read_text(encoding="utf-8")
+    tree = ast.parse((ROOT / "core" / "ciphertune" / f"{module}.py").read_text(encoding="utf-8"))
+    public = [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and not n.name.startswith("_")]
+    assert len(public) > 5
+    for node in public:
+        assert re.search(rf"^## `(class )?{node.name}\b", text, re.M), node.name
+        for part in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
+                assert re.search(rf"^### `{node.name}\.{part.name}\b", text, re.M), (node.name, part.name)
+
+
+def test_options_of_every_selection_string_are_in_the_reference_of_transports() -> None:
+    text = section("reference-transport.md", "Options common to all transports")
+    for field in dataclasses.fields(SessionOptions):
+        assert f"| `{field.name}` |" in text

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import ciphertune.transport
-from ciphertune.errors import ProtocolError, QuotaError, ReplyError, TransportError
+from ciphertune.errors import PluginError, ProtocolError, QuotaError, ReplyError, TransportError
 from ciphertune.transport import PendingReplies
 
 ROUNDS = 300
@@ -108,8 +108,9 @@ def test_errors_name_the_worker(pending: PendingReplies[str]) -> None:
     for kept in (ReplyError("of another request"), QuotaError("too much"), TransportError("as it is")):
         assert failure(kept) is kept
     error = failure(ValueError("what was in the activations"))
-    assert type(error) is TransportError
-    assert str(error) == "10.0.0.5:5555: unexpected ValueError", "the text of an error nobody expected may tell secrets"
+    assert type(error) is PluginError
+    text = "10.0.0.5:5555: the transport failed: unexpected ValueError, a fault of it"
+    assert str(error) == text, "the text of an error nobody expected may tell secrets"
 
 
 def test_a_lost_connection_fails_all_and_later_requests_are_taken(pending: PendingReplies[str]) -> None:

@@ -242,7 +242,7 @@ class SlowLink(Link):
             self.most = max(self.most, len(self.open))
             if self.count == self.fail_at:
                 self.open.remove(future)
-                future.set_exception(ValueError("a wire of another kind"))
+                future.set_exception(ConnectionError("the wire is cut"))
                 return future
 
         def answer() -> None:

@@ -453,3 +453,33 @@ def test_a_trace_names_hooks_and_plugins_and_no_values(
     monkeypatch.setenv("CIPHERTUNE_TRACE_PLUGINS", "0")
     trainer_of(PluginManager()).train(BATCHES[:1])
     assert capsys.readouterr().err == ""
+
+
+def test_one_can_be_switched_off_without_listing_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, names in (("no:ray", ["progress"]), ("no:ray,traffic", ["progress", "traffic"])):
+        monkeypatch.setenv("CIPHERTUNE_PLUGINS", value)
+        manager = PluginManager()
+        manager.load_installed()
+        assert manager.names() == names
+        assert manager.failed == {}
+    monkeypatch.setenv("CIPHERTUNE_PLUGINS", "no:progess")
+    manager = PluginManager()
+    with pytest.warns(RuntimeWarning, match="switches off 'progess', which is not there; did you mean 'progress'"):
+        manager.load_installed()
+    assert manager.names() == ["progress", "ray"]
+
+
+def test_order_is_that_of_registering_unless_a_hook_says_first_or_last() -> None:
+    manager, called = PluginManager(), []
+
+    def plugin(name: str, first: bool = False, last: bool = False) -> Any:
+        @hookimpl(tryfirst=first, trylast=last)
+        def ciphertune_session_closed() -> None:
+            called.append(name)
+
+        return type(name, (), {"ciphertune_session_closed": staticmethod(ciphertune_session_closed)})()
+
+    for name, order in (("first", {"first": True}), ("last", {"last": True}), ("one", {}), ("two", {})):
+        manager.register(plugin(name, **order), name)
+    manager.observe("ciphertune_session_closed", session=None)
+    assert called == ["first", "two", "one", "last"]

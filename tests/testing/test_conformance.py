@@ -67,6 +67,13 @@ class TestZmq(TransportSuite):
 
 
 @pytest.mark.slow
+class TestZmqOnAUnixSocket(TransportSuite):
+    name = "zmq"
+    address = "ipc://{folder}/worker"
+    wrong_addresses = ("ipc://", "no such address")
+
+
+@pytest.mark.slow
 class TestZmqCurve(TransportSuite):
     name = "zmq"
 

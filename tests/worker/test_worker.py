@@ -236,6 +236,7 @@ def test_unforeseen_errors_do_not_leak_their_text(worker: Worker, register: Any,
         reply = ask(worker, "evaluate", request, x=torch.randn(2, 6))
     assert reply.fields["code"] == "internal"
     assert "KeyError" in reply.fields["message"]
+    assert "backend 'failing' (test:Failing, from test 1.0) failed at this worker" in reply.fields["message"]
     assert "3.14159" not in reply.fields["message"]
     assert ask(worker, "open", opening()).kind == "ok", "the worker goes on"
 

@@ -44,6 +44,7 @@ class FlakyTransport(WrappingTransport):
     """Delays, loses and drops what another transport carries: ``mlwe+flaky::zmq://HOST:PORT?latency=0.1&loss=0.01``."""
 
     name = "flaky"
+    interface = 1
     Options = FlakyOptions
 
     def wrap(self, link: Link) -> Link:

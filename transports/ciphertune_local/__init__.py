@@ -62,6 +62,7 @@ class LocalTransport(Transport):
     """The worker runs in this process; for one machine, for tests, and as the reference for other transports."""
 
     name = "local"
+    interface = 1
     Options = LocalOptions
     remote = False
 

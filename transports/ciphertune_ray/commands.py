@@ -15,6 +15,8 @@ from ciphertune.errors import PluginError, SelectionError, TransportError
 from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins import registry
 
+interface = 1
+
 
 @hookimpl
 def ciphertune_register_commands(cli: click.Group) -> None:

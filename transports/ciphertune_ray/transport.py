@@ -83,6 +83,7 @@ class RayTransport(Transport):
     """A link for each actor. Ray runs in a relay process, so that nothing it unpickles can reach keys and data."""
 
     name = "ray"
+    interface = 1
     Options = RayOptions
     ServeOptions = RayServeOptions
     elastic = True
@@ -141,7 +142,8 @@ class RayTransport(Transport):
         return Loopback(f"auto/loopback-{secrets.token_hex(4)}/0")
 
     @classmethod
-    def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
+    def serve(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
+        """See ``Transport.serve``."""
         _need_ray()
         from ciphertune_ray.address import parse
         from ciphertune_ray.listener import RayListener

@@ -69,6 +69,7 @@ class ZmqTransport(Transport):
     """A DEALER socket for each worker; workers listen on a ROUTER socket."""
 
     name = "zmq"
+    interface = 1
     Options = ZmqOptions
     ServeOptions = ZmqServeOptions
 
@@ -137,7 +138,8 @@ class ZmqTransport(Transport):
         return Loopback("127.0.0.1:*", serve={"curve": str(keys)}, connect={"curve": str(keys)})
 
     @classmethod
-    def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
+    def serve(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
+        """See ``Transport.serve``."""
         _need_zmq()
         from ciphertune_zmq.address import parse
         from ciphertune_zmq.listener import ZmqListener

@@ -34,6 +34,7 @@ class CircuitBackend(Backend):
     """Circuits of Zama's Concrete: an LWE ciphertext a value, exact integer products."""
 
     name = "concrete-circuit"
+    interface = 1
     Options = CircuitOptions
     measured_size: ClassVar[tuple[int, int, int]] = (2, 256, 256)
 

@@ -55,6 +55,7 @@ class GlweBackend(Backend):
     """GLWE encryption of Zama's concrete-ml-extensions; a worker's time goes by tokens times outputs."""
 
     name = "concrete-glwe"
+    interface = 1
     Options = GlweOptions
     licence: ClassVar[str] = TERMS
     measured_size: ClassVar[tuple[int, int, int]] = (4, 64, 64)

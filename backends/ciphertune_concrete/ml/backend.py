@@ -44,6 +44,7 @@ class ConcreteMLBackend(Backend):
     """Products by Concrete ML's own quantizers, quantized modules and GLWE executor."""
 
     name = "concrete-ml"
+    interface = 1
     Options = ConcreteMLOptions
     licence: ClassVar[str] = TERMS
     # An output of a token takes the worker 15 ms.

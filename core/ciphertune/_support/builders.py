@@ -27,6 +27,28 @@ def required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
+def unreadable(cls: type) -> str | None:
+    """Why values of a dataclass's fields cannot be read from text, None where all can."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception as error:
+        return f"the types of its fields cannot be resolved: {type(error).__name__}: {error}"
+    for field in dataclasses.fields(cls):
+        if field.init and not _readable(hints[field.name]):
+            told = getattr(hints[field.name], "__name__", hints[field.name])
+            return f"no text can be read as the type of its field {field.name!r}, {told}"
+    return None
+
+
+def _readable(hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return all(_readable(each) for each in arguments)
+    if origin is Literal:
+        return all(isinstance(each, (int, str)) for each in arguments)
+    return hint is type(None) or hint in TextBuilder.kinds
+
+
 class Builder(abc.ABC):
     """Makes dataclasses from values of one kind.
 
@@ -152,6 +174,14 @@ class TextBuilder(Builder):
 
     def mismatch(self, value: Any, expected: str, place: str) -> CipherTuneError:
         return self.error(f"{place}={value!r} must be {expected}")
+
+    def make(self, cls: type[BuiltT], values: Mapping[str, Any], place: str) -> BuiltT:
+        try:
+            return cls(**values)
+        except CipherTuneError:
+            raise
+        except ValueError as error:
+            raise self.error(str(error)) from error
 
 
 def _read_exactly(kind: type) -> Callable[[Any], Any]:

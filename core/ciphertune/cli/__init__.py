@@ -6,12 +6,12 @@ import importlib
 import io
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from ciphertune._support.version import __version__
-from ciphertune.errors import CipherTuneError
+from ciphertune.errors import CipherTuneError, PluginError
 from ciphertune.key_files import hide_process
 
 # Name → (module under ciphertune.cli, one line for --help); the command object has the command's name.
@@ -20,6 +20,7 @@ _COMMANDS = {
     "bench": ("bench", "Measure products and training steps against plaintext in the same run."),
     "cache": ("cache", "What backends and transports keep on disk between runs; empty it."),
     "chat": ("chat", "Talk to a model, trained or not, whose layers are at workers."),
+    "check": ("check", "Run the conformance suite against an installed plugin, and report."),
     "demo": ("demo", "Fine-tune a real model on real data under encryption, in one command."),
     "doctor": ("doctor", "Versions, threads, kernels and their speed on this machine."),
     "eval": ("eval", "Measure loss, perplexity and accuracy of a model whose layers are at workers."),
@@ -29,13 +30,13 @@ _COMMANDS = {
     "keys": ("keys", "Make the keys with which clients and workers recognise each other."),
     "new": ("new", "Start a project for a transport, a backend or a hook plugin of your own."),
     "plan": ("plan", "What outsourcing a model would mean: shares, traffic, seconds a step."),
-    "plugins": ("listing", "Installed hook plugins."),
+    "plugins": ("listing", "Everything that is installed: backends, transports, hook plugins, and their state."),
     "serve": ("serve", "Answer programs by the chat-completions protocol, with a private model."),
     "share": ("share", "Share of a model's weights that would be at the workers, by what is outsourced."),
     "split": ("split", "Split a model into the parts that a data owner and workers hold."),
     "top": ("top", "Watch workers: load, sessions, queue, throughput."),
     "train": ("train", "Fine-tune as a TOML file, or a YAML file of TRL's, says."),
-    "transports": ("listing", "Installed transports."),
+    "transports": ("listing", "Installed transports, and the options that every selection string takes."),
     "worker": ("worker", "Serve the layers of a bundle to clients on other machines."),
 }
 
@@ -44,6 +45,30 @@ class LazyGroup(click.Group):
     """A group whose own commands are imported on use and whose plugins may add more."""
 
     _plugins_asked = False
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a plugin's command; a name that is taken is refused to the plugin that comes second."""
+        if (name or cmd.name) in {*_COMMANDS, *self.commands}:
+            whose = "CipherTune's own" if (name or cmd.name) in _COMMANDS else "another plugin's"
+            raise PluginError(f"the command {name or cmd.name!r} is {whose}")
+        super().add_command(cmd, name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what goes wrong in one of a plugin's is that plugin's fault, and said in one line."""
+        try:
+            return super().invoke(ctx)
+        except (CipherTuneError, OSError, click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            from ciphertune.plugins.blame import place_of
+            from ciphertune.plugins.trace import VARIABLE, tracing
+
+            if ctx.invoked_subcommand not in self.commands or tracing():
+                raise
+            raise PluginError(
+                f"the command {ctx.invoked_subcommand!r}, which a plugin added, failed: {type(error).__name__}: {error}"
+                f"{place_of(error)}. {VARIABLE}=1 shows the traceback"
+            ) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All command names."""
@@ -72,7 +97,7 @@ class LazyGroup(click.Group):
             self._plugins_asked = True
             from ciphertune.plugins.manager import plugin_manager
 
-            plugin_manager().observe("ciphertune_register_commands", cli=self)
+            plugin_manager().add_commands(self)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from ciphertune._support import environment
-from ciphertune.cli.output import print_facts, print_json
-from ciphertune.errors import CipherTuneError
+from ciphertune.cli.installed import REFUSED, everything
+from ciphertune.cli.output import print_entries, print_facts, print_json
 from ciphertune.plugins import registry
 
 
@@ -63,16 +63,28 @@ def diagnose() -> dict[str, Any]:
     about, (_, available) = environment.machine(), environment.memory()
     about["memory available (GB)"] = "unknown" if available is None else available
     about["float32 product (GMAC/s)"] = round(_float_speed(), 1)
+    rows = everything()
     backends: dict[str, dict[str, Any]] = {}
-    for name, row in registry.installed(registry.BACKENDS).items():
-        try:
-            backends[name] = dict(row.load()().diagnose(torch.device("cpu")))
-        except CipherTuneError as error:
-            backends[name] = {"error": str(error)}
-        except Exception as error:
-            # A stranger's backend may raise anything; the others are examined all the same.
-            backends[name] = {"error": f"{type(error).__name__}: {error}"}
-    return {"verdicts": verdicts(), "versions": environment.versions(), "machine": about, "backends": backends}
+    for row in rows:
+        if row["kind"] == "backend" and row["state"] != REFUSED:
+            try:
+                backends[row["name"]] = dict(registry.get_backend(row["name"])().diagnose(torch.device("cpu")))
+            except Exception as error:
+                # A stranger's backend may raise anything; the others are examined all the same.
+                row["reason"] = registry.reason(error)
+    return {
+        "verdicts": verdicts(),
+        "versions": environment.versions(),
+        "machine": about,
+        "backends": backends,
+        "plugins": [_complaint(row) for row in rows if row["reason"] or row["mismatch"]],
+    }
+
+
+def _complaint(row: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with a plugin."""
+    said = "; ".join(filter(None, (row["reason"], row["mismatch"])))
+    return {"kind": row["kind"], "name": row["name"], "package": row["package"], "reason": said}
 
 
 @click.command()
@@ -91,6 +103,9 @@ def doctor(as_json: bool) -> None:
         )
     print_facts("Versions", {name: version or "not installed" for name, version in found["versions"].items()})
     print_facts("Machine", found["machine"])
+    if found["plugins"]:
+        click.echo("Plugins that cannot be used, or are made for another version")
+        print_entries([(f"{row['kind']} {row['name']}", [row["reason"], row["package"]]) for row in found["plugins"]])
     for name, facts in found["backends"].items():
         if facts:
             print_facts(f"Backend {name}", facts)

@@ -2,140 +2,95 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
-from ciphertune._support.builders import required
-from ciphertune.cli.output import print_entries, print_json, print_table
-from ciphertune.errors import CipherTuneError
+from ciphertune.cli.installed import REFUSED, Row, everything, options_with_defaults, rows
+from ciphertune.cli.output import print_entries, print_json
 from ciphertune.plugins import registry
-from ciphertune.plugins.manager import options_of
+from ciphertune.selection import SessionOptions
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def _rows(group: str) -> list[dict[str, Any]]:
-    rows = []
-    for row in registry.installed(group).values():
-        entry: dict[str, Any] = {"name": row.name, "package": row.distribution, "target": row.target, "error": None}
-        try:
-            entry |= _describe(group, row.load())
-        except CipherTuneError as error:
-            entry["error"] = str(error)
-        except Exception as error:
-            # A stranger's plugin may raise anything; the others are listed all the same.
-            entry["error"] = f"{type(error).__name__}: {error}"
-        rows.append(entry)
-    return rows
-
-
-def _plugin_rows() -> list[dict[str, Any]]:
-    """Rows as of ``_rows``, with whether a plugin manager takes each; ``CIPHERTUNE_PLUGINS`` may leave some out."""
-    from ciphertune.plugins.manager import PluginManager
-
-    manager = PluginManager()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the table says it
-        manager.load_installed()
-    rows = _rows(registry.PLUGINS)
-    for row in rows:
-        row["error"] = row["error"] or manager.failed.get(row["name"])
-        row["active"] = row["name"] in manager.names()
-    return rows
-
-
-def _describe(group: str, plugin: Any) -> dict[str, Any]:
-    if group == registry.PLUGINS:
-        hooks = sorted(name for name in dir(plugin) if name.startswith("ciphertune_"))
-        chosen = options_of(plugin)
-        return {"hooks": hooks, "always": chosen is None, "options": {} if chosen is None else _defaults(chosen)}
-    options = _defaults(plugin.Options)
-    if group == registry.TRANSPORTS:
-        return {"remote": plugin.remote, "options": options}
-    security = plugin().security
-    return {
-        "encrypted": security.encrypted,
-        "security_bits": security.bits,
-        "security_level": security.level,
-        "security": security.summary,
-        "assumption": security.assumption,
-        "licence": plugin.licence,
-        "options": options,
-    }
-
-
-def _defaults(options: type) -> dict[str, Any]:
-    """Option names and defaults; an ellipsis for what must be given."""
-    return {field.name: "…" if required(field) else field.default for field in dataclasses.fields(options)}
-
-
-def _options(row: dict[str, Any]) -> str:
-    options = row.get("options", {})
-    return " ".join(f"{name}={'none' if value is None else value}" for name, value in options.items()) or "none"
 
 
 @click.command()
 @_json_option
 def backends(as_json: bool) -> None:
     """List installed backends, what each protects, and its options with their defaults."""
-    rows = _rows(registry.BACKENDS)
+    found = rows(registry.BACKENDS)
     if as_json:
-        print_json(rows)
+        print_json(found)
         return
-    entries = []
-    for row in rows:
-        if row["error"]:
-            entries.append((row["name"], [f"cannot be loaded: {row['error']}", f"package: {row['package']}"]))
-            continue
-        licence = f"licence: {row['licence']}" if row["licence"] else ""
-        security = f"security: {row['security_level']}", row["security"], licence
-        entries.append((row["name"], [*security, f"options: {_options(row)}", f"package: {row['package']}"]))
-    print_entries(entries)
+    print_entries([(row["name"], _lines(row, _backend)) for row in found])
 
 
 @click.command()
 @_json_option
 def transports(as_json: bool) -> None:
-    """List installed transports and their options."""
-    rows = _rows(registry.TRANSPORTS)
+    """List installed transports, their options, and those that every selection string takes."""
+    found = rows(registry.TRANSPORTS)
     if as_json:
-        print_json(rows)
+        print_json(found)
         return
-    table = [
-        (
-            row["name"],
-            row["error"] or ("other processes" if row["remote"] else "this process"),
-            _options(row),
-            row["package"],
-        )
-        for row in rows
-    ]
-    print_table("Transports", ["name", "workers are in", "options", "package"], table)
+    common = ("in every selection string, over any transport", [f"options: {_options(_common())}"])
+    print_entries([*((row["name"], _lines(row, _transport)) for row in found), common])
 
 
 @click.command()
 @_json_option
 def plugins(as_json: bool) -> None:
-    """List installed hook plugins, the options of those that are active where named, and the hooks they use."""
-    rows = _plugin_rows()
+    """List everything that is installed: backends, transports, hook plugins, with package, versions and state."""
+    found = everything()
     if as_json:
-        print_json(rows)
+        print_json(found)
         return
-    entries = []
-    for row in rows:
-        hooks = ", ".join(hook.removeprefix("ciphertune_") for hook in row.get("hooks", ()))
-        lines = [_state(row), row["error"] or "", f"options: {_options(row)}" if row.get("options") else ""]
-        lines += [f"hooks: {hooks}" if hooks else "", f"package: {row['package']}"]
-        entries.append((row["name"], lines))
-    print_entries(entries)
+    print_entries([(f"{row['kind']} {row['name']}", _lines(row, _PARTS[row["kind"]], row["state"])) for row in found])
 
 
-def _state(row: dict[str, Any]) -> str:
-    if row["active"]:
-        return "active"
-    if row["error"]:
-        return "cannot be loaded"
-    return "off (CIPHERTUNE_PLUGINS)" if row["always"] else "where named"
+def _lines(row: Row, described: Callable[[Row], list[str]], state: str = "") -> list[str]:
+    """Lines about a row; the state is left out where it goes without saying."""
+    interface = f"interface {row['interface']}" if row["interface"] is not None else "interface not stated"
+    package = f"package: {row['package']} ({interface})"
+    if row["state"] == REFUSED:
+        return [f"{REFUSED}: {row['reason']}", row["mismatch"] or "", package]
+    return [state, *described(row), row["reason"] or "", row["mismatch"] or "", package]
+
+
+def _backend(row: Row) -> list[str]:
+    licence = f"licence: {row['licence']}" if row.get("licence") else ""
+    security = [f"security: {row['security_level']}", row.get("security", ""), licence]
+    return [*security, f"options: {_options(row['options'])}"]
+
+
+def _transport(row: Row) -> list[str]:
+    places = {True: "in other processes", False: "in this process", None: "where its options say"}
+    where = f"workers are {places[row['remote']]}"
+    worker = row["worker_options"]
+    served = "" if worker is None else f"options of its workers: {_options(worker)}"
+    return [where, f"options: {_options(row['options'])}", served]
+
+
+def _hooks(row: Row) -> list[str]:
+    options = f"options: {_options(row['options'])}" if row["options"] else ""
+    hooks = ", ".join(hook.removeprefix("ciphertune_") for hook in row["hooks"])
+    return [options, f"hooks: {hooks}", row.get("note", "")]
+
+
+_PARTS: Mapping[str, Callable[[Row], list[str]]] = {"backend": _backend, "transport": _transport, "plugin": _hooks}
+
+
+def _common() -> dict[str, Row]:
+    return options_with_defaults(SessionOptions)
+
+
+def _options(options: Mapping[str, Row]) -> str:
+    """Options as text: names with defaults, an ellipsis for what must be given."""
+
+    def value(option: Mapping[str, Any]) -> object:
+        if option["required"]:
+            return "…"
+        return "none" if option["default"] is None else option["default"]
+
+    return " ".join(f"{name}={value(option)}" for name, option in options.items()) or "none"

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def new(kind: Kind, name: str, output: Path | None, as_json: bool) -> None:
     """Start a project for a plugin: a transport, a backend, or a hook plugin called NAME.
 
-    It has an entry point, a skeleton, a README, and the conformance suite, which fails until the skeleton is filled in.
+    It has an entry point, a skeleton, a README, a workflow for its tests, and the conformance suite, which fails until
+    the skeleton is filled in.
     """
     from ciphertune.cli.scaffold import new_project
 

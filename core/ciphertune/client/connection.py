@@ -14,6 +14,7 @@ from typing import Any
 from ciphertune._support.printable import LONGEST_TEXT, printable
 from ciphertune.errors import (
     CipherTuneError,
+    PluginError,
     ProtocolError,
     ReplyError,
     TransportError,
@@ -21,7 +22,8 @@ from ciphertune.errors import (
     VersionError,
     WorkerError,
 )
-from ciphertune.protocol import HELLO_VERSION, Message, agree, spoken_versions
+from ciphertune.plugins.blame import place_of
+from ciphertune.protocol import HELLO_VERSION, Message, agree, buffers_fault, spoken_versions
 from ciphertune.transport import Link
 from ciphertune.weights import Shard, read_manifest
 
@@ -153,12 +155,16 @@ class WorkerConnection:
         """
         request.reply_bytes = reply_bytes
         request.version = HELLO_VERSION if request.kind == "hello" or self.version is None else self.version
+        future: Future[Message] = Future()
         try:
-            return self.link.submit(request)
+            given: object = self.link.submit(request)
         except Exception as error:
-            future: Future[Message] = Future()
             future.set_exception(error)
             return future
+        if not isinstance(given, Future):
+            future.set_exception(self._fault(f"'submit' returned a {type(given).__name__} and no Future"))
+            return future
+        return given
 
     def hello(self) -> Future[Message]:
         """Ask which versions of the protocol the worker speaks; ``greeted`` reads the reply."""
@@ -186,6 +192,7 @@ class WorkerConnection:
 
         Raises:
             TransportError, TransportTimeoutError: there is none.
+            PluginError: the transport raised what no network does, or gave something that is no message.
             UnknownSession, Retry: the worker refused it for a reason that may pass.
             WorkerError, ReplyError: it refused it for good, or answered nonsense.
         """
@@ -200,10 +207,15 @@ class WorkerConnection:
             raise TransportError("the request was given up") from None
         except CipherTuneError:
             raise
+        except OSError as error:
+            raise TransportError(f"{type(error).__name__}: {error.strerror or 'the connection failed'}") from error
         except Exception as error:
             # Its text may quote what was sent.
-            log.warning("the transport failed", exc_info=error)
-            raise TransportError(f"the transport failed: {type(error).__name__}") from error
+            raise self._fault(f"{type(error).__name__}{place_of(error, __file__)}") from error
+        if not isinstance(reply, Message):
+            raise self._fault(f"a {type(reply).__name__} came in place of a Message")
+        if why := buffers_fault(reply.buffers):
+            raise self._fault(f"the buffers of a reply: it {why}")
         if reply.kind == "error":
             code = printable(str(reply.fields.get("code")), _LONGEST_CODE)
             text = printable(str(reply.fields.get("message")), LONGEST_TEXT)
@@ -215,6 +227,14 @@ class WorkerConnection:
         if reply.kind != "ok":
             raise ReplyError(f"{self.name} answered a {kind!r} request with {reply.kind!r}")
         return reply
+
+    def _fault(self, what: str) -> PluginError:
+        """The error for a link that does what none may: no other attempt would meet anything else."""
+        link = type(self.link)
+        return PluginError(
+            f"{self.name}: the transport failed ({link.__module__}.{link.__qualname__}): {what}. This is a fault of "
+            "the plugin, not of the network"
+        )
 
     def text(self, reply: Message, field: str) -> str:
         """Read a text field of a reply. Raises ``ReplyError`` where it is no text."""

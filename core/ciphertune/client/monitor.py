@@ -9,7 +9,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from ciphertune._support.options import build_options, split_options
 from ciphertune._support.printable import printable
 from ciphertune._support.suggestions import closest
-from ciphertune.client.choice import SessionOptions
 from ciphertune.client.connection import Retry, WorkerConnection
 from ciphertune.client.exclusions import Exclusions
 from ciphertune.errors import (
@@ -20,7 +19,7 @@ from ciphertune.errors import (
 )
 from ciphertune.plugins import registry
 from ciphertune.protocol import Message
-from ciphertune.selection import Selection
+from ciphertune.selection import Selection, SessionOptions
 from ciphertune.status import WorkerStatus
 from ciphertune.transport import Link, Transport
 

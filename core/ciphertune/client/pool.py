@@ -13,9 +13,9 @@ from ciphertune.backend import Direction
 from ciphertune.client.connection import BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, Opening, Retry, WorkerConnection
 from ciphertune.client.exclusions import Exclusion, Exclusions
 from ciphertune.client.placement import Piece, place
-from ciphertune.client.timeouts import Timeouts
 from ciphertune.errors import CipherTuneError, SecurityError, TransportError, UnknownLayerError
 from ciphertune.protocol import Message
+from ciphertune.selection import Timeouts
 from ciphertune.transport import Link
 from ciphertune.weights import LayerInfo
 

@@ -16,8 +16,10 @@ from ciphertune.client.connection import Opening, WorkerConnection
 from ciphertune.client.placement import Piece
 from ciphertune.client.pool import WorkerPool
 from ciphertune.client.request import PendingRequest
-from ciphertune.errors import ReplyError
+from ciphertune.client.results import check_product, check_requests, check_tensor
 from ciphertune.interleaving.interleaver import wait_for_reply
+from ciphertune.plugins import registry
+from ciphertune.plugins.blame import blamed
 from ciphertune.protocol import Message
 from ciphertune.traffic import Exchange
 
@@ -92,13 +94,17 @@ class Product:
         Raises:
             Rejected: a decrypted answer was found wrong.
             KeysReplaced: as ``PendingRequest.result``.
+            PluginError: the client half raised what it does not declare, or gave something else than it should.
         """
         exchange, clock = self._exchange, time.perf_counter
         start = clock()
-        if owners is None:
-            encrypted = self._client.encrypt_pieces(x, whole, maps)
-        else:
-            encrypted = self._client.encrypt_owned(x, whole, maps, owners)
+        name = type(self._backend).name
+        with blamed(registry.BACKENDS, name, "encryption"):
+            if owners is None:
+                encrypted = self._client.encrypt_pieces(x, whole, maps)
+            else:
+                encrypted = self._client.encrypt_owned(x, whole, maps, owners)
+        check_requests(name, encrypted, len(pieces))
         exchange.encrypt_seconds += clock() - start
         with contextlib.ExitStack() as stack:
             requests = [
@@ -110,17 +116,20 @@ class Product:
                 reply = self._receive(request)
                 self._count(whole, part, each.buffers, reply)
                 start = clock()
-                parts.append(self._client.take_reply(reply, each.state, part))
+                with blamed(registry.BACKENDS, name, "decryption"):
+                    parts.append(self._client.take_reply(reply, each.state, part))
+                if self._check is not None:
+                    check_tensor(name, parts[-1])
                 if self._check is not None and not self._right(self._check, x, parts[-1], part, whole):
                     assert request.answered_by is not None
                     self._pool.exclude(request.answered_by, piece, whole.direction)
                     raise Rejected(piece, request.answered_by)
                 exchange.decrypt_seconds += clock() - start
         start = clock()
-        y = self._client.put_together(parts, [each.state for each in encrypted], whole, maps)
+        with blamed(registry.BACKENDS, name, "decryption"):
+            y = self._client.put_together(parts, [each.state for each in encrypted], whole, maps)
         outputs = whole.out_features if whole.direction == "backward" else sum(part.out_features for part in maps)
-        if y.shape != (exchange.tokens, outputs):
-            raise ReplyError(f"{whole.label}: the reply decrypts to the wrong shape {tuple(y.shape)}")
+        check_product(name, y, (exchange.tokens, outputs), x, whole)
         exchange.decrypt_seconds += clock() - start
         return y
 
@@ -141,13 +150,16 @@ class Product:
     ) -> PendingRequest:
         """Send the request for a piece; it is given up when ``stack`` unwinds."""
         start = time.perf_counter()
-        allowance = self._backend.allowance(linear_map, self._exchange.tokens)
+        with blamed(registry.BACKENDS, type(self._backend).name, "its allowance of time", quote=True):
+            allowance = self._backend.allowance(linear_map, self._exchange.tokens)
         buffers = encrypted.buffers
 
         def check(reply: Buffers) -> None:
-            self._client.check_reply(reply, encrypted.state, linear_map)
+            with blamed(registry.BACKENDS, type(self._backend).name, "its check of a reply"):
+                self._client.check_reply(reply, encrypted.state, linear_map)
 
-        most = self._backend.reply_bytes(whole, linear_map, self._exchange.tokens)
+        with blamed(registry.BACKENDS, type(self._backend).name, "its statement of sizes", quote=True):
+            most = self._backend.reply_bytes(whole, linear_map, self._exchange.tokens)
         request = PendingRequest(
             self._pool, piece, linear_map.direction, self._opening, buffers, check, allowance, most
         )

@@ -20,6 +20,7 @@ from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import DIRECTIONS, ClientHalf, Direction, LinearMap, SecurityStatement
 from ciphertune.callers import Owners, owners_of
 from ciphertune.client.choice import Choice
+from ciphertune.client.connecting import connect
 from ciphertune.client.connection import Opening
 from ciphertune.client.noise_checks import NoiseChecks, checkable, decrypts_pieces
 from ciphertune.client.placement import Piece
@@ -36,7 +37,10 @@ from ciphertune.errors import (
     WeightsError,
     WrongReplyError,
 )
+from ciphertune.plugins import registry
+from ciphertune.plugins.blame import blamed, wrong_result
 from ciphertune.plugins.manager import PluginManager, plugin_manager
+from ciphertune.protocol import buffers_fault
 from ciphertune.selection import Selection
 from ciphertune.traffic import Exchange, SetUp, Traffic
 from ciphertune.transport import Link, LocalWorker
@@ -94,6 +98,7 @@ class Session:
         SecurityError, TransportError, UnknownLayerError, WorkerError, ReplyError: as ``WorkerPool``.
         WeightsError: the encryption prepares itself from the codes, and they cannot be had.
         CacheError: there is no room for what it prepares.
+        PluginError: the backend or the transport raised what it does not declare, or gave something of another form.
     """
 
     @own_modes()
@@ -120,14 +125,15 @@ class Session:
         self.plugins = plugins if plugins is not None else plugin_manager()
         self._groups = [self._group(groups, number) for number in range(len(groups))]
         self._groups += [self._table(self.layers[i]) for i in tables]
-        client = choice.backend.client(device)
+        client = self._client()
         self._checks = self._checking(client)
         self._counting = threading.Lock()
         links: Sequence[Link] = ()
         try:
             model = model_digest(self.layers)
-            client.begin(model)
-            links = choice.transport.connect(choice.selection.endpoints, worker)
+            with blamed(registry.BACKENDS, choice.selection.backend, "'begin'"):
+                client.begin(model)
+            links = connect(choice, worker)
             self._keys = self._keys_of(client)
             members = [group.layers for group in self._groups]
             seconds = choice.transport.joining_seconds
@@ -212,6 +218,7 @@ class Session:
             TransportError, WorkerError, ReplyError: the product could not be had.
             WrongReplyError: no worker is left that answers rightly.
             WeightsError: the encryption has to prepare itself again, and codes cannot be had.
+            PluginError: the backend or the transport failed in a way that no other attempt would mend.
         """
         linear_map = self._groups[group].maps[direction]
         # Before anything is computed: a forked process can hang in that, and has this one's keys and connections.
@@ -345,8 +352,22 @@ class Session:
         return None
 
     def _keys_of(self, client: ClientHalf[Any]) -> Keys:
-        fields = {"backend": self.choice.selection.backend, "public": dict(client.open_fields())}
-        return Keys(client, Opening(fields, client.evaluation_key(), self._watch_key))
+        name = self.choice.selection.backend
+        with blamed(registry.BACKENDS, name, "making its public parameters and key"):
+            fields, key = {"backend": name, "public": dict(client.open_fields())}, client.evaluation_key()
+        if why := buffers_fault(key):
+            raise wrong_result(registry.BACKENDS, name, "the evaluation key:", f"it {why}")
+        return Keys(client, Opening(fields, key, self._watch_key))
+
+    def _client(self, *, renewed: bool = False) -> ClientHalf[Any]:
+        """A client half of the backend, with fresh keys or with keys that nothing was sent under."""
+        backend = self.choice.backend
+        with blamed(registry.BACKENDS, self.choice.selection.backend, "making its client half"):
+            client: object = backend.renewed_client(self.device) if renewed else backend.client(self.device)
+        if not isinstance(client, ClientHalf):
+            why = f"gave a {type(client).__name__}, and must give a ciphertune.backend.ClientHalf"
+            raise wrong_result(registry.BACKENDS, self.choice.selection.backend, "'client'", why)
+        return client
 
     def _renew(self, keys: Keys) -> None:
         """Replace the session's keys, unless another thread did. What is under way ends under the old ones."""
@@ -354,7 +375,7 @@ class Session:
             if self._keys is not keys:
                 return
             log.warning("a decrypted answer was wrong: the session goes on with new keys")
-            client = self.choice.backend.renewed_client(self.device)
+            client = self._client(renewed=True)
             client.begin(model_digest(self.layers))
             if self.choice.backend.prepares:
                 self._prepare(list(range(len(self._groups))), None, [client])

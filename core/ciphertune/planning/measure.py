@@ -16,7 +16,7 @@ from torch import nn
 from ciphertune._support.environment import machine
 from ciphertune._support.options import split_options
 from ciphertune.backend import DIRECTIONS, Backend, Direction
-from ciphertune.client.choice import Choice, SessionOptions, choose
+from ciphertune.client.choice import Choice, choose
 from ciphertune.client.preparing import HeldCodes, prepare
 from ciphertune.client.session import Session
 from ciphertune.errors import ConfigError
@@ -28,7 +28,7 @@ from ciphertune.planning.products import PlannedModel
 from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, product_name
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager, plugin_manager
-from ciphertune.selection import Selection
+from ciphertune.selection import Selection, SessionOptions
 from ciphertune.traffic import Traffic
 from ciphertune.weights import describe, group_map, quantize
 from ciphertune.worker import WeightStore, Worker

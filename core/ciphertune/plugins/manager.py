@@ -1,11 +1,16 @@
 """The plugin manager: finds hook plugins by entry point and calls observers without letting them break a run.
 
-An entry point in ``ciphertune.plugins`` is a module or object of hooks, which is always active, or a class with
-``Options`` (a frozen dataclass), which is active where it is named: ``history?path=run.csv``. Fields of type ``Path``
-are paths: those in a configuration file are relative to it.
+An entry point in ``ciphertune.plugins`` is a module, an object or a class of hooks, which is always active, or a class
+with ``Options`` (a frozen dataclass), which is active where it is named: ``history?path=run.csv``. Fields of type
+``Path`` are paths: those in a configuration file are relative to it. Commands are added by either; a class with
+``Options`` adds them by a static method or a class method, since no options were given yet.
 
 ``CIPHERTUNE_PLUGINS`` decides instead what is active: a comma-separated list of such strings (a comma in an option is
-written %2C), empty for none. ``CIPHERTUNE_TRACE_PLUGINS=1`` prints every hook call to standard error.
+written %2C), empty for none. ``no:NAME`` in it switches one off, and leaves what is always active as it is otherwise.
+``CIPHERTUNE_TRACE_PLUGINS=1`` prints every hook call to standard error.
+
+The plugin that was registered last is called first. ``hookimpl(tryfirst=True)`` puts an implementation before all
+others, ``hookimpl(trylast=True)`` after them.
 """
 
 from __future__ import annotations
@@ -28,11 +33,14 @@ import pluggy
 
 from ciphertune import hookspecs
 from ciphertune._support.options import build_options
+from ciphertune._support.suggestions import closest
 from ciphertune.errors import CipherTuneError, PluginError, SelectionError
-from ciphertune.plugins import registry
+from ciphertune.plugins import checking, registry
 from ciphertune.plugins.trace import trace, tracing
 from ciphertune.selection import parse_use
 
+_VARIABLE = "CIPHERTUNE_PLUGINS"
+_OFF = "no:"
 GATES = ("ciphertune_before_request", "ciphertune_select_layers")
 """Hooks whose errors and results count."""
 
@@ -48,24 +56,42 @@ class PluginManager:
         self._manager = pluggy.PluginManager("ciphertune")
         self._manager.add_hookspecs(hookspecs)
         self.failed: dict[str, str] = {}
+        self._classes: dict[str, type] = {}  # active where they are named, by name
         self._used: dict[str, tuple[Any, Any]] = {}  # plugins that `use` made and their options, by name
         self._raised: collections.Counter[tuple[str, str]] = collections.Counter()
         self._counting = threading.Lock()
         self._tracing = tracing()
 
     def load_installed(self) -> None:
-        """Activate what is always active, or what ``CIPHERTUNE_PLUGINS`` says; failures are warned of and kept."""
-        text = os.environ.get("CIPHERTUNE_PLUGINS")
-        if text is None:
-            for name, row in registry.installed(registry.PLUGINS).items():
-                with self._reported(name):
-                    plugin = row.load()
-                    if not isinstance(plugin, type):
-                        self.register(plugin, name)
-        else:
-            for use in filter(None, (part.strip() for part in text.split(","))):
+        """Activate what is always active, or what ``CIPHERTUNE_PLUGINS`` says; failures are warned of and kept.
+
+        A name that several packages claim is kept among the failures and not warned of: nobody asked for it.
+        """
+        text = os.environ.get(_VARIABLE)
+        uses = [part for part in (part.strip() for part in (text or "").split(",")) if part]
+        off = {use.removeprefix(_OFF) for use in uses if use.startswith(_OFF)}
+        rows = registry.installed(registry.PLUGINS)
+        for name in sorted(off - rows.keys()):
+            with self._reported(_OFF + name):
+                raise SelectionError(f"{_VARIABLE} switches off {name!r}, which is not there; {closest(name, rows)}")
+        if text is None or off:
+            for name, row in rows.items():
+                if row.refused:
+                    self.failed[name] = row.refused
+                elif name not in off:
+                    with self._reported(name):
+                        self._activate(name, row.load())
+        for use in uses:
+            if not use.startswith(_OFF):
                 with self._reported(use.partition("?")[0]):
                     self.use(use)
+
+    def _activate(self, name: str, plugin: Any) -> None:
+        """Register what is always active; keep a class that is active where it is named, for its commands."""
+        if options_of(plugin) is not None:
+            self._classes[name] = plugin
+        else:
+            self.register(_made_alone(name, plugin), name)
 
     def use(self, text: str) -> Any:
         """Make a plugin active.
@@ -83,16 +109,19 @@ class PluginManager:
         """
         name, values = parse_use(text)
         plugin = registry.load(registry.PLUGINS, name)
-        if not isinstance(plugin, type):
+        if options_of(plugin) is None:
             if values:
                 raise SelectionError(f"plugin {name!r} takes no options")
-            if not self._manager.is_registered(plugin):
-                self.register(plugin, name)
-            return plugin
+            for known in self._manager.get_plugins():
+                if known is plugin or (isinstance(plugin, type) and type(known) is plugin):
+                    return known
+            made = _made_alone(name, plugin)
+            self.register(made, name)
+            return made
         options = _read_options(name, plugin, values)
         if any(type(other) is plugin and same == options for other, same in self._used.values()):
             raise PluginError(f"plugin {name!r} is in use with these options already")
-        made = _make(name, plugin, options)
+        made = _set_up(name, plugin, options)
         try:
             number = itertools.count(2)
             free = name
@@ -126,6 +155,8 @@ class PluginManager:
         """
         if isinstance(plugin, type) and hasattr(plugin, "Options"):
             raise PluginError(f"{plugin.__name__} is a class: register what it makes, or name it with 'use'")
+        if fault := checking.hooks_fault(plugin):
+            raise PluginError(f"plugin {name or plugin!r}: {fault}")
         known = self._manager.is_registered(plugin)
         try:
             registered = self._manager.register(plugin, name=name)
@@ -158,6 +189,23 @@ class PluginManager:
     def names(self) -> list[str]:
         """Names of the registered plugins; one that is in use for a second time is called ``name-2``."""
         return sorted(name for name, plugin in self._manager.list_name_plugin() if plugin is not None)
+
+    def add_commands(self, cli: Any) -> None:
+        """Let plugins add their commands to a ``click.Group``: the active ones, and classes that are active if named.
+
+        One that fails is named in a warning.
+        """
+        self.observe("ciphertune_register_commands", cli=cli)
+        made = {type(plugin) for plugin, _ in self._used.values()}
+        for name, plugin in self._classes.items():
+            adds = adds_commands(plugin)
+            if adds is None or plugin in made:
+                continue
+            try:
+                adds(**{each: cli for each in inspect.signature(adds).parameters if each == "cli"})
+            except Exception as error:
+                text = f"plugin {name!r} failed in ciphertune_register_commands: {registry.reason(error)}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def gate(self, hook: str, **arguments: Any) -> Any:
         """Call a hook whose errors and result count."""
@@ -221,7 +269,7 @@ def anchored(text: str, folder: Path) -> str:
     """Take the relative paths in a use of a plugin from ``folder``; errors as for ``PluginManager.use``."""
     name, values = parse_use(text)
     plugin = registry.load(registry.PLUGINS, name)
-    if not isinstance(plugin, type):
+    if options_of(plugin) is None:
         return text
     options = _read_options(name, plugin, values)
     for field in dataclasses.fields(options):
@@ -231,17 +279,26 @@ def anchored(text: str, folder: Path) -> str:
 
 
 def options_of(plugin: Any) -> type | None:
-    """The options dataclass of a plugin class; None for what is always active.
+    """The options dataclass of a plugin class; None for what is always active: all but classes that have one."""
+    found: type | None = getattr(plugin, "Options", None) if isinstance(plugin, type) else None
+    return found
 
-    Raises:
-        PluginError: a class without one.
+
+def adds_commands(plugin: Any) -> Callable[..., Any] | None:
+    """The hook by which a class that is active where it is named adds commands; None where it cannot without options.
+
+    It can by a static method or a class method.
     """
-    if not isinstance(plugin, type):
+    hook = "ciphertune_register_commands"
+    if not isinstance(inspect.getattr_static(plugin, hook, None), (staticmethod, classmethod)):
         return None
-    options = getattr(plugin, "Options", None)
-    if not (isinstance(options, type) and dataclasses.is_dataclass(options)):
-        raise PluginError(f"the plugin class {plugin.__name__} has no dataclass 'Options'")
-    return options
+    found: Callable[..., Any] = getattr(plugin, hook)
+    return found
+
+
+def _made_alone(name: str, plugin: Any) -> Any:
+    """A module or object as it is, an object of a class without options."""
+    return _set_up(name, plugin) if isinstance(plugin, type) else plugin
 
 
 def _read_options(name: str, plugin: type, values: Mapping[str, Any]) -> Any:
@@ -253,9 +310,9 @@ def _read_options(name: str, plugin: type, values: Mapping[str, Any]) -> Any:
         raise SelectionError(f"plugin {name!r}: {error}") from error
 
 
-def _make(name: str, plugin: Callable[[Any], Any], options: Any) -> Any:
+def _set_up(name: str, plugin: Callable[..., Any], *options: Any) -> Any:
     try:
-        made = plugin(options)
+        made = plugin(*options)
     except CipherTuneError as error:
         raise type(error)(f"plugin {name!r}: {error}") from error
     except Exception as error:

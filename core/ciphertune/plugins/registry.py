@@ -1,18 +1,28 @@
-"""Backends and transports, found by name through entry points and imported on first use."""
+"""Backends, transports and hook plugins, found by name through entry points and imported on first use.
+
+A name belongs to one package. CipherTune's own names are its own; a name that two other packages register is refused
+to whoever asks for it, and nothing else is.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ciphertune._support.suggestions import closest
-from ciphertune.errors import PluginError, SelectionError
+from ciphertune._support.version import __version__
+from ciphertune.errors import CipherTuneError, PluginError, SelectionError
+from ciphertune.plugins import checking
+from ciphertune.plugins.groups import BACKENDS as BACKENDS, KINDS as KINDS, PLUGINS as PLUGINS, TRANSPORTS as TRANSPORTS
 
-BACKENDS = "ciphertune.backends"
-TRANSPORTS = "ciphertune.transports"
-PLUGINS = "ciphertune.plugins"
+if TYPE_CHECKING:
+    from ciphertune.backend import Backend
+    from ciphertune.transport import Transport
+
+_OWN = "ciphertune"
+"""The distribution whose names no other may take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,49 +33,121 @@ class Registered:
         name: entry-point name, the one used in a selection string.
         target: ``module:attribute`` it points to.
         distribution: name and version of the package that ships it.
+        group: entry-point group; empty for one whose class is not checked.
+        requires: versions of ciphertune that the package asks for, as ``>=0.1,<0.2``; empty for any.
+        refused: why it is not loaded under this name; empty where it is.
     """
 
     name: str
     target: str
     distribution: str
     entry_point: metadata.EntryPoint = dataclasses.field(repr=False, compare=False)
+    group: str = ""
+    requires: str = ""
+    refused: str = ""
+
+    @property
+    def title(self) -> str:
+        """Kind, name, target and package, for messages."""
+        return f"{KINDS.get(self.group, 'plugin')} {self.name!r} ({self.target}, from {self.distribution})"
+
+    @property
+    def mismatch(self) -> str:
+        """In a sentence that its package asks for another version of ciphertune than is installed; else empty."""
+        if _suits(self.requires):
+            return ""
+        package = self.distribution.partition(" ")[0]
+        return (
+            f"{self.distribution} is made for ciphertune{self.requires}, and {__version__} is installed: "
+            f"pip install --upgrade {package}, or install the ciphertune that it asks for"
+        )
 
     def load(self) -> Any:
-        """Import the plugin.
+        """Import the plugin and check that it is what its group wants.
 
         Raises:
-            PluginError: the import failed; other plugins are not affected.
+            PluginError: its name is not its own, the import failed, or what came is none of its kind; other plugins
+                are not affected.
         """
+        if self.refused:
+            raise PluginError(self.refused)
         try:
-            return self.entry_point.load()
-        except Exception as error:
+            plugin = self.entry_point.load()
+        except (Exception, SystemExit) as error:
             raise PluginError(
-                f"plugin {self.name!r} ({self.target}, from {self.distribution}) cannot be imported: "
-                f"{type(error).__name__}: {error}"
+                f"{self.title} cannot be imported: {type(error).__name__}: {error}{self._hint}"
             ) from error
+        if why := checking.unfit(self.group, self.name, plugin):
+            raise PluginError(
+                f"{self.title} cannot be used: {why}. Until its authors repair it, uninstall it: "
+                f"pip uninstall {self.distribution.partition(' ')[0]}{self._hint}"
+            )
+        return plugin
+
+    @property
+    def _hint(self) -> str:
+        return f". {self.mismatch}" if self.mismatch else ""
 
 
 @functools.cache
+def _found(group: str) -> tuple[Registered, ...]:
+    """Every entry point of a group, by name; one that is seen twice with the same target counts once."""
+    found: dict[tuple[str, str], Registered] = {}
+    for entry_point in metadata.entry_points(group=group):
+        dist = entry_point.dist
+        package = f"{dist.name} {dist.version}" if dist else "unknown"
+        row = Registered(
+            entry_point.name, entry_point.value, package, entry_point, group, _requirement(dist) if dist else ""
+        )
+        found.setdefault((row.name, row.target), row)
+    return tuple(found[key] for key in sorted(found))
+
+
 def installed(group: str) -> dict[str, Registered]:
     """List what is installed in an entry-point group, by name; nothing is imported.
 
-    Raises:
-        PluginError: two distributions register the same name.
+    A name that several packages register is there once, and is refused where it is loaded, unless one of them is
+    CipherTune itself, whose it then is.
     """
-    found: dict[str, Registered] = {}
-    for entry_point in metadata.entry_points(group=group):
-        dist = entry_point.dist
-        row = Registered(
-            entry_point.name, entry_point.value, f"{dist.name} {dist.version}" if dist else "unknown", entry_point
-        )
-        other = found.get(row.name)
-        if other is not None and other.target != row.target:
-            raise PluginError(
-                f"{row.name!r} is registered twice in {group}: by {other.distribution} ({other.target}) "
-                f"and by {row.distribution} ({row.target}); uninstall one of them"
+    return {name: rows[0] for name, rows in _by_name(group).items()}
+
+
+def displaced(group: str) -> tuple[Registered, ...]:
+    """What is installed under a name that is another's or several packages', beside what ``installed`` lists."""
+    return tuple(row for rows in _by_name(group).values() for row in rows[1:])
+
+
+@functools.cache
+def _by_name(group: str) -> dict[str, list[Registered]]:
+    """Rows of each name, the one that has it first; those that may not be loaded say why."""
+    names: dict[str, list[Registered]] = {}
+    for row in _found(group):
+        names.setdefault(row.name, []).append(row)
+    return {name: _settled(rows) for name, rows in names.items()}
+
+
+def _settled(rows: list[Registered]) -> list[Registered]:
+    if len(rows) == 1:
+        return rows
+    own = [row for row in rows if _package(row) == _OWN]
+    if own:
+        return own[:1] + [
+            dataclasses.replace(
+                row,
+                refused=f"{row.name!r} is the name of CipherTune's own {KINDS[row.group]}: the one of "
+                f"{row.distribution} ({row.target}) is not used. Rename its entry point, or uninstall it: pip "
+                f"uninstall {_package(row)}",
             )
-        found[row.name] = row
-    return dict(sorted(found.items()))
+            for row in rows
+            if row not in own[:1]
+        ]
+    told = " and ".join(f"by {row.distribution} ({row.target})" for row in rows)
+    refused = f"{rows[0].name!r} is registered {len(rows)} times in {rows[0].group}: {told}; uninstall all but one"
+    return [dataclasses.replace(row, refused=refused) for row in rows]
+
+
+def _package(row: Registered) -> str:
+    return row.distribution.partition(" ")[0].lower().replace("_", "-")
 
 
 def load(group: str, name: str) -> Any:
@@ -75,14 +157,13 @@ def load(group: str, name: str) -> Any:
 
     Raises:
         SelectionError: no plugin of that name is installed, or one wraps no other.
-        PluginError: it is installed but cannot be imported.
+        PluginError: it is installed but cannot be used, as ``Registered.load``.
     """
     if group == TRANSPORTS and "::" in name:
         return _chained(name)
     rows = installed(group)
     if name not in rows:
-        kind = group.rsplit(".", 1)[-1].removesuffix("s")
-        raise SelectionError(f"unknown {kind} {name!r}; {closest(name, rows)}")
+        raise SelectionError(f"unknown {KINDS[group]} {name!r}; {closest(name, rows)}")
     return rows[name].load()
 
 
@@ -97,3 +178,62 @@ def _chained(name: str) -> Any:
             f"the transport {outer!r} wraps no other: write {inner!r} or {outer!r} instead of {name!r}"
         )
     return wrapping.around(load(TRANSPORTS, inner))
+
+
+def title(group: str, name: str) -> str:
+    """A plugin in words, with the package that it is from where one is installed under this name."""
+    row = installed(group).get(name)
+    return f"{KINDS[group]} {name!r}" if row is None else row.title
+
+
+def get_backend(name: str) -> type[Backend]:
+    """The backend class of a name, as a selection string begins with.
+
+    Raises:
+        SelectionError: no backend of that name is installed.
+        PluginError: it is installed but cannot be imported, or is no backend.
+    """
+    found: type[Backend] = load(BACKENDS, name)
+    return found
+
+
+def get_transport(name: str) -> type[Transport]:
+    """The transport class of a name, as stands after the ``+`` of a selection string.
+
+    Raises:
+        SelectionError: no transport of that name is installed.
+        PluginError: it is installed but cannot be imported, or is no transport.
+    """
+    found: type[Transport] = load(TRANSPORTS, name)
+    return found
+
+
+def _requirement(dist: metadata.Distribution) -> str:
+    """Versions of ciphertune that a distribution asks for; empty for any, and for CipherTune's own extras."""
+    if dist.name.lower() == _OWN:
+        return ""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    found = []
+    for text in dist.requires or ():
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if requirement.name.lower().replace("_", "-") == _OWN and applies and requirement.specifier:
+            found.append(str(requirement.specifier))
+    return ",".join(dict.fromkeys(found))
+
+
+def _suits(requires: str) -> bool:
+    if not requires:
+        return True
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(requires).contains(__version__, prereleases=True)
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, of whichever type: a stranger's plugin may raise anything."""
+    return str(error) if isinstance(error, CipherTuneError) else f"{type(error).__name__}: {error}"

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import ciphertune
-from ciphertune.backend import DIRECTIONS, Backend, Buffers, ClientHalf, Direction, Encrypted, LinearMap, WorkerHalf
+from ciphertune.backend import (
+    DIRECTIONS,
+    INTERFACE_VERSION,
+    Backend,
+    Buffers,
+    ClientHalf,
+    Direction,
+    Encrypted,
+    LinearMap,
+    WorkerHalf,
+)
 from ciphertune.client.choice import choose
 from ciphertune.client.noise_checks import DEVIATIONS, NoiseChecks, checkable
 from ciphertune.errors import InputError, NotPreparedError, ProtocolError, ReplyError, WrongReplyError
@@ -41,8 +51,8 @@ class Pair:
     prepared: Any
 
     @classmethod
-    def make(cls, selection: str, out_features: int, in_features: int, seed: int = 0) -> Pair:
-        """A backend with fresh keys around a random weight."""
+    def make(cls, selection: str, out_features: int, in_features: int, seed: int = 0, *, prepared: bool = True) -> Pair:
+        """A backend with fresh keys around a random weight, prepared for whole products unless told otherwise."""
         generator = torch.Generator().manual_seed(seed)
         values = torch.randn(out_features, in_features, generator=generator) / math.sqrt(in_features)
         backend = choose(selection).backend
@@ -52,7 +62,8 @@ class Pair:
         opened = unpack([bytes(frame) for frame in pack(opening)])
         worker = type(backend).worker(opened.fields["public"], opened.buffers, _CPU)
         pair = cls(backend, client, worker, weight, worker.prepare(weight.codes))
-        pair.prepare()
+        if prepared:
+            pair.prepare()
         return pair
 
     def prepare(self, pieces: Sequence[LinearMap] = ()) -> None:
@@ -155,6 +166,33 @@ class BackendSuite:
         spread = math.sqrt(2 / units.numel()) + noise.correlation * math.sqrt(2 / len(x))
         assert float(units.square().mean()) <= 1.08**2 * (1 + 6 * spread)
         assert float(units.abs().max()) <= 8, "an output lies beyond eight standard deviations of the declared error"
+
+    def test_it_says_which_interface_it_is_written_for(self) -> None:
+        """``Backend.interface`` is the version of the interface that it was written for."""
+        stated = type(choose(self.selection).backend).interface
+        if stated is None:
+            pytest.skip(f"it does not say: interface = {INTERFACE_VERSION}")
+        assert stated == INTERFACE_VERSION
+
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_prepared_from_blocks_of_any_size(self, direction: Direction) -> None:
+        """A preparation takes rows in blocks of any size, and keeps none of their memory."""
+        sizes = (24, 40) if direction == "forward" else (40, 24)
+        both = Pair.make(self.selection, *sizes, prepared=False)
+        try:
+            preparation = both.client.preparation(both.map("forward"), both.map("backward"), ())
+            if preparation is None:
+                assert not both.backend.prepares, "prepares = True, and there is no preparation"
+                pytest.skip("this backend prepares nothing from the codes")
+            assert both.backend.prepares, "there is a preparation, and prepares = False: it is never asked for"
+            for start, stop in ((0, 1), (1, 9), (9, len(both.weight.codes))):
+                block = both.weight.codes[start:stop].clone()
+                preparation.absorb(start, block)
+                block.fill_(77)
+            preparation.finish()
+            self.check(both, direction, torch.randn(5, 40, generator=torch.Generator().manual_seed(8)))
+        finally:
+            both.close()
 
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     def test_products_have_the_declared_error(self, pair: Callable[..., Pair], direction: Direction) -> None:

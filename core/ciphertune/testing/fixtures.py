@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def ciphertune_register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
     """``ciphertune_register(group, plugin_class)``: install a backend or transport under its name, for this test.
 
-    Groups are ``ciphertune.backends`` and ``ciphertune.transports``, as in ``pyproject.toml``.
+    It is checked where it is looked up, as an installed one is. Groups are those of ``pyproject.toml``.
     """
     from ciphertune.plugins import registry
 
@@ -36,7 +36,7 @@ def ciphertune_register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any],
 
     def add(group: str, plugin: Any) -> None:
         entry_point: Any = types.SimpleNamespace(load=lambda: plugin)
-        row = registry.Registered(plugin.name, f"test:{plugin.__name__}", "test 1.0", entry_point)
+        row = registry.Registered(plugin.name, f"test:{plugin.__name__}", "test 1.0", entry_point, group)
         added.setdefault(group, {})[plugin.name] = row
 
     monkeypatch.setattr(registry, "installed", patched)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ciphertune
 from ciphertune import LoraTrainer, hookspecs
-from ciphertune.plugins.manager import PluginManager, anchored
+from ciphertune.plugins.checking import hooks_fault
+from ciphertune.plugins.manager import PluginManager, adds_commands, anchored
 from ciphertune.testing.transports import _resources, _until
 
 _STEPS = 4
@@ -179,15 +181,38 @@ class PluginSuite:
     def test_its_hooks_exist(self, folder: Path) -> None:
         """Every function named like a hook is one, and is marked as an implementation."""
         plugin = self.plugin(folder)
-        named = [name for name in dir(plugin) if name.startswith("ciphertune_")]
-        assert named, "it implements no hook"
-        for name in named:
-            assert hasattr(hookspecs, name), f"there is no hook {name}"
-            assert hasattr(getattr(plugin, name), "ciphertune_impl"), (
-                f"{name} is not marked with ciphertune.hookspecs.hookimpl"
-            )
+        fault = hooks_fault(plugin)
+        assert fault is None, fault
         assert self._watched_by(plugin).names() == ["tested"]
         self._close(plugin)
+
+    def test_it_says_which_hooks_it_is_written_for(self, folder: Path) -> None:
+        """``interface`` is the version of the hooks that it was written for."""
+        plugin = self.plugin(folder)
+        self._close(plugin)
+        stated = getattr(plugin, "interface", None)
+        if stated is None:
+            pytest.skip(f"it does not say: interface = {hookspecs.INTERFACE_VERSION}")
+        assert stated == hookspecs.INTERFACE_VERSION
+
+    def test_its_commands_can_be_added(self, folder: Path) -> None:
+        """Commands are there without options, before any use of the plugin names them; none has a taken name."""
+        plugin = self.plugin(folder)
+        self._close(plugin)
+        if not hasattr(plugin, "ciphertune_register_commands"):
+            pytest.skip("it adds no commands")
+        group = click.Group("ciphertune")
+        if hasattr(type(plugin), "Options"):
+            adds = adds_commands(type(plugin))
+            assert adds is not None, (
+                "ciphertune_register_commands needs an object, and commands are added before any options are given: "
+                "make it a static method or a class method"
+            )
+            adds(cli=group)
+        else:
+            plugin.ciphertune_register_commands(cli=group)
+        assert group.commands, "it added no command"
+        assert all(command.help for command in group.commands.values()), "a command has no help"
 
     def test_training_is_as_it_is_without(self, folder: Path, caught: list[warnings.WarningMessage]) -> None:
         """Losses, weights and random states are equal bit for bit, twice with the same plugin, and in the clear."""

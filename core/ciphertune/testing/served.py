@@ -29,6 +29,7 @@ class ServedWorker:
         options: of the transport in the client's selection string, as they stand in it.
         weight_bits: 8 or 16 bits, or None for float32; what the client's backend expects. For a module.
         limits: on messages.
+        address: where to serve; that of the transport's ``loopback`` if empty.
 
     Attributes:
         address: in a selection string; the same after a restart.
@@ -47,6 +48,7 @@ class ServedWorker:
         options: str = "",
         weight_bits: WeightBits | None = 8,
         limits: Limits = DEFAULT_LIMITS,
+        address: str = "",
     ) -> None:
         self._held = load_worker(model) if isinstance(model, Path) else _all_layers(model, weight_bits)
         self._limits = limits
@@ -56,7 +58,7 @@ class ServedWorker:
         here = self._transport.loopback(folder, given)
         self._serve = here.serve
         self._connect = {**given, **here.connect}
-        self.address = here.address
+        self.address = address or here.address
         self._listener: Listener | None = None
         self.start()
 

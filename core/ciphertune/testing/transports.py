@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
+import re
 import socket
 import threading
 import time
@@ -23,8 +25,10 @@ from ciphertune.plugins import registry
 from ciphertune.protocol import Message, error_message
 from ciphertune.testing.echo import EchoHandler
 from ciphertune.testing.served import ServedWorker
-from ciphertune.transport import Link, Listener, Loopback, Transport
+from ciphertune.transport import INTERFACE_VERSION, Link, Listener, Loopback, Transport
 
+_HOST_AND_PORT = re.compile(r"[^/]+:(\d+|\*)")
+_NO_ADDRESSES = ("127.0.0.1:99999", "127.0.0.1:port")
 _SECONDS = 60.0
 """Longer than any step takes; a test that waits so long has failed."""
 
@@ -52,25 +56,47 @@ class TransportSuite:
     Attributes:
         name: the transport's entry-point name.
         options: of the client's selection string, as they stand in it (``insecure=1&heartbeat=1``).
+        address: where to serve, with ``{folder}`` for a folder of the test; that of ``loopback`` if empty. So can a
+            transport be tested over each kind of address that it knows.
+        wrong_addresses: texts that are no addresses of this transport; if empty, some that no ``HOST:PORT`` is, for a
+            transport whose addresses have this form.
         large: bytes of the largest buffer that is sent.
     """
 
     name: ClassVar[str]
     options: ClassVar[str] = ""
+    address: ClassVar[str] = ""
+    wrong_addresses: ClassVar[tuple[str, ...]] = ()
     large: ClassVar[int] = 40 << 20
 
     def loopback(self, folder: Path) -> Loopback:
         """Address and options to serve and connect on this machine; ``folder`` is for keys and certificates."""
-        return self._class().loopback(folder, dict(parse_qsl(self.options)))
+        here = self._class().loopback(folder, dict(parse_qsl(self.options)))
+        if self.address:
+            here = dataclasses.replace(here, address=self.address.replace("{folder}", str(folder)))
+        return here
 
     def listen(self, handler: Any, folder: Path, address: str | None = None) -> Listener:
         """Serve a handler at an address, that of ``loopback`` if none is given."""
         here = self.loopback(folder)
         return self._class().listen(handler, address or here.address, here.serve)
 
+    def stranger(self, address: str) -> socket.socket | None:
+        """A connected socket to a listener's address, as a stranger would have it; None where there can be none.
+
+        As it stands for ``HOST:PORT``, and for paths of Unix sockets, with or without a scheme before them.
+        """
+        path = address.partition("://")[2] or address.removeprefix("unix:")
+        if path.startswith("/") and Path(path).is_socket():
+            peer = socket.socket(socket.AF_UNIX)
+            peer.settimeout(5)
+            peer.connect(path)
+            return peer
+        host, _, port = address.rpartition(":")
+        return socket.create_connection((host, int(port)), timeout=5) if host and port.isdigit() else None
+
     def _class(self) -> type[Transport]:
-        found: type[Transport] = registry.load(registry.TRANSPORTS, self.name)
-        return found
+        return registry.get_transport(self.name)
 
     def selection(self, backend: str, address: str, folder: Path, **more: object) -> str:
         """A selection string for a worker at an address."""
@@ -101,6 +127,13 @@ class TransportSuite:
         link = self.link(listener.address, tmp_path)
         yield link
         link.close()
+
+    def test_it_says_which_interface_it_is_written_for(self) -> None:
+        """``Transport.interface`` is the version of the interface that it was written for."""
+        stated = self._class().interface
+        if stated is None:
+            pytest.skip(f"it does not say: interface = {INTERFACE_VERSION}")
+        assert stated == INTERFACE_VERSION
 
     def test_messages_arrive_as_they_were(self, connected: Link) -> None:
         """Fields and buffers of every type arrive, also without elements."""
@@ -252,10 +285,11 @@ class TransportSuite:
             other.close()
 
     def test_other_peers_do_no_harm(self, connected: Link, listener: Listener) -> None:
-        """Peers on a TCP port that send nonsense, or nothing, or disconnect, do no harm."""
-        host, _, port = listener.address.rpartition(":")
-        if not port.isdigit():
-            pytest.skip("this transport is not served on a TCP port")
+        """Peers on a TCP port or a Unix socket that send nonsense, or nothing, or disconnect, do no harm."""
+        first = self.stranger(listener.address)
+        if first is None:
+            pytest.skip(f"no stranger can reach {listener.address!r} by a socket; override 'stranger' if one can")
+        first.close()
         noise = bytes(
             torch.randint(256, (5000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).tolist()
         )
@@ -267,7 +301,8 @@ class TransportSuite:
             b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n",
             b"\xff" * 4096,
         ):
-            peer = socket.create_connection((host, int(port)), timeout=5)
+            peer = self.stranger(listener.address)
+            assert peer is not None
             held.append(peer)
             with contextlib.suppress(OSError):
                 peer.sendall(sent)
@@ -309,9 +344,15 @@ class TransportSuite:
 
     def test_wrong_addresses_and_options(self, handler: EchoHandler, tmp_path: Path) -> None:
         """Wrong addresses and options raise an error where they are given."""
-        with pytest.raises((SelectionError, TransportError)):
-            self.listen(handler, tmp_path, "no such address")
         here = self.loopback(tmp_path)
+        wrong = self.wrong_addresses or (_NO_ADDRESSES if _HOST_AND_PORT.fullmatch(here.address) else ())
+        for address in wrong:
+            try:
+                listener = self.listen(handler, tmp_path, address)
+            except (SelectionError, TransportError):
+                continue
+            listener.close()
+            pytest.fail(f"{address!r} was accepted as an address to serve at (wrong_addresses says which are none)")
         with pytest.raises(SelectionError):
             self._class().listen(handler, here.address, {**here.serve, "no_such_option": "1"})
         with pytest.raises(SelectionError):
@@ -340,6 +381,7 @@ class TransportSuite:
                 ciphertune.session_of(model).close()
             return curve
 
-        with ServedWorker(network(), self.name, tmp_path, options=self.options) as served:
+        where = self.address.replace("{folder}", str(tmp_path))
+        with ServedWorker(network(), self.name, tmp_path, options=self.options, address=where) as served:
             assert losses(served.selection("clear", allow_insecure=1, weight_bits=8)) == losses("clear?weight_bits=8")
             assert served.service.load.sessions == 0

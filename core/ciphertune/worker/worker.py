@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from ciphertune.errors import (
     WithheldError,
 )
 from ciphertune.plugins import registry
-from ciphertune.protocol import HELLO_VERSION, Message, error_message, spoken_versions
+from ciphertune.protocol import HELLO_VERSION, Message, buffers_fault, error_message, spoken_versions
 from ciphertune.weights import DIGEST_ROWS, LARGEST_READING, holdings_digest
 from ciphertune.worker.readings import Readings
 from ciphertune.worker.store import WeightStore
@@ -84,6 +85,7 @@ class _Group:
 @dataclasses.dataclass
 class _WorkerSession:
     peer: str
+    backend: str
     half: WorkerHalf
     groups: list[_Group]
     used: float
@@ -157,7 +159,7 @@ class Worker:
             if operation is None:
                 raise ProtocolError(f"{request.kind!r} is not a request")
             reply = operation(request, peer)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reply = _error_reply(request.kind, error)
         reply.version = HELLO_VERSION if request.kind == "hello" else request.version
         return reply
@@ -192,7 +194,13 @@ class Worker:
         index, direction = request.fields.get("group"), request.fields.get("direction")
         if type(index) is not int or not 0 <= index < len(session.groups) or direction not in DIRECTIONS:
             return 0  # which is refused
-        return session.half.reply_bytes(session.groups[index].prepared, direction, request.buffers) or 0
+        try:
+            stated: object = session.half.reply_bytes(session.groups[index].prepared, direction, request.buffers)
+        except Exception as error:
+            # On a thread of the listener, who serves others too.
+            log.error("backend %r cannot state the size of a reply", session.backend, exc_info=error)
+            return 0
+        return stated if isinstance(stated, int) and stated > 0 else 0
 
     def sessions_of(self, peer: str) -> int:
         """Number of sessions that one client has open."""
@@ -206,7 +214,7 @@ class Worker:
             idle = [name for name, session in self._sessions.items() if session.used < oldest and not session.busy]
             closed = [self._sessions.pop(name) for name in idle]
         for session in closed:
-            session.half.close()
+            _close(session.backend, session.half)
         return len(closed)
 
     def _hello(self, request: Message, peer: str) -> Message:
@@ -253,12 +261,16 @@ class Worker:
             )
         # Before the backend allocates anything for it.
         self._refuse_more(peer, request.nbytes)
-        backend: type[Backend] = registry.load(registry.BACKENDS, name)
-        half = backend.worker(public, request.buffers, self.device)
+        backend: type[Backend] = registry.get_backend(name)
+        with _blamed(name, "making its worker half"):
+            half: object = backend.worker(public, request.buffers, self.device)
+        if not isinstance(half, WorkerHalf):
+            raise _BackendFaultError(name, f"gave a {type(half).__name__} and no ciphertune.backend.WorkerHalf")
         try:
-            prepared = [self._prepare(half, name, tuple(group)) for group in groups]
+            with _blamed(name, "preparing weights"):
+                prepared = [self._prepare(half, name, tuple(group)) for group in groups]
         except BaseException:
-            half.close()
+            _close(name, half)
             raise
         session_id = secrets.token_hex(16)
         # What one session alone uses counts as its own.
@@ -266,7 +278,7 @@ class Worker:
         nbytes = max(request.nbytes, half.nbytes) + sum(own.values())
         with self._lock:
             self._refuse_more(peer, nbytes)
-            self._sessions[session_id] = _WorkerSession(peer, half, prepared, self._clock(), nbytes)
+            self._sessions[session_id] = _WorkerSession(peer, name, half, prepared, self._clock(), nbytes)
         return Message("ok", {"session": session_id})
 
     def _refuse_more(self, peer: str, nbytes: int) -> None:
@@ -315,19 +327,22 @@ class Worker:
             session.busy += 1
         start = time.perf_counter()
         try:
-            buffers = session.half.evaluate(session.groups[index].prepared, direction, request.buffers)
+            with _blamed(session.backend, "evaluation"):
+                buffers = session.half.evaluate(session.groups[index].prepared, direction, request.buffers)
         finally:
             seconds = time.perf_counter() - start
             with self._lock:
                 session.busy -= 1
                 session.used = self._clock()
+        if why := buffers_fault(buffers):
+            raise _BackendFaultError(session.backend, f"the result of its evaluation {why}")
         return Message("ok", {"seconds": seconds}, buffers)
 
     def _close(self, request: Message, peer: str) -> Message:
         session = self._session(request, peer)
         with self._lock:
             self._sessions.pop(_field(request, "session", str), None)
-        session.half.close()
+        _close(session.backend, session.half)
         return Message("ok")
 
     def _session(self, request: Message, peer: str) -> _WorkerSession:
@@ -350,12 +365,39 @@ _CODES: dict[type[CipherTuneError], str] = {
 }
 
 
-def _error_reply(kind: str, error: Exception) -> Message:
+class _BackendFaultError(Exception):
+    """A backend failed as none may. The text is for the client, and quotes nothing of the request."""
+
+    def __init__(self, backend: str, what: str) -> None:
+        super().__init__(f"{registry.title(registry.BACKENDS, backend)} failed at this worker: {what}")
+
+
+@contextlib.contextmanager
+def _blamed(backend: str, doing: str) -> Iterator[None]:
+    """Name the backend in whatever it raises without meaning to; the text of that stays here, as it may quote data."""
+    try:
+        yield
+    except CipherTuneError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _BackendFaultError(backend, f"{doing} raised {type(error).__name__}") from error
+
+
+def _close(backend: str, half: WorkerHalf) -> None:
+    try:
+        half.close()
+    except Exception as error:
+        log.error("backend %r cannot close a session", backend, exc_info=error)
+
+
+def _error_reply(kind: str, error: BaseException) -> Message:
     for known, code in _CODES.items():
         if isinstance(error, known):
             return error_message(code, str(error))
     # The text of an unforeseen error may quote data, so only its type leaves the worker.
     log.error("request %s failed", kind, exc_info=error)
+    if isinstance(error, _BackendFaultError):
+        return error_message("internal", str(error))
     return error_message("internal", f"the worker failed on this request: {type(error).__name__}")
 
 

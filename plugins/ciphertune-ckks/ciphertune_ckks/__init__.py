@@ -28,6 +28,7 @@ class CKKSBackend(Backend):
     """CKKS with 2048 tokens to a ciphertext; workers add up ciphertexts times int8 weights, exactly."""
 
     name = "ckks"
+    interface = 1
     Options = CKKSOptions
 
     @property

@@ -77,6 +77,7 @@ class HttpTransport(Transport):
     """HTTP without TLS, on this machine only: for tests, or behind a proxy on this machine that terminates TLS."""
 
     name = "http"
+    interface = 1
     Options = HttpOptions
     ServeOptions = HttpServeOptions
 
@@ -116,7 +117,8 @@ class HttpTransport(Transport):
             )
 
     @classmethod
-    def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
+    def serve(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
+        """See ``Transport.serve``."""
         from ciphertune_http.server import HttpListener
 
         host, port = read_address(address)
@@ -149,7 +151,8 @@ class HttpsTransport(HttpTransport):
         return
 
     @classmethod
-    def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
+    def serve(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
+        """See ``Transport.serve``."""
         if not options.certificate or not options.key:
             raise SelectionError("https needs certificate=FILE and key=FILE")
-        return super()._listen(handler, address, options)
+        return super().serve(handler, address, options)

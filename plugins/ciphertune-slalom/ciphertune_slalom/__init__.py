@@ -43,6 +43,7 @@ class SlalomBackend(Backend):
     """A request is the encoded input plus a pad, modulo 2^32; the client knows the pad's product already."""
 
     name = "slalom"
+    interface = 1
     Options = SlalomOptions
 
     prepares = True

@@ -19,7 +19,7 @@ _TEMPLATES = Path(__file__).parent
 
 
 def new_project(kind: Kind, name: str, target: Path | None = None) -> list[Path]:
-    """Write a project for a plugin: entry point, skeleton, the conformance suite, README.
+    """Write a project for a plugin: entry point, skeleton, the conformance suite, workflow for its tests, README.
 
     Args:
         kind: what it is to be.
@@ -66,7 +66,9 @@ def _write(template: Path, draft: Path, words: dict[str, str]) -> Path:
     """Fill one template in; where it went, relative to ``draft``."""
     inside = template.relative_to(_TEMPLATES).parts[1:]
     parts = [
-        part.replace("MODULE", words["module"]).replace("NAME", words["name"].replace("-", "_")) for part in inside
+        # Hidden files of the templates would be left out of wheels, or take effect here.
+        re.sub("^DOT_", ".", part.replace("MODULE", words["module"]).replace("NAME", words["name"].replace("-", "_")))
+        for part in inside
     ]
     file = Path(*parts).with_suffix("")
     (draft / file).parent.mkdir(parents=True, exist_ok=True)

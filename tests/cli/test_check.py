@@ -1,0 +1,102 @@
+"""``ciphertune check``: the suites against installed plugins, without a test file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from shipped import ship
+
+from ciphertune.cli import cli
+from ciphertune.cli.check import run_suite
+from ciphertune.errors import ConfigError, PluginError, SelectionError
+from ciphertune.plugins import registry
+
+STRANGER = """
+import os
+from ciphertune import get_backend
+
+class Stranger(get_backend("clear")):
+    name = "stranger"
+
+    @property
+    def security(self):
+        from ciphertune.backend import SecurityStatement
+        return SecurityStatement(True, 128, "claims a lot")
+
+class Crashing(get_backend("clear")):
+    name = "crashing"
+
+    def client(self, device):
+        os.abort()
+"""
+
+
+@pytest.fixture
+def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = "[ciphertune.backends]\nstranger = strangers:Stranger\ncrashing = strangers:Crashing\n"
+    ship(tmp_path, "strangers", points, strangers=STRANGER)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["check", *arguments])
+
+
+def test_a_good_plugin_passes_and_says_what_was_left_out() -> None:
+    result = invoke("clear?weight_bits=8", "--only", "zeros or gives", "--set", "repeats=4")
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[0].startswith("backend clear?weight_bits=8 of ciphertune ")
+    assert "  passed  tokens of zeros" in result.output
+    assert "skipped a request gives nothing away: this backend says that it encrypts nothing" in result.output
+    assert result.output.splitlines()[-1] == "1 passed, 0 failed, 3 skipped"
+
+
+def test_results_for_programs() -> None:
+    result = invoke("progress", "--only", "hooks", "--json")
+    (report,) = json.loads(result.output)
+    assert (report["kind"], report["name"], report["passes"]) == ("plugin", "progress", True)
+    assert {row["outcome"] for row in report["results"]} == {"passed"}
+    assert "Every function named like a hook is one, and is marked as an implementation." in [
+        row["about"] for row in report["results"]
+    ]
+
+
+@pytest.mark.usefixtures("strangers")
+def test_a_bad_plugin_fails_with_the_reason() -> None:
+    results = {row["test"]: row for row in run_suite(registry.BACKENDS, "stranger", only="gives or zeros")}
+    assert results["tokens of zeros"]["outcome"] == "passed"
+    found = results["a request gives nothing away"]
+    assert found["outcome"] == "failed"
+    assert "a constant part of the request depends on the data" in found["reason"]
+    assert "testing/backends.py:" in found["reason"]
+
+
+@pytest.mark.usefixtures("strangers")
+def test_one_that_ends_the_process_is_told_in_one_line() -> None:
+    with pytest.raises(PluginError, match="the suite of 'crashing' ended with signal 6"):
+        list(run_suite(registry.BACKENDS, "crashing", only="zeros"))
+
+
+def test_nothing_that_passes_is_no_pass() -> None:
+    assert invoke("simulation", "--only", "prepared").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (["mlew"], SelectionError, "no plugin named 'mlew' is installed; did you mean 'mlwe'?"),
+        (["zmq", "--kind", "backend"], SelectionError, "no plugin named 'zmq' is installed"),
+        (["local"], SelectionError, "'local' serves none"),
+        (["clear", "--set", "tolerence=1"], ConfigError, "BackendSuite has no attribute 'tolerence'; did you mean"),
+        (["a b"], SelectionError, "cannot read the plugin"),
+    ],
+)
+def test_what_cannot_be_checked(arguments: list[str], error: type[Exception], said: str) -> None:
+    result = invoke(*arguments)
+    assert isinstance(result.exception, error)
+    assert said in str(result.exception)
