@@ -26,6 +26,7 @@ _COPIES = "files"
 # Module of the core → title of its page. Front modules have pages of their own; other modules export public names.
 MODULES = {
     "outsourcing.convert": "Outsourcing a model",
+    "outsourcing.clear": "Computing in the clear",
     "outsourcing.calibration": "Calibrating a model",
     "linear": "The outsourced layer",
     "training.trainer": "Training",

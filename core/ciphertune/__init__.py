@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ciphertune.interleaving.interleaver import interleave as interleave
     from ciphertune.linear import OutsourcedLinear as OutsourcedLinear
     from ciphertune.outsourcing.calibration import calibrate as calibrate, public_batches as public_batches
+    from ciphertune.outsourcing.clear import in_the_clear as in_the_clear
     from ciphertune.outsourcing.convert import (
         outsource as outsource,
         outsourced_layers as outsourced_layers,
@@ -63,6 +64,7 @@ _PUBLIC = {
     "interleaving.interleaver": ("interleave",),
     "linear": ("OutsourcedLinear",),
     "outsourcing.calibration": ("calibrate", "public_batches"),
+    "outsourcing.clear": ("in_the_clear",),
     "outsourcing.convert": ("outsource", "outsourced_layers", "restore", "session_of", "share", "validate"),
     "traffic": ("Traffic",),
     "training.trainer": ("LoraTrainer",),

@@ -33,6 +33,7 @@ PUBLIC = [
     "TransportError",
     "WorkerError",
     "calibrate",
+    "in_the_clear",
     "interleave",
     "load_client",
     "outsource",

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import DIRECTIONS, ClientHalf, Direction, LinearMap, SecurityStatement
 from ciphertune.callers import Owners, owners_of
 from ciphertune.client.choice import Choice
+from ciphertune.client.clear import ClearProducts
 from ciphertune.client.connection import Opening
 from ciphertune.client.noise_checks import NoiseChecks, checkable, decrypts_pieces
 from ciphertune.client.placement import Piece
@@ -106,6 +107,7 @@ class Session:
         self.set_up = SetUp()
         self.closed = False
         self._apart = False
+        self._clear: ClearProducts | None = None
         self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
         self._groups = [self._group(groups, number) for number in range(len(groups))]
@@ -211,6 +213,8 @@ class Session:
         _check_input(x, linear_map)
         if self.closed:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
+        if (clear := self._clear) is not None:
+            return clear.product(self.members(group), direction, x)
         if self._apart:
             owners = self._owners(linear_map, x, owners)
         self._refuse_imprecise(self._groups[group], direction)
@@ -223,6 +227,15 @@ class Session:
             self.traffic.add(exchange)
         self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
+
+    @contextlib.contextmanager
+    def computing(self, products: ClearProducts) -> Iterator[None]:
+        """Compute every product here and in the clear within a ``with`` block; see ``ciphertune.in_the_clear``."""
+        before, self._clear = self._clear, products
+        try:
+            yield
+        finally:
+            self._clear = before
 
     def keep_apart(self) -> None:
         """Keep callers apart from now on: no secret of the encryption masks tokens of two of them.
