@@ -30,6 +30,7 @@ MODULES = {
     "outsourcing.calibration": "Calibrating a model",
     "linear": "The outsourced layer",
     "training.trainer": "Training",
+    "training.concrete_ml": "Moving from Concrete ML",
     "interleaving.interleaver": "Interleaving",
     "bundle.writer": "Splitting a model",
     "bundle.client": "Loading a client's part",

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         validate as validate,
     )
     from ciphertune.traffic import Traffic as Traffic
+    from ciphertune.training.concrete_ml import load_concrete_ml as load_concrete_ml
     from ciphertune.training.trainer import LoraTrainer as LoraTrainer
 
 # Where each public name lives: importing the package must stay cheap, so nothing is imported before it is asked for.
@@ -67,6 +68,7 @@ _PUBLIC = {
     "outsourcing.clear": ("in_the_clear",),
     "outsourcing.convert": ("outsource", "outsourced_layers", "restore", "session_of", "share", "validate"),
     "traffic": ("Traffic",),
+    "training.concrete_ml": ("load_concrete_ml",),
     "training.trainer": ("LoraTrainer",),
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}

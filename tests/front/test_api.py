@@ -36,6 +36,7 @@ PUBLIC = [
     "in_the_clear",
     "interleave",
     "load_client",
+    "load_concrete_ml",
     "outsource",
     "outsourced_layers",
     "public_batches",
