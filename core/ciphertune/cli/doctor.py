@@ -65,13 +65,18 @@ def diagnose() -> dict[str, Any]:
     about["float32 product (GMAC/s)"] = round(_float_speed(), 1)
     backends: dict[str, dict[str, Any]] = {}
     for name, row in registry.installed(registry.BACKENDS).items():
+        licence: dict[str, Any] = {}
         try:
-            backends[name] = dict(row.load()().diagnose(torch.device("cpu")))
+            backend = row.load()
+            licence = {"licence": backend.licence} if backend.licence else {}
+            problem = backend.problem()
+            found = {"cannot run here": problem} if problem else dict(backend().diagnose(torch.device("cpu")))
+            backends[name] = {**found, **licence}
         except CipherTuneError as error:
-            backends[name] = {"error": str(error)}
+            backends[name] = {"error": str(error), **licence}
         except Exception as error:
             # A stranger's backend may raise anything; the others are examined all the same.
-            backends[name] = {"error": f"{type(error).__name__}: {error}"}
+            backends[name] = {"error": f"{type(error).__name__}: {error}", **licence}
     return {"verdicts": verdicts(), "versions": environment.versions(), "machine": about, "backends": backends}
 
 

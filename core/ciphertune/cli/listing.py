@@ -63,6 +63,7 @@ def _describe(group: str, plugin: Any) -> dict[str, Any]:
         "security": security.summary,
         "assumption": security.assumption,
         "licence": plugin.licence,
+        "problem": plugin.problem(),
         "options": options,
     }
 
@@ -91,7 +92,8 @@ def backends(as_json: bool) -> None:
             entries.append((row["name"], [f"cannot be loaded: {row['error']}", f"package: {row['package']}"]))
             continue
         licence = f"licence: {row['licence']}" if row["licence"] else ""
-        security = f"security: {row['security_level']}", row["security"], licence
+        problem = f"cannot run here: {row['problem']}" if row["problem"] else ""
+        security = f"security: {row['security_level']}", row["security"], problem, licence
         entries.append((row["name"], [*security, f"options: {_options(row)}", f"package: {row['package']}"]))
     print_entries(entries)
 

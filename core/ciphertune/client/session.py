@@ -112,6 +112,7 @@ class Session:
         self.plugins = plugins if plugins is not None else plugin_manager()
         self._groups = [self._group(groups, number) for number in range(len(groups))]
         self._groups += [self._table(self.layers[i]) for i in tables]
+        self._tell_advice()
         client = choice.backend.client(device)
         self._checks = self._checking(client)
         self._counting = threading.Lock()
@@ -442,6 +443,16 @@ class Session:
         for linear_map in group.maps.values():
             if (why := self.choice.backend.refuse(linear_map)) is not None:
                 raise UnsupportedLayerError(f"{linear_map.label}: {self.selection.backend} refuses it: {why}")
+
+    def _tell_advice(self) -> None:
+        """Say once what the backend advises for each kind of map."""
+        told: dict[str, list[str]] = {}
+        for group in self._groups:
+            for linear_map in group.maps.values():
+                if (advice := self.choice.backend.advise(linear_map)) is not None:
+                    told.setdefault(advice, []).append(linear_map.label)
+        for advice, labels in told.items():
+            log.warning("%s: %s (%s and %d more)", self.selection.backend, advice, labels[0], len(labels) - 1)
 
     def _parent(self, groups: Sequence[tuple[int, ...]], number: int) -> tuple[int, int] | None:
         """The larger group that a layer alone belongs to, and its first row there."""
