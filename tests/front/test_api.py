@@ -130,6 +130,7 @@ FRONT = {
         "zero",
     ],
     "transport": [
+        "CHAIN",
         "Connections",
         "GRACE_SECONDS",
         "Link",
@@ -141,6 +142,7 @@ FRONT = {
         "Reply",
         "RequestHandler",
         "Transport",
+        "WrappingTransport",
         "connections_allowed",
         "opening_links",
     ],
