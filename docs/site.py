@@ -26,9 +26,11 @@ _COPIES = "files"
 # Module of the core → title of its page. Front modules have pages of their own; other modules export public names.
 MODULES = {
     "outsourcing.convert": "Outsourcing a model",
+    "outsourcing.clear": "Computing in the clear",
     "outsourcing.calibration": "Calibrating a model",
     "linear": "The outsourced layer",
     "training.trainer": "Training",
+    "training.concrete_ml": "Moving from Concrete ML",
     "interleaving.interleaver": "Interleaving",
     "bundle.writer": "Splitting a model",
     "bundle.client": "Loading a client's part",

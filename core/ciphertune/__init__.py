@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ciphertune.interleaving.interleaver import interleave as interleave
     from ciphertune.linear import OutsourcedLinear as OutsourcedLinear
     from ciphertune.outsourcing.calibration import calibrate as calibrate, public_batches as public_batches
+    from ciphertune.outsourcing.clear import in_the_clear as in_the_clear
     from ciphertune.outsourcing.convert import (
         outsource as outsource,
         outsourced_layers as outsourced_layers,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     )
     from ciphertune.plugins.registry import get_backend as get_backend, get_transport as get_transport
     from ciphertune.traffic import Traffic as Traffic
+    from ciphertune.training.concrete_ml import load_concrete_ml as load_concrete_ml
     from ciphertune.training.trainer import LoraTrainer as LoraTrainer
 
 # Where each public name lives: importing the package must stay cheap, so nothing is imported before it is asked for.
@@ -64,9 +66,11 @@ _PUBLIC = {
     "interleaving.interleaver": ("interleave",),
     "linear": ("OutsourcedLinear",),
     "outsourcing.calibration": ("calibrate", "public_batches"),
+    "outsourcing.clear": ("in_the_clear",),
     "outsourcing.convert": ("outsource", "outsourced_layers", "restore", "session_of", "share", "validate"),
     "plugins.registry": ("get_backend", "get_transport"),
     "traffic": ("Traffic",),
+    "training.concrete_ml": ("load_concrete_ml",),
     "training.trainer": ("LoraTrainer",),
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}

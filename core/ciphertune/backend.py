@@ -489,6 +489,14 @@ class Backend(abc.ABC):
         return cls.Options
 
     @classmethod
+    def problem(cls) -> str | None:
+        """Why this backend cannot run here: a package is missing, or of another version; None where it can.
+
+        Asked by lists, so that nothing heavy is imported for it. Whoever is used all the same raises ``PluginError``.
+        """
+        return None
+
+    @classmethod
     def from_text(cls, options: Mapping[str, Any]) -> Backend:
         """Make the backend from option text, as in a selection string. Raises ``SelectionError``."""
         return cls(build_options(cls.options_class(options), options))
@@ -526,6 +534,10 @@ class Backend(abc.ABC):
 
         Asked before anything is sent, and by plans, which know sizes but no norms.
         """
+        return None
+
+    def advise(self, linear_map: LinearMap) -> str | None:
+        """What speaks for another backend for such a map, None where nothing does. A session that opens warns of it."""
         return None
 
     def traffic(self, linear_map: LinearMap, tokens: int) -> tuple[int, int] | None:

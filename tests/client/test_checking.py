@@ -164,16 +164,15 @@ def test_training_stops_with_the_last_checkpoint_intact(
     ciphertune.outsource(outsourced, "mlwe", layers=["1.*"])
     folder = tmp_path / "run"
     batches = [(X + n, torch.zeros(5, 9)) for n in range(4)]
-    trained = ciphertune.LoraTrainer(
-        outsourced, loss_fn=nn.functional.mse_loss, checkpoint_dir=folder, checkpoint_every=1
-    )
+    how: Any = {"loss_fn": nn.functional.mse_loss, "checkpoint_dir": folder, "require_adapter": False}
+    trained = ciphertune.LoraTrainer(outsourced, checkpoint_every=1, **how)
     with pytest.raises(ReplyError, match=r"the embedded worker: .*Nothing of the answer was used"):
         trained.train(batches)
     ciphertune.session_of(outsourced).close()
     assert trained.step == 1, "six answers are a step and a half"
     monkeypatch.undo()
     honest = ciphertune.outsource(nn.Sequential(nn.Linear(40, 40), model()), "mlwe", layers=["1.*"])
-    again = ciphertune.LoraTrainer(honest, loss_fn=nn.functional.mse_loss, checkpoint_dir=folder, checkpoint_every=1)
+    again = ciphertune.LoraTrainer(honest, checkpoint_every=1, **how)
     again.train(batches, resume=True)
     assert again.step == 4
     ciphertune.session_of(honest).close()

@@ -75,7 +75,12 @@ def test_training_and_evaluation(callers: bool, empty_cache: Any, interleave: in
     seeing = Seeing()
     made = nn.Sequential(outsourced(), seeing)
     trainer = ciphertune.LoraTrainer(
-        made, loss_fn=nn.functional.mse_loss, steps=2, accumulation=2, interleave=interleave
+        made,
+        loss_fn=nn.functional.mse_loss,
+        steps=2,
+        accumulation=2,
+        interleave=interleave,
+        require_adapter=False,
     )
     trainer.train([(X, torch.zeros(5, 8))] * 4)
     trainer.evaluate([(X, torch.zeros(5, 8))])

@@ -47,6 +47,7 @@ ELSEWHERE = {
 
 _MAKE = "a target of the Makefile, which is what runs this test"
 _INSTALL = "installs packages"
+_LEFT_BEHIND = "what is left behind: another library's code"
 _CIRCLES = "minutes; tests/backends/test_concrete_glwe.py trains under it"
 _CONCRETE_ML = "an environment of its own, of gigabytes: make concrete-ml"
 # Commands that are not run: (page, command) → why. For a command that is on the page again, its whole line; for other
@@ -92,8 +93,17 @@ EXCLUDED = {
     ("from-concrete-ml.md", "env/bin/python examples/circles.py --to concrete-ml"): _CONCRETE_ML,
     (
         "from-concrete-ml.md",
-        "model = get_peft_model(model, LoraConfig(…))",
-    ): "what is left behind: another library's code",
+        "lora_trainer = LoraTrainer(peft_model, optimizer=optimizer, loss_fn=loss_fn, training_args=training_args)",
+    ): _LEFT_BEHIND,
+    ("from-concrete-ml.md", "lora_training = LoraTraining(peft_model)"): _LEFT_BEHIND,
+    (
+        "from-concrete-ml.md",
+        "lora_trainer = LoraTrainer(model=peft_model, optimizer=optimizer, loss_fn=causal_lm_loss,",
+    ): _LEFT_BEHIND,
+    (
+        "from-concrete-ml.md",
+        "model = get_peft_model(base, LoraConfig(…))          # as it was there; before or after outsource",
+    ): "tests/training/test_moving_in.py reads such a checkpoint",
     (
         "operations.md",
         "ciphertune top 'zmq://10.0.0.5:5555,10.0.0.6:5555?curve=keys'",

@@ -353,3 +353,37 @@ def test_a_closed_session_says_so(tiny: Tiny) -> None:
     assert session.closed
     with pytest.raises(SecurityError, match=r"the session is closed; model.layers.0.self_attn.q_proj.*\(forward\)"):
         model(torch.tensor([[1, 2]]))
+
+
+def test_a_layer_with_an_evaluator_of_another_kind_beside_outsourced_ones() -> None:
+    from ciphertune.linear import OutsourcedLinear
+    from ciphertune.weights import describe, quantize
+
+    class Elsewhere:
+        to = "elsewhere"
+
+        def __init__(self, weight: torch.Tensor) -> None:
+            self.weight = weight
+
+        def output(self, member: int, x: torch.Tensor, half: bool) -> torch.Tensor:
+            return x.float() @ self.weight.t()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    first: Any = model[0]
+    info = describe("0", quantize(first.weight.detach(), None))
+    model[0] = OutsourcedLinear(info, first.bias, Elsewhere(first.weight.detach()), 0, torch.empty(0))
+    with pytest.raises(ciphertune.errors.NothingOutsourcedError):
+        ciphertune.session_of(model)
+    ciphertune.outsource(model, "clear", ["2"])
+    torch.testing.assert_close(model(x), expected)
+    assert ciphertune.share(model).outsourced == 8 * 6 + 6 * 4
+    assert ciphertune.share(model).layers == 2
+    with ciphertune.in_the_clear(model):
+        torch.testing.assert_close(model(x), expected)
+    ciphertune.restore(model)
+    assert isinstance(model[0], OutsourcedLinear)
+    assert type(model[2]) is nn.Linear
+    torch.testing.assert_close(model(x), expected)

@@ -40,7 +40,8 @@ def shown(stream) -> str:
 def trainer_of(loss_fn=nn.functional.mse_loss, **kwargs):
     manager = PluginManager()
     manager.register(ciphertune_progress, "progress")
-    return LoraTrainer(nn.Linear(2, 1), loss_fn=loss_fn, plugins=manager, require_outsourced=False, **kwargs)
+    kwargs = {"require_outsourced": False, "require_adapter": False, **kwargs}
+    return LoraTrainer(nn.Linear(2, 1), loss_fn=loss_fn, plugins=manager, **kwargs)
 
 
 def data(count=4):

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -320,6 +321,64 @@ def test_a_finished_run_resumes_to_nothing_and_may_be_extended(tmp_path):
     assert metrics(longer.history) == metrics(run(build(), shuffled(), epochs=3).history)
     with pytest.raises(CheckpointError, match="beyond the 2 steps"):
         trainer_of(build(), tmp_path, epochs=1).train(shuffled(), resume=True)
+
+
+LENGTHENED: dict[str, Any] = {
+    "multi step": {"scheduler": SCHEDULERS["multi step"]},
+    "sequential": {"scheduler": SCHEDULERS["sequential"]},
+    "warming up": {"warmup_steps": 3},
+    "ready-made": {
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "scheduler": lambda o, n: lr_scheduler.StepLR(o, 3, 0.5),
+    },
+}
+
+
+@pytest.mark.parametrize("schedule", LENGTHENED)
+def test_a_run_goes_on_for_longer_where_its_schedule_does(tmp_path, schedule):
+    reference = run(build(), shuffled(), epochs=4, **LENGTHENED[schedule])
+    run(build(), shuffled(), tmp_path, epochs=2, **LENGTHENED[schedule])
+    longer = run(build(), shuffled(), tmp_path, resume=True, epochs=4, **LENGTHENED[schedule])
+    assert metrics(longer.history) == metrics(reference.history)
+    assert len({entry["learning_rate"] for entry in longer.history.steps}) > 1
+    assert_same(weights(longer.model), weights(reference.model))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"schedule": "linear"}, "step 2 had the learning rate 0.015, and would have had 0.0175"),
+        ({"schedule": "cosine"}, "step 1|step 2"),
+        ({"scheduler": SCHEDULERS["one cycle"]}, "step 1|step 2"),
+        (
+            {"scheduler": lambda o, n: lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=5)},
+            "it ends at step 6: Tried to step",
+        ),
+        ({"scheduler": lambda o, n: lr_scheduler.PolynomialLR(o, 4)}, "its learning rate is 0 from step 5 on"),
+    ],
+)
+def test_a_schedule_that_cannot_go_on_says_so_and_what_to_do(tmp_path, arguments, why):
+    run(build(), listed(), tmp_path, epochs=2, **arguments)
+    model = build()
+    before = weights(model)
+    expected = rf"of a run of 4 steps, and the learning rates of .* do not go on to 8: ({why}).*load the adapter"
+    with pytest.raises(CheckpointError, match=expected):
+        trainer_of(model, tmp_path, epochs=4, **arguments).train(listed(), resume=True)
+    assert_same(weights(model), before)
+    run(build(), listed(), tmp_path, resume=True, epochs=2, **arguments)
+
+
+def test_norms_of_gradients_are_kept_and_resumed(tmp_path):
+    whole = run(build(), shuffled(), gradient_norms=True)
+    names = [name for name, p in whole.model.named_parameters() if p.requires_grad]
+    assert list(whole.history.gradient_norms) == names
+    assert {len(norms) for norms in whole.history.gradient_norms.values()} == {6}
+    squares = [sum(norms[step] ** 2 for norms in whole.history.gradient_norms.values()) for step in range(6)]
+    assert [s**0.5 for s in squares] == pytest.approx([entry["grad_norm"] for entry in whole.history.steps], rel=1e-5)
+    run(build(), shuffled(), tmp_path, stop=3, checkpoint_every=1, gradient_norms=True)
+    resumed = run(build(), shuffled(), tmp_path, resume=True, gradient_norms=True)
+    assert resumed.history.gradient_norms == whole.history.gradient_norms
+    assert run(build(), shuffled()).history.gradient_norms == {}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device")])

@@ -41,6 +41,7 @@ def test_the_trainer_measures_anew_in_each_evaluation() -> None:
         eval_on_start=True,
         plugins=PluginManager(),
         require_outsourced=False,
+        require_adapter=False,
     )
     evaluations = trainer.train(data, data).evaluations
     assert evaluations[0]["eval_accuracy"] < 1.0

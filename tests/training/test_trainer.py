@@ -315,6 +315,76 @@ def test_models_that_cannot_be_trained_are_refused():
         trainer_of(plain)
 
 
+def test_a_model_without_adapter_in_which_nothing_is_frozen_is_refused():
+    model = ciphertune.outsource(Net(), "clear", ["up"], plugins=PluginManager())
+    with pytest.raises(NoAdapterError, match=r"no adapter and nothing in it is frozen, so that up\.bias, down\.weight"):
+        trainer_of(model)
+    trainer_of(model, require_adapter=False).train(tuples(1))
+    model.up.bias.requires_grad_(False)
+    trainer_of(model).train(tuples(1))
+    before = Net()
+    before.up.weight.requires_grad_(False)  # what stayed was left to train
+    trainer_of(ciphertune.outsource(before, "clear", ["up"], plugins=PluginManager())).train(tuples(1))
+
+    class Own(Net):
+        def __init__(self):
+            super().__init__()
+            self.lora_A, self.lora_B = nn.Linear(6, 2), nn.Linear(2, 2)
+
+    trainer_of(ciphertune.outsource(Own(), "clear", ["up"], plugins=PluginManager()))
+
+
+def test_figures_of_ones_own_in_evaluations():
+    seen = []
+
+    def largest(model, data):
+        seen.append((model.training, torch.is_grad_enabled(), len(data)))
+        model.train()
+        torch.rand(1)
+        return {"eval_largest": torch.stack([model(x).max() for x, _ in data]).max(), "count": len(data)}
+
+    recorder, manager = recorded()
+    held = tuples(2, seed=5)
+    losses = trainer_of(outsourced(dropout=0.5), eval_metric_fn=largest, plugins=manager, eval_every=2).train(
+        tuples(4), held
+    )
+    assert seen == [(False, False, 2)] * 2
+    for entry in (*losses.evaluations, recorder.calls[-2][2]):
+        assert entry["count"] == 2.0
+        assert isinstance(entry["eval_largest"], float)
+    model = outsourced()
+    assert trainer_of(model, eval_metric_fn=largest).evaluate(held)["eval_largest"] == pytest.approx(
+        max(float(model(x).max().detach()) for x, _ in held)
+    )
+    for wrong, message in (
+        (lambda model, data: 3, "dictionary of numbers by name, not a int"),
+        (lambda model, data: {"x": "text"}, "a value of its dictionary is none"),
+        (lambda model, data: {"eval_loss": 0}, "returns eval_loss, which is measured already"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            trainer_of(outsourced(), eval_metric_fn=wrong).evaluate(held)
+    with pytest.raises(TrainingError, match="is a int, and no function"):
+        trainer_of(outsourced(), eval_metric_fn=3)
+
+
+def test_the_inference_model_has_its_adapters_on_whatever_the_model_has():
+    model = outsourced()
+    trainer = trainer_of(model)
+    x = tuples(1)[0][0]
+    tuned = trainer.inference_model(x)
+    flags = [p.requires_grad for p in model.parameters()]
+    model.disable_adapter_layers()
+    off = [p.requires_grad for p in model.parameters()]
+    plain = model(x)
+    assert not torch.allclose(plain, tuned)
+    assert torch.equal(trainer.inference_model(x), tuned)
+    assert torch.equal(model(x), plain), "off again"
+    assert [p.requires_grad for p in model.parameters()] == off
+    model.enable_adapter_layers()
+    assert [p.requires_grad for p in model.parameters()] == flags
+    trainer.train(tuples(1))
+
+
 def test_a_comparison_run_in_the_clear_gives_the_same_losses():
     data = tuples(4)
     clear = trainer_of(adapted(), require_outsourced=False, epochs=3).train(data).losses
@@ -539,12 +609,17 @@ def test_adapters_off_and_on():
     base = copy.deepcopy(adapted()).unload()
     with_adapter = trainer.inference_model(x)
     with trainer.adapters_off():
-        torch.testing.assert_close(trainer.inference_model(x), base(x).detach())
+        torch.testing.assert_close(model(x), base(x))
+        assert torch.equal(trainer.inference_model(x), with_adapter), "the inference model has its adapters on"
+        torch.testing.assert_close(model(x), base(x))
     assert torch.equal(trainer.inference_model(x), with_adapter)
     assert not torch.allclose(with_adapter, base(x))
     assert trainable(model).keys() == names
     assert not frozen.requires_grad
-    with pytest.raises(NoAdapterError, match="peft"), trainer_of(Net(), require_outsourced=False).adapters_off():
+    with (
+        pytest.raises(NoAdapterError, match="peft"),
+        trainer_of(Net(), require_outsourced=False, require_adapter=False).adapters_off(),
+    ):
         pass
 
 
@@ -567,7 +642,7 @@ def test_save_adapter_loads_on_the_original_model(tmp_path):
     assert (tmp_path / "there" / "notes.txt").read_text() == "kept"
     assert not list(tmp_path.rglob(".*"))
     with pytest.raises(NoAdapterError):
-        trainer_of(Net(), require_outsourced=False).save_adapter(tmp_path / "x")
+        trainer_of(Net(), require_outsourced=False, require_adapter=False).save_adapter(tmp_path / "x")
 
 
 def test_a_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 
 from ciphertune.backend import Backend, Buffers, ClientHalf, LinearMap, NoiseModel, SecurityStatement, WorkerHalf
 from ciphertune.errors import ProtocolError, SelectionError
+from ciphertune_concrete.licence import TERMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class CircuitBackend(Backend):
     name = "concrete-circuit"
     interface = 1
     Options = CircuitOptions
+    licence: ClassVar[str] = TERMS
     measured_size: ClassVar[tuple[int, int, int]] = (2, 256, 256)
 
     @property
@@ -100,6 +102,13 @@ class CircuitBackend(Backend):
         if evaluation_key:
             raise ProtocolError("the concrete-circuit backend has no evaluation key")
         return CircuitWorker(fields)
+
+    @classmethod
+    def problem(cls) -> str | None:
+        """See ``Backend.problem``."""
+        from ciphertune_concrete.circuit.library import problem
+
+        return problem()
 
     def diagnose(self, device: torch.device) -> Mapping[str, Any]:
         """Versions, parameters and the size of the secret key."""

@@ -6,17 +6,18 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import importlib.metadata
 import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from ciphertune.errors import PluginError
+from ciphertune_concrete import versions
 from ciphertune_concrete.licence import notice
 
 PACKAGE = "concrete-python"
 SERIES = "2.11"
+INSTALL = "pip install 'ciphertune[concrete-circuit]'"
 
 _SIGACTION_BYTES = 512
 """More than a ``struct sigaction`` has anywhere: 152 on Linux, 16 on macOS."""
@@ -25,19 +26,14 @@ _SIGACTION_BYTES = 512
 @functools.cache
 def version() -> str:
     """The installed release. Raises ``PluginError`` where it is none that this backend was made for."""
-    try:
-        found = importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        raise PluginError(
-            f"the concrete-circuit backend needs {PACKAGE} {SERIES}, which is not installed here: "
-            "pip install 'ciphertune[concrete-circuit]'"
-        ) from None
-    if not found.startswith(f"{SERIES}."):
-        raise PluginError(
-            f"the concrete-circuit backend was made for {PACKAGE} {SERIES}, and {found} is installed here: "
-            "pip install 'ciphertune[concrete-circuit]'"
-        )
-    return found
+    if (wrong := problem()) is not None:
+        raise PluginError(wrong)
+    return str(versions.installed(PACKAGE))
+
+
+def problem() -> str | None:
+    """Why the backend cannot run here by what is installed; None where it can."""
+    return versions.problem("concrete-circuit", PACKAGE, SERIES, INSTALL)
 
 
 @contextlib.contextmanager

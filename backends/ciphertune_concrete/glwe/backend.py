@@ -114,6 +114,13 @@ class GlweBackend(Backend):
 
         return GlweWorker(fields, evaluation_key)
 
+    @classmethod
+    def problem(cls) -> str | None:
+        """See ``Backend.problem``."""
+        from ciphertune_concrete.glwe.library import problem
+
+        return problem()
+
     def diagnose(self, device: torch.device) -> Mapping[str, Any]:
         """The library's version, what it evaluates on, and whether there is a key."""
         from ciphertune_concrete.glwe import library
@@ -129,5 +136,4 @@ class GlweBackend(Backend):
             library.PACKAGE: library.version() or "unknown",
             "evaluates on": "CUDA" if cuda else "the processor",
             "key": f"{file}, {8 * KEY_WORDS / 1e6:.0f} MB" if file.exists() else f"none yet in {file.parent}",
-            "licence": TERMS,
         }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
 from ciphertune.errors import CipherTuneError, PluginError
-from ciphertune_concrete import licence
+from ciphertune_concrete import licence, versions
 
 PACKAGE = "concrete-ml-extensions"
+SERIES = "0.2"
 INSTALL = 'pip install "ciphertune[concrete-glwe]"'
 
 
@@ -22,8 +22,10 @@ def load(*, notice: bool = True) -> Any:
         notice: whether to say what its licence asks for.
 
     Raises:
-        PluginError: it is not installed, or cannot be imported on this machine.
+        PluginError: it is not installed, is none that this backend was made for, or cannot be imported on this machine.
     """
+    if version() is not None and (wrong := problem()) is not None:
+        raise PluginError(wrong)
     try:
         library = importlib.import_module("concrete_ml_extensions")
     except ImportError as error:
@@ -40,10 +42,12 @@ def load(*, notice: bool = True) -> Any:
 
 def version() -> str | None:
     """The installed version, None where there is none."""
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return versions.installed(PACKAGE)
+
+
+def problem() -> str | None:
+    """Why the backend cannot run here by what is installed; None where it can."""
+    return versions.problem("concrete-glwe", PACKAGE, SERIES, INSTALL)
 
 
 def other_layout() -> PluginError:

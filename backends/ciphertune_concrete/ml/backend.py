@@ -14,6 +14,9 @@ from ciphertune_concrete.licence import TERMS
 from ciphertune_concrete.ml import library, wire
 from ciphertune_concrete.ml.library import Quantization
 
+_CIRCUITS_BELOW = 512
+"""Features of a layer's smaller side from which on Concrete ML takes its GLWE executor."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ConcreteMLOptions:
@@ -112,8 +115,20 @@ class ConcreteMLBackend(Backend):
 
         return ConcreteMLWorker(fields, evaluation_key)
 
+    @classmethod
+    def problem(cls) -> str | None:
+        """See ``Backend.problem``."""
+        return library.problem()
+
+    def advise(self, linear_map: LinearMap) -> str | None:
+        """See ``Backend.advise``: Concrete ML itself evaluates small layers by circuits."""
+        if self.options.mode != "execute" or min(linear_map.in_features, linear_map.out_features) >= _CIRCUITS_BELOW:
+            return None
+        return (
+            f"below {_CIRCUITS_BELOW} features Concrete ML itself evaluates by circuits, which this backend does not "
+            "have: concrete-circuit does, and is several times faster for such layers"
+        )
+
     def diagnose(self, device: torch.device) -> Mapping[str, Any]:
         """See ``Backend.diagnose``."""
-        version = library.version()
-        installed = version if version is not None else f"not installed: {library.INSTALL}"
-        return {library.PACKAGE: installed, "licence": TERMS}
+        return {library.PACKAGE: library.version() or "not installed"}

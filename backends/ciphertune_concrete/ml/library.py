@@ -8,13 +8,14 @@ import os
 import types
 import warnings
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 from ciphertune.errors import PluginError, ProtocolError
+from ciphertune_concrete import versions
 from ciphertune_concrete.licence import notice
 
 PACKAGE = "concrete-ml"
+SERIES = "1.9"
 INSTALL = 'pip install "ciphertune[concrete-ml]", in an environment of its own with Python 3.10 to 3.12'
 
 MODES = ("disable", "simulate", "execute")
@@ -73,8 +74,10 @@ def load() -> types.ModuleType:
     """The module of Concrete ML's GLWE executor; says once what its licence asks for.
 
     Raises:
-        PluginError: Concrete ML is not installed, or not in a form that can be imported.
+        PluginError: Concrete ML is not installed, is none that this backend was made for, or cannot be imported.
     """
+    if version() is not None and (wrong := problem()) is not None:
+        raise PluginError(wrong)
     notice(PACKAGE)
     # The crate prints a stack trace of its own for every malformed input, before the error that we handle.
     os.environ.setdefault("RUST_BACKTRACE", "0")
@@ -96,10 +99,12 @@ def require(module: str) -> types.ModuleType:
 
 def version() -> str | None:
     """The installed version of Concrete ML, or None; nothing is imported."""
-    try:
-        return metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError:
-        return None
+    return versions.installed(PACKAGE)
+
+
+def problem() -> str | None:
+    """Why the backend cannot run here by what is installed; None where it can."""
+    return versions.problem("concrete-ml", PACKAGE, SERIES, INSTALL)
 
 
 def executor(quantization: Quantization) -> Any:

@@ -24,15 +24,23 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         yield "Cannot run here", ("backend", "reason"), [(row["to"], row["reason"]) for row in unable], []
 
 
+def places(result: Mapping[str, Any]) -> list[str]:
+    """The machines and environments that figures are of, in words."""
+    machines = result.get("machines") or [result["machine"]]
+    found = []
+    for number, m in enumerate(machines, 1):
+        mark = f"[{number}]: " if len(machines) > 1 else ""
+        cuda = "with CUDA" if m["CUDA"] else "no CUDA"
+        found.append(
+            f"{mark}{m['processor']} ({m['capability']}), {m['cores']} cores, {m['threads']} threads, {m['system']}, "
+            f"Python {m['python']}, torch {m['torch']}, {cuda}."
+        )
+    return found
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The machine and the tables, as Markdown."""
-    m = result["machine"]
-    cuda = "with CUDA" if m["CUDA"] else "no CUDA"
-    lines = [
-        f"{m['processor']} ({m['capability']}), {m['cores']} cores, {m['threads']} threads, {m['system']}, "
-        f"Python {m['python']}, torch {m['torch']}, {cuda}.",
-        "",
-    ]
+    lines = [line for place in places(result) for line in (place, "")]
     for title, columns, rows, notes in tables(result):
         lines += [f"**{title}**", "", _line(columns), _line(["---"] * len(columns))]
         lines += [_line(row) for row in rows]

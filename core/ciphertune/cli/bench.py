@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ciphertune.cli.output import megabytes, print_facts, print_json, print_table
+
+if TYPE_CHECKING:  # it imports torch
+    from ciphertune.bench.table import Table
 
 _to = click.option("--to", default="mlwe", show_default=True, help="Selection string.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -159,7 +164,33 @@ def compare(
     if as_json:
         print_json(result)
         return
-    for title, columns, rows, notes in tables(result):
+    _print_tables(tables(result))
+
+
+@bench.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the tables as Markdown.")
+@_json
+def merge(files: tuple[Path, ...], as_markdown: bool, as_json: bool) -> None:
+    """Put comparisons of several environments into one table.
+
+    FILES are what `ciphertune bench compare --json` printed in each of them.
+    """
+    from ciphertune.bench import merging, table
+
+    result = merging.merge(files)
+    if as_json:
+        print_json(result)
+    elif as_markdown:
+        click.echo(table.markdown(result), nl=False)
+    else:
+        _print_tables(table.tables(result))
+        for place in table.places(result):
+            click.echo(place)
+
+
+def _print_tables(found: Iterable[Table]) -> None:
+    for title, columns, rows, notes in found:
         print_table(title, columns, rows)
         for note in notes:
             click.echo(note)

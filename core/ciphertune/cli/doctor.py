@@ -67,8 +67,13 @@ def diagnose() -> dict[str, Any]:
     backends: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["kind"] == "backend" and row["state"] != REFUSED:
+            licence = {"licence": row["licence"]} if row.get("licence") else {}
+            if row.get("problem"):
+                backends[row["name"]] = {"cannot run here": row["problem"], **licence}
+                continue
             try:
-                backends[row["name"]] = dict(registry.get_backend(row["name"])().diagnose(torch.device("cpu")))
+                found = registry.get_backend(row["name"])().diagnose(torch.device("cpu"))
+                backends[row["name"]] = {**found, **licence}
             except Exception as error:
                 # A stranger's backend may raise anything; the others are examined all the same.
                 row["reason"] = registry.reason(error)

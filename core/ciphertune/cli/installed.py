@@ -70,6 +70,8 @@ def _row(found: registry.Registered, manager: PluginManager | None) -> Row:
 
 def _described(found: registry.Registered, plugin: Any) -> Row:
     row: Row = {"options": options_with_defaults(plugin.Options)}
+    if found.group == registry.BACKENDS:
+        row |= {"licence": plugin.licence, "problem": plugin.problem()}
     if found.group == registry.TRANSPORTS:
         serving = plugin.ServeOptions
         worker = None if serving is None else options_with_defaults(serving)
@@ -87,7 +89,6 @@ def _described(found: registry.Registered, plugin: Any) -> Row:
         "security_level": security.level,
         "security": security.summary,
         "assumption": security.assumption,
-        "licence": plugin.licence,
     }
 
 

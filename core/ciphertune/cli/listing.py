@@ -61,7 +61,8 @@ def _lines(row: Row, described: Callable[[Row], list[str]], state: str = "") -> 
 def _backend(row: Row) -> list[str]:
     licence = f"licence: {row['licence']}" if row.get("licence") else ""
     security = [f"security: {row['security_level']}", row.get("security", ""), licence]
-    return [*security, f"options: {_options(row['options'])}"]
+    problem = f"cannot run here: {row['problem']}" if row.get("problem") else ""
+    return [*security, problem, f"options: {_options(row['options'])}"]
 
 
 def _transport(row: Row) -> list[str]:

@@ -82,7 +82,7 @@ def prepare(
     done = 0
     with ThreadPoolExecutor(1, "ciphertune-codes") as reader:
         for layers, preparations in wanted:
-            for row, codes in _verified(layers, source, reader):
+            for row, codes in verified(layers, source, reader):
                 for each in preparations:
                     each.absorb(row, codes)
                 done += codes.numel()
@@ -93,10 +93,14 @@ def prepare(
     return total
 
 
-def _verified(
+def verified(
     layers: Sequence[LayerInfo], source: CodeSource, reader: ThreadPoolExecutor
 ) -> Iterator[tuple[int, Tensor]]:
-    """The stacked codes of a group, each block with the row that it starts at, once they are found to be right."""
+    """The stacked codes of a group, each block with the row that it starts at, once they are found to be right.
+
+    Raises:
+        WeightsError: codes cannot be had, or are not those of the layers.
+    """
     parts = [(layer, start, stop) for layer in layers for start, stop in _blocks(layer)]
     below = itertools.accumulate((layer.out_features for layer in layers), initial=0)
     firsts = dict(zip((layer.name for layer in layers), below, strict=False))

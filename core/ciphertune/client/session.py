@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import DIRECTIONS, ClientHalf, Direction, LinearMap, SecurityStatement
 from ciphertune.callers import Owners, owners_of
 from ciphertune.client.choice import Choice
+from ciphertune.client.clear import ClearProducts
 from ciphertune.client.connecting import connect
 from ciphertune.client.connection import Opening
 from ciphertune.client.noise_checks import NoiseChecks, checkable, decrypts_pieces
@@ -121,10 +122,12 @@ class Session:
         self.set_up = SetUp()
         self.closed = False
         self._apart = False
+        self._clear: ClearProducts | None = None
         self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
         self._groups = [self._group(groups, number) for number in range(len(groups))]
         self._groups += [self._table(self.layers[i]) for i in tables]
+        self._tell_advice()
         client = self._client()
         self._checks = self._checking(client)
         self._counting = threading.Lock()
@@ -230,6 +233,8 @@ class Session:
         _check_input(x, linear_map)
         if self.closed:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
+        if (clear := self._clear) is not None:
+            return clear.product(self.members(group), direction, x)
         if self._apart:
             owners = self._owners(linear_map, x, owners)
         self._refuse_imprecise(self._groups[group], direction)
@@ -242,6 +247,15 @@ class Session:
             self.traffic.add(exchange)
         self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
+
+    @contextlib.contextmanager
+    def computing(self, products: ClearProducts) -> Iterator[None]:
+        """Compute every product here and in the clear within a ``with`` block; see ``ciphertune.in_the_clear``."""
+        before, self._clear = self._clear, products
+        try:
+            yield
+        finally:
+            self._clear = before
 
     @own_modes()
     def prepare(self) -> int:
@@ -495,6 +509,16 @@ class Session:
         for linear_map in group.maps.values():
             if (why := self.choice.backend.refuse(linear_map)) is not None:
                 raise UnsupportedLayerError(f"{linear_map.label}: {self.selection.backend} refuses it: {why}")
+
+    def _tell_advice(self) -> None:
+        """Say once what the backend advises for each kind of map."""
+        told: dict[str, list[str]] = {}
+        for group in self._groups:
+            for linear_map in group.maps.values():
+                if (advice := self.choice.backend.advise(linear_map)) is not None:
+                    told.setdefault(advice, []).append(linear_map.label)
+        for advice, labels in told.items():
+            log.warning("%s: %s (%s and %d more)", self.selection.backend, advice, labels[0], len(labels) - 1)
 
     def _parent(self, groups: Sequence[tuple[int, ...]], number: int) -> tuple[int, int] | None:
         """The larger group that a layer alone belongs to, and its first row there."""

@@ -220,8 +220,8 @@ def restore(model: ModelT) -> ModelT:
     restorer = Restorer(model, frozen=bool(frozen) and not frozen <= frozen_from_birth(model))
     for parent in list(model.modules()):
         for attribute, module in list(parent._modules.items()):
-            if isinstance(module, (OutsourcedLinear, OutsourcedEmbedding)):
-                weight = LayerWeight(held[_session(module)][module.name], module.info.scale)
+            if isinstance(module, (OutsourcedLinear, OutsourcedEmbedding)) and (session := _session(module)):
+                weight = LayerWeight(held[session][module.name], module.info.scale)
                 restorer.take_back(parent, attribute, module, weight.dequantize())
     _base(model).__dict__.pop("save_pretrained", None)
     for session in sessions:
@@ -267,7 +267,7 @@ class Share:
 
 def share(model: nn.Module) -> Share:
     """Count what is at the workers and what stays. Libraries that count parameters miss outsourced weights."""
-    layers = {(_session(each), each.name): each.info for each in _outsourced(model)}
+    layers = {(_session(each) or id(each.group), each.name): each.info for each in _outsourced(model)}
     parameters = list(model.parameters())
     return Share(
         outsourced=sum(info.in_features * info.out_features for info in layers.values()),
@@ -284,7 +284,8 @@ def validate(model: nn.Module) -> dict[str, str]:
 
 def sessions_of(model: nn.Module) -> list[Session]:
     """The sessions that a model's outsourced layers use; none for a model that has none."""
-    return list(dict.fromkeys(_session(layer) for layer in _outsourced(model)))
+    found = [_session(layer) for layer in _outsourced(model)]
+    return list(dict.fromkeys(session for session in found if session is not None))
 
 
 def _sessions(model: nn.Module) -> list[Session]:
@@ -298,9 +299,9 @@ def _outsourced(model: nn.Module) -> list[OutsourcedLinear | OutsourcedEmbedding
     return [*outsourced_layers(model), *outsourced_embeddings(model)]
 
 
-def _session(layer: OutsourcedLinear | OutsourcedEmbedding) -> Session:
-    assert isinstance(layer.group, LayerGroup)
-    return layer.group.session
+def _session(layer: OutsourcedLinear | OutsourcedEmbedding) -> Session | None:
+    """The session that evaluates a layer; None for an ``Evaluator`` that has none."""
+    return layer.group.session if isinstance(layer.group, LayerGroup) else None
 
 
 def _refuse_full_save(model: Any) -> None:

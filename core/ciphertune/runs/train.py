@@ -196,6 +196,8 @@ def _run(
     session.close()
     settings = dataclasses.asdict(placed(config, Path.cwd()))
     content = {**dataclasses.asdict(result), "history": history.steps, "config": settings}
+    if history.gradient_norms:
+        content["gradient_norms"] = history.gradient_norms
     with output.writing():
         output.write(content, {config.to: history.losses}, title=f"{name} through {config.to}")
     return result

@@ -120,6 +120,7 @@ def live(
         checkpoint_every=None if checkpoints is None else 1,
         plugins=plugins,
         require_outsourced=outsourced,
+        require_adapter=False,
     )
     trainer.evaluate(held)
     with contextlib.suppress(KeyboardInterrupt, _StopError):
@@ -285,7 +286,7 @@ class PluginSuite:
 
     def test_one_that_comes_and_goes_in_the_middle(self, folder: Path, caught: list[warnings.WarningMessage]) -> None:
         """A plugin may be registered or removed in the middle of a run."""
-        trainer = LoraTrainer(_network(), require_outsourced=False, plugins=PluginManager())
+        trainer = LoraTrainer(_network(), require_outsourced=False, require_adapter=False, plugins=PluginManager())
         metrics = {"step": 1, "epoch": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0, "seconds": 0.0}
         model = ciphertune.outsource(_network(), "clear")
         session = ciphertune.session_of(model)

@@ -15,6 +15,7 @@ from torch import nn
 from ciphertune._support.atomic import atomic_directory, draft_directory, safetensors_written, sync_tree
 from ciphertune.errors import NoAdapterError
 from ciphertune.models.names import published_name
+from ciphertune.outsourcing.walk import peft_types
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -41,6 +42,37 @@ def disabled(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+@contextlib.contextmanager
+def enabled(model: nn.Module) -> Iterator[None]:
+    """Enable the adapters of peft within a ``with`` block, where they are disabled; afterwards all is as it was."""
+    tuned, whole = peft_types()
+    off: list[Any] = [
+        module for module in model.modules() if isinstance(module, (*tuned, *whole)) and _disabled(module)
+    ]
+    if not off:
+        yield
+        return
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for module in off:
+            module.enable_adapters(True)
+        yield
+    finally:
+        for module in off:
+            module.enable_adapters(False)
+        # peft makes all of an adapter trainable when it is switched on, and none of it when it is switched off.
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model has adapters: of peft, or modules of one's own with LoRA's two matrices."""
+    if is_peft(model):
+        return True
+    tuned, _ = peft_types()
+    return any(isinstance(module, tuned) or _own_lora(module) for module in model.modules())
+
+
 def save(model: nn.Module, path: Path) -> None:
     """Write the adapter to a directory, whole; files of the same names there are replaced, one by one.
 
@@ -63,6 +95,16 @@ def save(model: nn.Module, path: Path) -> None:
                 target.mkdir(exist_ok=True)
             else:
                 file.replace(target)
+
+
+def _disabled(module: Any) -> bool:
+    found = module.disable_adapters
+    return bool(found() if callable(found) else found)
+
+
+def _own_lora(module: nn.Module) -> bool:
+    held = {name.lower() for name in (*module._parameters, *module._modules)}
+    return {"lora_a", "lora_b"} <= held
 
 
 def _write(peft_model: Any, directory: Path) -> None:

@@ -1,8 +1,7 @@
-"""Batches: their form, their loss, and the number of tokens or samples in them."""
+"""Batches: their form, and the number of tokens or samples in them."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,24 +13,12 @@ from torch import Tensor, nn
 from ciphertune.errors import TrainingError
 
 LossFunction = Callable[[Any, Any], Tensor]
+"""A function of logits and labels, or of outputs and batch: see ``ciphertune.training.losses.Loss``."""
 IGNORED_LABEL = -100
 """Label that the losses of torch and transformers skip."""
 
 LanguageModel = Literal["shifted", "aligned"]
 """Output that a language model's own loss holds a label against: one position earlier, or at the same position."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchLoss:
-    """The loss of a batch.
-
-    Attributes:
-        loss: scalar.
-        weight: number of targets that the loss is the mean of.
-    """
-
-    loss: Tensor
-    weight: int
 
 
 def check_data(data: Any, name: str) -> None:
@@ -76,54 +63,6 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def batch_loss(
-    model: nn.Module, batch: Any, loss_fn: LossFunction | None, seen: Callable[[Any, Any], object] | None = None
-) -> BatchLoss:
-    """Compute the loss of a batch, on the device of the model's first parameter.
-
-    Args:
-        model: called with ``**batch`` for a mapping, with all but the last element for a tuple or list.
-        batch: mapping, or tuple or list ``(inputs…, targets)``.
-        loss_fn: called with the outputs and the targets (of a tuple) or the whole batch (of a mapping); None to
-            take the loss from the model's outputs.
-        seen: is called with the same.
-
-    Raises:
-        TrainingError: the batch has another form, or no scalar loss comes out.
-    """
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        batch = to_device(batch, device)
-        outputs = model(**batch)
-        if seen is not None:
-            seen(outputs, batch)
-        loss = _model_loss(outputs, batch) if loss_fn is None else loss_fn(outputs, batch)
-        shifted = loss_fn is None and language_model(model) == "shifted"
-        weight = count_targets(batch.get("labels"), shifted)
-    elif isinstance(batch, (tuple, list)):
-        if len(batch) < 2:
-            raise TrainingError(f"a tuple batch must be (inputs…, targets), but this one has {len(batch)} elements")
-        if loss_fn is None:
-            raise TrainingError(
-                "tuple batches need a loss: give LoraTrainer(…, loss_fn=…), called with outputs and targets, "
-                "or dict batches with the labels that the model computes its loss from"
-            )
-        *inputs, targets = to_device(batch, device)
-        outputs = model(*inputs)
-        if seen is not None:
-            seen(outputs, targets)
-        loss = loss_fn(outputs, targets)
-        weight = count_targets(targets, False)
-    else:
-        raise TrainingError(
-            f"a batch must be a tuple (inputs…, targets) or a mapping of model arguments, not a {type(batch).__name__}"
-        )
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise TrainingError(f"the loss must be a tensor of one number, got {got}: average it over the batch")
-    return BatchLoss(loss.reshape(()), _samples(batch) if weight is None else weight)
-
-
 def size(batch: Any) -> tuple[Literal["tokens", "samples"], int]:
     """The size of a batch: tokens that are not padding where it has ``input_ids``, else samples."""
     if isinstance(batch, Mapping):
@@ -132,7 +71,7 @@ def size(batch: Any) -> tuple[Literal["tokens", "samples"], int]:
             if isinstance(mask, Tensor) and mask.shape == tokens.shape:
                 return "tokens", int((mask != 0).sum())
             return "tokens", tokens.numel()
-    return "samples", _samples(batch)
+    return "samples", samples(batch)
 
 
 def language_model(model: nn.Module) -> LanguageModel | None:
@@ -154,17 +93,6 @@ def digest(batch: Any) -> str:
     return state.hexdigest()[:8]
 
 
-def _model_loss(outputs: Any, batch: Mapping[str, Any]) -> Any:
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    if loss is None:
-        hint = "" if "labels" in batch else "; the batch has no 'labels'"
-        raise TrainingError(
-            f"the model gave no loss{hint}: put what it computes its loss from into the batch, "
-            "or give LoraTrainer(…, loss_fn=…), called with outputs and batch"
-        )
-    return loss
-
-
 def count_targets(targets: Any, shifted: bool) -> int | None:
     """Number of targets that a mean loss is the mean of; None where they are not class indices."""
     if not isinstance(targets, Tensor) or targets.dim() == 0 or targets.is_floating_point() or targets.is_complex():
@@ -173,14 +101,14 @@ def count_targets(targets: Any, shifted: bool) -> int | None:
     return int((counted != IGNORED_LABEL).sum())
 
 
-def _samples(batch: Any) -> int:
+def samples(batch: Any) -> int:
     """Length of the first dimension of the first tensor."""
     items: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch
     for item in items:
         if isinstance(item, Tensor) and item.dim() > 0:
             return len(item)
         if isinstance(item, (Mapping, list, tuple)) and item:
-            return _samples(item)
+            return samples(item)
     return 1
 
 

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from ciphertune.errors import NonFiniteLossError, TrainingError
 from ciphertune.training import rng
-from ciphertune.training.batches import LossFunction, batch_loss, language_model
+from ciphertune.training.batches import language_model
 from ciphertune.training.inference import evaluating
-from ciphertune.training.metrics import Metric
+from ciphertune.training.losses import Loss, batch_loss
+from ciphertune.training.metrics import Metric, MetricFunction
+
+
+def measure(model: nn.Module, data: Iterable[Any], function: MetricFunction) -> dict[str, float]:
+    """Call a function that measures a model on data, in evaluation mode; modes and random states stay as they were.
+
+    Raises:
+        TrainingError: it returns something other than numbers by name.
+    """
+    with rng.preserved(), evaluating(model):
+        found = function(model, data)
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise TrainingError(f"eval_metric_fn must return a dictionary of numbers by name, not a {type(found).__name__}")
+    try:
+        return {name: float(value) for name, value in found.items()}
+    except (TypeError, ValueError, RuntimeError):
+        raise TrainingError("eval_metric_fn must return numbers: a value of its dictionary is none") from None
 
 
 def evaluate(
-    model: nn.Module, data: Iterable[Any], loss_fn: LossFunction | None, metric: Metric | None = None
+    model: nn.Module, data: Iterable[Any], loss_fn: Loss | None, metric: Metric | None = None
 ) -> dict[str, float]:
     """Compute the mean loss over data in evaluation mode, with every target counting the same.
 

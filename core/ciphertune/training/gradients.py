@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ciphertune.errors import NonFiniteLossError, TrainingError
 from ciphertune.interleaving.interleaver import Interleaver
-from ciphertune.training.batches import LossFunction, batch_loss
+from ciphertune.training.losses import Loss, batch_loss
 from ciphertune.training.optimization import trainable_parameters
 
 
 def accumulate_gradients(
     model: nn.Module,
     micro_batches: Sequence[Any],
-    loss_fn: LossFunction | None,
+    loss_fn: Loss | None,
     *,
     where: str,
     interleaver: Interleaver | None = None,
@@ -106,7 +106,7 @@ def refuse_gradient_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def _backward(model: nn.Module, batch: Any, loss_fn: LossFunction | None, count: int, what: str) -> float:
+def _backward(model: nn.Module, batch: Any, loss_fn: Loss | None, count: int, what: str) -> float:
     """Go backward from the loss of one of ``count`` micro-batches; returns the loss."""
     result = batch_loss(model, batch, loss_fn)
     loss = float(result.loss.detach())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ciphertune._support.denormals import flushing
+from ciphertune.training import adapter
 
 
 @contextlib.contextmanager
@@ -26,7 +27,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class InferenceModel(nn.Module):
-    """A model for inference only: each call runs in evaluation mode without gradients, and modes are restored.
+    """A model for inference only: each call runs in evaluation mode, adapters on, without gradients.
+
+    Afterwards modes are as they were, and adapters that were off are off again.
 
     Attributes of the model are reached through it. Its own ``train`` does nothing.
 
@@ -41,12 +44,12 @@ class InferenceModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs."""
-        with evaluating(self.model):
+        with evaluating(self.model), adapter.enabled(self.model):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``generate``."""
-        with evaluating(self.model):
+        with evaluating(self.model), adapter.enabled(self.model):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> InferenceModel:

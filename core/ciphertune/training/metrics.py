@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+MetricFunction = Callable[[nn.Module, Any], Mapping[str, Any]]
+"""Called with the model, in evaluation mode, and the data of an evaluation; gives figures by name."""
 
 
 class Metric(Protocol):

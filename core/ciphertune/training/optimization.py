@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, PolynomialLR, ReduceLROnPlateau
 
 from ciphertune.errors import NoAdapterError, TrainingError
+from ciphertune.outsourcing.convert import outsourced_layers
+from ciphertune.outsourcing.trial import frozen_from_birth
+from ciphertune.training.adapter import has_adapter
 from ciphertune.training.settings import TrainingSettings
 
 OptimizerChoice = Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None
@@ -133,6 +136,23 @@ def check_scheduler(scheduler: LRScheduler, optimizer: Optimizer) -> None:
     if scheduler.optimizer is not optimizer:
         raise TrainingError(
             "the scheduler belongs to another optimizer: give that one too, or a function that makes the scheduler"
+        )
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raise ``NoAdapterError`` for a model without an adapter in which nothing is frozen either."""
+    trainable = trainable_parameters(model)
+    own = frozen_from_birth(model)
+    here = any(not p.requires_grad and p.numel() > 0 and id(p) not in own for p in model.parameters())
+    # Whoever froze layers before they were outsourced left the others to train.
+    away = any(
+        layer.original is not None and not layer.original.weight.requires_grad for layer in outsourced_layers(model)
+    )
+    if not (here or away) and not has_adapter(model):
+        raise NoAdapterError(
+            f"the model has no adapter and nothing in it is frozen, so that {_first_names(list(trainable))} would be "
+            "trained: add an adapter with peft.get_peft_model(model, LoraConfig(…)). To train what is here, freeze "
+            "the rest with requires_grad_(False), or say require_adapter=False"
         )
 
 

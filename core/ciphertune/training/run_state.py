@@ -26,6 +26,9 @@ from ciphertune.training.checkpoint import (
 )
 from ciphertune.training.history import History
 from ciphertune.training.loader import ResumableLoader
+from ciphertune.training.rescheduling import ScheduleError, continued
+
+_TOTAL = "total steps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +90,9 @@ class RunState:
             CheckpointError: it cannot be written.
         """
         state = {
-            "settings": self._compared(),
+            "settings": {**self._compared(), _TOTAL: self.total_steps},
             "position": self.loader.state(),
-            "history": {"steps": history.steps, "evaluations": history.evaluations},
+            "history": dataclasses.asdict(history),
             "parameters": self._parameter_names(),
             **self._optimization(),
         }
@@ -115,6 +118,7 @@ class RunState:
         checkpoint = read_checkpoint(path)
         self._check(path, checkpoint)
         position, history = checkpoint.state["position"], checkpoint.state["history"]
+        scheduled = self._schedule(path, checkpoint)
         before = self.loader.capture()
         try:
             self.loader.resume(position)
@@ -126,22 +130,42 @@ class RunState:
                 tensor.copy_(checkpoint.trainable[name])
         self.optimizer.load_state_dict(checkpoint.state["optimizer"])
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+            self.scheduler.load_state_dict(scheduled)
         remove_drafts(directory)
-        done = History(list(history["steps"]), list(history["evaluations"]))
+        done = History(**history)
         return ResumePoint(checkpoint.step, done, position["now"])
 
     def _compared(self) -> dict[str, Any]:
         """All that a checkpoint's run and this one must have in common, by name."""
-        compared = {
+        return {
             **self.settings,
             "optimizer": type(self.optimizer).__name__,
             "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
             "batches per epoch": self.loader.length,
         }
-        if self.scheduler is not None:
-            compared["total steps"] = self.total_steps
-        return compared
+
+    def _schedule(self, path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The state that the scheduler goes on with, for as many steps as there are now.
+
+        Raises:
+            CheckpointError: over another number of steps its learning rates would have been others.
+        """
+        stored: dict[str, Any] = checkpoint.state["scheduler"]
+        before = checkpoint.state["settings"].get(_TOTAL)
+        if self.scheduler is None or before in (None, self.total_steps):
+            return stored
+        rates = [entry["learning_rate"] for entry in checkpoint.state["history"]["steps"]]
+        following = [group["lr"] for group in checkpoint.state["optimizer"]["param_groups"]]
+        try:
+            return continued(self.scheduler, self.optimizer, rates, stored, following, self.total_steps)
+        except ScheduleError as error:
+            raise CheckpointError(
+                f"{path} is of a run of {before} steps, and the learning rates of {type(self.scheduler).__name__} do "
+                f"not go on to {self.total_steps}: {error}. Nothing was changed. Resume with the epochs or steps that "
+                "it had; to train longer, load the adapter that it ends with, and begin a run of its own in another "
+                "checkpoint_dir. Schedules that do not depend on the length of a run can go on: constant ones, "
+                "warming up for a number of steps, StepLR"
+            ) from error
 
     def _optimization(self) -> dict[str, Any]:
         """The state dicts of optimizer and scheduler."""
@@ -167,6 +191,7 @@ class RunState:
         settings = self._compared()
         try:
             stored = dict(state["settings"])
+            stored.pop(_TOTAL, None)
             differing = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
         except (KeyError, TypeError, ValueError) as error:
             raise unusable(file, error) from error
@@ -237,5 +262,10 @@ def _check_history(history: dict[str, Any], step: int) -> None:
         for entry in history[kind]:
             if not all(isinstance(k, str) and isinstance(v, (int, float)) for k, v in entry.items()):
                 raise TypeError(f"the history's {kind} are no metrics")
+    for name, norms in history.get("gradient_norms", {}).items():
+        if not isinstance(name, str) or not all(isinstance(norm, (int, float)) for norm in norms):
+            raise TypeError("the history's gradient norms are no numbers")
+    if not history.keys() <= {field.name for field in dataclasses.fields(History)}:
+        raise ValueError("the history holds more than this version knows")
     if len(history["steps"]) != step:
         raise ValueError(f"the history has {len(history['steps'])} steps of {step}")

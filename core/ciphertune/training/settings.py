@@ -31,6 +31,7 @@ class TrainingSettings:
             a worker, another is computed. Losses and gradients are the same but for dropout, where each micro-batch
             draws from a random stream of its own. Memory grows with it, as with larger batches.
         max_grad_norm: Euclidean norm that gradients are scaled down to; None to leave them.
+        gradient_norms: whether to keep the norm of every trainable parameter's gradient in the history, of every step.
         eval_every: optimizer steps between evaluations; by default there is one at the end of each epoch.
         eval_on_start: whether to evaluate before the first step, too.
         checkpoint_dir: directory for checkpoints; None for none.
@@ -51,6 +52,7 @@ class TrainingSettings:
     accumulation: int = 1
     interleave: int = 1
     max_grad_norm: float | None = 1.0
+    gradient_norms: bool = False
     eval_every: int | None = None
     eval_on_start: bool = False
     checkpoint_dir: str | Path | None = None
@@ -111,6 +113,7 @@ class SettingsArguments(TypedDict, total=False):
     accumulation: int
     interleave: int
     max_grad_norm: float | None
+    gradient_norms: bool
     eval_every: int | None
     eval_on_start: bool
     checkpoint_dir: str | Path | None

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,17 @@ from ciphertune.interleaving.interleaver import Interleaver
 from ciphertune.outsourcing.convert import outsourced_layers
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.training import adapter, batches, evaluation
+from ciphertune.training.arguments import settings_of
 from ciphertune.training.gradients import accumulate_gradients, refuse_gradient_hooks
 from ciphertune.training.history import History
 from ciphertune.training.inference import InferenceModel
 from ciphertune.training.loader import ResumableLoader
-from ciphertune.training.metrics import Metric
+from ciphertune.training.losses import Loss
+from ciphertune.training.metrics import Metric, MetricFunction
 from ciphertune.training.optimization import (
     OptimizerChoice,
     SchedulerChoice,
+    check_adapter,
     check_gradients,
     check_optimizer,
     check_schedule,
@@ -62,13 +65,22 @@ class LoraTrainer:
         optimizer: None for AdamW over the trainable parameters, an optimizer, or a function that makes one from them.
         scheduler: None for that of the ``schedule`` in the settings, a scheduler of ``optimizer``, or a function of the
             optimizer and the total number of optimizer steps that makes one. It steps once per optimizer step.
-        loss_fn: called as ``loss_fn(outputs, targets)`` for tuple batches and ``loss_fn(outputs, batch)`` for
-            mappings, giving a scalar; None to use the ``loss`` that the model returns for mappings.
+        loss_fn: called as ``loss_fn(logits, labels)``, giving a scalar: with the ``logits`` that the model returns, or
+            with all that it returns where nothing has this name, and with the ``labels`` of a mapping, which the model
+            does not get then, or the targets of a tuple. A function whose second parameter is named ``batch`` is called
+            as ``loss_fn(outputs, batch)``, with what the model returns for the whole batch, and with that batch. None
+            to use the ``loss`` that the model returns; it gets the targets of a tuple as its ``labels``.
+        training_args: a ``transformers.TrainingArguments``, its ``vars``, or a dictionary of some of its attributes,
+            for settings that ``changes`` does not name; see ``ciphertune.training.arguments.settings_of``.
+        eval_metric_fn: called as ``eval_metric_fn(model, eval_data)`` in each evaluation, in evaluation mode and
+            without gradients; gives numbers by name, which are among its figures.
         metric: makes what is measured in an evaluation beside the loss, anew for each, such as
             ``lambda: ClassificationMetric(labels=3)``.
         device: where to move the model; by default it stays, and batches go to its first parameter's device.
         plugins: hook plugins; those of the process unless given.
         require_outsourced: refuse a model without outsourced layers; set to False for a comparison run in the clear.
+        require_adapter: refuse a model without an adapter in which nothing is frozen: all that stayed at the client
+            would be trained. Set to False where that is meant.
         allow_unused: allow trainable parameters that the loss does not depend on.
         changes: attributes of ``TrainingSettings``, in place of those of ``settings``.
 
@@ -82,7 +94,7 @@ class LoraTrainer:
         scheduler: the scheduler; None before training where a function makes it, or where there is none.
 
     Raises:
-        NoAdapterError: the model has no trainable parameter.
+        NoAdapterError: the model has no trainable parameter, or no adapter and nothing frozen.
         NothingOutsourcedError: the model has no outsourced layer and ``require_outsourced`` is set.
         TrainingError: an argument is wrong.
     """
@@ -95,18 +107,27 @@ class LoraTrainer:
         optimizer: OptimizerChoice = None,
         scheduler: SchedulerChoice = None,
         loss_fn: batches.LossFunction | None = None,
+        training_args: Any = None,
+        eval_metric_fn: MetricFunction | None = None,
         metric: Callable[[], Metric] | None = None,
         device: str | torch.device | None = None,
         plugins: PluginManager | None = None,
         require_outsourced: bool = True,
+        require_adapter: bool = True,
         allow_unused: bool = False,
         **changes: Unpack[SettingsArguments],
     ) -> None:
+        if training_args is not None:
+            stated: Any = settings_of(training_args, own_optimizer=optimizer is None and scheduler is None)
+            changes = {**stated, **changes}
         self.settings = dataclasses.replace(settings or TrainingSettings(), **changes)
         check_schedule(self.settings, optimizer, scheduler)
         self.model = model
-        self.loss_fn = loss_fn
+        self.loss_fn = None if loss_fn is None else Loss.of(loss_fn)
         self.metric = metric
+        if eval_metric_fn is not None and not callable(eval_metric_fn):
+            raise TrainingError(f"eval_metric_fn is a {type(eval_metric_fn).__name__}, and no function")
+        self.eval_metric_fn = eval_metric_fn
         self.plugins = plugins if plugins is not None else plugin_manager()
         self.allow_unused = allow_unused
         self.history = History()
@@ -120,6 +141,8 @@ class LoraTrainer:
                 "the model has no outsourced layer: call ciphertune.outsource(model, to=…) first, "
                 "or say require_outsourced=False to train in the clear"
             )
+        if require_adapter:
+            check_adapter(model)
         if device is not None:
             model.to(device)
         self._interleaver: Interleaver | None = None  # while training
@@ -174,7 +197,8 @@ class LoraTrainer:
                 Without a length, ``steps`` is needed.
             eval_data: the same, for evaluations.
             resume: go on from the latest checkpoint of ``checkpoint_dir``. Model, data and settings must be as they
-                were; ``epochs`` and ``steps`` may grow where there is no scheduler.
+                were; ``epochs`` and ``steps`` may be others where the learning rates of the steps that were done
+                would have been the same.
 
         Returns:
             The history of the whole run, resumed parts included.
@@ -228,13 +252,24 @@ class LoraTrainer:
         Returns:
             ``eval_loss``, every target counting the same (labels other than -100, as the model's loss counts them;
             samples, where targets are not class indices), ``perplexity`` for a language model with its own loss, and
-            what ``metric`` measures.
+            what ``metric`` and ``eval_metric_fn`` measure.
 
         Raises:
             NonFiniteLossError: a batch's loss is NaN or infinite.
             TrainingError: there is no target in the data, or a batch has the wrong form.
         """
+        return self._measured(data, data)
+
+    def _measured(self, data: Iterable[Any], whole: Iterable[Any]) -> dict[str, float]:
+        """Evaluate on data, which is read once, and by ``eval_metric_fn`` on the whole of it."""
         metrics = evaluation.evaluate(self.model, data, self.loss_fn, None if self.metric is None else self.metric())
+        if self.eval_metric_fn is not None:
+            if self._stop_asked.is_set() and data is not whole:
+                raise _Stopping
+            own = evaluation.measure(self.model, whole, self.eval_metric_fn)
+            if taken := metrics.keys() & own.keys():
+                raise TrainingError(f"eval_metric_fn returns {', '.join(sorted(taken))}, which is measured already")
+            metrics |= own
         self.plugins.observe("ciphertune_evaluation", trainer=self, step=self.step, metrics=dict(metrics))
         return metrics
 
@@ -306,7 +341,7 @@ class LoraTrainer:
         if data is None or (evaluations and evaluations[-1]["step"] == self.step):
             return
         with contextlib.suppress(_Stopping):
-            evaluations.append({"step": self.step, **self.evaluate(self._until_stopped(data))})
+            evaluations.append({"step": self.step, **self._measured(self._until_stopped(data), data)})
 
     def _until_stopped(self, data: Iterable[Any]) -> Iterator[Any]:
         for batch in data:
@@ -326,6 +361,8 @@ class LoraTrainer:
         trainable = trainable_parameters(self.model)
         if first and not self.allow_unused:
             check_gradients(trainable)
+        if self.settings.gradient_norms:
+            self._keep_norms(trainable)
         limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
         norm = float(nn.utils.clip_grad_norm_(list(trainable.values()), limit))
         if not math.isfinite(norm):
@@ -349,3 +386,12 @@ class LoraTrainer:
             "seconds": time.perf_counter() - begin,
             unit: sum(batches.size(batch)[1] for batch in group),
         }
+
+    def _keep_norms(self, trainable: Mapping[str, nn.Parameter]) -> None:
+        kept = self.history.gradient_norms
+        gradients = [parameter.grad for parameter in trainable.values()]
+        norms = [
+            torch.tensor(math.nan) if g is None else torch.linalg.vector_norm(g.detach().float()) for g in gradients
+        ]
+        for name, norm in zip(trainable, torch.stack([each.cpu() for each in norms]).tolist(), strict=True):
+            kept.setdefault(name, []).append(norm)
