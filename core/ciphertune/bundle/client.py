@@ -13,19 +13,10 @@ from torch import Tensor, nn
 from ciphertune._support.bundle_names import CLIENT_MANIFEST
 from ciphertune._support.own_modes import own_modes
 from ciphertune.bundle.codes import FolderCodes
-from ciphertune.bundle.files import (
-    CLIENT_FORMAT,
-    OUTSOURCED,
-    TensorFiles,
-    checkpoint_files,
-    floating,
-    open_tensors,
-    read_manifest_file,
-    read_tensor,
-    tensor_shape,
-)
+from ciphertune.bundle.files import CLIENT_FORMAT, OUTSOURCED, floating, read_manifest_file
 from ciphertune.bundle.manifest import ClientManifest, check_model_config, read_client, refuse_strange_files
 from ciphertune.bundle.outliers import check_kept, read_kept
+from ciphertune.checkpoints.files import TensorFiles, checkpoint_files, open_tensors, read_tensor, tensor_shape
 from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError, LayerError
 from ciphertune.models.load import note_vocabulary

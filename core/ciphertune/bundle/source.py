@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.optional_imports import import_optional
-from ciphertune.bundle.files import TensorFiles, checkpoint_files
 from ciphertune.bundle.renaming import Renaming
+from ciphertune.checkpoints.files import checkpoint_files, open_tensors, read_tensor
+from ciphertune.checkpoints.tensors import PlainTensors
 from ciphertune.errors import ConfigError
 from ciphertune.models.folders import refuse_folder
+from ciphertune.models.hub import TOKENIZER_FILES, download
 from ciphertune.models.load import load_named_model, load_tokenizer, refuse_adapter, smollm2_folder
 from ciphertune.models.skeleton import build, tied_names
 from ciphertune.outsourcing.layers import Candidate
 from ciphertune.outsourcing.obstacles import is_conv1d
 
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "*.model",
-    "generation_config.json",
-)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model")
 """Patterns of files of which a tokenizer has at least one."""
-_HUB_FILES = ("*.safetensors", "*.json", *_TOKENIZER_FILES)
 
 
 class Source(abc.ABC):
@@ -51,6 +43,10 @@ class Source(abc.ABC):
     def weight(self, candidate: Candidate) -> Tensor:
         """A linear layer's weight, (out_features, in_features)."""
 
+    def codes(self, candidate: Candidate) -> tuple[Tensor, Tensor] | None:
+        """The (N, K) int8 codes and (N,) float32 scales that a layer's weight is stored as, None if it is not."""
+        return None
+
     @abc.abstractmethod
     def tensor(self, name: str) -> Tensor:
         """A tensor of the state dict."""
@@ -65,8 +61,12 @@ class Source(abc.ABC):
         """The model's tokenizer, None where there is none."""
 
     @abc.abstractmethod
-    def whole(self) -> nn.Module:
-        """The model with all of its weights, to be called and not changed."""
+    def whole(self, scratch: Path) -> nn.Module:
+        """The model with all of its weights, to be called and not changed.
+
+        Args:
+            scratch: a folder for weights that are stored packed, as long as the model is used.
+        """
 
     @property
     def architecture(self) -> str | None:
@@ -99,7 +99,7 @@ class ModuleSource(Source):
         """See ``Source.tokenizer``."""
         return self._tokenizer
 
-    def whole(self) -> nn.Module:
+    def whole(self, scratch: Path) -> nn.Module:
         """See ``Source.whole``."""
         return self.model
 
@@ -118,25 +118,39 @@ class CheckpointSource(Source):
     """A folder with safetensors, read tensor by tensor through memory-mapped files.
 
     Raises:
-        ConfigError: there are none, or they do not hold every tensor of the model under a name that can be told.
+        ConfigError: there are none, they do not hold every tensor of the model under a name that can be told, or they
+            hold one in a way that is not known.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
-        self._files = TensorFiles(checkpoint_files(folder))
+        self._files = PlainTensors(folder)
         self.name = name
         self.model = build(folder, name=name)
         self._aliases = {name: group for group in tied_names(self.model) for name in group}
         self._renaming = Renaming(self.model, self._files)
         self._stored = self._find_names()
+        self._refuse_unknown()
 
     def weight(self, candidate: Candidate) -> Tensor:
         """See ``Source.weight``."""
-        tensor = self.tensor(f"{candidate.name}.weight")
+        tensor = self._read(f"{candidate.name}.weight")
         return tensor.t() if is_conv1d(candidate.module) else tensor
 
+    def codes(self, candidate: Candidate) -> tuple[Tensor, Tensor] | None:
+        """See ``Source.codes``."""
+        name = f"{candidate.name}.weight"
+        stored = self._stored[name] or self._renaming.only_renamed(name)
+        found = None if stored is None or is_conv1d(candidate.module) else self._files.codes(stored)
+        return found if found is not None and found[0].shape == candidate.weight().shape else None
+
     def tensor(self, name: str) -> Tensor:
-        """See ``Source.tensor``."""
+        """See ``Source.tensor``: in the model's dtype if it is stored packed, else as it is stored."""
+        tensor = self._read(name)
+        made_of = self._made_of(name)
+        return tensor.to(self.model.state_dict()[name].dtype) if made_of & self._files.packed else tensor
+
+    def _read(self, name: str) -> Tensor:
         stored = self._stored[name]
         expected: Tensor = self.model.state_dict()[name]
         if stored is not None:
@@ -161,10 +175,10 @@ class CheckpointSource(Source):
             return load_tokenizer(str(self._folder))
         return None
 
-    def whole(self) -> nn.Module:
-        """See ``Source.whole``: its tensors are pages of the files, as far as they are stored under one name."""
+    def whole(self, scratch: Path) -> nn.Module:
+        """See ``Source.whole``: its tensors are pages of files, as far as they are stored under one name or packed."""
         model: Any = build(self._folder, name=self.name)
-        state = {name: self.tensor(name) for name in model.state_dict()}
+        state = {name: self._paged(name, scratch) for name in model.state_dict()}
         model.load_state_dict(state, assign=True)
         model.tie_weights()
         whole: nn.Module = model
@@ -174,9 +188,52 @@ class CheckpointSource(Source):
         """See ``Source.save_companions``."""
         config: Any = self.model.config
         config.save_pretrained(folder)
-        for pattern in _TOKENIZER_FILES:
+        for pattern in TOKENIZER_FILES:
             for file in self._folder.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
+
+    def _paged(self, name: str, scratch: Path) -> Tensor:
+        """A tensor, as pages of a file of its own where it is stored packed."""
+        tensor = self.tensor(name)
+        if not self._made_of(name) & self._files.packed:
+            return tensor
+        from safetensors.torch import save_file
+
+        with tempfile.NamedTemporaryFile(dir=scratch, suffix=".safetensors", delete=False) as file:
+            path = Path(file.name)
+        save_file({"tensor": tensor.contiguous()}, path)
+        return read_tensor(open_tensors(path), path, "tensor")
+
+    def _made_of(self, name: str) -> set[str]:
+        """Names in the files of what a tensor of the model is read from."""
+        stored = self._stored[name]
+        if stored is not None:
+            return {stored}
+        alias = self._renamed(name)
+        return set() if alias is None else set(self._renaming.sources(alias))
+
+    def _refuse_unknown(self) -> None:
+        """Refuse numbers that do not stand for themselves, and tensors beside a weight that would change it."""
+        state = self.model.state_dict()
+        used: set[str] = set()
+        for name, tensor in state.items():
+            for stored in self._made_of(name):
+                used.add(stored)
+                if tensor.is_floating_point() and not self._files.is_floating(stored):
+                    raise ConfigError(
+                        f"{stored!r} in {self._folder} is stored as {self._files.dtype(stored)} where the model has "
+                        f"{tensor.dtype}: how its numbers are to be read is not known"
+                    )
+        ignored: Any = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        for stored in self._files:
+            module, _, leaf = stored.rpartition(".")
+            if stored in used or f"{module}.weight" not in used or leaf == "num_batches_tracked":
+                continue
+            if not any(re.search(pattern, stored) for pattern in ignored):
+                raise ConfigError(
+                    f"{stored!r} in {self._folder} stands beside a weight of the model, which has no such tensor: what "
+                    "it does to that weight is not known"
+                )
 
     def _renamed(self, name: str) -> str | None:
         """The name, or one of the same tensor, under which transformers' rules make it."""
@@ -227,7 +284,7 @@ def open_source(model: str | nn.Module, gguf_file: str | None, in_memory: bool) 
     refuse_folder(model, gguf_file=gguf_file)
     folder = Path(model)
     if gguf_file is None and not folder.is_dir():
-        folder = _download(model)
+        folder = download(model)
     refuse_adapter(folder)
     if gguf_file is None and not in_memory and checkpoint_files(folder):
         return CheckpointSource(folder, model)
@@ -236,15 +293,6 @@ def open_source(model: str | nn.Module, gguf_file: str | None, in_memory: bool) 
 
 def _swap(loaded: tuple[Any, Any], name: str) -> tuple[Any, str, Any]:
     return loaded[0], name, loaded[1]
-
-
-def _download(name: str) -> Path:
-    hub = import_optional("huggingface_hub", 'pip install "ciphertune[hf]"')
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:
-        # The hub's client raises errors of several libraries.
-        raise ConfigError(f"{name!r} is neither a folder nor a model that the hub gives: {error}") from error
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ciphertune._support.atomic import draft_directory, safetensors_written, sync_tree
 from ciphertune._support.bundle_names import CLIENT_MANIFEST, WORKER_MANIFEST
 from ciphertune.backend import WeightBits
+from ciphertune.bundle.adopting import adopt
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
-    INDEX,
     OUTSOURCED,
     WORKER_FORMAT,
     write_json,
@@ -28,6 +28,7 @@ from ciphertune.bundle.files import (
 from ciphertune.bundle.outliers import kept_tables
 from ciphertune.bundle.source import Source, dtype_of, open_source
 from ciphertune.bundle.spread import Spread, rows_of_worker
+from ciphertune.checkpoints.files import INDEX
 from ciphertune.errors import ConfigError
 from ciphertune.models.names import published_name
 from ciphertune.models.skeleton import tied_names
@@ -135,7 +136,7 @@ def split(
             elif calibration == OFF:
                 found, why = None, "calibration is off"
             else:
-                found, why = calibration_of(source.whole(), source.tokenizer, calibration)
+                found, why = _calibrated(source, draft, calibration)
             writer = _Writer(source, chosen, table, draft, weight_bits, shards, by, found, progress)
             result = dataclasses.replace(writer.write(replicas), uncalibrated=why)
             sync_tree(draft)
@@ -147,6 +148,14 @@ def split(
         client=target / "client",
         workers=tuple(target / folder.name for folder in result.workers),
     )
+
+
+def _calibrated(source: Source, draft: Path, text: str | os.PathLike[str] | None) -> tuple[Calibration | None, str]:
+    tokenizer = source.tokenizer
+    if tokenizer is None:
+        return calibration_of(source.model, None, text)
+    with tempfile.TemporaryDirectory(dir=draft) as scratch:
+        return calibration_of(source.whole(Path(scratch)), tokenizer, text)
 
 
 def _check(target: Path, shards: int, by: str, replicas: int, weight_bits: int, force: bool) -> None:
@@ -228,9 +237,7 @@ class _Writer:
         done = 0
         for group in (*self._groups, *self._tables):
             exact = [self._source.weight(self._chosen[i]) for i in group]
-            weights = [
-                quantize_layer(self._chosen[i].name, weight, self._bits) for i, weight in zip(group, exact, strict=True)
-            ]
+            weights = [self._quantized(self._chosen[i], weight) for i, weight in zip(group, exact, strict=True)]
             members = [describe(self._chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)]
             members = keep_channels(members, exact, self._calibration)
             del exact
@@ -248,6 +255,12 @@ class _Writer:
                 {"format": WORKER_FORMAT, "model": published_name(self._source.name), "blocks": blocks},
             )
         return [infos[i] for i in range(len(self._chosen))]
+
+    def _quantized(self, candidate: Candidate, exact: Tensor) -> LayerWeight:
+        """A layer's weight in codes: those that it is stored as, where they are of the same kind."""
+        stored = self._source.codes(candidate) if self._bits == 8 else None
+        found = None if stored is None else adopt(*stored)
+        return quantize_layer(candidate.name, exact, self._bits) if found is None else found
 
     def _write_block(
         self, worker: int, folder: Path, members: Sequence[LayerInfo], weights: Sequence[LayerWeight], place: float

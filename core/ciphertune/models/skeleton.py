@@ -39,6 +39,7 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
         raise ConfigError(f"transformers cannot read the model configuration in {folder}: {error}") from error
     for attribute, value in changes.items():
         setattr(config, attribute, value)
+    unpacked_config(config)
     config._name_or_path = name or str(folder)
     chosen = architecture or (getattr(config, "architectures", None) or [None])[0]
     model_class = getattr(transformers, str(chosen), None)
@@ -53,6 +54,14 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
             f"transformers cannot make the model that {folder / 'config.json'} describes: "
             f"{type(error).__name__}: {str(error)[:300]}"
         ) from error
+
+
+def unpacked_config(config: Any) -> None:
+    """Take out of a configuration that the model's weights are packed: what is made of it has plain ones."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for key in ("quantization_config", "compression_config"):
+            if key in getattr(part, "__dict__", {}):
+                delattr(part, key)
 
 
 def assemble(config: Any, model_class: type[nn.Module]) -> nn.Module:
