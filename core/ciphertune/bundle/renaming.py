@@ -44,6 +44,8 @@ class Renaming:
             from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
         except ImportError:
             return
+        if not hasattr(model, "base_model_prefix"):
+            return  # of another library
         rules = get_model_conversion_mapping(model)
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from ciphertune.checkpoints.files import checkpoint_files, open_tensors, read_te
 from ciphertune.checkpoints.tensors import PlainTensors
 from ciphertune.errors import ConfigError
 from ciphertune.models.folders import refuse_folder
-from ciphertune.models.hub import TOKENIZER_FILES, download
+from ciphertune.models.hub import copy_companions, download
 from ciphertune.models.load import load_named_model, load_tokenizer, refuse_adapter, smollm2_folder
-from ciphertune.models.skeleton import build, tied_names
+from ciphertune.models.skeleton import build, is_diffusers, tied_names
 from ciphertune.outsourcing.layers import Candidate
 from ciphertune.outsourcing.obstacles import is_conv1d
 
@@ -75,14 +74,22 @@ class Source(abc.ABC):
 
 
 class ModuleSource(Source):
-    """A module that is in memory whole."""
+    """A module that is in memory whole.
 
-    def __init__(self, model: nn.Module, name: str, tokenizer: Any = None) -> None:
+    Args:
+        model: the module.
+        name: of the model.
+        tokenizer: of the model.
+        folder: with what belongs to it, where it was read from one.
+    """
+
+    def __init__(self, model: nn.Module, name: str, tokenizer: Any = None, folder: Path | None = None) -> None:
         if hasattr(model, "peft_config"):
             raise ConfigError("the model has adapters: split the model without them, and add adapters to the client's")
         self.model = model
         self.name = name
         self._tokenizer = tokenizer
+        self._folder = folder
         self._state = model.state_dict()
 
     def weight(self, candidate: Candidate) -> Tensor:
@@ -112,6 +119,8 @@ class ModuleSource(Source):
         ):
             if part is not None and hasattr(part, "save_pretrained"):
                 part.save_pretrained(folder)
+        if self._folder is not None:
+            copy_companions(self._folder, folder)
 
 
 class CheckpointSource(Source):
@@ -186,11 +195,11 @@ class CheckpointSource(Source):
 
     def save_companions(self, folder: Path) -> None:
         """See ``Source.save_companions``."""
-        config: Any = self.model.config
-        config.save_pretrained(folder)
-        for pattern in TOKENIZER_FILES:
-            for file in self._folder.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        model: Any = self.model
+        # Models of diffusers save a configuration themselves.
+        save = getattr(model, "save_config", None) or model.config.save_pretrained
+        save(folder)
+        copy_companions(self._folder, folder)
 
     def _paged(self, name: str, scratch: Path) -> Tensor:
         """A tensor, as pages of a file of its own where it is stored packed."""
@@ -280,7 +289,8 @@ def open_source(model: str | nn.Module, gguf_file: str | None, in_memory: bool) 
         return ModuleSource(model, name)
     if model == "smollm2":
         smollm2_folder()
-        return ModuleSource(*_swap(load_named_model(model), model))
+        loaded, tokenizer = load_named_model(model)
+        return ModuleSource(loaded, model, tokenizer)
     refuse_folder(model, gguf_file=gguf_file)
     folder = Path(model)
     if gguf_file is None and not folder.is_dir():
@@ -288,11 +298,12 @@ def open_source(model: str | nn.Module, gguf_file: str | None, in_memory: bool) 
     refuse_adapter(folder)
     if gguf_file is None and not in_memory and checkpoint_files(folder):
         return CheckpointSource(folder, model)
-    return ModuleSource(*_swap(load_named_model(str(folder), gguf_file, whole=True), model))
-
-
-def _swap(loaded: tuple[Any, Any], name: str) -> tuple[Any, str, Any]:
-    return loaded[0], name, loaded[1]
+    if is_diffusers(folder):
+        raise ConfigError(
+            f"{model!r} has no diffusion_pytorch_model.safetensors, and a part of diffusers is read from that alone"
+        )
+    loaded, tokenizer = load_named_model(str(folder), gguf_file, whole=True)
+    return ModuleSource(loaded, model, tokenizer, None if gguf_file is not None else folder)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
