@@ -229,6 +229,7 @@ def test_signatures() -> None:
         ("to", "mlwe"),
         ("layers", None),
         ("embeddings", False),
+        ("convolutions", False),
         ("calibration", None),
         ("plugins", None),
     ]

@@ -31,9 +31,8 @@ def rows() -> Tensor:
 
 def one_of_two(rank: int, port: int, out: str) -> None:
     """A process of a run with accelerate, which puts DistributedDataParallel around the model."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
-    }  # fmt: skip
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= address | {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     from accelerate import Accelerator
 
     torch.set_num_threads(1)
@@ -51,7 +50,7 @@ def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call,attr-defined]
     plain = net()
     plain(rows()).square().mean().backward()
     wanted = plain[0].weight.grad

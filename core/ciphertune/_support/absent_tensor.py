@@ -195,10 +195,10 @@ class WithoutWeight(nn.Module):
                 f"{self.name!r} is at the workers, so torch.fx cannot trace into it: make it a leaf of your Tracer "
                 "(is_leaf_module)"
             )
-        if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        if torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined]
             raise OutsourcedWeightError(f"{self.name!r} is at the workers, so torch.jit cannot trace it: {_EXPORTED}")
 
-    def __prepare_scriptable__(self) -> NoReturn:  # noqa: PLW3201 - torch.jit.script asks for this name
+    def __prepare_scriptable__(self) -> NoReturn:
         """Refuse ``torch.jit.script``."""
         raise OutsourcedWeightError(f"{self.name!r} is at the workers, so torch.jit cannot compile it: {_EXPORTED}")
 
