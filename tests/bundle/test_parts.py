@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import small
 import tiny as models
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import ciphertune
 from ciphertune.bundle.worker import load_worker
@@ -107,3 +108,50 @@ def test_a_class_that_diffusers_does_not_have(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(1)}, tmp_path / "part" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ConfigError, match="names no model class that diffusers has: 'os'"):
         ciphertune.split(str(tmp_path / "part"), tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_convolutions_are_split(tmp_path: Path, in_memory: bool) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic", num_labels=4
+    )
+    plain = transformers.ResNetForImageClassification(config).eval()
+    plain.save_pretrained(tmp_path / "model")
+    bundle = ciphertune.split(
+        str(tmp_path / "model"), tmp_path / "bundle", weight_bits=16, convolutions=True, in_memory=in_memory
+    )
+    assert bundle.layers == 2
+    assert bundle.fraction > 0.6
+    model = client(bundle)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert error(model(pixel_values=x).logits, plain(pixel_values=x).logits) < 1e-3
+
+
+def test_convolutions_and_token_embeddings(tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.SiglipConfig(
+        text_config={"vocab_size": 96, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, **sizes},
+        vision_config={"image_size": 32, "patch_size": 8, **sizes},
+    )
+    plain = transformers.SiglipTextModel(config.text_config).eval()
+    model = nn.ModuleDict({"text": plain, "picture": nn.Conv2d(4, 64, 3)})
+    model.get_input_embeddings = plain.get_input_embeddings  # type: ignore[assignment]
+    ids, x = small.ids(), torch.randn(1, 4, 8, 8)
+    wanted = plain(input_ids=ids).last_hidden_state, model["picture"](x)
+    bundle = ciphertune.split(model, tmp_path / "bundle", weight_bits=16, embeddings=True, convolutions=["picture"])
+    skeleton = copy.deepcopy(model).to("meta")
+    for name, buffer in model.named_buffers():
+        parent, _, attribute = name.rpartition(".")
+        setattr(skeleton.get_submodule(parent), attribute, buffer)
+    skeleton.get_input_embeddings = skeleton["text"].get_input_embeddings  # type: ignore[assignment,operator]
+    worker = Worker(load_worker(bundle.workers[0]))
+    ours = ciphertune.load_client(bundle.client, "clear?weight_bits=16", worker=worker, skeleton=skeleton)
+    assert error(ours["text"](input_ids=ids).last_hidden_state.detach(), wanted[0].detach()) < 1e-3
+    assert error(ours["picture"](x).detach(), wanted[1].detach()) < 1e-3

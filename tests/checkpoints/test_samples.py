@@ -49,6 +49,7 @@ def _named(name: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
+        ("awq", {"qweight": None}),
         ("awq", {"qzeros": None}),
         ("awq", {"scales": torch.ones(3, 16)}),
         ("gptq-4bit", {"qzeros": torch.zeros(3, 8, dtype=torch.int32)}),

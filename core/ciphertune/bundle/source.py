@@ -144,6 +144,8 @@ class CheckpointSource(Source):
     def weight(self, candidate: Candidate) -> Tensor:
         """See ``Source.weight``."""
         tensor = self._read(f"{candidate.name}.weight")
+        if tensor.dim() > 2:  # a convolution: its patches are the inputs
+            return tensor.flatten(1)
         return tensor.t() if is_conv1d(candidate.module) else tensor
 
     def codes(self, candidate: Candidate) -> tuple[Tensor, Tensor] | None:

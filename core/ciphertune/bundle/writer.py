@@ -29,10 +29,11 @@ from ciphertune.bundle.outliers import kept_tables
 from ciphertune.bundle.source import Source, dtype_of, open_source
 from ciphertune.bundle.spread import Spread, rows_of_worker
 from ciphertune.checkpoints.files import INDEX
-from ciphertune.errors import ConfigError
+from ciphertune.errors import ConfigError, NothingOutsourcedError
 from ciphertune.models.names import published_name
 from ciphertune.models.skeleton import tied_names
 from ciphertune.outsourcing.calibration import OFF, Calibration, calibration_of
+from ciphertune.outsourcing.convolution import choose_convolutions
 from ciphertune.outsourcing.embedding import Table, choose_table
 from ciphertune.outsourcing.layers import Candidate, LayerChoice, choose_layers, sibling_groups
 from ciphertune.outsourcing.outliers import keep_channels, products_with_outliers
@@ -84,6 +85,7 @@ def split(
     *,
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
     embeddings: bool = False,
+    convolutions: bool | LayerChoice | Iterable[LayerChoice] = False,
     shards: int = 1,
     by: Literal["layers", "rows"] = "layers",
     replicas: int = 1,
@@ -106,6 +108,7 @@ def split(
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
         embeddings: whether the token embedding goes to the workers, too, for encrypted lookups; see
             ``ciphertune.outsource``.
+        convolutions: which convolutions do; see ``ciphertune.outsource``.
         shards: workers to spread the layers over.
         by: whole layers, in runs of about equal size, or rows of every layer, cut at multiples of 64.
         replicas: worker folders with all layers; they share the disk's space.
@@ -124,7 +127,13 @@ def split(
     target = Path(out)
     _check(target, shards, by, replicas, weight_bits, force)
     source = open_source(model if isinstance(model, nn.Module) else os.fspath(model), gguf_file, in_memory)
-    chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
+    patched = choose_convolutions(source.model, convolutions, allow_meta=True)
+    try:
+        chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
+    except NothingOutsourcedError:
+        if layers is not None or not patched:
+            raise
+        chosen = []
     table = None
     if embeddings:
         chosen, table = choose_table(source.model, chosen, allow_meta=True)
@@ -137,7 +146,7 @@ def split(
                 found, why = None, "calibration is off"
             else:
                 found, why = _calibrated(source, draft, calibration)
-            writer = _Writer(source, chosen, table, draft, weight_bits, shards, by, found, progress)
+            writer = _Writer(source, chosen, patched, table, draft, weight_bits, shards, by, found, progress)
             result = dataclasses.replace(writer.write(replicas), uncalibrated=why)
             sync_tree(draft)
             _put(draft, target)
@@ -179,7 +188,8 @@ class _Writer:
     def __init__(
         self,
         source: Source,
-        chosen: Sequence[Candidate],
+        linear: Sequence[Candidate],
+        patched: Sequence[Candidate],
         table: Table | None,
         folder: Path,
         weight_bits: WeightBits,
@@ -189,6 +199,7 @@ class _Writer:
         progress: Progress | None,
     ) -> None:
         self._source = source
+        chosen = [*linear, *patched]
         places = () if table is None else table.places
         own = places[:1] if table is not None and table.tied is None else ()
         # Behind the layers stands a table that is none of them.
@@ -201,7 +212,9 @@ class _Writer:
         self._by = by
         self._calibration = calibration
         self._progress = progress or (lambda done, total: None)
-        self._groups = sibling_groups(chosen, [c.weight().shape[1] for c in chosen])
+        # Each convolution makes patches of its own of what it gets.
+        self._groups = sibling_groups(linear, [c.weight().shape[1] for c in linear])
+        self._groups += [(i,) for i in range(len(linear), len(chosen))]
         self._tables = [(i,) for i in range(len(chosen), len(self._chosen))]
         self._total = sum(c.weight().numel() for c in self._chosen)
         self._blocks: list[list[dict[str, Any]]] = [[] for _ in range(shards)]

@@ -25,6 +25,8 @@ def awq(headers: Mapping[str, Header], settings: Mapping[str, Any]) -> dict[str,
         module, _, leaf = name.rpartition(".")
         if leaf == "qweight":
             found[f"{module}.weight"] = _layer(module, headers, settings)
+        elif leaf == "scales" and f"{module}.qweight" not in headers:
+            raise fail(name, "it scales an activation, which the model here does not")
     return found
 
 

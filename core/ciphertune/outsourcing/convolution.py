@@ -23,11 +23,14 @@ _LEAST = 32.0
 of a linear layer of 64 to 64 features."""
 
 
-def choose_convolutions(model: nn.Module, choice: bool | LayerChoice | Iterable[LayerChoice]) -> list[Candidate]:
+def choose_convolutions(
+    model: nn.Module, choice: bool | LayerChoice | Iterable[LayerChoice], *, allow_meta: bool = False
+) -> list[Candidate]:
     """Choose convolutions, as ``choose_layers`` does with linear layers.
 
     Args:
         model: any module.
+        allow_meta: take convolutions without weights, on the meta device, as well.
         choice: False for none; True for all that can be outsourced and save at least 32 multiplications for each value
             that is sent or comes back; or names, patterns, types and predicates.
 
@@ -38,7 +41,7 @@ def choose_convolutions(model: nn.Module, choice: bool | LayerChoice | Iterable[
     """
     if choice is False:
         return []
-    found = _convolutions(model)
+    found = convolutions(model, allow_meta=allow_meta)
     if choice is True:
         chosen = [each for each in found if each.obstacle is None and saved_by_value(each.module) >= _LEAST]
     else:
@@ -61,16 +64,17 @@ def saved_by_value(module: nn.Module) -> float:
     return outputs * inputs / (outputs + inputs)
 
 
-def _convolutions(model: nn.Module) -> list[Candidate]:
+def convolutions(model: nn.Module, *, allow_meta: bool = False) -> list[Candidate]:
+    """List every convolution of a model that is not an adapter's own, in module order."""
     mixed = meant_to_train(model)
     return [
-        Candidate(bare_name(model, path), parent, attribute, module, _obstacle(module, mixed), None)
+        Candidate(bare_name(model, path), parent, attribute, module, _obstacle(module, mixed, allow_meta), None)
         for path, parent, attribute, module in walk(model)
         if isinstance(module, (nn.Conv1d, nn.Conv2d)) and not isinstance(module, OutsourcedConv)
     ]
 
 
-def _obstacle(module: nn.Conv1d | nn.Conv2d, mixed: bool) -> str | None:
+def _obstacle(module: nn.Conv1d | nn.Conv2d, mixed: bool, allow_meta: bool) -> str | None:
     """Why a convolution cannot be outsourced, None if it can."""
     found = something_of_its_own(module)
     if found is not None:
@@ -80,7 +84,7 @@ def _obstacle(module: nn.Conv1d | nn.Conv2d, mixed: bool) -> str | None:
         return f"{type(module).__name__} is a convolution with a behaviour of its own"
     if module.groups != 1:
         return f"its channels are in {module.groups} groups, and a product is of one"
-    if weight.is_meta:
+    if weight.is_meta and not allow_meta:
         return "its weight is on the meta device: load the model first"
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight has dtype {weight.dtype}"
