@@ -88,8 +88,10 @@ class OutsourcedLinear(WithoutWeight, nn.Linear):
 
         Raises:
             InputError: the last dimension is not K, it is not floating point, or is not finite.
+            OutsourcedWeightError: the call is traced by ``torch.jit`` or ``torch.fx``.
         """
         x = input
+        self.refuse_tracing(x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise InputError(f"{self.name}: expected an input of shape (…, {self.in_features}), got {tuple(x.shape)}")
         if not x.is_floating_point():

@@ -240,6 +240,7 @@ def test_signatures() -> None:
         ("to", "mlwe"),
         ("layers", None),
         ("embeddings", False),
+        ("convolutions", False),
         ("calibration", None),
         ("plugins", None),
     ]

@@ -73,6 +73,21 @@ _METADATA_PROPERTIES = frozenset(
 )
 
 
+_ELSEWHERE = (
+    "its session, with its keys and connections, belongs to one process. Outsource or load the model in each process "
+    "that calls it; a data loader's processes need the data alone. To keep what was trained, save the adapter or a "
+    "state_dict"
+)
+_EXPORTED = "a graph would compute without them. Restore the model, or merge the adapter into the original one, first"
+
+_WHOLE = {
+    "__reduce_ex__": f"pickled or sent to another process: {_ELSEWHERE}",
+    "share_memory_": f"shared with another process: {_ELSEWHERE}",
+    "_is_view": f"exported (torch.export, ONNX) or computed with fake tensors: {_EXPORTED}",
+}
+"""What is asked of a tensor → what somebody tries with the whole model, and what to do instead."""
+
+
 def _size(full: torch.Size, dim: int | None = None) -> torch.Size | int:
     return full if dim is None else full[dim]
 
@@ -141,6 +156,8 @@ def _asked(func: Any) -> str:
 
 def refuse(layer: str, what: str) -> NoReturn:
     """Raise ``OutsourcedWeightError``: ``what`` cannot be computed with the weight of ``layer``."""
+    if what in _WHOLE:
+        raise OutsourcedWeightError(f"the weight of {layer!r} is at the workers, so the model cannot be {_WHOLE[what]}")
     raise OutsourcedWeightError(
         f"the weight of {layer!r} is at the workers, so {what!r} cannot be computed with it here. "
         "Merging adapters, DoRA and initialisations drawn from the weight (PiSSA, OLoRA, …) need the original model: "
@@ -166,6 +183,24 @@ class WithoutWeight(nn.Module):
             super().__setattr__(name, value)
         elif not self.tied:
             refuse(self.name, "assignment")
+
+    def refuse_tracing(self, given: object) -> None:
+        """Raise ``OutsourcedWeightError`` where a call is recorded, to be repeated without the workers.
+
+        Args:
+            given: what the module was called with.
+        """
+        if not isinstance(given, Tensor) and type(given).__module__.startswith("torch.fx"):
+            raise OutsourcedWeightError(
+                f"{self.name!r} is at the workers, so torch.fx cannot trace into it: make it a leaf of your Tracer "
+                "(is_leaf_module)"
+            )
+        if torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined]
+            raise OutsourcedWeightError(f"{self.name!r} is at the workers, so torch.jit cannot trace it: {_EXPORTED}")
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse ``torch.jit.script``."""
+        raise OutsourcedWeightError(f"{self.name!r} is at the workers, so torch.jit cannot compile it: {_EXPORTED}")
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise OutsourcedWeightError(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -27,6 +28,11 @@ def uncompiled(function: _Function) -> _Function:
         return disabled[0](*args, **kwargs)
 
     return called  # type: ignore[return-value]
+
+
+def transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is one that a transform of ``torch.func`` (``grad``, ``vmap``, ``jvp`` …) computes with."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

@@ -13,24 +13,16 @@ from torch import Tensor, nn
 from ciphertune._support.bundle_names import CLIENT_MANIFEST
 from ciphertune._support.own_modes import own_modes
 from ciphertune.bundle.codes import FolderCodes
-from ciphertune.bundle.files import (
-    CLIENT_FORMAT,
-    OUTSOURCED,
-    TensorFiles,
-    checkpoint_files,
-    floating,
-    open_tensors,
-    read_manifest_file,
-    read_tensor,
-    tensor_shape,
-)
+from ciphertune.bundle.files import CLIENT_FORMAT, OUTSOURCED, floating, read_manifest_file
 from ciphertune.bundle.manifest import ClientManifest, check_model_config, read_client, refuse_strange_files
 from ciphertune.bundle.outliers import check_kept, read_kept
+from ciphertune.checkpoints.files import TensorFiles, checkpoint_files, open_tensors, read_tensor, tensor_shape
 from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError, LayerError
 from ciphertune.models.load import note_vocabulary
 from ciphertune.models.skeleton import build, tied_names
 from ciphertune.outsourcing.convert import attach
+from ciphertune.outsourcing.convolution import convolutions
 from ciphertune.outsourcing.embedding import Table, choose_table
 from ciphertune.outsourcing.layers import Candidate, linear_layers
 from ciphertune.plugins.manager import PluginManager, plugin_manager
@@ -159,26 +151,29 @@ def _table(
     model: nn.Module, chosen: list[Candidate], infos: list[LayerInfo], embeddings: list[str], folder: Path
 ) -> Table:
     """The token embedding that a bundle says is outsourced. Raises ``ConfigError`` where the model has another."""
+    linear = [each for each in chosen if not isinstance(each.module, (nn.Conv1d, nn.Conv2d))]
     try:
-        layers, table = choose_table(model, chosen, allow_meta=True)
+        layers, table = choose_table(model, linear, allow_meta=True)
     except LayerError as error:
         raise ConfigError(f"{folder} names token embeddings, but: {error}") from error
     info = infos[len(chosen) if table.tied is None else table.tied]
     names = [place.name for place in table.places]
     shape = tuple(table.places[0].weight().shape)
-    if names != embeddings or len(layers) != len(chosen) or shape != (info.out_features, info.in_features):
+    if names != embeddings or len(layers) != len(linear) or shape != (info.out_features, info.in_features):
         raise ConfigError(f"{folder} names token embeddings {embeddings}, which the model does not have: {names}")
     return table
 
 
 def _candidates(model: nn.Module, infos: list[LayerInfo], folder: Path) -> list[Candidate]:
-    by_name = {candidate.name: candidate for candidate in linear_layers(model, allow_meta=True, trial=False)}
+    # Of one group, and of no class of its own: others are no product of patches.
+    patched = [each for each in convolutions(model, allow_meta=True) if each.obstacle is None]
+    by_name = {each.name: each for each in (*linear_layers(model, allow_meta=True, trial=False), *patched)}
     chosen = []
     for info in infos:
         candidate = by_name.get(info.name)
         if candidate is None or tuple(candidate.weight().shape) != (info.out_features, info.in_features):
             raise ConfigError(
-                f"{folder} names a linear layer {info.name!r} of {info.in_features} to {info.out_features} features, "
+                f"{folder} names a layer {info.name!r} of {info.in_features} to {info.out_features} features, "
                 "which the model does not have"
             )
         chosen.append(candidate)

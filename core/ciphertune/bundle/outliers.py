@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ciphertune.bundle.files import read_tensor
+from ciphertune.checkpoints.files import read_tensor
 from ciphertune.errors import ConfigError
 from ciphertune.weights import MOST_CHANNELS, KeptChannels, LayerInfo, LayerWeight
 

@@ -44,6 +44,8 @@ class Renaming:
             from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
         except ImportError:
             return
+        if not hasattr(model, "base_model_prefix"):
+            return  # of another library
         rules = get_model_conversion_mapping(model)
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
@@ -62,6 +64,15 @@ class Renaming:
 
     def __contains__(self, name: object) -> bool:
         return name in self._recipes
+
+    def sources(self, name: str) -> list[str]:
+        """Names in the checkpoint of what a tensor of the model is made of."""
+        return [source for source, _ in self._recipes[name].sources]
+
+    def only_renamed(self, name: str) -> str | None:
+        """The name in the checkpoint of a tensor that is the same there but for its name; None if it is not."""
+        recipe = self._recipes.get(name)
+        return None if recipe is None or recipe.converter is not None else recipe.sources[0][0]
 
     def make(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """A tensor of the model.

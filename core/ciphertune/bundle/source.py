@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import shutil
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.optional_imports import import_optional
-from ciphertune.bundle.files import TensorFiles, checkpoint_files
 from ciphertune.bundle.renaming import Renaming
+from ciphertune.checkpoints.files import checkpoint_files, open_tensors, read_tensor
+from ciphertune.checkpoints.tensors import PlainTensors
 from ciphertune.errors import ConfigError
 from ciphertune.models.folders import refuse_folder
+from ciphertune.models.hub import copy_companions, download
 from ciphertune.models.load import load_named_model, load_tokenizer, refuse_adapter, smollm2_folder
-from ciphertune.models.skeleton import build, tied_names
+from ciphertune.models.skeleton import build, is_diffusers, tied_names
 from ciphertune.outsourcing.layers import Candidate
 from ciphertune.outsourcing.obstacles import is_conv1d
 
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "*.model",
-    "generation_config.json",
-)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model")
 """Patterns of files of which a tokenizer has at least one."""
-_HUB_FILES = ("*.safetensors", "*.json", *_TOKENIZER_FILES)
 
 
 class Source(abc.ABC):
@@ -51,6 +42,10 @@ class Source(abc.ABC):
     def weight(self, candidate: Candidate) -> Tensor:
         """A linear layer's weight, (out_features, in_features)."""
 
+    def codes(self, candidate: Candidate) -> tuple[Tensor, Tensor] | None:
+        """The (N, K) int8 codes and (N,) float32 scales that a layer's weight is stored as, None if it is not."""
+        return None
+
     @abc.abstractmethod
     def tensor(self, name: str) -> Tensor:
         """A tensor of the state dict."""
@@ -65,8 +60,12 @@ class Source(abc.ABC):
         """The model's tokenizer, None where there is none."""
 
     @abc.abstractmethod
-    def whole(self) -> nn.Module:
-        """The model with all of its weights, to be called and not changed."""
+    def whole(self, scratch: Path) -> nn.Module:
+        """The model with all of its weights, to be called and not changed.
+
+        Args:
+            scratch: a folder for weights that are stored packed, as long as the model is used.
+        """
 
     @property
     def architecture(self) -> str | None:
@@ -75,14 +74,22 @@ class Source(abc.ABC):
 
 
 class ModuleSource(Source):
-    """A module that is in memory whole."""
+    """A module that is in memory whole.
 
-    def __init__(self, model: nn.Module, name: str, tokenizer: Any = None) -> None:
+    Args:
+        model: the module.
+        name: of the model.
+        tokenizer: of the model.
+        folder: with what belongs to it, where it was read from one.
+    """
+
+    def __init__(self, model: nn.Module, name: str, tokenizer: Any = None, folder: Path | None = None) -> None:
         if hasattr(model, "peft_config"):
             raise ConfigError("the model has adapters: split the model without them, and add adapters to the client's")
         self.model = model
         self.name = name
         self._tokenizer = tokenizer
+        self._folder = folder
         self._state = model.state_dict()
 
     def weight(self, candidate: Candidate) -> Tensor:
@@ -99,7 +106,7 @@ class ModuleSource(Source):
         """See ``Source.tokenizer``."""
         return self._tokenizer
 
-    def whole(self) -> nn.Module:
+    def whole(self, scratch: Path) -> nn.Module:
         """See ``Source.whole``."""
         return self.model
 
@@ -112,31 +119,49 @@ class ModuleSource(Source):
         ):
             if part is not None and hasattr(part, "save_pretrained"):
                 part.save_pretrained(folder)
+        if self._folder is not None:
+            copy_companions(self._folder, folder)
 
 
 class CheckpointSource(Source):
     """A folder with safetensors, read tensor by tensor through memory-mapped files.
 
     Raises:
-        ConfigError: there are none, or they do not hold every tensor of the model under a name that can be told.
+        ConfigError: there are none, they do not hold every tensor of the model under a name that can be told, or they
+            hold one in a way that is not known.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
-        self._files = TensorFiles(checkpoint_files(folder))
+        self._files = PlainTensors(folder)
         self.name = name
         self.model = build(folder, name=name)
         self._aliases = {name: group for group in tied_names(self.model) for name in group}
         self._renaming = Renaming(self.model, self._files)
         self._stored = self._find_names()
+        self._refuse_unknown()
 
     def weight(self, candidate: Candidate) -> Tensor:
         """See ``Source.weight``."""
-        tensor = self.tensor(f"{candidate.name}.weight")
+        tensor = self._read(f"{candidate.name}.weight")
+        if tensor.dim() > 2:  # a convolution: its patches are the inputs
+            return tensor.flatten(1)
         return tensor.t() if is_conv1d(candidate.module) else tensor
 
+    def codes(self, candidate: Candidate) -> tuple[Tensor, Tensor] | None:
+        """See ``Source.codes``."""
+        name = f"{candidate.name}.weight"
+        stored = self._stored[name] or self._renaming.only_renamed(name)
+        found = None if stored is None or is_conv1d(candidate.module) else self._files.codes(stored)
+        return found if found is not None and found[0].shape == candidate.weight().shape else None
+
     def tensor(self, name: str) -> Tensor:
-        """See ``Source.tensor``."""
+        """See ``Source.tensor``: in the model's dtype if it is stored packed, else as it is stored."""
+        tensor = self._read(name)
+        made_of = self._made_of(name)
+        return tensor.to(self.model.state_dict()[name].dtype) if made_of & self._files.packed else tensor
+
+    def _read(self, name: str) -> Tensor:
         stored = self._stored[name]
         expected: Tensor = self.model.state_dict()[name]
         if stored is not None:
@@ -161,10 +186,10 @@ class CheckpointSource(Source):
             return load_tokenizer(str(self._folder))
         return None
 
-    def whole(self) -> nn.Module:
-        """See ``Source.whole``: its tensors are pages of the files, as far as they are stored under one name."""
+    def whole(self, scratch: Path) -> nn.Module:
+        """See ``Source.whole``: its tensors are pages of files, as far as they are stored under one name or packed."""
         model: Any = build(self._folder, name=self.name)
-        state = {name: self.tensor(name) for name in model.state_dict()}
+        state = {name: self._paged(name, scratch) for name in model.state_dict()}
         model.load_state_dict(state, assign=True)
         model.tie_weights()
         whole: nn.Module = model
@@ -172,11 +197,54 @@ class CheckpointSource(Source):
 
     def save_companions(self, folder: Path) -> None:
         """See ``Source.save_companions``."""
-        config: Any = self.model.config
-        config.save_pretrained(folder)
-        for pattern in _TOKENIZER_FILES:
-            for file in self._folder.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        model: Any = self.model
+        # Models of diffusers save a configuration themselves.
+        save = getattr(model, "save_config", None) or model.config.save_pretrained
+        save(folder)
+        copy_companions(self._folder, folder)
+
+    def _paged(self, name: str, scratch: Path) -> Tensor:
+        """A tensor, as pages of a file of its own where it is stored packed."""
+        tensor = self.tensor(name)
+        if not self._made_of(name) & self._files.packed:
+            return tensor
+        from safetensors.torch import save_file
+
+        with tempfile.NamedTemporaryFile(dir=scratch, suffix=".safetensors", delete=False) as file:
+            path = Path(file.name)
+        save_file({"tensor": tensor.contiguous()}, path)
+        return read_tensor(open_tensors(path), path, "tensor")
+
+    def _made_of(self, name: str) -> set[str]:
+        """Names in the files of what a tensor of the model is read from."""
+        stored = self._stored[name]
+        if stored is not None:
+            return {stored}
+        alias = self._renamed(name)
+        return set() if alias is None else set(self._renaming.sources(alias))
+
+    def _refuse_unknown(self) -> None:
+        """Refuse numbers that do not stand for themselves, and tensors beside a weight that would change it."""
+        state = self.model.state_dict()
+        used: set[str] = set()
+        for name, tensor in state.items():
+            for stored in self._made_of(name):
+                used.add(stored)
+                if tensor.is_floating_point() and not self._files.is_floating(stored):
+                    raise ConfigError(
+                        f"{stored!r} in {self._folder} is stored as {self._files.dtype(stored)} where the model has "
+                        f"{tensor.dtype}: how its numbers are to be read is not known"
+                    )
+        ignored: Any = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        for stored in self._files:
+            module, _, leaf = stored.rpartition(".")
+            if stored in used or f"{module}.weight" not in used or leaf == "num_batches_tracked":
+                continue
+            if not any(re.search(pattern, stored) for pattern in ignored):
+                raise ConfigError(
+                    f"{stored!r} in {self._folder} stands beside a weight of the model, which has no such tensor: what "
+                    "it does to that weight is not known"
+                )
 
     def _renamed(self, name: str) -> str | None:
         """The name, or one of the same tensor, under which transformers' rules make it."""
@@ -223,28 +291,21 @@ def open_source(model: str | nn.Module, gguf_file: str | None, in_memory: bool) 
         return ModuleSource(model, name)
     if model == "smollm2":
         smollm2_folder()
-        return ModuleSource(*_swap(load_named_model(model), model))
+        loaded, tokenizer = load_named_model(model)
+        return ModuleSource(loaded, model, tokenizer)
     refuse_folder(model, gguf_file=gguf_file)
     folder = Path(model)
     if gguf_file is None and not folder.is_dir():
-        folder = _download(model)
+        folder = download(model)
     refuse_adapter(folder)
     if gguf_file is None and not in_memory and checkpoint_files(folder):
         return CheckpointSource(folder, model)
-    return ModuleSource(*_swap(load_named_model(str(folder), gguf_file, whole=True), model))
-
-
-def _swap(loaded: tuple[Any, Any], name: str) -> tuple[Any, str, Any]:
-    return loaded[0], name, loaded[1]
-
-
-def _download(name: str) -> Path:
-    hub = import_optional("huggingface_hub", 'pip install "ciphertune[hf]"')
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:
-        # The hub's client raises errors of several libraries.
-        raise ConfigError(f"{name!r} is neither a folder nor a model that the hub gives: {error}") from error
+    if is_diffusers(folder):
+        raise ConfigError(
+            f"{model!r} has no diffusion_pytorch_model.safetensors, and a part of diffusers is read from that alone"
+        )
+    loaded, tokenizer = load_named_model(str(folder), gguf_file, whole=True)
+    return ModuleSource(loaded, model, tokenizer, None if gguf_file is not None else folder)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

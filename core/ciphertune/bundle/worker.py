@@ -15,14 +15,9 @@ from torch import Tensor
 
 from ciphertune._support.bundle_names import WORKER_MANIFEST
 from ciphertune._support.suggestions import closest
-from ciphertune.bundle.files import (
-    WORKER_FORMAT,
-    inside,
-    open_tensors,
-    read_manifest_file,
-    read_tensor,
-)
+from ciphertune.bundle.files import WORKER_FORMAT, read_manifest_file
 from ciphertune.bundle.placement import cut_rows
+from ciphertune.checkpoints.files import inside, open_tensors, read_tensor
 from ciphertune.errors import ConfigError, ProtocolError, UnknownLayerError
 from ciphertune.weights import LayerInfo, LayerWeight, Shard, row_digests
 from ciphertune.worker.store import WeightStore

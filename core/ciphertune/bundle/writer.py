@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ciphertune._support.atomic import draft_directory, safetensors_written, sync_tree
 from ciphertune._support.bundle_names import CLIENT_MANIFEST, WORKER_MANIFEST
 from ciphertune.backend import WeightBits
+from ciphertune.bundle.adopting import adopt
 from ciphertune.bundle.files import (
     CLIENT_FORMAT,
-    INDEX,
     OUTSOURCED,
     WORKER_FORMAT,
     write_json,
@@ -28,10 +28,12 @@ from ciphertune.bundle.files import (
 from ciphertune.bundle.outliers import kept_tables
 from ciphertune.bundle.placement import Placement
 from ciphertune.bundle.source import Source, dtype_of, open_source
-from ciphertune.errors import ConfigError
+from ciphertune.checkpoints.files import INDEX
+from ciphertune.errors import ConfigError, NothingOutsourcedError
 from ciphertune.models.names import published_name
 from ciphertune.models.skeleton import tied_names
 from ciphertune.outsourcing.calibration import OFF, Calibration, calibration_of
+from ciphertune.outsourcing.convolution import choose_convolutions
 from ciphertune.outsourcing.embedding import Table, choose_table
 from ciphertune.outsourcing.layers import Candidate, LayerChoice, choose_layers, sibling_groups
 from ciphertune.outsourcing.outliers import keep_channels, products_with_outliers
@@ -83,6 +85,7 @@ def split(
     *,
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
     embeddings: bool = False,
+    convolutions: bool | LayerChoice | Iterable[LayerChoice] = False,
     workers: int = 1,
     placement: Placement | str = "rows",
     weight_bits: WeightBits = 8,
@@ -104,6 +107,7 @@ def split(
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
         embeddings: whether the token embedding goes to the workers, too, for encrypted lookups; see
             ``ciphertune.outsource``.
+        convolutions: which convolutions do; see ``ciphertune.outsource``.
         workers: how many to place the model on.
         placement: how: ``rows`` of every layer at each, cut at multiples of 64, which is fastest; ``layers``, whole
             ones in runs of about equal size; ``replicas`` with all layers, which share the disk's space; or numbers of
@@ -123,7 +127,13 @@ def split(
     target = Path(out)
     placed = _check(target, workers, placement, weight_bits, force)
     source = open_source(model if isinstance(model, nn.Module) else os.fspath(model), gguf_file, in_memory)
-    chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
+    patched = choose_convolutions(source.model, convolutions, allow_meta=True)
+    try:
+        chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
+    except NothingOutsourcedError:
+        if layers is not None or not patched:
+            raise
+        chosen = []
     table = None
     if embeddings:
         chosen, table = choose_table(source.model, chosen, allow_meta=True)
@@ -135,8 +145,8 @@ def split(
             elif calibration == OFF:
                 found, why = None, "calibration is off"
             else:
-                found, why = calibration_of(source.whole(), source.tokenizer, calibration)
-            writer = _Writer(source, chosen, table, draft, weight_bits, placed, found, progress)
+                found, why = _calibrated(source, draft, calibration)
+            writer = _Writer(source, chosen, patched, table, draft, weight_bits, placed, found, progress)
             result = dataclasses.replace(writer.write(), uncalibrated=why)
             sync_tree(draft)
             _put(draft, target)
@@ -147,6 +157,14 @@ def split(
         client=target / "client",
         workers=tuple(target / folder.name for folder in result.workers),
     )
+
+
+def _calibrated(source: Source, draft: Path, text: str | os.PathLike[str] | None) -> tuple[Calibration | None, str]:
+    tokenizer = source.tokenizer
+    if tokenizer is None:
+        return calibration_of(source.model, None, text)
+    with tempfile.TemporaryDirectory(dir=draft) as scratch:
+        return calibration_of(source.whole(Path(scratch)), tokenizer, text)
 
 
 def _check(target: Path, workers: int, placement: Placement | str, weight_bits: int, force: bool) -> Placement:
@@ -166,7 +184,8 @@ class _Writer:
     def __init__(
         self,
         source: Source,
-        chosen: Sequence[Candidate],
+        linear: Sequence[Candidate],
+        patched: Sequence[Candidate],
         table: Table | None,
         folder: Path,
         weight_bits: WeightBits,
@@ -175,6 +194,7 @@ class _Writer:
         progress: Progress | None,
     ) -> None:
         self._source = source
+        chosen = [*linear, *patched]
         places = () if table is None else table.places
         own = places[:1] if table is not None and table.tied is None else ()
         # Behind the layers stands a table that is none of them.
@@ -186,7 +206,9 @@ class _Writer:
         self._placement = placement
         self._calibration = calibration
         self._progress = progress or (lambda done, total: None)
-        self._groups = sibling_groups(chosen, [c.weight().shape[1] for c in chosen])
+        # Each convolution makes patches of its own of what it gets.
+        self._groups = sibling_groups(linear, [c.weight().shape[1] for c in linear])
+        self._groups += [(i,) for i in range(len(linear), len(chosen))]
         self._tables = [(i,) for i in range(len(chosen), len(self._chosen))]
         self._total = sum(c.weight().numel() for c in self._chosen)
         self._blocks: list[list[dict[str, Any]]] = [[] for _ in range(placement.parts)]
@@ -222,9 +244,7 @@ class _Writer:
         done = 0
         for group in (*self._groups, *self._tables):
             exact = [self._source.weight(self._chosen[i]) for i in group]
-            weights = [
-                quantize_layer(self._chosen[i].name, weight, self._bits) for i, weight in zip(group, exact, strict=True)
-            ]
+            weights = [self._quantized(self._chosen[i], weight) for i, weight in zip(group, exact, strict=True)]
             members = [describe(self._chosen[i].name, weight) for i, weight in zip(group, weights, strict=True)]
             members = keep_channels(members, exact, self._calibration)
             del exact
@@ -242,6 +262,12 @@ class _Writer:
                 {"format": WORKER_FORMAT, "model": published_name(self._source.name), "blocks": blocks},
             )
         return [infos[i] for i in range(len(self._chosen))]
+
+    def _quantized(self, candidate: Candidate, exact: Tensor) -> LayerWeight:
+        """A layer's weight in codes: those that it is stored as, where they are of the same kind."""
+        stored = self._source.codes(candidate) if self._bits == 8 else None
+        found = None if stored is None else adopt(*stored)
+        return quantize_layer(candidate.name, exact, self._bits) if found is None else found
 
     def _write_block(
         self, worker: int, folder: Path, members: Sequence[LayerInfo], weights: Sequence[LayerWeight], place: float

@@ -16,6 +16,7 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
 @click.option("--embeddings", is_flag=True, help="The token embedding goes to workers, too, for encrypted lookups.")
+@click.option("--convolutions", is_flag=True, help="Convolutions that save more than they cost go, too, as patches.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of workers.")
 @click.option(
     "--placement",
@@ -42,6 +43,7 @@ def split(
     out: Path,
     layers: tuple[str, ...],
     embeddings: bool,
+    convolutions: bool,
     workers: int,
     placement: str,
     weight_bits: str,
@@ -63,6 +65,7 @@ def split(
             out,
             layers=layers or None,
             embeddings=embeddings,
+            convolutions=convolutions,
             workers=workers,
             placement=placement,
             weight_bits=16 if weight_bits == "16" else 8,

@@ -48,6 +48,8 @@ def refuse_folder(name: str, *, weights: bool = True, tokenizer: bool = False, g
             raise ConfigError(
                 f"{name!r} is an adapter and no model: name the model that it is of, and the adapter in model.adapter"
             )
+        if (folder / "model_index.json").is_file():
+            raise ConfigError(f"{name!r} is a pipeline of diffusers: name one of its parts, such as {name}/unet")
         raise ConfigError(f"{name!r} is no model: it has no config.json and holds {_content(folder)}")
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from ciphertune._support.optional_imports import import_optional
+from ciphertune.checkpoints.tensors import PlainTensors, packing
 from ciphertune.errors import ConfigError
 from ciphertune.models.folders import refuse_folder
+from ciphertune.models.hub import download
 from ciphertune.models.names import SMOLLM2, SMOLLM2_PACKAGE, refuse_path
+from ciphertune.models.skeleton import unpacked_config
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -50,14 +53,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     refuse_folder(path, tokenizer=True, gguf_file=gguf_file)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _quiet(transformers, offline=Path(path).exists()), _loading(path):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **extra,
-            **_unpacked(transformers, gguf_file),
-        )
+        model, info = _pretrained(transformers, transformers.AutoModelForCausalLM, path, gguf_file, torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, **extra)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _with_adapter(path)
@@ -130,16 +126,15 @@ def load_classifier(name: str, labels: Sequence[str], gguf_file: str | None = No
     refuse_adapter(Path(name))
     refuse_folder(name, tokenizer=True, gguf_file=extra.get("gguf_file"))
     with _quiet(transformers, offline=Path(name).exists()), _loading(name):
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, info = _pretrained(
+            transformers,
+            transformers.AutoModelForSequenceClassification,
             name,
-            dtype=torch.float32,
+            extra.get("gguf_file"),
+            torch.float32,
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: number for number, label in enumerate(labels)},
-            output_loading_info=True,
-            trust_remote_code=False,
-            **extra,
-            **_unpacked(transformers, extra.get("gguf_file")),
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **extra)
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -169,6 +164,64 @@ def _found(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
         return name, {}
     import_optional("gguf", _EXTRA)
     return name, {"gguf_file": gguf_file}
+
+
+def _pretrained(
+    transformers: Any, model_class: Any, name: str, gguf_file: str | None, dtype: torch.dtype | str, **settings: Any
+) -> tuple[Any, Any]:
+    """A model by transformers, and what it says of loading it.
+
+    Packed tensors are unpacked here: transformers would keep them packed, for kernels of one kind of processor.
+
+    Args:
+        transformers: the package.
+        model_class: of it.
+        name: folder or hub name.
+        gguf_file: file within the folder, for models in GGUF form.
+        dtype: of the model.
+        settings: attributes of its configuration.
+
+    Raises:
+        ConfigError: tensors are stored in a way that is not known.
+    """
+    options = {"dtype": dtype, "output_loading_info": True}
+    tensors = None if gguf_file is not None else _packed_tensors(transformers, name)
+    if tensors is None:
+        extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+        loaded: tuple[Any, Any] = model_class.from_pretrained(
+            name, trust_remote_code=False, **options, **extra, **settings, **_unpacked(transformers, gguf_file)
+        )
+        return loaded
+    folder, plain = tensors
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **settings)
+    unpacked_config(config)
+    state = {each: plain[each] for each in plain}
+    if hasattr(model_class, "from_config"):
+        # One of the classes that only choose another: they take no tensors.
+        with torch.device("meta"):
+            model_class = type(model_class.from_config(config, trust_remote_code=False))
+    model, info = model_class.from_pretrained(None, config=config, state_dict=state, **options)
+    if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model, info
+
+
+def _packed_tensors(transformers: Any, name: str) -> tuple[Path, PlainTensors] | None:
+    """The folder of a model whose weights are packed, with its tensors; None where they are not.
+
+    Raises:
+        ConfigError: a tensor is stored in a way that is not known.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is None:
+            return None
+        folder = download(name)
+    plain = PlainTensors(folder)
+    if packing(folder) is not None and not plain.packed and not list(plain):
+        raise ConfigError(f"{name!r} is packed, and packed weights are read from safetensors, which it lacks")
+    return (folder, plain) if plain.packed else None
 
 
 def _unpacked(transformers: Any, gguf_file: str | None) -> dict[str, Any]:
@@ -259,7 +312,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
         with _loading(name):
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-            model = model_class.from_pretrained(name, dtype="auto")
+            model = _pretrained(transformers, model_class, name, None, "auto")[0]
             _name(model, name)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -284,6 +337,8 @@ def load_tokenizer(folder: str, gguf_file: str | None = None) -> Any:
 def _loading(name: str) -> Iterator[None]:
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:
         # Of transformers, of the readers of its files, and of the model's own code.
         text = " ".join(str(error).split())

@@ -1,8 +1,9 @@
-"""Models without weights: the module tree of a transformers model, its parameters on the meta device."""
+"""Models without weights: the module tree of a model of transformers or diffusers, parameters on the meta device."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
     Parameters are on the meta device and take no memory; buffers, such as rotary frequencies, are real.
 
     Args:
-        folder: of a transformers model.
+        folder: of a transformers model, or of a part of a pipeline of diffusers.
         architecture: name of its class; the first of the config's if None.
         name: what the model says it is called.
         changes: attributes of the config to set first.
@@ -31,14 +32,17 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
     Raises:
         ConfigError: transformers is missing, or cannot make this model.
     """
-    transformers = import_optional("transformers", _EXTRA)
     refuse_folder(str(folder), weights=False)
+    if is_diffusers(folder):
+        return _build_part(folder, architecture)
+    transformers = import_optional("transformers", _EXTRA)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a configuration's numbers and names are not checked by the classes that take them
         raise ConfigError(f"transformers cannot read the model configuration in {folder}: {error}") from error
     for attribute, value in changes.items():
         setattr(config, attribute, value)
+    unpacked_config(config)
     config._name_or_path = name or str(folder)
     chosen = architecture or (getattr(config, "architectures", None) or [None])[0]
     model_class = getattr(transformers, str(chosen), None)
@@ -53,6 +57,47 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
             f"transformers cannot make the model that {folder / 'config.json'} describes: "
             f"{type(error).__name__}: {str(error)[:300]}"
         ) from error
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Whether a folder is one of the parts of a pipeline of diffusers."""
+    return "_class_name" in _content(folder)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _build_part(folder: Path, architecture: str | None) -> nn.Module:
+    """The model of a part of diffusers, as ``build`` makes it. Raises ``ConfigError``."""
+    extra = 'pip install "ciphertune[diffusers]"'
+    diffusers = import_optional("diffusers", extra)
+    accelerate = import_optional("accelerate", extra)
+    content = _content(folder)
+    chosen = str(architecture or content["_class_name"])
+    model_class = getattr(diffusers, chosen, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
+        raise ConfigError(f"the configuration in {folder} names no model class that diffusers has: {chosen!r}")
+    try:
+        with _default_dtype(None), accelerate.init_empty_weights(include_buffers=False):
+            made: nn.Module = model_class.from_config(content)  # type: ignore[attr-defined]
+    except Exception as error:  # as for models of transformers
+        raise ConfigError(
+            f"diffusers cannot make the model that {folder / 'config.json'} describes: "
+            f"{type(error).__name__}: {str(error)[:300]}"
+        ) from error
+    return made.eval()
+
+
+def unpacked_config(config: Any) -> None:
+    """Take out of a configuration that the model's weights are packed: what is made of it has plain ones."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for key in ("quantization_config", "compression_config"):
+            if key in getattr(part, "__dict__", {}):
+                delattr(part, key)
 
 
 def assemble(config: Any, model_class: type[nn.Module]) -> nn.Module:

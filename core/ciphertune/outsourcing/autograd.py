@@ -11,6 +11,7 @@ from ciphertune._support.denormals import flushing
 from ciphertune._support.torch_compat import uncompiled
 from ciphertune.callers import Owners
 from ciphertune.client.session import Session
+from ciphertune.errors import InputError
 from ciphertune.outsourcing.outliers import add_inputs, add_outputs, set_inputs_aside, set_outputs_aside
 
 
@@ -18,16 +19,15 @@ class OutsourcedProduct(torch.autograd.Function):
     """``x Wᵀ`` for every layer of a group, differentiable in x as often as asked.
 
     Forward takes x of shape (tokens, K), float32, and gives one (tokens, N) tensor per layer. Backward is
-    ``OutsourcedGradient`` of the output gradients.
+    ``OutsourcedGradient`` of the output gradients; forward-mode derivatives are the same product of the tangent. Under
+    ``vmap`` the rows of all examples are those of one product.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, session: Session, group: int, half: bool, owners: Owners | None = None
+        x: Tensor, session: Session, group: int, half: bool, owners: Owners | None = None
     ) -> tuple[Tensor, ...]:
         """See the class; ``half`` as in ``OutsourcedGradient``, ``owners`` as in ``Session.product``."""
-        ctx.session, ctx.group, ctx.half, ctx.tokens = session, group, half, len(x)
-        ctx.set_materialize_grads(False)
         # A backward pass started under autocast runs under it too, and may come back here.
         with flushing(), torch.autocast(x.device.type, enabled=False):
             layers = session.members(group)
@@ -44,6 +44,30 @@ class OutsourcedProduct(torch.autograd.Function):
                     output.mul_(layer.scale.to(output.device))
                 outputs.append(add_inputs(output, aside, layer))
         return tuple(outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what ``backward`` and ``jvp`` need."""
+        x, ctx.session, ctx.group, ctx.half, ctx.owners = inputs
+        ctx.tokens = len(x)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Any:
+        """The tangents of the outputs."""
+        if tangent is None:
+            return (None,) * len(ctx.session.members(ctx.group))
+        return OutsourcedProduct.apply(tangent, ctx.session, ctx.group, ctx.half, ctx.owners)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *others: Any) -> tuple[Any, Any]:
+        """One product for the rows of all examples."""
+        session, group, half, owners = others
+        if owners is not None:
+            raise InputError("rows of several callers cannot be told apart under vmap: call the model without it")
+        batched = x.movedim(in_dims[0], 0)
+        outputs = OutsourcedProduct.apply(batched.flatten(0, 1), session, group, half, None)  # type: ignore[no-untyped-call]
+        return tuple(y.reshape(*batched.shape[:2], -1) for y in outputs), (0,) * len(outputs)
 
     @staticmethod
     @uncompiled
@@ -69,10 +93,8 @@ class OutsourcedGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, session: Session, group: int, half: bool, tokens: int, *grads: Tensor | None) -> Tensor:
+    def forward(session: Session, group: int, half: bool, tokens: int, *grads: Tensor | None) -> Tensor:
         """See the class; each of ``grads`` is (tokens, N) of its layer, float32, or None."""
-        ctx.session, ctx.group, ctx.half = session, group, half
-        ctx.set_materialize_grads(False)
         layers = session.members(group)
         device = next(grad.device for grad in grads if grad is not None)
         width = sum(layer.out_features for layer in layers)
@@ -98,11 +120,46 @@ class OutsourcedGradient(torch.autograd.Function):
             return torch.where(overflown, torch.nan, product).contiguous()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what ``backward`` and ``jvp`` need."""
+        ctx.session, ctx.group, ctx.half, ctx.tokens = inputs[:4]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
+        """The tangent of the gradient."""
+        if all(tangent is None for tangent in tangents[4:]):
+            return None
+        gradient: Tensor = OutsourcedGradient.apply(  # type: ignore[no-untyped-call]
+            ctx.session, ctx.group, ctx.half, ctx.tokens, *tangents[4:]
+        )
+        return gradient
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """One product for the rows of all examples."""
+        session, group, half, tokens, *grads = inputs
+        rows = [
+            None if grad is None else _batched(grad, at, info.batch_size)
+            for grad, at in zip(grads, in_dims[4:], strict=True)
+        ]
+        gradient: Tensor = OutsourcedGradient.apply(  # type: ignore[no-untyped-call]
+            session, group, half, tokens * info.batch_size, *rows
+        )
+        return gradient.reshape(info.batch_size, tokens, -1), 0
+
+    @staticmethod
     @uncompiled
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """See the class."""
         needed = ctx.needs_input_grad[4:]
         if grad is None or not any(needed):
             return (None,) * (4 + len(needed))
-        outputs = OutsourcedProduct.apply(grad, ctx.session, ctx.group, ctx.half)  # type: ignore[no-untyped-call]
+        outputs = OutsourcedProduct.apply(grad, ctx.session, ctx.group, ctx.half, None)  # type: ignore[no-untyped-call]
         return (None,) * 4 + tuple(y if wanted else None for y, wanted in zip(outputs, needed, strict=True))
+
+
+def _batched(grad: Tensor, at: int | None, batch: int) -> Tensor:
+    """Gradients of all examples, one behind the other, (batch · tokens, N)."""
+    moved = grad.expand(batch, *grad.shape) if at is None else grad.movedim(at, 0)
+    return moved.flatten(0, 1)

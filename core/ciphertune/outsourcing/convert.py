@@ -16,6 +16,7 @@ from ciphertune.client.session import Session
 from ciphertune.errors import NothingOutsourcedError, OutsourcedWeightError
 from ciphertune.linear import OutsourcedLinear
 from ciphertune.outsourcing.calibration import Calibration
+from ciphertune.outsourcing.convolution import OutsourcedConv, choose_convolutions, outsourced_convolutions
 from ciphertune.outsourcing.embedding import (
     OutsourcedEmbedding,
     Table,
@@ -32,7 +33,7 @@ from ciphertune.outsourcing.layers import (
     sibling_groups,
 )
 from ciphertune.outsourcing.outliers import keep_channels
-from ciphertune.outsourcing.replacing import Restorer, originals, replace, replace_embedding
+from ciphertune.outsourcing.replacing import Outsourced, Restorer, originals, replace, replace_embedding
 from ciphertune.outsourcing.trained_whole import guard
 from ciphertune.outsourcing.trial import frozen_from_birth
 from ciphertune.plugins.manager import PluginManager, plugin_manager
@@ -49,6 +50,7 @@ def outsource(
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
     *,
     embeddings: bool = False,
+    convolutions: bool | LayerChoice | Iterable[LayerChoice] = False,
     calibration: Calibration | None = None,
     plugins: PluginManager | None = None,
 ) -> ModelT:
@@ -63,6 +65,10 @@ def outsource(
             layers tied to something that stays, and layers that are being trained. ``"all"`` includes the output head.
         embeddings: whether the token embedding is at the workers, too: tokens are then looked up under encryption, by a
             request as long as the vocabulary for each. An output head that is the same table goes with it.
+        convolutions: which ``nn.Conv1d`` and ``nn.Conv2d`` of one group are at the workers, too: True for those that
+            save at least 32 multiplications for each value that is sent or comes back, or a choice as for ``layers``.
+            Their patches are sent, so each input value as often as the kernel covers it: nine times for 3 by 3 and
+            stride 1.
         calibration: from ``calibrate``: channels with outliers stay at the client, up to 8 a product.
         plugins: hook plugins; those of the process unless given.
 
@@ -75,12 +81,21 @@ def outsource(
     """
     manager = plugins if plugins is not None else plugin_manager()
     choice = choose(to)
-    chosen = choose_layers(model, layers, manager)
+    patched = choose_convolutions(model, convolutions)
+    try:
+        chosen = choose_layers(model, layers, manager)
+    except NothingOutsourcedError:
+        if layers is not None or not patched:
+            raise
+        chosen = []
     table = None
     if embeddings:
         chosen, table = choose_table(model, chosen)
     sizes = [candidate.weight().shape[1] for candidate in chosen]
     groups = sibling_groups(chosen, sizes) if choice.options.share_inputs else [(i,) for i in range(len(chosen))]
+    # Each convolution makes patches of its own of what it gets.
+    groups += [(i,) for i in range(len(chosen), len(chosen) + len(patched))]
+    chosen = [*chosen, *patched]
     held = [*chosen, table.places[0]] if table is not None and table.tied is None else chosen
     blocks = [*groups, *((i,) for i in range(len(chosen), len(held)))]
     local = not choice.transport.remote
@@ -193,8 +208,9 @@ def attach(
     lookup = LayerGroup(session, len(evaluated), [len(evaluated)])
     for place, original in zip(places, kept[len(chosen) :], strict=True):
         replace_embedding(place, original, infos[row], lookup, device)
-    if next(model.parameters(), None) is None:
-        outsourced_layers(model)[0].anchor()
+    linear = outsourced_layers(model)
+    if next(model.parameters(), None) is None and linear:
+        linear[0].anchor()
     guard()
     _refuse_full_save(model)
     return model
@@ -220,7 +236,9 @@ def restore(model: ModelT) -> ModelT:
     restorer = Restorer(model, frozen=bool(frozen) and not frozen <= frozen_from_birth(model))
     for parent in list(model.modules()):
         for attribute, module in list(parent._modules.items()):
-            if isinstance(module, (OutsourcedLinear, OutsourcedEmbedding)) and (session := _session(module)):
+            if not isinstance(module, (OutsourcedLinear, OutsourcedEmbedding, OutsourcedConv)):
+                continue
+            if (session := _session(module)) is not None:
                 weight = LayerWeight(held[session][module.name], module.info.scale)
                 restorer.take_back(parent, attribute, module, weight.dequantize())
     _base(model).__dict__.pop("save_pretrained", None)
@@ -295,11 +313,11 @@ def _sessions(model: nn.Module) -> list[Session]:
     return sessions
 
 
-def _outsourced(model: nn.Module) -> list[OutsourcedLinear | OutsourcedEmbedding]:
-    return [*outsourced_layers(model), *outsourced_embeddings(model)]
+def _outsourced(model: nn.Module) -> list[Outsourced]:
+    return [*outsourced_layers(model), *outsourced_convolutions(model), *outsourced_embeddings(model)]
 
 
-def _session(layer: OutsourcedLinear | OutsourcedEmbedding) -> Session | None:
+def _session(layer: Outsourced) -> Session | None:
     """The session that evaluates a layer; None for an ``Evaluator`` that has none."""
     return layer.group.session if isinstance(layer.group, LayerGroup) else None
 

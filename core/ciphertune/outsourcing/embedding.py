@@ -120,8 +120,10 @@ class OutsourcedEmbedding(WithoutWeight, nn.Embedding):
 
         Raises:
             InputError: the input is not of integers, or an id is outside of the table.
+            OutsourcedWeightError: the call is traced by ``torch.jit`` or ``torch.fx``.
         """
         ids = input
+        self.refuse_tracing(ids)
         if ids.dtype not in (torch.int64, torch.int32):
             raise InputError(f"{self.name}: expected token ids of int64 or int32, got {ids.dtype}")
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_embeddings):

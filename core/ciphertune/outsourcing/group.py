@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ciphertune._support.torch_compat import uncompiled
+from ciphertune._support.torch_compat import transformed, uncompiled
 from ciphertune.callers import Owners, owners_of
 from ciphertune.client.session import Session
 from ciphertune.errors import OutsourcedWeightError
@@ -88,8 +88,9 @@ class LayerGroup:
                     self._pending.last = pending
                 return output
             self.shared = False
-        # Tensors of inference mode keep no version, so a change in place would go unnoticed.
-        if not self.shared or x.is_inference():
+        # Tensors of inference mode keep no version, so a change in place would go unnoticed; those of a transform of
+        # torch.func live no longer than it, and hide their values.
+        if not self.shared or x.is_inference() or transformed(x):
             return self._evaluate(self.singles[member], x, half)[0]
         outputs = dict(enumerate(self._evaluate(self.group, x, half)))
         output = outputs.pop(member)

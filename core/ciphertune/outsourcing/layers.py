@@ -57,6 +57,8 @@ class Candidate:
         """The weight in the order (out_features, in_features)."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
+        if weight.dim() > 2:  # a convolution: its patches are the inputs
+            return weight.flatten(1)
         return weight.t() if is_conv1d(self.module) else weight
 
 
@@ -135,11 +137,11 @@ def choose_layers(
             warnings.warn(f"left at the client: {', '.join(read[:3])}{more}: {_READ}", UserWarning, stacklevel=3)
         answer = plugins.gate("ciphertune_select_layers", model=model, candidates=[c.name for c in free])
         answer = [answer] if isinstance(answer, str) else answer
-        chosen = free if answer is None else _matching(candidates, list(answer))
+        chosen = free if answer is None else matching(candidates, list(answer))
     else:
         single = isinstance(choice, (str, type)) or callable(choice)
         choices: list[LayerChoice] = [choice] if single else list(choice)  # type: ignore[arg-type,list-item]
-        chosen = possible if choices == ["all"] else _matching(candidates, choices)
+        chosen = possible if choices == ["all"] else matching(candidates, choices)
     if not chosen:
         reasons = "; ".join(f"{c.name}: {c.obstacle or c.stays or 'not chosen'}" for c in candidates[:5])
         raise NothingOutsourcedError(
@@ -186,12 +188,25 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {identity for identity, count in places.items() if count > 1}
 
 
-def _matching(candidates: Sequence[Candidate], choices: Sequence[LayerChoice]) -> list[Candidate]:
+def matching(
+    candidates: Sequence[Candidate], choices: Sequence[LayerChoice], kind: str = "linear layer"
+) -> list[Candidate]:
+    """The candidates that names, patterns, types and predicates mean, in module order.
+
+    Args:
+        candidates: to choose from.
+        choices: what is meant.
+        kind: what the candidates are, for messages.
+
+    Raises:
+        UnknownLayerError: a name or pattern matches nothing.
+        UnsupportedLayerError: a layer named exactly cannot be outsourced.
+    """
     picked: dict[str, Candidate] = {}
     for choice in choices:
         matches = [c for c in candidates if _matches(choice, c)]
         if not matches and isinstance(choice, str):
-            raise UnknownLayerError(f"no linear layer matches {choice!r}; {closest(choice, _endings(candidates))}")
+            raise UnknownLayerError(f"no {kind} matches {choice!r}; {closest(choice, _endings(candidates))}")
         broad = not isinstance(choice, str) or "*" in choice
         for candidate in matches:
             if candidate.obstacle is None:

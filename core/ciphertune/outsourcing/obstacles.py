@@ -28,7 +28,7 @@ def obstacle(module: nn.Module, parent: nn.Module, mixed: bool, allow_meta: bool
     """
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention computes with its weights directly"
-    found = _something_of_its_own(module)
+    found = something_of_its_own(module)
     if found is not None:
         return found
     weight: Any = module._parameters["weight"]
@@ -49,7 +49,7 @@ def obstacle(module: nn.Module, parent: nn.Module, mixed: bool, allow_meta: bool
     return None
 
 
-def _something_of_its_own(module: nn.Module) -> str | None:
+def something_of_its_own(module: nn.Module) -> str | None:
     """What a layer has that an outsourced one would lose."""
     if "forward" in vars(module):
         return "its forward was replaced on this instance, as accelerate's hooks do: remove the hook first"

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from ciphertune._support.own_modes import own_modes
 from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.convolution import OutsourcedConv, OutsourcedConv1d, OutsourcedConv2d
 from ciphertune.outsourcing.embedding import OutsourcedEmbedding
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import Candidate
 from ciphertune.outsourcing.obstacles import is_conv1d
 from ciphertune.outsourcing.walk import bare_name, walk
 from ciphertune.weights import LayerInfo
+
+Outsourced = OutsourcedLinear | OutsourcedEmbedding | OutsourcedConv
+"""What stands in the place of a module whose weight went to the workers."""
 
 _HOOKS = (
     "_forward_hooks",
@@ -89,9 +93,16 @@ def originals(model: nn.Module, chosen: Sequence[Candidate]) -> list[Original]:
 def replace(
     candidate: Candidate, original: Original, info: LayerInfo, group: LayerGroup, member: int, device: torch.device
 ) -> None:
-    """Put an outsourced layer in a linear layer's place, with its hooks and what else others hung on it."""
+    """Put an outsourced layer in the place of a linear one or of a convolution.
+
+    It gets the hooks of that and what else others hung on it.
+    """
     old = candidate.module
     like = torch.empty(0, dtype=candidate.weight().dtype, device=device)
+    if isinstance(old, (nn.Conv1d, nn.Conv2d)):
+        kind = OutsourcedConv1d if isinstance(old, nn.Conv1d) else OutsourcedConv2d
+        _put(candidate, original, kind(info, old, group, like, tied=original.weight.shared))
+        return
     new = OutsourcedLinear(info, old._parameters.get("bias"), group, member, like, tied=original.weight.shared)
     _put(candidate, original, new)
 
@@ -106,7 +117,7 @@ def replace_embedding(
     _put(candidate, original, OutsourcedEmbedding(info, group, old.padding_idx, like, tied=original.weight.shared))
 
 
-def _put(candidate: Candidate, original: Original, new: OutsourcedLinear | OutsourcedEmbedding) -> None:
+def _put(candidate: Candidate, original: Original, new: Outsourced) -> None:
     old = candidate.module
     new.original = original
     _move_hooks(old, new)
@@ -136,9 +147,13 @@ class Restorer:
 
     @own_modes()
     def take_back(
-        self, parent: nn.Module, attribute: str, layer: OutsourcedLinear | OutsourcedEmbedding, weight: Tensor
+        self,
+        parent: nn.Module,
+        attribute: str,
+        layer: Outsourced,
+        weight: Tensor,
     ) -> None:
-        """Put one layer, or a token embedding, back.
+        """Put one layer, a token embedding or a convolution, back.
 
         Args:
             parent: what the outsourced layer hangs in.
@@ -155,9 +170,11 @@ class Restorer:
             # A peft adapter merges into the layout of what it stands on.
             parent.fan_in_fan_out = is_conv1d(module)  # type: ignore[assignment]
 
-    def _layer(self, layer: OutsourcedLinear | OutsourcedEmbedding, original: Original, weight: Tensor) -> nn.Module:
+    def _layer(self, layer: Outsourced, original: Original, weight: Tensor) -> nn.Module:
         module = original.shell
         value = weight.t().contiguous() if is_conv1d(module) else weight
+        if isinstance(layer, OutsourcedConv):
+            value = weight.reshape(layer.weight.full)
         module._parameters["weight"] = self._weight(original.weight, value, layer)
         if "bias" in module._parameters:
             module._parameters["bias"] = layer._parameters["bias"]

@@ -7,9 +7,8 @@ import functools
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ciphertune._support.absent_tensor import WithoutWeight
 from ciphertune.errors import OutsourcedWeightError
-from ciphertune.linear import OutsourcedLinear
-from ciphertune.outsourcing.embedding import OutsourcedEmbedding
 from ciphertune.outsourcing.walk import peft_types
 
 
@@ -25,7 +24,7 @@ def guard() -> None:
 def _refuse(parent: nn.Module, attribute: str, module: nn.Module | None) -> None:
     if module is None or not isinstance(parent, peft_types()[1]):
         return
-    absent = [each.name for each in module.modules() if isinstance(each, (OutsourcedLinear, OutsourcedEmbedding))]
+    absent = [each.name for each in module.modules() if isinstance(each, WithoutWeight)]
     if absent:
         raise OutsourcedWeightError(
             f"peft is to train {', '.join(map(repr, absent))} whole (modules_to_save, or the head of its task type), "

@@ -1,0 +1,1 @@
+"""Checkpoints in files: their tensors by name, unpacked where they are stored in fewer bits."""

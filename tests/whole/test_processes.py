@@ -1,0 +1,95 @@
+"""Several processes: each has a session of its own, and data loaders need none."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import ciphertune
+from ciphertune.errors import OutsourcedWeightError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    model[1].requires_grad_(False)
+    return model
+
+
+def rows() -> Tensor:
+    return torch.randn(8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def one_of_two(rank: int, port: int, out: str) -> None:
+    """A process of a run with accelerate, which puts DistributedDataParallel around the model."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= address | {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    from accelerate import Accelerator
+
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    model = ciphertune.outsource(net(), to="mlwe", layers=["1"])
+    wrapped = accelerator.prepare(model)
+    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    accelerator.backward(wrapped(rows()[rank * 4 : rank * 4 + 4]).square().mean())
+    torch.save(model[0].weight.grad, Path(out) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call,attr-defined]
+    plain = net()
+    plain(rows()).square().mean().backward()
+    wanted = plain[0].weight.grad
+    assert isinstance(wanted, Tensor)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first, second)
+    assert float((first - wanted).norm() / wanted.norm()) < 0.03
+
+
+class Rows(Dataset[Tensor]):
+    """The rows, and whatever else a data set may hold."""
+
+    def __init__(self, held: Any = None) -> None:
+        self.held = held
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        return rows()[index]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_data_loaders_with_processes(start: str) -> None:
+    if start not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {start}")
+    model = ciphertune.outsource(net(), to="mlwe", layers=["1"])
+    model(rows())
+    loader = DataLoader(Rows(), batch_size=4, num_workers=1, multiprocessing_context=start)
+    for batch in loader:
+        model(batch).square().mean().backward()
+    found, wanted = model(rows()), net()(rows())
+    assert float((found - wanted).detach().norm() / wanted.detach().norm()) < 0.03
+    assert model[0].weight.grad is not None
+
+
+def test_a_data_set_that_holds_the_model_is_told_of() -> None:
+    model = ciphertune.outsource(net(), to="clear", layers=["1"])
+    loader = DataLoader(Rows(model), num_workers=1, multiprocessing_context="spawn")
+    with pytest.raises(OutsourcedWeightError, match="a data loader's processes need the data alone"):
+        iter(loader)
