@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,15 +29,24 @@ from ciphertune.weights import Shard, read_manifest
 log = logging.getLogger(__name__)
 
 BACKOFF_SECONDS = 0.05
-_LONGEST_CODE = 40
-"""Pause after a first failure; it doubles with each one that follows."""
+"""Pause after a first failure at most; it doubles with each one that follows."""
 LONGEST_BACKOFF_SECONDS = 2.0
+_LONGEST_CODE = 40
 _SLOWEST_LINK = 1 << 18
 """Bytes a second that a link is expected to carry at least: a large key gets the time that it then takes."""
 _LARGE_KEY = 1 << 20
 
 KeyWatch = Callable[[str, int, bool], None]
 """Called with a worker's name, a large key's bytes, and False as it sets out, True once it has arrived or failed."""
+
+
+def backoff(failures: int, longest: float = LONGEST_BACKOFF_SECONDS) -> float:
+    """Seconds to wait after so many failures in a row: up to half of them by chance, so that clients spread.
+
+    "Equal jitter" in Marc Brooker, Exponential Backoff And Jitter, AWS Architecture Blog, 2015.
+    """
+    pause = min(BACKOFF_SECONDS * 2 ** min(failures - 1, 16), longest)
+    return pause * random.uniform(0.5, 1.0)
 
 
 class Retry(Exception):  # noqa: N818 - not an error: the reason to try again
@@ -287,8 +297,7 @@ class WorkerConnection:
             # Requests that fail together tell of one failure.
             if now >= self.not_before:
                 self.failures += 1
-                pause = BACKOFF_SECONDS * 2 ** min(self.failures - 1, 16)
-                self.not_before = now + min(pause, self._longest_backoff)
+                self.not_before = now + backoff(self.failures, self._longest_backoff)
 
     def mark_answered(self) -> None:
         """Record a good answer."""

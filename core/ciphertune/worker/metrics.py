@@ -81,8 +81,8 @@ def serve_metrics(service: Service, host: str, port: int) -> tuple[int, Callable
             yield GaugeMetricFamily("ciphertune_queue_depth", "Requests that wait.", load.queued)
             yield GaugeMetricFamily("ciphertune_requests_under_way", "Requests under way.", load.under_way)
             yield GaugeMetricFamily("ciphertune_bytes_under_way", "Their bytes, and of replies not taken.", load.nbytes)
-            yield GaugeMetricFamily("ciphertune_layers", "Layers held.", len(service.worker.weights))
-            yield GaugeMetricFamily("ciphertune_weight_bytes", "Bytes of weights held.", service.worker.weights.nbytes)
+            yield GaugeMetricFamily("ciphertune_layers", "Layers held.", service.worker.held.layers)
+            yield GaugeMetricFamily("ciphertune_weight_bytes", "Bytes of weights held.", service.worker.held.nbytes)
             yield GaugeMetricFamily("ciphertune_uptime_seconds", "Time since the start.", service.uptime)
 
     registry = prometheus_client.CollectorRegistry()
