@@ -20,7 +20,7 @@ from ciphertune_zmq.address import Address
 from ciphertune_zmq.framing import MAX_FRAME, NUMBER_BYTES, max_parts, unwrap, wrap
 from ciphertune_zmq.loop import SocketLoop
 from ciphertune_zmq.receive_limit import ReceiveLimit
-from ciphertune_zmq.security import AuthorisedClients, ServerCurve
+from ciphertune_zmq.security import CURVE_PEER, AuthorisedClients, ServerCurve
 
 if TYPE_CHECKING:
     from ciphertune_zmq import ZmqServeOptions
@@ -41,7 +41,6 @@ _MAX_REPLIES = 1 << 14
 _COPY_BYTES = 1 << 16
 _KEYS_SECONDS = 1.0
 _ZAP_ADDRESS = 3
-_CURVE_PEER = "User-Id"
 # Of all connections of all listeners of this process.
 _numbers = itertools.count(1)
 
@@ -251,7 +250,7 @@ class _ServerLoop(SocketLoop):
         if known is None:
             known = self._known[descriptor] = _Known(route, peer, next(_numbers))
             name, _, key = peer.partition(":")
-            if name == _CURVE_PEER:
+            if name == CURVE_PEER:
                 self._peers[peer] = key.encode("ascii", "replace")
         return known.number
 
@@ -362,7 +361,7 @@ class _ServerLoop(SocketLoop):
 
 def _peer(frame: zmq.Frame) -> str:
     """The name of the client for quotas and sessions: its public key, or its address without CURVE."""
-    for name in (_CURVE_PEER, "Peer-Address"):
+    for name in (CURVE_PEER, "Peer-Address"):
         try:
             value = frame.get(name)
         except zmq.ZMQError:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CURVE_PEER = "User-Id"
+"""Before the key in the name of a client that has one; ZeroMQ's name for what authentication found."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ClientCurve:

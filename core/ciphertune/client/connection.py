@@ -32,6 +32,7 @@ BACKOFF_SECONDS = 0.05
 """Pause after a first failure at most; it doubles with each one that follows."""
 LONGEST_BACKOFF_SECONDS = 2.0
 _LONGEST_CODE = 40
+_MOST_BUNDLES = 64
 _SLOWEST_LINK = 1 << 18
 """Bytes a second that a link is expected to carry at least: a large key gets the time that it then takes."""
 _LARGE_KEY = 1 << 20
@@ -109,7 +110,7 @@ class WorkerConnection:
     Attributes:
         link: the connection.
         version: of the protocol, once both ends agreed on one.
-        holdings: digest of what it holds.
+        holdings: digest of what it holds, of the bundle that fits where it has several.
         blocks: its manifest, None until it was read.
         groups: the groups that sessions there are opened for, each with its place among them.
         session: id of the open session, None where there is none.
@@ -144,6 +145,11 @@ class WorkerConnection:
         self._opened = 0  # groups that the open session knows
         self._opened_by: Opening | None = None
         self._forgotten_before = False
+        # Bundles that were not asked for yet, the one that is asked for, and the best so far.
+        self._offered: list[str] = []
+        self._asked = ""
+        self._best = -1
+        self._chosen: Sequence[Sequence[Shard]] = ()
         self._opening = threading.Lock()
         self._lock = threading.Lock()
 
@@ -183,13 +189,36 @@ class WorkerConnection:
         except ProtocolError as error:
             raise ReplyError(f"{self.name}: {error}") from error
         self.holdings = self.text(reply, "holdings")
+        offered = reply.fields.get("bundles", [self.holdings])
+        if not isinstance(offered, list) or not all(isinstance(each, str) for each in offered):
+            raise ReplyError(f"{self.name} does not say which bundles it holds")
+        self._offered, self._best = offered[:_MOST_BUNDLES], -1
 
-    def read_manifest(self, reply: Message) -> None:
-        """Take the reply to ``manifest``. Raises ``ReplyError``."""
+    def ask_manifest(self) -> Future[Message] | None:
+        """Ask for the manifest of the next bundle that the worker holds; None where all were asked for."""
+        if not self._offered:
+            return None
+        self._asked = self._offered.pop(0)
+        return self.submit(Message("manifest", {"holdings": self._asked}))
+
+    def read_manifest(self, reply: Message, fit: Callable[[Sequence[Sequence[Shard]]], int]) -> None:
+        """Take the reply to ``ask_manifest``; the bundle that fits best is the one that is used.
+
+        Args:
+            reply: with a bundle's manifest.
+            fit: number of its shards that this client can use.
+
+        Raises:
+            ReplyError: the manifest makes no sense.
+        """
         try:
-            self.blocks = read_manifest(reply.fields.get("blocks"))
+            blocks = read_manifest(reply.fields.get("blocks"))
         except ProtocolError as error:
             raise ReplyError(f"{self.name}: {error}") from error
+        if (found := fit(blocks)) > self._best:
+            self._best, self._chosen, self.holdings = found, blocks, self._asked
+        if not self._offered:
+            self.blocks = self._chosen
 
     def reply(self, future: Future[Message], seconds: float, kind: str) -> Message:
         """Wait for the good reply to a request of a kind.

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from ciphertune.backend import Direction
 from ciphertune.client.connection import LONGEST_BACKOFF_SECONDS, Opening, Retry, WorkerConnection, backoff
 from ciphertune.client.exclusions import Exclusion, Exclusions
-from ciphertune.client.placement import Piece, place
+from ciphertune.client.placement import Piece, fitting, place
 from ciphertune.client.timeouts import Timeouts
 from ciphertune.errors import CipherTuneError, SecurityError, TransportError, UnknownLayerError
 from ciphertune.protocol import Message
@@ -273,10 +273,11 @@ class WorkerPool:
                         again[worker] = time.monotonic() + backoff(failures[worker], self._longest_backoff)
                         continue
                     if kind == "manifest":
-                        worker.read_manifest(reply)
-                        continue
-                    worker.greeted(reply)
-                    asked[worker.submit(Message("manifest"))] = worker, "manifest"
+                        worker.read_manifest(reply, lambda blocks: fitting(self._groups, blocks))
+                    else:
+                        worker.greeted(reply)
+                    if (manifest := worker.ask_manifest()) is not None:
+                        asked[manifest] = worker, "manifest"
         finally:
             for future in asked:
                 future.cancel()

@@ -91,7 +91,7 @@ class WorkerCodes:
                 if self._pool.closed.is_set():
                     raise TransportError(f"the session was closed while the codes of {layer.name} were read")
                 try:
-                    future = worker.submit(Message("weights", dict(request)), most)
+                    future = worker.submit(Message("weights", {**request, "holdings": worker.holdings}), most)
                     reply = worker.reply(future, timeouts.timeout, "weights")
                 except WorkerError as error:
                     if error.code == "withheld":

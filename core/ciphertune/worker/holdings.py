@@ -69,7 +69,11 @@ class Holdings:
         """Hold these from now on; what was held before and is among them stays as it is, with what was prepared."""
         with self._lock:
             known = {id(held.weights): held for held in self._all}
-            new = [known.get(id(store)) or Holding(name, store) for name, store in stores.items()]
+            new = []
+            for name, store in stores.items():
+                held = known.get(id(store)) or Holding(name, store)
+                held.name = name
+                new.append(held)
             # Two of the same content are one.
             self._all = tuple({held.digest: held for held in reversed(new)}.values())[::-1]
 

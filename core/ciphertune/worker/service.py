@@ -142,6 +142,16 @@ class Service:
         return self._releaser(client, nbytes)
 
     @property
+    def quota(self) -> Quota:
+        """What each client may have under way; it may be replaced."""
+        return self._products.quota
+
+    @quota.setter
+    def quota(self, quota: Quota) -> None:
+        with self._lock:
+            self._products.quota = quota
+
+    @property
     def load(self) -> Load:
         """Load of this moment."""
         with self._lock:

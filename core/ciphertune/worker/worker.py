@@ -77,9 +77,8 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
         backends: Collection[str] | None = None,
     ) -> None:
-        self._backends = None if backends is None else tuple(sorted(set(backends)))
-        for name in self._backends or ():
-            registry.load(registry.BACKENDS, name)
+        self._backends: tuple[str, ...] | None = None
+        self.offer(backends)
         self.weights = weights
         self.device = torch.device(device)
         self.opened = Sessions(limits if limits is not None else SessionLimits(), clock)
@@ -112,6 +111,12 @@ class Worker:
             reply = _error_reply(request.kind, error)
         reply.version = HELLO_VERSION if request.kind == "hello" else request.version
         return reply
+
+    def offer(self, backends: Collection[str] | None) -> None:
+        """Let clients ask for these backends from now on, None for all that are installed. Raises ``PluginError``."""
+        for name in backends or ():
+            registry.load(registry.BACKENDS, name)
+        self._backends = None if backends is None else tuple(sorted(set(backends)))
 
     @property
     def limits(self) -> SessionLimits:
