@@ -46,7 +46,7 @@ def backoff(failures: int, longest: float = LONGEST_BACKOFF_SECONDS) -> float:
 
     "Equal jitter" in Marc Brooker, Exponential Backoff And Jitter, AWS Architecture Blog, 2015.
     """
-    pause = min(BACKOFF_SECONDS * 2 ** min(failures - 1, 16), longest)
+    pause: float = min(BACKOFF_SECONDS * 2 ** min(failures - 1, 16), longest)
     return pause * random.uniform(0.5, 1.0)
 
 

@@ -62,6 +62,7 @@ class WorkerSession:
         connections: over which its client uses it, as far as the transport tells them apart.
         alone_since: when the last of these ended; None while there is one, or none was known.
         ended: whether it is in the table no more.
+        last_closes: whether the product that is evaluated last in it frees its memory, since it ended meanwhile.
     """
 
     half: WorkerHalf
@@ -73,6 +74,7 @@ class WorkerSession:
     connections: set[Hashable] = dataclasses.field(default_factory=set)
     alone_since: float | None = None
     ended: bool = False
+    last_closes: bool = False
 
     @property
     def peer(self) -> str:
@@ -134,7 +136,7 @@ class Sessions:
             with self._lock:
                 session.busy -= 1
                 session.used, session.record.last_used = self._clock(), time.time()
-                last = session.ended and not session.busy
+                last = session.last_closes and not session.busy
             if last:
                 session.half.close()
 
@@ -235,7 +237,7 @@ class Sessions:
         """Take a session out of the table; the caller holds the lock, and closes it."""
         session = self._open.pop(name, None)
         if session is not None:
-            session.ended = True
+            session.ended, session.last_closes = True, session.busy > 0
             session.record.ended, session.record.why = time.time(), why
             self._ended.append(session.record)
         return session
@@ -248,8 +250,7 @@ class Sessions:
             fields = {"session": used["id"], **{name: used[name] for name in told}}
             fields["evaluate_seconds"] = round(used["evaluate_seconds"], 3)
             log.info("session ended", extra={"fields": fields})
-            # Else whoever uses it closes it, see ``using``.
-            if not session.busy:
+            if not session.last_closes:
                 session.half.close()
 
     def _make_room(self, peer: str, nbytes: int) -> list[WorkerSession]:
