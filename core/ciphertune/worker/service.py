@@ -346,8 +346,7 @@ class Service:
         # Before the answer leaves: its client may close the session with the next request.
         if client is not None and kind == "evaluate":
             used = str(job.request.fields.get("session"))
-            error = message.kind == "error"
-            self.worker.opened.count(used, client.peer, (job.nbytes, nbytes), job.seconds, error)
+            self.worker.opened.count(used, client.peer, (job.nbytes, nbytes), job.seconds, message.kind == "error")
         # The request's memory goes with it; the reply's once it has left.
         job.request = Message("hello")
         job.reply(frames, self._releaser(client, nbytes))
