@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import select
 import signal
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -25,6 +27,7 @@ from torch import nn
 
 import ciphertune
 from ciphertune import session_of
+from ciphertune._support.notify import notify, notify_reloading, watchdog_seconds
 from ciphertune.cli import cli
 from ciphertune.errors import ConfigError, UnknownLayerError
 from ciphertune.plugins import registry
@@ -274,6 +277,22 @@ def test_what_a_file_may_not_say(tmp_path: Path) -> None:
     assert problem("bundles = ['a']\n[quotas]\nsessions = 0") == "quotas.sessions must be 1 or more, not 0"
     assert "bind[1].options must be a section" in problem("bundles = ['a']\n[[bind]]\noptions = { a = [1] }")
     assert "not TOML" in problem("bundles = ")
+
+
+def test_systemd_is_told_where_it_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not notify("READY=1")
+    monkeypatch.setenv("WATCHDOG_USEC", "120000000")
+    assert watchdog_seconds() == 60
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "notify"))
+        listening.settimeout(60)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        assert notify("READY=1", "STATUS=serving")
+        assert listening.recv(1000) == b"READY=1\nSTATUS=serving"
+        assert notify_reloading()
+        assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=\d+", listening.recv(1000))
+    assert not notify("READY=1"), "nobody listens any more"
 
 
 def test_a_file_and_options_exclude_each_other(tmp_path: Path) -> None:

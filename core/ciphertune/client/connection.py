@@ -190,7 +190,7 @@ class WorkerConnection:
             raise ReplyError(f"{self.name}: {error}") from error
         self.holdings = self.text(reply, "holdings")
         offered = reply.fields.get("bundles", [self.holdings])
-        if not isinstance(offered, list) or not all(isinstance(each, str) for each in offered):
+        if not (isinstance(offered, list) and offered and all(isinstance(each, str) for each in offered)):
             raise ReplyError(f"{self.name} does not say which bundles it holds")
         self._offered, self._best = offered[:_MOST_BUNDLES], -1
 

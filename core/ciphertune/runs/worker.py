@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,11 +141,12 @@ class _Serving:
 
     def run(self, signals: Signals, reread: Callable[[], WorkerConfig]) -> None:
         """Serve until SIGTERM."""
-        watchdog = watchdog_seconds()
-        seconds = _AUDIT_SECONDS if watchdog is None else min(_AUDIT_SECONDS, watchdog)
-        while (asked := signals.next(seconds)) != "stop":
-            if watchdog is not None and self._service is not None and self._service.alive:
-                notify("WATCHDOG=1")
+        seconds = watchdog_seconds()
+        if seconds is not None:
+            # On a thread of its own: a bundle that is read takes this one minutes.
+            watch = threading.Thread(target=self._watch, args=(seconds,), name="ciphertune-watchdog", daemon=True)
+            watch.start()
+        while (asked := signals.next(_AUDIT_SECONDS)) != "stop":
             self._record()
             if asked == "reload":
                 notify_reloading()
@@ -179,6 +181,12 @@ class _Serving:
             log.warning("products under way did not end in time: the process ends without them")
             logging.shutdown()
             os._exit(0)
+
+    def _watch(self, seconds: float) -> None:
+        """Tell systemd that the worker is alive, until it is not."""
+        while self._service is not None and self._service.alive:
+            notify("WATCHDOG=1")
+            time.sleep(seconds)
 
     def _tell(self, waiting: Waiting) -> None:
         self._record()
