@@ -110,7 +110,8 @@ release: wheel-test
 	build/release/bin/python $(PIP) $(call constraints,wheel) "$(NEWEST)[demo,worker]"
 	$(PYTHON) -m venv --clear build/sbom
 	build/sbom/bin/python $(PIP) "$(SBOM)"
-	build/sbom/bin/cyclonedx-py environment build/release/bin/python --output-format JSON --output-file dist/ciphertune.cdx.json
+	build/sbom/bin/cyclonedx-py environment --of JSON --no-validate --output-reproducible \
+		--output-file dist/ciphertune.cdx.json build/release/bin/python
 	cd dist && sha256sum $(notdir $(NEWEST)) ciphertune.cdx.json > SHA256SUMS
 
 # The compiled products on emulated 64-bit Arm processors, with dot products and without.
