@@ -16,12 +16,14 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
 @click.option("--embeddings", is_flag=True, help="The token embedding goes to workers, too, for encrypted lookups.")
-@click.option("--shards", type=click.IntRange(1), default=1, show_default=True, help="Workers to spread layers over.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of workers.")
 @click.option(
-    "--by", type=click.Choice(["layers", "rows"]), default="layers", show_default=True, help="Unit of the spreading."
-)
-@click.option(
-    "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Worker folders with all layers."
+    "--placement",
+    default="rows",
+    show_default=True,
+    metavar="PLACEMENT",
+    help="Of the model on workers: rows of every layer at each, whole layers, replicas, or numbers of these, as in "
+    "layers:2,rows:4. 'ciphertune plan --workers' names the fastest for your network.",
 )
 @click.option("--weight-bits", type=click.Choice(["8", "16"]), default="8", show_default=True)
 @click.option("--gguf-file", default=None, help="File within MODEL, for models in GGUF form.")
@@ -40,9 +42,8 @@ def split(
     out: Path,
     layers: tuple[str, ...],
     embeddings: bool,
-    shards: int,
-    by: str,
-    replicas: int,
+    workers: int,
+    placement: str,
     weight_bits: str,
     gguf_file: str | None,
     in_memory: bool,
@@ -62,9 +63,8 @@ def split(
             out,
             layers=layers or None,
             embeddings=embeddings,
-            shards=shards,
-            by="rows" if by == "rows" else "layers",
-            replicas=replicas,
+            workers=workers,
+            placement=placement,
             weight_bits=16 if weight_bits == "16" else 8,
             gguf_file=gguf_file,
             in_memory=in_memory,
