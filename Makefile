@@ -33,7 +33,7 @@ WHEEL := ".[demo,testing]" mypy $(foreach name,http ckks slalom,"plugins/ciphert
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: install install-checks demo demo-quick check test fast-tests tests browser-test elsewhere lint types docs wheel wheel-test \
-	arm-test concrete-ml constraints soak fuzz bench clean
+	release arm-test concrete-ml constraints soak fuzz bench clean
 
 install: $(STAMP)
 
@@ -99,6 +99,20 @@ wheel: $(CHECK_STAMP)
 # The wheel in an empty environment of its own runs the demo.
 wheel-test: wheel
 	PYTHON=$(BIN)/python TORCH="$(TORCH)" CONSTRAINTS="$(call constraints,wheel)" sh tests/wheel/wheel.sh
+
+# The wheel, its list of components (SBOM) and their hashes: see docs/releasing.md. PREVIOUS is the last release's wheel.
+SBOM := cyclonedx-bom==7.*
+NEWEST = $(shell ls -t dist/*.whl | head -n 1)
+release: wheel-test
+	test -z "$(PREVIOUS)" || $(BIN)/python tests/wheel/versions.py "$(PREVIOUS)" $(NEWEST)
+	$(PYTHON) -m venv --clear build/release
+	build/release/bin/python $(PIP) $(call constraints,wheel) "$(TORCH)"
+	build/release/bin/python $(PIP) $(call constraints,wheel) "$(NEWEST)[demo,worker]"
+	$(PYTHON) -m venv --clear build/sbom
+	build/sbom/bin/python $(PIP) "$(SBOM)"
+	build/sbom/bin/cyclonedx-py environment --of JSON --no-validate --output-reproducible \
+		--output-file dist/ciphertune.cdx.json build/release/bin/python
+	cd dist && sha256sum $(notdir $(NEWEST)) ciphertune.cdx.json > SHA256SUMS
 
 # The compiled products on emulated 64-bit Arm processors, with dot products and without.
 # Debian has the tools in gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user-static.

@@ -412,6 +412,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "configuration.md": {
         "keys": settings.keys,
+        "worker": settings.worker_keys,
         **{name: functools.partial(settings.part, name) for name in settings.options()},
     },
     "training.md": {"names": _names},

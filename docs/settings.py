@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ciphertune._support.builders import required
-from ciphertune.runs import config
+from ciphertune.runs import config, worker_config
 from ciphertune.selection import SessionOptions
 
 if sys.version_info >= (3, 11):
@@ -26,6 +26,15 @@ SECTIONS = {
     "[lora]": config.LoraSection,
     "[data]": config.DataSection,
     "[training]": config.TrainingSection,
+}
+
+
+WORKER_SECTIONS = {
+    "before the sections": worker_config.WorkerConfig,
+    "[[bind]]": worker_config.BindSection,
+    "[quotas]": worker_config.QuotaSection,
+    "[metrics]": worker_config.MetricsSection,
+    "[log]": worker_config.LogSection,
 }
 
 
@@ -65,9 +74,18 @@ def part(name: str) -> str:
 
 def keys() -> str:
     """The tables of a run's file."""
-    nested = set(SECTIONS.values())
+    return _tables(SECTIONS)
+
+
+def worker_keys() -> str:
+    """The tables of a worker's file."""
+    return _tables(WORKER_SECTIONS)
+
+
+def _tables(sections: dict[str, type]) -> str:
+    nested = set(sections.values())
     parts = []
-    for heading, section in SECTIONS.items():
+    for heading, section in sections.items():
         fields = [f for f in dataclasses.fields(section) if not _names_one_of(nested, section, f)]
         title = heading if heading[0] != "[" else f"`{heading}`"
         parts.append(f"**{title}**\n\n{_rows(section, fields, 'key')}")
@@ -118,4 +136,5 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def _names_one_of(sections: set[type], owner: type, field: dataclasses.Field[Any]) -> bool:
     """Whether a field of the whole file is a section."""
-    return owner is config.TrainConfig and field.type in {section.__name__ for section in sections}
+    whole = owner in (config.TrainConfig, worker_config.WorkerConfig)
+    return whole and re.sub(r"^tuple\[(\w+), \.\.\.\]$", r"\1", str(field.type)) in {s.__name__ for s in sections}

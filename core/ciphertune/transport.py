@@ -330,13 +330,35 @@ class RequestHandler(Protocol):
         """
         ...
 
-    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
+    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None) -> None:
         """Take a request; ``reply`` is called once, from any thread. Never raises, and does not block for long.
 
         Args:
             frames: of the request; none if it was malformed, which is answered with an error.
             peer: the client's name, by which quotas, sessions and turns go.
             reply: sends the reply.
+            connection: names the connection that it came over, once and for all; None where the transport cannot tell
+                connections apart.
+        """
+        ...
+
+    def left(self, peer: str, connection: Hashable) -> None:
+        """Take notice that a connection over which requests of a client came has ended.
+
+        Sessions that no other connection uses give way to new ones of their client from then on.
+        """
+        ...
+
+    def dismiss(self, peer: str) -> None:
+        """End the sessions of a client that may use this worker no more: its key was taken out."""
+        ...
+
+    def refused(self, peer: str, why: str) -> None:
+        """Count a connection or a message that was refused, and log it, rarely.
+
+        Args:
+            peer: who came, as far as that is known: an address, or a public key.
+            why: in a few words.
         """
         ...
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 import ciphertune
 from ciphertune import session_of
 from ciphertune.backend import Direction, LinearMap
+from ciphertune.cache import IN_USE, Hold, entries, remove
 from ciphertune.cli import cli
 from ciphertune.client.choice import choose
 from ciphertune.errors import (
@@ -334,7 +337,7 @@ class TestCache:
         assert empty_cache.stat().st_mode & 0o777 == 0o700
         (entry,) = empty_cache.iterdir()
         assert entry.stat().st_mode & 0o777 == 0o700
-        assert {path.suffix for path in entry.iterdir()} <= {".so", ".dylib", ".json"}
+        assert {path.suffix for path in entry.iterdir() if path.name != IN_USE} <= {".so", ".dylib", ".json"}
 
     def test_a_folder_open_to_others(self, empty_cache: Path) -> None:
         empty_cache.mkdir(parents=True)
@@ -389,8 +392,42 @@ class TestCache:
             (folder / "second").write_text("")
 
         place = cache.find_or_make("ab", slower)
-        assert [path.name for path in place.iterdir()] == ["first"]
+        assert [path.name for path in place.iterdir() if path.name != IN_USE] == ["first"]
         assert [path.name for path in empty_cache.iterdir()] == ["ab"]
+
+    def test_those_that_were_not_used_for_longest_go_for_new_ones(
+        self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CIPHERTUNE_CIRCUITS_MB", "1")
+
+        def make(name: str, nbytes: int = 400_000) -> Path:
+            return cache.find_or_make(name, lambda folder: (folder / "it").write_bytes(bytes(nbytes)) and None)  # type: ignore[arg-type]
+
+        def there() -> set[str]:
+            return {path.name for path in empty_cache.iterdir()}
+
+        for age, name in ((300, "ab"), (200, "cd")):
+            used = time.time() - age
+            os.utime(make(name) / IN_USE, (used, used))
+        make("ef")
+        assert there() == {"cd", "ef"}
+        # What a process has loaded stays; what is larger than the limit is kept, for it is needed now.
+        held = Hold(empty_cache / "cd")
+        make("01", 2_000_000)
+        assert "cd" in there()
+        held.close()
+        make("23")
+        assert "23" in there()
+        assert "01" not in there() or "cd" not in there()
+        monkeypatch.setenv("CIPHERTUNE_CIRCUITS_MB", "none")
+        with pytest.raises(PluginError, match="CIPHERTUNE_CIRCUITS_MB"):
+            make("45")
+
+    def test_a_loaded_circuit_keeps_its_files(self, empty_cache: Path) -> None:
+        both = around(codes_of(3, 4))
+        both.prepared.get("forward")
+        (entry,) = entries("concrete-circuit")
+        assert not remove(entry)
 
 
 class TestWithoutTheLibrary:

@@ -66,7 +66,7 @@ def test_a_small_request_makes_no_large_reply() -> None:
     evaluated = []
     try:
         opened = asked(service, Message("open", {"backend": "mlwe", "groups": [["l"]], "public": {}}))
-        session = service.worker._sessions[opened.fields["session"]]
+        session = service.worker.opened.find(opened.fields["session"], "client")
         honest = session.half.evaluate
         session.half.evaluate = lambda *asked: evaluated.append(1) or honest(*asked)  # type: ignore[method-assign,func-returns-value]
         fields = {"session": opened.fields["session"], "group": 0, "direction": "forward"}
@@ -91,7 +91,7 @@ def test_quota_for_a_reply_is_reserved_before_it_is_evaluated() -> None:
     gate = threading.Event()
     try:
         opened = asked(service, Message("open", {"backend": "mlwe", "groups": [["l"]], "public": {}}))
-        half = service.worker._sessions[opened.fields["session"]].half
+        half = service.worker.opened.find(opened.fields["session"], "client").half
         honest = half.evaluate
         half.evaluate = lambda *given: honest(*given) if gate.wait(60) else {}  # type: ignore[method-assign]
         fields = {"session": opened.fields["session"], "group": 0, "direction": "forward"}
@@ -150,10 +150,19 @@ class Bloated:
     def reserve(self, peer: str, nbytes: int) -> Callable[[], None]:
         return lambda: None
 
-    def submit(self, frames: Any, peer: str, reply: Any) -> None:
+    def submit(self, frames: Any, peer: str, reply: Any, connection: Any = None) -> None:
         request = unpack(frames)
         size = int(request.fields["size"])
         reply(pack(Message("ok", {}, {"y": torch.zeros(size, dtype=torch.uint8)})), lambda: None)
+
+    def left(self, peer: str, connection: Any) -> None:
+        return
+
+    def dismiss(self, peer: str) -> None:
+        return
+
+    def refused(self, peer: str, why: str) -> None:
+        return
 
 
 def test_a_client_takes_no_longer_reply_than_it_asked_for(tmp_path: Path) -> None:
@@ -211,7 +220,8 @@ def test_prepared_weights_are_kept_once_whatever_clients_send() -> None:
     for number in range(4):
         plain = Message("open", {"backend": "clear", "groups": [["a"]], "public": {"junk": number}})
         assert worker.handle(plain, "client").kind == "ok"
-    assert len(worker._prepared) == 2, "one for each backend"
+    (held,) = worker.held
+    assert len(held.prepared) == 2, "one for each backend"
 
 
 def test_what_is_prepared_for_a_session_alone_counts_against_its_client() -> None:

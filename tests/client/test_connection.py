@@ -46,11 +46,12 @@ def test_the_pause_doubles_up_to_the_longest(worker: WorkerConnection, clock: Cl
         worker.mark_failed("cut")
         pauses.append(worker.not_before - clock.now)
         clock.now = worker.not_before
-    assert pauses == pytest.approx([BACKOFF_SECONDS, 2 * BACKOFF_SECONDS, 4 * BACKOFF_SECONDS, 0.3, 0.3])
+    most = [BACKOFF_SECONDS, 2 * BACKOFF_SECONDS, 4 * BACKOFF_SECONDS, 0.3, 0.3]
+    assert all(bound / 2 <= pause <= bound for pause, bound in zip(pauses, most, strict=True))
     assert (worker.failures, worker.last_problem) == (5, "cut")
     worker.mark_answered()
     worker.mark_failed("cut again")
-    assert worker.not_before - clock.now == pytest.approx(BACKOFF_SECONDS)
+    assert BACKOFF_SECONDS / 2 <= worker.not_before - clock.now <= BACKOFF_SECONDS
 
 
 def test_requests_that_fail_together_are_one_failure(worker: WorkerConnection, clock: Clock) -> None:

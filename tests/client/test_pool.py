@@ -140,7 +140,13 @@ def test_encrypted_it_is_as_good_as_at_one_worker(farm: Farm, plan: str) -> None
 @pytest.mark.parametrize("backend", ["clear?weight_bits=8", "mlwe"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"shards": 2}, {"shards": 2, "by": "rows"}, {"shards": 3, "by": "rows"}, {"replicas": 3}],
+    [
+        {},
+        {"workers": 2, "placement": "layers"},
+        {"workers": 2},
+        {"workers": 3},
+        {"workers": 3, "placement": "replicas"},
+    ],
     ids=str,
 )
 def test_what_split_makes_is_served(farm: Farm, tmp_path: Path, options: dict[str, Any], backend: str) -> None:

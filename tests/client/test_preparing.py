@@ -332,17 +332,17 @@ def test_a_reply_carries_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatc
 
 def test_how_often_weights_are_read_is_bounded() -> None:
     now = [0.0]
-    readings = Readings(1000, lambda: now[0])
-    readings.count("a", 600)
-    readings.count("b", 1000)
+    readings = Readings(lambda: now[0])
+    readings.count("a", 600, 1000)
+    readings.count("b", 1000, 1000)
     with pytest.raises(QuotaError, match="60 minutes"):
-        readings.count("a", 401)
-    readings.count("a", 400)
+        readings.count("a", 401, 1000)
+    readings.count("a", 400, 1000)
     now[0] = 1800.0
     with pytest.raises(QuotaError, match="30 minutes"):
-        readings.count("b", 1)
+        readings.count("b", 1, 1000)
     now[0] = 3600.0
-    readings.count("b", 1000)
+    readings.count("b", 1000, 1000)
     worker = Worker(held(), limits=SessionLimits(readings=1))
     asked = [worker.handle(Message("weights", {"layer": "wide", "start": 0, "stop": 64}), "a") for _ in range(2)]
     assert [reply.fields.get("code") for reply in asked] == [None, "quota"]

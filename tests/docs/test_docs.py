@@ -33,6 +33,7 @@ from ciphertune.cli import cli
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.runs.config import load_config, parse_config, tomllib  # type: ignore[attr-defined]
 from ciphertune.runs.trl import convert
+from ciphertune.runs.worker_config import load_worker_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")])
@@ -54,6 +55,7 @@ _CONCRETE_ML = "an environment of its own, of gigabytes: make concrete-ml"
 # languages, the first line of the block.
 _CLUSTER = "needs a cluster of several machines; tests/transports/test_ray.py makes one"
 _OTHERS = "a program of others; tests/runs/test_export.py reads what it is given"
+_UNIT = "needs systemd, and rights; tests/whole/test_deploy.py has the unit checked"
 EXCLUDED = {
     ("concrete.md", "ciphertune worker BUNDLE --backends mlwe,concrete-glwe"): "serves until it is stopped",
     ("cluster.md", 'pip install "ciphertune[ray]"'): _INSTALL,
@@ -67,6 +69,7 @@ EXCLUDED = {
     ("CONTRIBUTING.md", "make test"): _MAKE,
     ("CONTRIBUTING.md", "make constraints"): _INSTALL,
     ("CONTRIBUTING.md", "make wheel"): _INSTALL,
+    ("CONTRIBUTING.md", "make release"): "builds a release; for maintainers",
     ("CONTRIBUTING.md", "make arm-test"): "needs a cross compiler and an emulator; for people",
     ("CONTRIBUTING.md", ".venv/bin/pre-commit install"): "changes the checkout's Git hooks",
     ("CONTRIBUTING.md", "make demo-quick"): _MAKE,
@@ -77,6 +80,7 @@ EXCLUDED = {
     ("README.md", 'pip install ".[demo]"   # the core is `pip install .`'): _INSTALL,
     ("README.md", "make demo"): "minutes; tests/runs/test_demo.py runs it small",
     ("README.md", "make test"): _MAKE,
+    ("releasing.md", "make release PREVIOUS=ciphertune-0.N.0.whl"): "builds a release; for maintainers",
     ("performance.md", "ciphertune bench train --model smollm2 --to mlwe --tokens 1024 --steps 5 --json"): "minutes",
     ("plugins.md", "ciphertune new backend NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("plugins.md", "ciphertune new transport NAME"): "NAME stands for a name; tests/cli/test_new.py",
@@ -104,6 +108,17 @@ EXCLUDED = {
         "from-concrete-ml.md",
         "model = get_peft_model(base, LoraConfig(…))          # as it was there; before or after outsource",
     ): "tests/training/test_moving_in.py reads such a checkpoint",
+    ("operations.md", "install -m 644 deploy/ciphertune-worker.service /etc/systemd/system/"): _UNIT,
+    ("operations.md", "install -m 644 deploy/worker.toml /etc/ciphertune/"): _UNIT,
+    ("operations.md", "systemctl enable --now ciphertune-worker"): _UNIT,
+    ("operations.md", "systemctl restart ciphertune-worker"): _UNIT,
+    ("operations.md", "kubectl rollout restart statefulset/ciphertune-worker"): _CLUSTER,
+    ("operations.md", "systemctl reload ciphertune-worker"): "tests/runs/test_worker.py sends the signal",
+    ("operations.md", "curl --fail http://127.0.0.1:9100/ready"): "tests/worker/test_service.py asks",
+    (
+        "operations.md",
+        "[[bind]]",
+    ): "a part of a file that is there already; tests/runs/test_worker.py adds an address",
     (
         "operations.md",
         "ciphertune top 'zmq://10.0.0.5:5555,10.0.0.6:5555?curve=keys'",
@@ -125,6 +140,7 @@ REPLACED = [
     ("*", "10.0.0.5:5555,10.0.0.6:5555", "127.0.0.1:PORT"),  # of a worker that the page itself starts
     ("*", "0.0.0.0:5555", "127.0.0.1:PORT"),
     ("*", "127.0.0.1:5555", "127.0.0.1:PORT"),
+    ("operations.md", "port = 9100", "port = 0"),
     ("remote.md", "meta-llama/Llama-3.2-1B", "model"),
 ]
 
@@ -247,7 +263,9 @@ class Player:
 
     def run(self, command: str) -> None:
         words = shlex.split(command)
-        if words[:2] == ["ciphertune", "worker"]:
+        if words[:3] == ["ciphertune", "worker", "--config"]:
+            self.workers.enter_context(remote.worker_of(Path(words[3])))
+        elif words[:2] == ["ciphertune", "worker"]:
             assert words[3:5] == ["--bind", f"tcp://127.0.0.1:{self.port}"], command
             self.workers.enter_context(remote.worker(Path(words[2]), *words[5:], port=self.port))
         elif words[0] == "ciphertune" and not set("|><;&") & set(re.sub(r'"[^"]*"', "", command)):
@@ -266,6 +284,9 @@ class Player:
             assert run.returncode == 0, (command, run.stdout[-2000:], run.stderr[-2000:])
 
     def check_toml(self, fence: Fence, body: str) -> None:
+        if fence.title == "worker.toml":
+            load_worker_config(Path(fence.title))
+            return
         if fence.title:
             load_config(Path(fence.title))
             return

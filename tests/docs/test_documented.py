@@ -117,12 +117,16 @@ def test_options_of_distributions_of_their_own(plugin: Path) -> None:
                 assert missing(fields, readme) == [], (file, node.name)
 
 
-def test_keys_of_a_run_s_file() -> None:
-    text = section("configuration.md", "A run's file")
-    for heading, owner in SETTINGS["SECTIONS"].items():
-        title = heading if heading[0] != "[" else f"`{heading}`"
-        assert f"**{title}**" in text
-        sections = {cls.__name__ for cls in SETTINGS["SECTIONS"].values()}
+@pytest.mark.parametrize(
+    ("title", "name"), [("A run's file", "SECTIONS"), ("A worker's file", "WORKER_SECTIONS")], ids=["run", "worker"]
+)
+def test_keys_of_files(title: str, name: str) -> None:
+    text = section("configuration.md", title)
+    for heading, owner in SETTINGS[name].items():
+        shown = heading if heading[0] != "[" else f"`{heading}`"
+        assert f"**{shown}**" in text
+        sections = {cls.__name__ for cls in SETTINGS[name].values()}
+        sections |= {f"tuple[{each}, ...]" for each in sections}
         for field in dataclasses.fields(owner):
             if field.type not in sections:
                 assert f"| `{field.name}` |" in text, (heading, field.name)

@@ -60,6 +60,19 @@ def worker(folder: Path, *arguments: str, port: int | None = None) -> Iterator[W
     """Started, ready, and gone at the end whatever happens."""
     command = [sys.executable, "-m", "ciphertune", "worker", str(folder), "--threads", "1", "--log-level", "warning"]
     command += ["--bind", f"tcp://127.0.0.1:{port or '*'}", *(arguments or ("--insecure",))]
+    with _running(command) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def worker_of(file: Path) -> Iterator[WorkerProcess]:
+    """As ``worker``, of a configuration file with one address."""
+    with _running([sys.executable, "-m", "ciphertune", "worker", "--config", str(file)]) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def _running(command: list[str]) -> Iterator[WorkerProcess]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         assert process.stdout is not None

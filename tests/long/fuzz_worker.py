@@ -147,7 +147,7 @@ def one_input(data: bytes) -> None:
     if room is not None:
         room()
     check_reply(frames)
-    if worker.prepared_bytes > 1 << 16 or len(worker._prepared) > 64:
+    if worker.prepared_bytes > 1 << 16 or sum(len(held.prepared) for held in worker.held) > 64:
         raise AssertionError("prepared weights are kept more than once")
     if service.counters.errors["internal"]:
         raise AssertionError("the worker failed in a way that was not foreseen")

@@ -34,13 +34,14 @@ from ciphertune.errors import (
     SecurityError,
     SelectionError,
     TransportError,
+    WorkerError,
 )
 from ciphertune.plugins import registry
 from ciphertune.protocol import Limits, Message, pack, unpack
 from ciphertune.testing import EchoHandler
 from ciphertune.transport import Link, RequestHandler
 from ciphertune.weights import quantize
-from ciphertune.worker import Quota, Service, WeightStore, Worker
+from ciphertune.worker import Quota, Service, SessionLimits, WeightStore, Worker
 
 ZmqTransport = registry.load(registry.TRANSPORTS, "zmq")
 FAST = "connect_timeout=1.5"
@@ -621,3 +622,132 @@ def test_help_loads_no_wire() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip().endswith("False False")
+
+
+def eventually(condition: Any) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_connections_are_told_apart_and_their_ends_are_told(keys: Path) -> None:
+    handler = EchoHandler()
+    with listening(handler, curve=str(keys)) as listener:
+        links = [link_to(f"mlwe+zmq://{listener.address}?curve={keys}") for _ in range(2)]
+        for link in (*links, *links):
+            link.submit(Message("hello")).result(60)
+        first, second = handler.connections[:2]
+        assert handler.connections == [first, second, first, second]
+        assert None not in handler.connections
+        links[0].close()
+        eventually(lambda: handler.gone)
+        assert handler.gone == [(handler.peers[0], first)]
+        links[1].close()
+        # The next connection may get the descriptor of one that has just ended.
+        again = link_to(f"mlwe+zmq://{listener.address}?curve={keys}")
+        again.submit(Message("hello")).result(60)
+        eventually(lambda: len(handler.gone) == 2)
+        assert handler.gone[1][1] == second
+        assert handler.connections[-1] not in (first, second)
+        again.close()
+
+
+_KILLED = """
+import sys, time
+import torch
+import ciphertune
+from torch import nn
+torch.manual_seed(0)
+network = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8))
+model = ciphertune.outsource(network, sys.argv[1])
+print("open", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_client_killed_outright_again_and_again_is_not_locked_out(service: Service, keys: Path) -> None:
+    service.worker.opened.limits = SessionLimits(sessions=1)
+    with listening(service, curve=str(keys)) as listener:
+        to = f"mlwe+zmq://{listener.address}?curve={keys}"
+        process = subprocess.Popen([sys.executable, "-c", _KILLED, to], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "open\n"
+            # While it is there its session is its own.
+            with pytest.raises(WorkerError, match="1 sessions of this client"):
+                ciphertune.outsource(network(), f"{to}&{FAST}")
+        finally:
+            process.kill()
+            process.wait(60)
+            process.stdout.close()
+        session_of(ciphertune.outsource(network(), to)).close()
+
+
+def test_a_refused_client_knocks_rarely_and_its_address_is_told(keys: Path, tmp_path: Path) -> None:
+    handler = EchoHandler()
+    ZmqTransport.make_keys(tmp_path / "other", ("client",), worker=False)
+    (tmp_path / "other" / "worker.pub").write_bytes((keys / "worker.pub").read_bytes())
+    with listening(handler, curve=str(keys)) as listener:
+        link = link_to(f"mlwe+zmq://{listener.address}?curve={tmp_path / 'other'}")
+        begun, asked = time.monotonic(), 0
+        while time.monotonic() < begun + 1.5:
+            with pytest.raises(TransportError, match="refused this client"):
+                link.submit(Message("hello")).result(60)
+            asked += 1
+            time.sleep(0.005)
+        # 0.1 s and twice as long each time: about five within this time, where ZeroMQ alone would knock thirty times.
+        assert asked > 20
+        assert 1 <= len(handler.refusals) <= 8
+        address, why = handler.refusals[0]
+        assert address == "127.0.0.1"
+        assert "is not authorised" in why
+        (keys / "clients" / "other.pub").write_bytes((tmp_path / "other/clients/client.pub").read_bytes())
+
+        def let_in() -> bool:
+            try:
+                return link.submit(Message("hello")).result(60).kind == "hello"
+            except TransportError:
+                return False
+
+        eventually(let_in)
+        link.close()
+
+
+def test_what_is_no_handshake_is_told_with_its_address(keys: Path) -> None:
+    handler = EchoHandler()
+    with listening(handler, curve=str(keys)) as listener:
+        host, _, port = listener.address.rpartition(":")
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 8)
+            stranger.settimeout(60)
+            with contextlib.suppress(OSError):
+                while stranger.recv(100):
+                    pass
+        eventually(lambda: handler.refusals)
+        ((address, why),) = handler.refusals
+        assert (address, "failed the handshake" in why) == ("127.0.0.1", True)
+
+
+@pytest.mark.slow
+def test_a_key_that_is_taken_out_ends_its_clients_sessions_and_no_others(service: Service, keys: Path) -> None:
+    ZmqTransport.make_keys(keys, ("other",), worker=False)
+    with listening(service, curve=str(keys)) as listener:
+        to = f"clear+zmq://{listener.address}?curve={keys}&allow_insecure=1&weight_bits=8&deadline=2&timeout=1"
+        revoked, stays = (ciphertune.outsource(network(), f"{to}&client={name}") for name in ("client", "other"))
+        x = torch.randn(2, 24)
+        with torch.no_grad():
+            expected = stays(x)
+            assert torch.equal(revoked(x), expected)
+            (keys / "clients" / "client.pub").rename(keys / "client.away")
+            eventually(lambda: service.load.sessions == 1)
+            with pytest.raises(TransportError):
+                revoked(x)
+            assert torch.equal(stays(x), expected)
+            # A client is let in again as soon as its key is.
+            (keys / "client.away").rename(keys / "clients" / "client.pub")
+            again = ciphertune.outsource(network(), f"{to}&client=client")
+            assert torch.equal(again(x), expected)
+        for model in (revoked, stays, again):
+            session_of(model).close()

@@ -1,7 +1,9 @@
-"""The deployment files: valid YAML, with commands and options that exist, and what they mount is what they use."""
+"""The deployment files: what their own tools say of them, commands and options that exist, and mounts that are used."""
 
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,27 @@ import pytest
 import yaml
 
 from ciphertune.cli import cli
+from ciphertune.runs.worker_config import WorkerConfig, load_worker_config
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-SERVICE, SET = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+CONFIG, SERVICE, SET, POLICY, _ = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
 UNIT = (DEPLOY / "ciphertune-worker.service").read_text()
 
 
-def parsed(arguments: list[str], existing: dict[str, Path]) -> tuple[str, dict[str, Any]]:
-    """A command's name and parameters, as its own parser reads them; paths of the deployment replaced by real ones."""
-    name, *rest = (str(existing.get(argument, argument)) for argument in arguments)
+def parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """A command's name and parameters, as its own parser reads them."""
+    name, *rest = arguments
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     with command.make_context(name, rest) as context:
         return name, context.params
 
 
-@pytest.fixture
-def existing(tmp_path: Path) -> dict[str, Path]:
-    return dict.fromkeys(("/bundle/worker", "/srv/ciphertune/worker", "/private/train.toml"), tmp_path)
+def configuration(text: str, folder: Path) -> WorkerConfig:
+    file = folder / "worker.toml"
+    file.write_text(text)
+    return load_worker_config(file)
 
 
 def container() -> dict[str, Any]:
@@ -44,23 +48,70 @@ WORKERS = {
 }
 
 
+FILES = {"systemd and compose": (DEPLOY / "worker.toml").read_text(), "kubernetes": CONFIG["data"]["worker.toml"]}
+
+
 @pytest.mark.parametrize("name", WORKERS)
-def test_workers_are_started_with_options_that_exist(name: str, existing: dict[str, Path]) -> None:
-    command, parameters = parsed(WORKERS[name], existing)
+def test_workers_are_started_with_options_that_exist(name: str) -> None:
+    command, parameters = parsed(WORKERS[name])
     assert command == "worker"
-    assert parameters["address"] == "tcp://0.0.0.0:5555"
-    assert parameters["curve"]
-    assert parameters["metrics_port"] == 9100
-    assert not parameters["insecure"]
-    assert not parameters["no_authentication"]
+    assert parameters["config_file"] == Path("/etc/ciphertune/worker.toml")
 
 
-def test_workers_get_time_to_drain() -> None:
-    _, parameters = parsed(WORKERS["systemd"], {"/srv/ciphertune/worker": DEPLOY})
-    drain = parameters["drain"]
+@pytest.mark.parametrize("name", FILES)
+def test_workers_are_configured_as_a_stranger_may_meet_them(name: str, tmp_path: Path) -> None:
+    config = configuration(FILES[name], tmp_path)
+    (bind,) = config.bind
+    assert bind.address == "tcp://0.0.0.0:5555"
+    assert bind.curve
+    assert not bind.insecure
+    assert not bind.no_authentication
+    assert config.backends == ("mlwe",)
+    assert config.audit == "/var/lib/ciphertune/sessions.sqlite"
+    assert config.metrics.port == 9100
+    # Beyond the pod only, where a policy says who may come.
+    assert config.metrics.host == ("0.0.0.0" if name == "kubernetes" else "127.0.0.1")
+    assert config.log.format == "json"
+
+
+def test_workers_get_time_to_drain(tmp_path: Path) -> None:
+    drain = max(configuration(text, tmp_path).drain for text in FILES.values()) + 10
     assert int(re.findall(r"^TimeoutStopSec=(\d+)$", UNIT, re.M)[0]) > drain
     assert int(COMPOSE["services"]["worker-a"]["stop_grace_period"].removesuffix("s")) > drain
     assert SET["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > drain
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_finds_nothing_wrong_with_the_unit_and_little_exposed(tmp_path: Path) -> None:
+    unit = tmp_path / "ciphertune-worker.service"
+    unit.write_text(UNIT.replace("/opt/ciphertune/bin/ciphertune", "/bin/true"))
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False
+    )
+    assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(unit)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0, "exposure of 2.0 at most"
+    assert re.search(r"^Type=notify$", UNIT, re.M)
+    assert re.search(r"^ExecReload=/bin/kill -HUP \$MAINPID$", UNIT, re.M)
+
+
+@pytest.mark.parametrize("name", ["kubernetes.yaml", "kuberay.yaml"])
+def test_manifests_fit_the_schemas_of_kubernetes(name: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="schemas of Kubernetes are not installed")
+    found = [each for each in yaml.safe_load_all((DEPLOY / name).read_text()) if each["apiVersion"] != "ray.io/v1"]
+    assert found
+    for document in found:
+        validate.validate(document, "1.31", strict=True)
+
+
+def test_probes_ask_for_what_the_worker_answers() -> None:
+    for probe, path in (("livenessProbe", "/live"), ("readinessProbe", "/ready")):
+        assert container()[probe]["httpGet"] == {"path": path, "port": "metrics"}
+    assert "127.0.0.1:9100/ready" in COMPOSE["services"]["worker-a"]["healthcheck"]["test"][-1]
+    anyone, monitoring = POLICY["spec"]["ingress"]
+    assert [port["port"] for port in anyone["ports"]] == [5555]
+    assert [port["port"] for port in monitoring["ports"]] == [9100]
+    assert monitoring["from"]
 
 
 def test_compose_gives_each_side_its_own_keys_only() -> None:
@@ -77,18 +128,32 @@ def test_compose_gives_each_side_its_own_keys_only() -> None:
     assert "bundle/worker" not in mounted["client"]
 
 
-def test_kubernetes_mounts_what_the_command_names() -> None:
+def test_kubernetes_mounts_what_the_configuration_names(tmp_path: Path) -> None:
     spec = SET["spec"]["template"]["spec"]
     volumes = {volume["name"] for volume in spec["volumes"]}
+    claimed = {claim["metadata"]["name"] for claim in SET["spec"]["volumeClaimTemplates"]}
     for part in (container(), *spec["initContainers"]):
-        assert {mount["name"] for mount in part["volumeMounts"]} <= volumes
+        assert {mount["name"] for mount in part["volumeMounts"]} <= volumes | claimed
+        assert part["securityContext"]["readOnlyRootFilesystem"]
     paths = [mount["mountPath"] for mount in container()["volumeMounts"]]
-    arguments = container()["args"]
-    for path in (arguments[1], arguments[arguments.index("--curve") + 1]):
+    config = configuration(FILES["kubernetes"], tmp_path)
+    assert config.bind[0].curve is not None
+    assert config.audit is not None
+    for path in (config.bundles[0], config.bind[0].curve, f"{config.bind[0].curve}/clients", config.audit):
         assert any(path == mount or path.startswith(mount + "/") for mount in paths)
     assert SET["spec"]["serviceName"] == SERVICE["metadata"]["name"]
     assert SERVICE["spec"]["selector"] == SET["spec"]["template"]["metadata"]["labels"]
     assert SERVICE["spec"]["ports"][0]["port"] == container()["ports"][0]["containerPort"]
+
+
+def test_compose_mounts_what_the_configuration_names(tmp_path: Path) -> None:
+    config = configuration(FILES["systemd and compose"], tmp_path)
+    for name in ("worker-a", "worker-b"):
+        mounted = [volume.split(":")[1] for volume in COMPOSE["services"][name]["volumes"]]
+        assert config.bundles[0] in mounted
+        assert str(Path(str(config.audit)).parent) in mounted
+        assert {"/etc/ciphertune/worker.toml", "/etc/ciphertune/keys/worker.key"} <= set(mounted)
+    assert config.bind[0].curve == str(tmp_path / "keys"), "beside the file"
 
 
 def test_the_image_is_built_from_what_the_package_needs() -> None:
@@ -109,7 +174,7 @@ def test_the_image_is_built_from_what_the_package_needs() -> None:
     assert all(re.search(rf"^{extra} = \[", built, re.M) for extra in extras)
 
 
-RAY, JOB, POLICY = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+RAY, JOB, RAY_POLICY = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
 
 
 def test_the_ray_deployment_is_started_with_options_that_exist() -> None:
@@ -126,10 +191,10 @@ def test_the_ray_deployment_is_started_with_options_that_exist() -> None:
     assert (found["listen"], found["extra"]) == ("zmq", ("curve=/keys",))
     assert found["address"] == f"gcs://{RAY['metadata']['name']}-head-svc:6379"
     # Ray's ports are for the cluster's own pods, workers' own for others too.
-    labels = POLICY["spec"]["podSelector"]["matchLabels"]
+    labels = RAY_POLICY["spec"]["podSelector"]["matchLabels"]
     templates = (head, workers["template"], JOB["spec"]["template"])
     assert all(labels.items() <= template["metadata"]["labels"].items() for template in templates)
-    inside, anyone = POLICY["spec"]["ingress"]
+    inside, anyone = RAY_POLICY["spec"]["ingress"]
     assert inside["from"] == [{"podSelector": {"matchLabels": labels}}]
     (ports,) = anyone["ports"]
     assert ports["port"] == found["port"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from ciphertune.protocol import Frame, Limits, Message, pack, unpack
 from ciphertune.worker import Entrance
@@ -14,8 +14,19 @@ class Echo:
     def reserve(self, peer: str, nbytes: int) -> Callable[[], None]:
         return lambda: None
 
-    def submit(self, frames: Sequence[Frame], peer: str, reply: Callable[..., None]) -> None:
+    def submit(
+        self, frames: Sequence[Frame], peer: str, reply: Callable[..., None], connection: Hashable = None
+    ) -> None:
         reply(pack(Message("ok", {"peer": peer})), lambda: None)
+
+    def left(self, peer: str, connection: Hashable) -> None:
+        return
+
+    def dismiss(self, peer: str) -> None:
+        return
+
+    def refused(self, peer: str, why: str) -> None:
+        return
 
 
 def test_clients_are_asked_to_try_again_until_it_opens() -> None:

@@ -6,6 +6,7 @@ import random
 import re
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from ciphertune.client.choice import choose
 from ciphertune.protocol import Frame, Limits, Message, pack, unpack
 from ciphertune.weights import describe, group_map, quantize
 from ciphertune.worker import Quota, Service, SessionLimits, WeightStore, Worker
-from ciphertune.worker.metrics import serve_metrics
+from ciphertune.worker.metrics import Monitor
 
 WEIGHT = quantize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), 8)
 
@@ -275,7 +276,15 @@ def test_mutated_messages_harm_nobody(serving: Service, data: st.DataObject) -> 
     assert serving.load.under_way == 0
 
 
-def test_metrics_over_http(scripted: tuple[Scripted, Service]) -> None:
+def status(monitor: Monitor, path: str) -> int:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{monitor.port}/{path}", timeout=60) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_metrics_and_health_over_http(scripted: tuple[Scripted, Service]) -> None:
     worker, service = scripted
     inbox = Inbox()
     for _ in range(3):
@@ -283,12 +292,19 @@ def test_metrics_over_http(scripted: tuple[Scripted, Service]) -> None:
     ask(service, "a", inbox, "open", backend="clear", groups=[["a"]], public={})
     ask(service, "a", inbox, "close", session="none")
     inbox.wait(5)
-    port, stop = serve_metrics(service, "127.0.0.1", 0)
+    monitor = Monitor("127.0.0.1", 0)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as reply:
+        assert [status(monitor, path) for path in ("live", "ready", "metrics", "other")] == [200, 503, 503, 404]
+        monitor.open(service)
+        assert [status(monitor, path) for path in ("live", "ready", "other")] == [200, 200, 404]
+        with urllib.request.urlopen(f"http://127.0.0.1:{monitor.port}/metrics", timeout=60) as reply:
             text = reply.read().decode()
+        service.drain(0)
+        assert [status(monitor, path) for path in ("live", "ready", "metrics")] == [200, 503, 200]
+        service.close()
+        assert status(monitor, "live") == 503, "its threads have ended"
     finally:
-        stop()
+        monitor.close()
     values = dict(re.findall(r"^(ciphertune_\S+) (\S+)$", text, re.M))
     assert float(values['ciphertune_requests_total{kind="evaluate"}']) == 3
     assert float(values['ciphertune_errors_total{code="unknown-session"}']) == 1

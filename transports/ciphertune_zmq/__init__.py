@@ -127,6 +127,23 @@ class ZmqTransport(Transport):
             made |= {f"{name}.key": "secret, never leaves the client", f"clients/{name}.pub": "public, for the worker"}
         return made
 
+    @staticmethod
+    def client_names(folder: Path) -> dict[str, str]:
+        """Names of the clients whose keys are in a worker's folder, by the names that a listener gives them.
+
+        Args:
+            folder: with ``clients/``.
+
+        Raises:
+            KeyFileError: a key is damaged.
+        """
+        _need_zmq()
+        from ciphertune_zmq.keys import read_public
+        from ciphertune_zmq.security import CURVE_PEER
+
+        files = sorted((folder / "clients").glob("*.pub"))
+        return {f"{CURVE_PEER}:{read_public(file).decode('ascii')}": file.stem for file in files}
+
     @classmethod
     def loopback(cls, folder: Path, options: Mapping[str, str]) -> Loopback:
         """See ``Transport.loopback``: with CURVE keys unless the selection says ``insecure``."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import random
 import struct
+import time
 from concurrent.futures import Future
 
 import zmq
@@ -22,6 +25,12 @@ _CHECK_SECONDS = 0.25
 _CONNECT_SECONDS = 5.0
 _NUMBER = struct.Struct("<Q")
 _SPARE_BYTES = 1 << 16
+_FIRST_KNOCK_SECONDS = 0.1
+_LONGEST_KNOCK_SECONDS = 5.0
+_REFUSED = (
+    "it refused this client: the client's key is not authorised there, or the worker has another key than the one in "
+    "this client's folder"
+)
 _MOST = DEFAULT_LIMITS.total_bytes
 
 
@@ -55,6 +64,9 @@ class ZmqLink(SocketLoop, Link):
         self._limit = ReceiveLimit(0)
         self._connected = False
         self._descriptor = -1
+        self._address = address.zmq
+        self._refusals = 0  # in a row
+        self._knock_at: float | None = None  # when it connects again, after it was refused
         options = {
             zmq.IMMEDIATE: 1,  # Requests wait in this process, where they can fail, and not in the socket.
             zmq.HEARTBEAT_IVL: int(1000 * heartbeat),
@@ -94,14 +106,20 @@ class ZmqLink(SocketLoop, Link):
 
     def poll_seconds(self) -> float:
         """See ``SocketLoop.poll_seconds``."""
-        return _CHECK_SECONDS if self._pending else 60.0
+        seconds = _CHECK_SECONDS if self._pending else 60.0
+        return seconds if self._knock_at is None else max(0.0, min(seconds, self._knock_at - time.monotonic()))
 
     def work(self, readable: bool) -> None:
         """See ``SocketLoop.work``."""
         if readable:
             self._receive()
+        if self._knock_at is not None and time.monotonic() >= self._knock_at:
+            self._knock_at = None
+            self.socket.connect(self._address)
         if self._connected:
             self._send()
+        elif self._knock_at is not None and self._outgoing:
+            self._lost(_REFUSED)
         self._limit.limit = _SPARE_BYTES + min(_MOST, sum(map(_most_bytes, self._expected.values())))
         if self._pending and self._limit.enforce():
             self._lost("it sent more than a reply can be")
@@ -112,16 +130,13 @@ class ZmqLink(SocketLoop, Link):
             self._descriptor = value
             self._limit.watch(value)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._connected = True
+            self._connected, self._refusals = True, 0
             self._send()
         elif event == zmq.EVENT_DISCONNECTED:
             self._limit.forget(value)
-            self._lost("the connection was lost")
+            self._lost("the connection was lost" if self._knock_at is None else _REFUSED)
         elif event in HANDSHAKE_FAILURES:
-            self._lost(
-                "it refused this client: the client's key is not authorised there, or the worker has another key than "
-                "the one in this client's folder"
-            )
+            self._refused()
         elif event == zmq.EVENT_CONNECT_RETRIED:
             self._lost("nothing answers there")
 
@@ -162,6 +177,16 @@ class ZmqLink(SocketLoop, Link):
                 self._pending.answer(number, unpack(parts, limits))
             except ProtocolError as error:
                 self._pending.fail(number, error)
+
+    def _refused(self) -> None:
+        """Connect again after a while: ZeroMQ itself would try twenty times a second."""
+        if self._knock_at is None:
+            with contextlib.suppress(zmq.ZMQError):
+                self.socket.disconnect(self._address)
+            pause = min(_FIRST_KNOCK_SECONDS * 2 ** min(self._refusals, 16), _LONGEST_KNOCK_SECONDS)
+            self._knock_at = time.monotonic() + pause * random.uniform(0.5, 1.0)
+            self._refusals += 1
+        self._lost(_REFUSED)
 
     def _lost(self, why: str) -> None:
         self._connected = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +18,9 @@ from ciphertune.protocol import Frame
 from ciphertune.transport import Connections, Listener, RequestHandler, connections_allowed
 from ciphertune_zmq.address import Address
 from ciphertune_zmq.framing import MAX_FRAME, NUMBER_BYTES, max_parts, unwrap, wrap
-from ciphertune_zmq.loop import HANDSHAKE_FAILURES, SocketLoop
+from ciphertune_zmq.loop import SocketLoop
 from ciphertune_zmq.receive_limit import ReceiveLimit
-from ciphertune_zmq.security import ServerCurve
+from ciphertune_zmq.security import CURVE_PEER, AuthorisedClients, ServerCurve
 
 if TYPE_CHECKING:
     from ciphertune_zmq import ZmqServeOptions
@@ -38,6 +39,10 @@ _ENVELOPE_BYTES = 1 << 16
 _MAX_REPLIES = 1 << 14
 # Bytes below which a copy is cheaper than tracking when ZeroMQ has sent the memory.
 _COPY_BYTES = 1 << 16
+_KEYS_SECONDS = 1.0
+_ZAP_ADDRESS = 3
+# Of all connections of all listeners of this process.
+_numbers = itertools.count(1)
 
 
 class ZmqListener(Listener):
@@ -72,6 +77,53 @@ class ZmqListener(Listener):
         self._loop.stop()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """A connection over which a message came.
+
+    Attributes:
+        route: ZeroMQ's name of it.
+        peer: the client.
+        number: by which the handler knows it.
+    """
+
+    route: bytes
+    peer: str
+    number: int
+
+
+class _Authenticator(ThreadAuthenticator):
+    """Asks for each key whether it is authorised, and tells of those that are not, with their addresses.
+
+    Args:
+        context: of the socket.
+        clients: those that are authorised.
+        refused: told of an address and a reason.
+    """
+
+    def __init__(
+        self, context: zmq.Context[Any], clients: AuthorisedClients, refused: Callable[[str, str], None]
+    ) -> None:
+        super().__init__(context)
+        self._authorised = clients
+        self._refused = refused
+        self._address = ""
+        self.start()
+        self.configure_curve_callback(domain="*", credentials_provider=self)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether this Z85 public key may connect."""
+        if self._authorised.callback(domain, key):
+            return True
+        self._refused(self._address, f"the key {key.decode('ascii', 'replace')} is not authorised")
+        return False
+
+    async def handle_zap_message(self, msg: list[bytes]) -> None:
+        """See ``zmq.auth.Authenticator``; requests are handled one after the other."""
+        self._address = msg[_ZAP_ADDRESS].decode("ascii", "replace") if len(msg) > _ZAP_ADDRESS else ""
+        await super().handle_zap_message(msg)
+
+
 @dataclasses.dataclass
 class _Outgoing:
     route: bytes
@@ -90,8 +142,17 @@ class _ServerLoop(SocketLoop):
         self._connections: Connections[int] = Connections(connections_allowed(options.connections))
         self._replies: collections.deque[_Outgoing] = collections.deque()
         self._unsent: list[tuple[Any, Callable[[], None]]] = []
-        self._authenticator: ThreadAuthenticator | None = None
-        self._next_check = 0.0
+        self._authenticator: _Authenticator | None = None
+        self._clients = None if curve is None else curve.clients
+        self._next_check = self._next_keys = 0.0
+        self._addresses: dict[int, str] = {}  # of connections, by descriptor
+        self._known: dict[int, _Known] = {}  # by descriptor
+        # Ends of connections that are yet to be told of, though their descriptors have new ones.
+        self._stale: collections.Counter[int] = collections.Counter()
+        self._told = 0  # connections that were refused, and are yet to end
+        self._peers: dict[str, bytes] = {}  # clients that have come, with their keys
+        self._missing: set[str] = set()  # those whose keys were not there when last looked for
+        self._revoked: set[str] = set()
         settings = {
             zmq.ROUTER_MANDATORY: 1,  # A reply to a client that has gone is an error, not dropped silently.
             zmq.HEARTBEAT_IVL: int(1000 * options.heartbeat),
@@ -143,6 +204,9 @@ class _ServerLoop(SocketLoop):
         if time.monotonic() >= self._next_check:
             self._next_check = time.monotonic() + _CHECK_SECONDS
             self._end_excess()
+            if time.monotonic() >= self._next_keys:
+                self._next_keys = time.monotonic() + _KEYS_SECONDS
+                self._revoke()
             count = self._limit.enforce()
             if count:
                 log.warning("shut down %d connections whose incomplete messages were over the limit", count)
@@ -150,13 +214,59 @@ class _ServerLoop(SocketLoop):
     def connection_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
             self._limit.watch(value)
-            self._connections.came(value, self._limit.address(value))
+            self._addresses[value] = address = self._limit.address(value)
+            self._connections.came(value, address)
             self._end_excess()
         elif event == zmq.EVENT_DISCONNECTED:
             self._limit.forget(value)
             self._connections.gone(value)
-        elif event in HANDSHAKE_FAILURES:
-            log.info("a connection was refused: it failed the handshake")
+            self._gone(value)
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            # The authenticator has told of it, and the end of its connection follows.
+            self._told += 1
+
+    def _gone(self, descriptor: int) -> None:
+        """Tell the handler of a connection that has ended."""
+        address = self._addresses.pop(descriptor, "")
+        if self._stale[descriptor]:
+            self._stale[descriptor] -= 1
+        elif (known := self._known.pop(descriptor, None)) is not None:
+            self._handler.left(known.peer, known.number)
+        elif self._told:
+            self._told -= 1
+        else:
+            self._handler.refused(address or "unknown", "it failed the handshake, or left after it without a message")
+        self._stale += collections.Counter()  # drops zeros
+
+    def _connection(self, descriptor: int, route: bytes, peer: str) -> int | None:
+        """The number of the connection that a message came over; None where that cannot be told."""
+        if descriptor < 0:
+            return None
+        known = self._known.get(descriptor)
+        if known is not None and known.route != route:
+            self._stale[descriptor] += 1
+            self._handler.left(known.peer, known.number)
+            known = None
+        if known is None:
+            known = self._known[descriptor] = _Known(route, peer, next(_numbers))
+            name, _, key = peer.partition(":")
+            if name == CURVE_PEER:
+                self._peers[peer] = key.encode("ascii", "replace")
+        return known.number
+
+    def _revoke(self) -> None:
+        """End the connections and sessions of clients whose keys are there no more."""
+        authorised = None if self._clients is None else self._clients.keys()
+        if authorised is None:
+            return
+        missing = {peer for peer, key in self._peers.items() if key not in authorised}
+        # A file may be away for a moment while it is replaced.
+        revoked = missing & self._missing
+        for peer in revoked - self._revoked:
+            self._handler.dismiss(peer)
+        for descriptor in [each for each, known in self._known.items() if known.peer in revoked]:
+            self._limit.shut_down(descriptor)
+        self._missing, self._revoked = missing, revoked
 
     def _end_excess(self) -> None:
         for descriptor in self._connections.excess():
@@ -170,9 +280,7 @@ class _ServerLoop(SocketLoop):
         self._end_authentication()
 
     def _authenticate(self, curve: ServerCurve) -> None:
-        self._authenticator = ThreadAuthenticator(self.context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(domain="*", credentials_provider=curve.clients)
+        self._authenticator = _Authenticator(self.context, curve.clients, self._handler.refused)
         self.socket.curve_secretkey, self.socket.curve_publickey = curve.pair.secret, curve.pair.public
         self.socket.curve_server = True
 
@@ -198,19 +306,26 @@ class _ServerLoop(SocketLoop):
                         frames.append(frame)
             except zmq.Again:
                 return
-            self._limit.message_complete(_descriptor(frame))
-            self._connections.known(_descriptor(frame))
+            descriptor, peer = _descriptor(frame), _peer(frame)
+            self._limit.message_complete(descriptor)
+            self._connections.known(descriptor)
+            if peer in self._revoked:
+                self._revoke()  # unless it was let in again meanwhile
+                if peer in self._revoked:
+                    self._limit.shut_down(descriptor)
+                    continue
             if len(frames) < _ROUTING_FRAMES or len(frames[1]) < NUMBER_BYTES:
-                log.info("ignored a message without a request number")
+                self._handler.refused(peer, "a message without a request number")
                 continue
             route, envelope = frames[0].bytes, frames[1].bytes
             try:
                 parts = unwrap(envelope, [frame.buffer for frame in frames[_ROUTING_FRAMES:]])
             except ProtocolError as error:
                 # Without frames the handler answers with an error.
-                log.info("a malformed message: %s", error)
+                self._handler.refused(peer, f"a malformed message: {error}")
                 parts = []
-            self._handler.submit(parts, _peer(frame), self._reply_to(route, envelope[:NUMBER_BYTES]))
+            connection = self._connection(descriptor, route, peer)
+            self._handler.submit(parts, peer, self._reply_to(route, envelope[:NUMBER_BYTES]), connection)
 
     def _reply_to(self, route: bytes, number: bytes) -> Callable[[list[Frame], Callable[[], None]], None]:
         def reply(frames: list[Frame], release: Callable[[], None]) -> None:
@@ -246,7 +361,7 @@ class _ServerLoop(SocketLoop):
 
 def _peer(frame: zmq.Frame) -> str:
     """The name of the client for quotas and sessions: its public key, or its address without CURVE."""
-    for name in ("User-Id", "Peer-Address"):
+    for name in (CURVE_PEER, "Peer-Address"):
         try:
             value = frame.get(name)
         except zmq.ZMQError:

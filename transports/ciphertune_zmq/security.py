@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CURVE_PEER = "User-Id"
+"""Before the key in the name of a client that has one; ZeroMQ's name for what authentication found."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ClientCurve:
@@ -27,31 +32,48 @@ class ClientCurve:
 
 
 class AuthorisedClients:
-    """The public keys of the clients that a worker serves, read again when a client connects.
+    """The public keys of the clients that a worker serves, read again when files change.
 
     Args:
-        folder: of ``*.pub`` files; a file added or removed counts for the next connection.
+        folder: of ``*.pub`` files; a file added or removed counts at once.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock = threading.Lock()
+        self._files: list[tuple[str, int, int]] | None = None
+        self._keys: frozenset[bytes] = frozenset()
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether this Z85 public key may connect, as ``zmq.auth`` asks it."""
+        keys = self.keys()
+        return keys is not None and key in keys
+
+    def keys(self) -> frozenset[bytes] | None:
+        """The keys of all clients; None where they cannot be read now."""
         try:
-            return any(self._is(file, key) for file in sorted(self.folder.iterdir()) if file.suffix == ".pub")
+            with self._lock:
+                files = sorted(
+                    (each.name, each.stat().st_mtime_ns, each.stat().st_size)
+                    for each in os.scandir(self.folder)
+                    if each.name.endswith(".pub")
+                )
+                if files != self._files:
+                    keys = [self._read(self.folder / name) for name, _, _ in files]
+                    self._keys, self._files = frozenset(key for key in keys if key is not None), files
+                return self._keys
         except Exception as error:
             # The authenticator's thread, which asks, must not end: descriptors may run out, or the folder be away.
-            log.warning("a client is refused, as the authorised keys cannot be read: %s", error)
-            return False
+            log.warning("the authorised keys cannot be read: %s", error)
+            return None
 
     @staticmethod
-    def _is(file: Path, key: bytes) -> bool:
+    def _read(file: Path) -> bytes | None:
         try:
-            return read_public(file) == key
+            return read_public(file)
         except KeyFileError as error:
             log.warning("a client's key is skipped: %s", error)
-            return False
+            return None
 
 
 @dataclasses.dataclass(frozen=True)

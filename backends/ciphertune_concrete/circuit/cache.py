@@ -15,6 +15,10 @@ from ciphertune.errors import PluginError
 
 log = logging.getLogger(__name__)
 
+_PART = "concrete-circuit"
+_VARIABLE = "CIPHERTUNE_CIRCUITS_MB"
+_DEFAULT_MB = 16 << 10
+
 
 def cache_folder() -> Path:
     """Folder of compiled circuits, made with mode 0700 if missing: ``concrete-circuit`` of the cache.
@@ -25,7 +29,7 @@ def cache_folder() -> Path:
         PluginError: it cannot be made, or belongs to, or can be written by, somebody else. The path is in the log only,
             for the text goes to clients.
     """
-    folder = cache.cache_folder("concrete-circuit")
+    folder = cache.cache_folder(_PART)
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -40,27 +44,48 @@ def cache_folder() -> Path:
     return folder
 
 
+def limit_bytes() -> int:
+    """Bytes that compiled circuits may take on disk: ``CIPHERTUNE_CIRCUITS_MB``, of 2²⁰ bytes, else 16 GiB.
+
+    Raises:
+        PluginError: the variable is no whole number from 1.
+    """
+    text = os.environ.get(_VARIABLE, str(_DEFAULT_MB))
+    if not text.isdigit() or int(text) < 1:
+        raise PluginError(f"{_VARIABLE} must be a whole number of megabytes, 1 or more")
+    return int(text) << 20
+
+
 def find_or_make(key: str, make: Callable[[Path], None]) -> Path:
-    """The folder of one circuit.
+    """The folder of one circuit. For a new one, those that were not used for longest go where the limit needs it.
+
+    Circuits that a process has loaded stay, as does the new one, whatever its size.
 
     Args:
         key: hexadecimal.
         make: fills an empty folder; called where the circuit is not there yet. The folder shows under its name once
             that is done, or not at all. Two that make the same at a time do no harm.
     """
-    root = cache_folder()
+    root, limit = cache_folder(), limit_bytes()
     place = root / key
     if place.is_dir():
         return place
     temporary = Path(tempfile.mkdtemp(dir=root, prefix=".making-"))
     try:
-        make(temporary)
+        # Nobody else takes it for a leftover.
+        held = cache.Hold(temporary)
         try:
-            temporary.rename(place)
-        except OSError:
-            # Whoever was faster made the same.
-            if not place.is_dir():
-                raise
+            make(temporary)
+            if not cache.make_room(_PART, 0, limit, temporary):
+                log.warning("compiled circuits in use take more than the limit of %d MB on disk", limit >> 20)
+            try:
+                temporary.rename(place)
+            except OSError:
+                # Whoever was faster made the same.
+                if not place.is_dir():
+                    raise
+        finally:
+            held.close()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return place

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ciphertune.backend import Direction
+from ciphertune.cache import Hold
 from ciphertune.errors import PluginError
 from ciphertune_concrete.circuit import cache
 from ciphertune_concrete.circuit.library import compiler, fhe, version
@@ -52,10 +53,12 @@ class Circuit:
     Attributes:
         request: frame of K fresh ciphertexts.
         runners: the library's circuit, once for every thread: two calls of one at a time give wrong results.
+        held: keeps its files while it is loaded.
     """
 
     request: Frame = dataclasses.field(repr=False)
     runners: queue.LifoQueue[Any] = dataclasses.field(repr=False)
+    held: Hold = dataclasses.field(repr=False)
 
     @contextlib.contextmanager
     def runner(self) -> Iterator[Any]:
@@ -138,6 +141,7 @@ class LinearCircuits:
 
     def _load(self, place: Path, shape: tuple[int, ...]) -> Circuit:
         outputs, inputs = shape
+        held = Hold(place)
         facts = json.loads((place / _FACTS).read_text(encoding="ascii"))
         if facts["mode"] != self._mode:
             # The library would crash.
@@ -159,7 +163,7 @@ class LinearCircuits:
                 runners.put((client, runner))
             else:
                 runners.put(runner)
-        return Circuit(frame, runners)
+        return Circuit(frame, runners, held)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Builders that make dataclasses from texts or from TOML values; annotations say how each value is read.
 
 Supported annotations: bool, int, float, str, Path, Literal of ints or strings, unions of these, and ``| None``. In TOML
-also sections, which are dataclasses, and lists of strings, which are ``tuple[str, ...]``.
+also sections, which are dataclasses, lists of sections or of strings, which are ``tuple[X, ...]``, and sections with
+keys of any name, which are ``dict[str, Any]``.
 """
 
 from __future__ import annotations
@@ -88,6 +89,15 @@ class Builder(abc.ABC):
                     return choice
             listed = ", ".join(str(choice) for choice in arguments)
             raise self.mismatch(value, f"one of {listed}", place)
+        if origin is tuple and dataclasses.is_dataclass(arguments[0]):
+            if not isinstance(value, (list, tuple)):
+                raise self.mismatch(value, f"a list of sections, [[{place}]]", place)
+            parts = enumerate(value, 1)
+            return tuple(self.value(part, arguments[0], f"{place}[{number}]") for number, part in parts)
+        if origin is dict:
+            if isinstance(value, Mapping) and all(isinstance(each, (str, int, float)) for each in value.values()):
+                return dict(value)
+            raise self.mismatch(value, "a section of texts, numbers and switches", place)
         if origin is tuple:
             if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
                 return tuple(value)

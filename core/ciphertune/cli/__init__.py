@@ -37,6 +37,7 @@ _COMMANDS = {
     "top": ("top", "Watch workers: load, sessions, queue, throughput."),
     "train": ("train", "Fine-tune as a TOML file, or a YAML file of TRL's, says."),
     "transports": ("listing", "Installed transports, and the options that every selection string takes."),
+    "usage": ("usage", "What clients used of a worker, from its records of sessions."),
     "worker": ("worker", "Serve the layers of a bundle to clients on other machines."),
 }
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-OFFERED = ("mlwe", "simulation", "clear")
-"""Backends that are offered unless the operator says otherwise: those that need no further package."""
+from ciphertune._support.offered import OFFERED
 
 
 def backends_option() -> Callable[[Any], Any]:

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ciphertune._support.logs import log_to_stderr
 from ciphertune.cli.offered import backends_option, offered_backends
 from ciphertune.cli.pairs import name_values
 
-log = logging.getLogger("ciphertune.worker")
-
-
-class _JsonFormatter(logging.Formatter):
-    """Formatter of one JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
 
 @click.command()
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file that says all of this, and more; read again at SIGHUP.",
+)
 @click.option("--bind", "address", default="tcp://127.0.0.1:5555", show_default=True, help="Address to listen on.")
 @click.option("--transport", default="zmq", show_default=True, help="Transport to serve over.")
 @click.option("--curve", default=None, help="Folder with worker.key and clients/; see 'ciphertune keys'.")
@@ -82,8 +66,16 @@ class _JsonFormatter(logging.Formatter):
     help="Let no client read codes. One that has to prepare itself from them, as mlwe does, then needs them from "
     "elsewhere.",
 )
-@click.option("--metrics-port", type=click.IntRange(0, 65535), default=None, help="Prometheus metrics; 0: any port.")
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    default=None,
+    help="Prometheus metrics, /live and /ready; 0: any port.",
+)
 @click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address of the metrics.")
+@click.option(
+    "--audit", type=click.Path(dir_okay=False, path_type=Path), help="SQLite file for a record of each session."
+)
 @click.option(
     "--drain", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds to finish in on SIGTERM."
 )
@@ -96,8 +88,11 @@ class _JsonFormatter(logging.Formatter):
     default="info",
     help="Least level of the log.",
 )
+@click.pass_context
 def worker(
-    bundle: Path,
+    context: click.Context,
+    bundles: tuple[Path, ...],
+    config_file: Path | None,
     address: str,
     transport: str,
     curve: str | None,
@@ -119,111 +114,72 @@ def worker(
     withhold_weights: bool,
     metrics_port: int | None,
     metrics_host: str,
+    audit: Path | None,
     drain: float,
     log_format: str,
     log_level: str,
 ) -> None:
-    """Serve the layers of BUNDLE, a worker folder that 'ciphertune split' wrote.
+    """Serve the layers of each BUNDLE, a worker folder that 'ciphertune split' wrote.
 
-    Prints one line 'ready ADDRESS' on standard output when it takes requests. SIGTERM finishes the requests that are
-    under way and ends it with status 0; a second one, or SIGINT, ends it at once.
+    Prints a line 'ready ADDRESS' on standard output when it takes requests, one for each address. SIGTERM finishes the
+    requests that are under way and ends it with status 0; a second one, or SIGINT, ends it at once. SIGHUP has it read
+    the file of --config again: bundles, addresses, backends and quotas change, and sessions stay.
     """
-    _log_to_stderr(log_format, log_level)
-    options: dict[str, Any] = {**name_values(extra)}
-    flags = {"curve": curve, "insecure": insecure or None, "no_authentication": no_authentication or None}
-    options |= {name: value for name, value in flags.items() if value is not None}
+    given = [
+        name
+        for name in context.params
+        if name not in ("config_file", "bundles")
+        and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if config_file is not None and (given or bundles):
+        names = ", ".join(["BUNDLE"] * bool(bundles) + given)
+        raise click.UsageError(f"--config says everything: leave out {names}, or --config")
+    if config_file is None and not bundles:
+        raise click.UsageError("name a BUNDLE to serve, or a file with --config")
+    content: dict[str, Any] = {
+        "bundles": [str(bundle) for bundle in bundles],
+        "layers": list(layers) or None,
+        "verify": verify,
+        "device": device,
+        "threads": threads,
+        "evaluators": evaluators,
+        "drain": drain,
+        "audit": None if audit is None else str(audit),
+        "bind": [
+            {
+                "address": address,
+                "transport": transport,
+                "curve": curve,
+                "insecure": insecure,
+                "no_authentication": no_authentication,
+                "options": name_values(extra),
+            }
+        ],
+        "quotas": {
+            "requests": max_requests,
+            "client_mb": max_client_mb,
+            "message_mb": max_message_mb,
+            "sessions": max_sessions,
+            "key_mb": max_key_mb,
+            "idle": idle,
+            **({"readings": 0} if withhold_weights else {}),
+        },
+        "metrics": {"port": metrics_port, "host": metrics_host},
+        "log": {"format": log_format, "level": log_level},
+    }
+    # Before torch is imported, which takes seconds: what cannot be read is told at once.
+    from ciphertune._support.options import build_section
+    from ciphertune.runs.worker_config import WorkerConfig, load_worker_config
 
-    import torch
+    def read() -> WorkerConfig:
+        if config_file is not None:
+            return load_worker_config(config_file)
+        offered = offered_backends(backends)
+        return build_section(WorkerConfig, {**content, "backends": ["all"] if offered is None else offered})
 
-    from ciphertune.bundle.worker import load_worker, read_blocks
-    from ciphertune.errors import ConfigError
-    from ciphertune.plugins import registry
-    from ciphertune.protocol import Limits
-    from ciphertune.worker import Entrance, Quota, Service, SessionLimits, Worker
+    config = read()
+    log_to_stderr(config.log.format, config.log.level)
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the device {device!r} cannot be used: {error}") from error
-    listen = registry.load(registry.TRANSPORTS, transport).listen
-    read_blocks(bundle)
-    offered = offered_backends(backends)
-    size = max_message_mb << 20
-    message = Limits(buffer_bytes=size, total_bytes=size)
-    # Keys, address and ports are looked at first: weights take minutes to read.
-    if metrics_port is not None:
-        from ciphertune.worker.metrics import check_metrics
+    from ciphertune.runs.worker import serve_worker
 
-        check_metrics(metrics_host, metrics_port)
-    entrance = Entrance(message)
-    listener = listen(entrance, address, options)
-    try:
-        store = load_worker(bundle, device=device, layers=layers or None, verify=verify)
-    except BaseException:
-        listener.close()
-        raise
-    _say("weights loaded", layers=len(store), megabytes=round(store.nbytes / 1e6, 1), verified=verify)
-    keys = max_key_mb << 20
-    readings = 0 if withhold_weights else SessionLimits.readings
-    limits = SessionLimits(max_sessions, idle_seconds=idle, nbytes=keys, all_nbytes=8 * keys, readings=readings)
-    service = Service(
-        Worker(store, place, limits, backends=offered),
-        Quota(max_requests, max_client_mb << 20),
-        message,
-        evaluators,
-    )
-    stop_metrics = None
-    try:
-        try:
-            if metrics_port is not None:
-                from ciphertune.worker.metrics import serve_metrics
-
-                port, stop_metrics = serve_metrics(service, metrics_host, metrics_port)
-                _say("metrics", address=f"http://{metrics_host}:{port}/metrics")
-            asked = _signals()
-            entrance.open(service)
-            _say("ready", address=listener.address)
-            click.echo(f"ready {listener.address}")
-            asked.wait()
-            _say("draining", seconds=drain)
-            clean = service.drain(drain)
-            _say("stopped", requests=sum(service.counters.requests.values()), drained=clean)
-        finally:
-            listener.close(linger=1.0)
-            if stop_metrics is not None:
-                stop_metrics()
-    finally:
-        service.close()
-
-
-def _signals() -> threading.Event:
-    """Event that the first SIGTERM or SIGINT sets; the next one of either ends the process at once."""
-    asked = threading.Event()
-
-    def handler(number: int, frame: object) -> None:
-        if asked.is_set() or number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGINT, handler)
-    return asked
-
-
-def _say(message: str, **fields: object) -> None:
-    text = message if not fields else f"{message}: " + ", ".join(f"{k} {v}" for k, v in fields.items())
-    structured = any(isinstance(h.formatter, _JsonFormatter) for h in logging.getLogger().handlers)
-    log.info(message if structured else text, extra={"fields": fields})
-
-
-def _log_to_stderr(form: str, level: str) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        _JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    serve_worker(config, lambda at: click.echo(f"ready {at}"), read)

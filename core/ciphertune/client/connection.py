@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,15 +31,25 @@ from ciphertune.weights import Shard, read_manifest
 log = logging.getLogger(__name__)
 
 BACKOFF_SECONDS = 0.05
-_LONGEST_CODE = 40
-"""Pause after a first failure; it doubles with each one that follows."""
+"""Pause after a first failure at most; it doubles with each one that follows."""
 LONGEST_BACKOFF_SECONDS = 2.0
+_LONGEST_CODE = 40
+_MOST_BUNDLES = 64
 _SLOWEST_LINK = 1 << 18
 """Bytes a second that a link is expected to carry at least: a large key gets the time that it then takes."""
 _LARGE_KEY = 1 << 20
 
 KeyWatch = Callable[[str, int, bool], None]
 """Called with a worker's name, a large key's bytes, and False as it sets out, True once it has arrived or failed."""
+
+
+def backoff(failures: int, longest: float = LONGEST_BACKOFF_SECONDS) -> float:
+    """Seconds to wait after so many failures in a row: up to half of them by chance, so that clients spread.
+
+    "Equal jitter" in Marc Brooker, Exponential Backoff And Jitter, AWS Architecture Blog, 2015.
+    """
+    pause: float = min(BACKOFF_SECONDS * 2 ** min(failures - 1, 16), longest)
+    return pause * random.uniform(0.5, 1.0)
 
 
 class Retry(Exception):  # noqa: N818 - not an error: the reason to try again
@@ -101,7 +112,7 @@ class WorkerConnection:
     Attributes:
         link: the connection.
         version: of the protocol, once both ends agreed on one.
-        holdings: digest of what it holds.
+        holdings: digest of what it holds, of the bundle that fits where it has several.
         blocks: its manifest, None until it was read.
         groups: the groups that sessions there are opened for, each with its place among them.
         session: id of the open session, None where there is none.
@@ -136,6 +147,11 @@ class WorkerConnection:
         self._opened = 0  # groups that the open session knows
         self._opened_by: Opening | None = None
         self._forgotten_before = False
+        # Bundles that were not asked for yet, the one that is asked for, and the best so far.
+        self._offered: list[str] = []
+        self._asked = ""
+        self._best = -1
+        self._chosen: Sequence[Sequence[Shard]] = ()
         self._opening = threading.Lock()
         self._lock = threading.Lock()
 
@@ -179,13 +195,36 @@ class WorkerConnection:
         except ProtocolError as error:
             raise ReplyError(f"{self.name}: {error}") from error
         self.holdings = self.text(reply, "holdings")
+        offered = reply.fields.get("bundles", [self.holdings])
+        if not (isinstance(offered, list) and offered and all(isinstance(each, str) for each in offered)):
+            raise ReplyError(f"{self.name} does not say which bundles it holds")
+        self._offered, self._best = offered[:_MOST_BUNDLES], -1
 
-    def read_manifest(self, reply: Message) -> None:
-        """Take the reply to ``manifest``. Raises ``ReplyError``."""
+    def ask_manifest(self) -> Future[Message] | None:
+        """Ask for the manifest of the next bundle that the worker holds; None where all were asked for."""
+        if not self._offered:
+            return None
+        self._asked = self._offered.pop(0)
+        return self.submit(Message("manifest", {"holdings": self._asked}))
+
+    def read_manifest(self, reply: Message, fit: Callable[[Sequence[Sequence[Shard]]], int]) -> None:
+        """Take the reply to ``ask_manifest``; the bundle that fits best is the one that is used.
+
+        Args:
+            reply: with a bundle's manifest.
+            fit: number of its shards that this client can use.
+
+        Raises:
+            ReplyError: the manifest makes no sense.
+        """
         try:
-            self.blocks = read_manifest(reply.fields.get("blocks"))
+            blocks = read_manifest(reply.fields.get("blocks"))
         except ProtocolError as error:
             raise ReplyError(f"{self.name}: {error}") from error
+        if (found := fit(blocks)) > self._best:
+            self._best, self._chosen, self.holdings = found, blocks, self._asked
+        if not self._offered:
+            self.blocks = self._chosen
 
     def reply(self, future: Future[Message], seconds: float, kind: str) -> Message:
         """Wait for the good reply to a request of a kind.
@@ -307,8 +346,7 @@ class WorkerConnection:
             # Requests that fail together tell of one failure.
             if now >= self.not_before:
                 self.failures += 1
-                pause = BACKOFF_SECONDS * 2 ** min(self.failures - 1, 16)
-                self.not_before = now + min(pause, self._longest_backoff)
+                self.not_before = now + backoff(self.failures, self._longest_backoff)
 
     def mark_answered(self) -> None:
         """Record a good answer."""

@@ -76,6 +76,13 @@ def place(
     return placed
 
 
+def fitting(groups: Sequence[Sequence[LayerInfo]], holdings: Holdings) -> int:
+    """Number of the shards that a worker holds which are rows of these very layers."""
+    layers = {layer.name: layer for group in groups for layer in group}
+    shards = (shard for block in holdings for shard in block)
+    return sum(shard.name in layers and _fits(shard, layers[shard.name]) for shard in shards)
+
+
 def _without(problems: Mapping[str, str], names: Sequence[str]) -> str:
     """Why some layers are held by no worker: each cause once, with the first of the layers that it is the cause of."""
     causes: dict[str, list[str]] = {}

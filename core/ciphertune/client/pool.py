@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from ciphertune.backend import Direction
-from ciphertune.client.connection import BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, Opening, Retry, WorkerConnection
+from ciphertune.client.connection import LONGEST_BACKOFF_SECONDS, Opening, Retry, WorkerConnection, backoff
 from ciphertune.client.exclusions import Exclusion, Exclusions
-from ciphertune.client.placement import Piece, place
+from ciphertune.client.placement import Piece, fitting, place
 from ciphertune.errors import CipherTuneError, SecurityError, TransportError, UnknownLayerError
 from ciphertune.protocol import Message
 from ciphertune.selection import Timeouts
@@ -224,8 +224,12 @@ class WorkerPool:
                 stack.callback(worker.link.close)
 
     def _connection(self, link: Link) -> WorkerConnection:
+        return WorkerConnection(link, self._longest_backoff, self._clock)
+
+    @property
+    def _longest_backoff(self) -> float:
         # However short the deadline, a worker that comes back in time is noticed.
-        return WorkerConnection(link, min(LONGEST_BACKOFF_SECONDS, self.timeouts.deadline / 8), self._clock)
+        return min(LONGEST_BACKOFF_SECONDS, self.timeouts.deadline / 8, self.timeouts.connect_timeout / 8)
 
     def _close_sessions(self) -> None:
         self.closed.set()
@@ -246,6 +250,7 @@ class WorkerPool:
     def _introduce(self, workers: Sequence[WorkerConnection]) -> None:
         """Ask workers what they hold, again after each ``timeout``; those that never answer stay without ``blocks``."""
         end = time.monotonic() + self.timeouts.connect_timeout
+        failures = dict.fromkeys(workers, 0)
         # With the time at which it is asked again.
         asked: dict[Future[Message], tuple[WorkerConnection, str, float]] = {}
         again = dict.fromkeys((worker for worker in workers if not self._barred(worker)), 0.0)
@@ -265,14 +270,15 @@ class WorkerPool:
                         reply = worker.reply(future, 0, kind)
                     except (Retry, TransportError) as error:
                         worker.last_problem = str(error)
-                        again[worker] = time.monotonic() + BACKOFF_SECONDS
+                        failures[worker] += 1
+                        again[worker] = time.monotonic() + backoff(failures[worker], self._longest_backoff)
                         continue
                     if kind == "manifest":
-                        worker.read_manifest(reply)
-                        continue
-                    worker.greeted(reply)
-                    late = time.monotonic() + self.timeouts.timeout
-                    asked[worker.submit(Message("manifest"))] = worker, "manifest", late
+                        worker.read_manifest(reply, lambda blocks: fitting(self._groups, blocks))
+                    else:
+                        worker.greeted(reply)
+                    if (manifest := worker.ask_manifest()) is not None:
+                        asked[manifest] = worker, "manifest", time.monotonic() + self.timeouts.timeout
                 for future, (worker, _, late) in list(asked.items()):
                     if late <= time.monotonic() and not future.done():
                         worker.last_problem = f"no answer within {self.timeouts.timeout:g} s"
@@ -315,6 +321,7 @@ class WorkerPool:
     def _open(self, worker: WorkerConnection) -> Exception | None:
         """Open a session, with retries until the time is up; return the error where there is none."""
         end = time.monotonic() + self.timeouts.connect_timeout
+        failures = 0
         while True:
             try:
                 worker.open(self.opening, self.timeouts.timeout, 0, self.closed)
@@ -322,7 +329,8 @@ class WorkerPool:
                 worker.last_problem = str(error)
                 if time.monotonic() > end or self.closed.is_set():
                     return error
-                time.sleep(BACKOFF_SECONDS)
+                failures += 1
+                self.closed.wait(backoff(failures, self._longest_backoff))
             else:
                 return None
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ciphertune.client.connection import BACKOFF_SECONDS, Retry, WorkerConnection
+from ciphertune.client.connection import Retry, WorkerConnection, backoff
 from ciphertune.client.pool import WorkerPool
 from ciphertune.errors import TransportError, WeightsError, WorkerError
 from ciphertune.protocol import Message
@@ -84,7 +84,7 @@ class WorkerCodes:
     def _ask(self, layer: LayerInfo, start: int, stop: int, workers: Sequence[WorkerConnection]) -> Tensor:
         timeouts = self._pool.timeouts
         end = time.monotonic() + timeouts.deadline
-        problem = "no worker holds them any more"
+        problem, failures = "no worker holds them any more", 0
         most = (stop - start) * layer.in_features * code_dtype(layer.weight_bits).itemsize
         request = {"layer": layer.name, "start": start, "stop": stop}
         while True:
@@ -93,7 +93,7 @@ class WorkerCodes:
                 if self._pool.closed.is_set():
                     raise TransportError(f"the session was closed while the codes of {layer.name} were read")
                 try:
-                    future = worker.submit(Message("weights", dict(request)), most)
+                    future = worker.submit(Message("weights", {**request, "holdings": worker.holdings}), most)
                     reply = worker.reply(future, timeouts.timeout, "weights")
                 except WorkerError as error:
                     if error.code == "withheld":
@@ -111,4 +111,5 @@ class WorkerCodes:
                     self._liars.add((worker.name, layer.name))
             if refused or time.monotonic() > end:
                 raise WeightsError(f"rows {start} to {stop} of {layer.name} could not be read: {problem}")
-            self._pool.closed.wait(BACKOFF_SECONDS)
+            failures += 1
+            self._pool.closed.wait(backoff(failures))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Hashable
 
 from ciphertune.protocol import Message
 from ciphertune.transport import Reply
@@ -34,6 +35,8 @@ class Job:
         reply: where its reply goes.
         arrived: when it did.
         reserved: bytes counted against the quota, the reply's included, until there is a reply.
+        connection: that it came over; None where that is not known.
+        seconds: of evaluation.
     """
 
     request: Message
@@ -41,6 +44,8 @@ class Job:
     reply: Reply
     arrived: float
     reserved: int = 0
+    connection: Hashable = None
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass

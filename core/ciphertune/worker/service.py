@@ -6,7 +6,8 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 from ciphertune._support.version import __version__
 from ciphertune.errors import ProtocolError, VersionError
@@ -16,11 +17,32 @@ from ciphertune.transport import Reply
 from ciphertune.worker.counters import Counters, Load
 from ciphertune.worker.disclosure import Disclosure, Totals
 from ciphertune.worker.queueing import Client, FairQueue, Job, Quota
+from ciphertune.worker.refusals import Refusals
 from ciphertune.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
 _EXPIRY_SECONDS = 1.0
+_TELL_SECONDS = 5.0
+# Opening a session prepares weights, which may take minutes.
+_SILENCE_SECONDS = 900.0
+
+
+class Waiting(NamedTuple):
+    """What a worker that is about to stop waits for.
+
+    Attributes:
+        evaluated, queued: requests that are evaluated, and that wait.
+        replies: that clients have not taken yet.
+        clients: whose they are.
+        seconds: left until it waits no longer.
+    """
+
+    evaluated: int
+    queued: int
+    replies: int
+    clients: int
+    seconds: float
 
 
 class Service:
@@ -39,6 +61,7 @@ class Service:
     Attributes:
         worker, limits, evaluators: as given.
         counters: sums since the start.
+        refusals: connections, and requests for sessions, that were refused.
     """
 
     def __init__(
@@ -53,8 +76,9 @@ class Service:
         self.limits = limits
         self.evaluators = evaluators
         self.counters = Counters()
+        self.refusals = Refusals(clock)
         self._clock = clock
-        self._started = clock()
+        self._started = self._ticked = clock()
         self._products = FairQueue(quota if quota is not None else Quota())
         self._quick: collections.deque[tuple[Client, Job]] = collections.deque()
         self._lock = threading.Lock()
@@ -73,10 +97,10 @@ class Service:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
+    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None) -> None:
         """Take a request; see ``ciphertune.transport.RequestHandler``."""
         nbytes = sum(len(frame) for frame in frames)
-        job = Job(Message("hello"), nbytes, reply, self._clock())
+        job = Job(Message("hello"), nbytes, reply, self._clock(), connection=connection)
         try:
             job.request = unpack(frames, self.limits)
         except ProtocolError as error:
@@ -84,6 +108,8 @@ class Service:
             self._answer(None, job, error_message(code, str(error)), "malformed")
             return
         kind = job.request.kind
+        if (session := job.request.fields.get("session")) is not None:
+            self.worker.opened.seen(str(session), peer, connection)
         # These two are answered where they arrive: handing them to a thread would take longer.
         if kind == "stats":
             told = Message("ok", self.status(peer).fields(), version=job.request.version)
@@ -93,6 +119,19 @@ class Service:
         elif refused := self._enqueue(peer, job):
             self._answer(None, job, refused, kind)
 
+    def left(self, peer: str, connection: Hashable) -> None:
+        """Take notice of a connection that has ended; see ``ciphertune.transport.RequestHandler``."""
+        self.worker.opened.left(peer, connection)
+
+    def dismiss(self, peer: str) -> None:
+        """End a client's sessions; see ``ciphertune.transport.RequestHandler``."""
+        sessions = self.worker.dismiss(peer)
+        log.warning("client revoked", extra={"fields": {"client": peer, "sessions": sessions}})
+
+    def refused(self, peer: str, why: str) -> None:
+        """Count a refusal; see ``ciphertune.transport.RequestHandler``."""
+        self.refusals.note(peer, why)
+
     def reserve(self, peer: str, nbytes: int) -> Callable[[], None] | None:
         """Count a request that has yet to be received; see ``ciphertune.transport.RequestHandler``."""
         with self._lock:
@@ -101,6 +140,16 @@ class Service:
                 return None
             self._products.admit(client, nbytes)
         return self._releaser(client, nbytes)
+
+    @property
+    def quota(self) -> Quota:
+        """What each client may have under way; it may be replaced."""
+        return self._products.quota
+
+    @quota.setter
+    def quota(self, quota: Quota) -> None:
+        with self._lock:
+            self._products.quota = quota
 
     @property
     def load(self) -> Load:
@@ -123,8 +172,8 @@ class Service:
             return WorkerStatus(
                 version=__version__,
                 device=str(worker.device),
-                layers=len(worker.weights),
-                weight_bytes=worker.weights.nbytes,
+                layers=worker.held.layers,
+                weight_bytes=worker.held.nbytes,
                 evaluators=self.evaluators,
                 draining=self._draining,
                 **self._disclosure.figures(self._totals(), self._load()),
@@ -139,27 +188,57 @@ class Service:
                 ),
             )
 
-    def drain(self, timeout: float) -> bool:
+    @property
+    def draining(self) -> bool:
+        """Whether it refuses new requests because it is about to stop."""
+        return self._draining
+
+    @property
+    def alive(self) -> bool:
+        """Whether its threads run, and the one that answers all but products did so within the last seconds."""
+        ticking = self._clock() - self._ticked < _SILENCE_SECONDS
+        return ticking and all(thread.is_alive() for thread in self._threads)
+
+    def drain(self, timeout: float, tell: Callable[[Waiting], object] = lambda _: None) -> bool:
         """Refuse new requests, as busy, and wait until those under way are answered and gone.
 
         Args:
             timeout: seconds to wait at most.
+            tell: called with what it waits for, at once and every few seconds.
 
         Returns:
             Whether nothing is under way any more.
         """
-        with self._lock:
-            self._draining = True
-            return self._idle.wait_for(lambda: self._products.under_way == 0, timeout)
+        end = self._clock() + timeout
+        while True:
+            with self._lock:
+                self._draining = True
+                if self._products.under_way == 0:
+                    return True
+                waiting = self._waiting(end - self._clock())
+            tell(waiting)
+            if waiting.seconds <= 0:
+                return False
+            with self._lock:
+                self._idle.wait_for(lambda: self._products.under_way == 0, min(_TELL_SECONDS, waiting.seconds))
 
-    def close(self) -> None:
-        """Stop the threads; requests that still wait get no answer. Idempotent."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Stop the threads; requests that still wait get no answer. Idempotent.
+
+        Args:
+            timeout: seconds to wait at most for products that are evaluated; None to wait until they are.
+
+        Returns:
+            Whether the threads have ended.
+        """
         with self._lock:
             self._draining = self._stopped = True
             self._work.notify_all()
             self._quick_work.notify_all()
+        end = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
-            thread.join()
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _enqueue(self, peer: str, job: Job) -> Message | None:
         """Queue a request with its reply's bytes reserved, or return the error with which it is refused."""
@@ -184,6 +263,13 @@ class Service:
                 self._quick.append((client, job))
                 self._quick_work.notify()
             return None
+
+    def _waiting(self, seconds: float) -> Waiting:
+        """What a drain waits for; the caller holds the lock."""
+        queued, running = len(self._products) + len(self._quick), len(self._evaluating)
+        clients = sum(client.requests > 0 for client in self._products.clients.values())
+        under_way = self._products.under_way
+        return Waiting(running, queued, max(0, under_way - queued - running), clients, max(0.0, seconds))
 
     def _load(self) -> Load:
         """Load of this moment; the caller holds the lock."""
@@ -214,6 +300,7 @@ class Service:
                 for counters in (self.counters, client.counters):
                     counters.queue_seconds += start - job.arrived
                     counters.evaluate_seconds += seconds
+            job.seconds = seconds
             self._answer(client, job, message, "evaluate")
 
     def _quick_loop(self) -> None:
@@ -225,11 +312,20 @@ class Service:
                     return
                 taken = self._quick.popleft() if self._quick else None
             if taken is not None:
-                client, job = taken
-                self._answer(client, job, self.worker.handle(job.request, client.peer), job.request.kind)
+                self._answer_quickly(*taken)
             if self._clock() >= expiry:
+                self._ticked = self._clock()
                 self._expire()
                 expiry = self._clock() + _EXPIRY_SECONDS
+
+    def _answer_quickly(self, client: Client, job: Job) -> None:
+        kind = job.request.kind
+        message = self.worker.handle(job.request, client.peer)
+        if kind == "open" and message.kind == "ok":
+            self.worker.opened.seen(message.fields["session"], client.peer, job.connection)
+        elif kind == "open":
+            self.refusals.note(client.peer, f"no session: {message.fields['code']}")
+        self._answer(client, job, message, kind)
 
     def _answer(self, client: Client | None, job: Job, message: Message, kind: str) -> None:
         start = self._clock()
@@ -247,6 +343,10 @@ class Service:
             if client is not None:
                 client.nbytes += nbytes - job.reserved
                 client.counters.count(kind, job.nbytes, message, nbytes, seconds)
+        # Before the answer leaves: its client may close the session with the next request.
+        if client is not None and kind == "evaluate":
+            used = str(job.request.fields.get("session"))
+            self.worker.opened.count(used, client.peer, (job.nbytes, nbytes), job.seconds, message.kind == "error")
         # The request's memory goes with it; the reply's once it has left.
         job.request = Message("hello")
         job.reply(frames, self._releaser(client, nbytes))
@@ -271,4 +371,4 @@ class Service:
             self._disclosure.sample(self._totals())
             self._products.forget(self._clock() - self.worker.limits.idle_seconds)
         if expired:
-            log.info("closed %d idle sessions", expired)
+            log.info("idle sessions closed", extra={"fields": {"sessions": expired}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import itertools
 import socket
 import threading
 import time
@@ -20,8 +20,6 @@ from ciphertune.transport import Connections, Listener, RequestHandler, connecti
 from ciphertune_http import HttpServeOptions, body
 from ciphertune_http.tokens import AuthorisedClients
 
-log = logging.getLogger("ciphertune.http")
-
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _Answer = tuple[list[Frame], Callable[[], None]]
@@ -35,6 +33,8 @@ _SLOWEST_RATE = 1 << 16
 _SWEEP_SECONDS = 0.5
 _CLOSE_SECONDS = 1.0
 _ROUNDS = 5
+# Of all connections of all listeners of this process.
+_numbers = itertools.count(1)
 
 
 class _Door(socket.socket):
@@ -43,9 +43,10 @@ class _Door(socket.socket):
     All calls but the first are of the event loop's thread.
     """
 
-    def guard(self, connections: Connections[_Peer]) -> None:
-        """Begin to count."""
+    def guard(self, connections: Connections[_Peer], ended: Callable[[_Peer], None]) -> None:
+        """Begin to count, and tell of connections that have ended."""
         self._connections = connections
+        self._ended = ended
         self._sockets: weakref.WeakValueDictionary[_Peer, socket.socket] = weakref.WeakValueDictionary()
 
     def accept(self) -> tuple[socket.socket, Any]:
@@ -63,7 +64,9 @@ class _Door(socket.socket):
             known = self._sockets.get(peer)
             if known is None or known.fileno() < 0:
                 self._connections.gone(peer)
+                self._ended(peer)
         for peer in self._connections.excess():
+            self._ended(peer)
             if (victim := self._sockets.pop(peer, None)) is not None:
                 with contextlib.suppress(OSError):
                     victim.shutdown(socket.SHUT_RDWR)
@@ -85,6 +88,7 @@ class _Application:
         self._authorised = authorised
         self._most = body.most_bytes(handler.limits)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._known: dict[_Peer, tuple[str, int]] = {}  # clients of connections, and the connections' numbers
         self.waiting: set[asyncio.Future[_Answer | None]] = set()
         self.busy = 0
         self.closing = False
@@ -98,6 +102,16 @@ class _Application:
             await self._serve(scope, receive, send)
         finally:
             self.busy -= 1
+
+    def ended(self, connection: _Peer) -> None:
+        """Tell the handler of a connection that has ended."""
+        if (known := self._known.pop(connection, None)) is not None:
+            self._handler.left(*known)
+
+    def revoke(self) -> None:
+        """End the sessions of clients whose tokens were taken out; without one they are refused."""
+        for client in self._authorised.refresh():
+            self._handler.dismiss(client)
 
     def end(self) -> None:
         """Refuse new requests and those that wait for a reply; callable from any thread."""
@@ -119,15 +133,23 @@ class _Application:
             return await _status(send, 405)
         peer = self._authorised.name(headers.get(b"authorization", b""))
         if peer is None:
+            self._handler.refused(scope["client"][0], "its token is not authorised")
             return await _status(send, 401)
         connection = _Peer(*scope["client"])
         self._connections.known(connection)
         try:
-            return await self._serve_client(peer, headers, receive, send)
+            client, number = self._known.get(connection, (peer, 0))
+            if not number or client != peer:
+                self.ended(connection)
+                number = next(_numbers)
+                self._known[connection] = peer, number
+            return await self._serve_client(peer, number, headers, receive, send)
         finally:
             self._connections.stranger_again(connection)
 
-    async def _serve_client(self, peer: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+    async def _serve_client(
+        self, peer: str, connection: int, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
         if self.closing:
             return await _status(send, 503)
         length = headers.get(b"content-length", b"")
@@ -148,10 +170,10 @@ class _Application:
         try:
             frames = body.split(received, self._handler.limits)
         except ProtocolError as error:
-            log.info("malformed request of %s: %s", peer, error)
+            self._handler.refused(peer, f"a malformed request: {error}")
             frames = []
         del received
-        answer = await self._answer(frames, peer)
+        answer = await self._answer(frames, peer, connection)
         if answer is None:
             return await _status(send, 503)
         del frames
@@ -183,7 +205,7 @@ class _Application:
             if not event.get("more_body", False):
                 return received
 
-    async def _answer(self, frames: list[Frame], peer: str) -> _Answer | None:
+    async def _answer(self, frames: list[Frame], peer: str, connection: int) -> _Answer | None:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Answer | None] = loop.create_future()
 
@@ -202,7 +224,7 @@ class _Application:
 
         self.waiting.add(future)
         try:
-            self._handler.submit(frames, peer, from_any_thread)
+            self._handler.submit(frames, peer, from_any_thread, connection)
             return await future
         finally:
             self.waiting.discard(future)
@@ -252,7 +274,7 @@ class HttpListener(Listener):
         except OSError as error:
             raise TransportError(f"cannot listen at {host}:{port}: {error}") from error
         self._socket = _Door(server.family, server.type, server.proto, server.detach())
-        self._socket.guard(connections)
+        self._socket.guard(connections, self._application.ended)
         # Without it small replies are delayed. Connections inherit it; asyncio sets it only on sockets made as TCP's.
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         shown = f"[{host}]" if ":" in host else host
@@ -283,6 +305,7 @@ class HttpListener(Listener):
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             self._socket.sweep()
+            self._application.revoke()
 
     def close(self, linger: float = 0.0) -> None:
         """See ``Listener.close``."""

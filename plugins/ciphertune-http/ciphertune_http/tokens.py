@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
 from pathlib import Path
 
 from ciphertune.errors import KeyFileError
 from ciphertune.key_files import refuse_shared, write_parts
+
+log = logging.getLogger("ciphertune.http")
 
 _LONGEST = 200
 
@@ -49,25 +52,57 @@ def read_token(path: str) -> str:
 class AuthorisedClients:
     """The clients that a worker serves, by the hashes of their tokens.
 
+    Args:
+        path: of the list, which is read again when it changes.
+
     Raises:
         KeyFileError: the list is missing, empty or malformed.
     """
 
     def __init__(self, path: str) -> None:
+        self._path = path
+        self._status = self._look()
+        self._names = self._read()
+
+    def refresh(self) -> set[str]:
+        """Read the list again if it has changed, and it is not damaged; return the clients that are on it no more."""
+        status = self._look()
+        if status is None or status == self._status:
+            return set()
+        self._status = status
+        try:
+            names = self._read()
+        except KeyFileError as error:
+            log.warning("the list of tokens stays as it was: %s", error)
+            return set()
+        gone = set(self._names.values()) - set(names.values())
+        self._names = names
+        return gone
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            status = Path(self._path).stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size
+
+    def _read(self) -> dict[str, str]:
+        path = self._path
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise KeyFileError(f"{path} cannot be read as a list of tokens: {type(error).__name__}") from error
-        self._names: dict[str, str] = {}
+        names: dict[str, str] = {}
         for number, line in enumerate(lines, 1):
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue
             if len(words) != 2 or len(words[1]) != 64:
                 raise KeyFileError(f"{path}, line {number}: expected a name and the SHA-256 of a token")
-            self._names[words[1]] = words[0]
-        if not self._names:
+            names[words[1]] = words[0]
+        if not names:
             raise KeyFileError(f"{path} lists no client")
+        return names
 
     def name(self, header: bytes) -> str | None:
         """The name of the client with this ``Authorization`` header, or None.

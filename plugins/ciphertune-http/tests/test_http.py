@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import httpx
@@ -214,7 +214,7 @@ def test_addresses() -> None:
 class Bloated(EchoHandler):
     """A worker that answers with as many bytes as a request's field says."""
 
-    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply) -> None:
+    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None) -> None:
         size = int(unpack(frames).fields["size"])
         reply(pack(Message("ok", {}, {"y": torch.zeros(size, dtype=torch.uint8)})), lambda: None)
 
@@ -356,5 +356,44 @@ def test_slow_bytes_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert head.recv(100) == b"", "headers that do not end"
             assert late.recv(100).startswith(b"HTTP/1.1 408"), "a body that does not end"
         assert handler.peers == []
+    finally:
+        listener.close()
+
+
+def test_connections_and_their_ends_and_tokens_that_are_taken_out(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.txt"
+    for name in ("one", "two"):
+        make_token(tmp_path / f"{name}.token", tokens, name)
+    handler = EchoHandler()
+    listener = HttpTransport.listen(handler, "127.0.0.1:0", {"tokens": str(tokens)})
+
+    def eventually(condition: Callable[[], object]) -> None:
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    try:
+        (link,) = HttpTransport(HttpOptions(str(tmp_path / "one.token"))).connect((listener.address,), None)
+        for _ in range(2):
+            link.submit(Message("hello")).result(60)
+        assert len(set(handler.connections)) == 1
+        link.close()
+        eventually(lambda: handler.gone)
+        assert handler.gone == [("one", handler.connections[0])]
+        lines = tokens.read_text().splitlines()
+        tokens.write_text("\n".join(line for line in lines if not line.startswith("one ")))
+        eventually(lambda: handler.dismissed)
+        assert handler.dismissed == ["one"]
+        (link,) = HttpTransport(HttpOptions(str(tmp_path / "one.token"))).connect((listener.address,), None)
+        with pytest.raises(TransportError, match="token"):
+            link.submit(Message("hello")).result(60)
+        assert handler.refusals == [("127.0.0.1", "its token is not authorised")]
+        link.close()
+        tokens.write_text("damaged")
+        (link,) = HttpTransport(HttpOptions(str(tmp_path / "two.token"))).connect((listener.address,), None)
+        time.sleep(0.7)
+        assert link.submit(Message("hello")).result(60).kind == "hello"
+        link.close()
     finally:
         listener.close()
