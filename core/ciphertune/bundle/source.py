@@ -19,7 +19,6 @@ from ciphertune.models.folders import refuse_folder
 from ciphertune.models.load import load_named_model, load_tokenizer, refuse_adapter, smollm2_folder
 from ciphertune.models.skeleton import build, tied_names
 from ciphertune.outsourcing.layers import Candidate
-from ciphertune.outsourcing.obstacles import is_conv1d
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -132,8 +131,7 @@ class CheckpointSource(Source):
 
     def weight(self, candidate: Candidate) -> Tensor:
         """See ``Source.weight``."""
-        tensor = self.tensor(f"{candidate.name}.weight")
-        return tensor.t() if is_conv1d(candidate.module) else tensor
+        return candidate.matrix(self.tensor(candidate.tensor))
 
     def tensor(self, name: str) -> Tensor:
         """See ``Source.tensor``."""

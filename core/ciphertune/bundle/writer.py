@@ -33,7 +33,7 @@ from ciphertune.models.names import published_name
 from ciphertune.models.skeleton import tied_names
 from ciphertune.outsourcing.calibration import OFF, Calibration, calibration_of
 from ciphertune.outsourcing.embedding import Table, choose_table
-from ciphertune.outsourcing.layers import Candidate, LayerChoice, choose_layers, sibling_groups
+from ciphertune.outsourcing.layers import Candidate, Experts, LayerChoice, choose_layers, sibling_groups
 from ciphertune.outsourcing.outliers import keep_channels, products_with_outliers
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
@@ -83,6 +83,7 @@ def split(
     *,
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
     embeddings: bool = False,
+    experts: Experts = "all",
     shards: int = 1,
     by: Literal["layers", "rows"] = "layers",
     replicas: int = 1,
@@ -105,6 +106,9 @@ def split(
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
         embeddings: whether the token embedding goes to the workers, too, for encrypted lookups; see
             ``ciphertune.outsource``.
+        experts: "routed" to have experts that are layers of their own at the workers, too. Each gets what routing
+            chose, and clients must say ``experts=routed`` in their selection string. Experts whose weights are stacked
+            in one parameter need no such word.
         shards: workers to spread the layers over.
         by: whole layers, in runs of about equal size, or rows of every layer, cut at multiples of 64.
         replicas: worker folders with all layers; they share the disk's space.
@@ -123,7 +127,7 @@ def split(
     target = Path(out)
     _check(target, shards, by, replicas, weight_bits, force)
     source = open_source(model if isinstance(model, nn.Module) else os.fspath(model), gguf_file, in_memory)
-    chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
+    chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True, experts=experts)
     table = None
     if embeddings:
         chosen, table = choose_table(source.model, chosen, allow_meta=True)
@@ -185,7 +189,7 @@ class _Writer:
         # Behind the layers stands a table that is none of them.
         self._chosen = [*chosen, *own]
         self._table = table
-        self._absent = {f"{each.name}.weight" for each in (*chosen, *places)}
+        self._absent = {each.tensor for each in (*chosen, *places)}
         self._folder = folder
         self._bits: WeightBits = weight_bits
         self._shards = shards

@@ -16,6 +16,13 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
 @click.option("--embeddings", is_flag=True, help="The token embedding goes to workers, too, for encrypted lookups.")
+@click.option(
+    "--experts",
+    type=click.Choice(["all", "routed"]),
+    default="all",
+    show_default=True,
+    help="Whether experts that are layers of their own go to workers, too: 'routed' sends what routing chose.",
+)
 @click.option("--shards", type=click.IntRange(1), default=1, show_default=True, help="Workers to spread layers over.")
 @click.option(
     "--by", type=click.Choice(["layers", "rows"]), default="layers", show_default=True, help="Unit of the spreading."
@@ -40,6 +47,7 @@ def split(
     out: Path,
     layers: tuple[str, ...],
     embeddings: bool,
+    experts: str,
     shards: int,
     by: str,
     replicas: int,
@@ -62,6 +70,7 @@ def split(
             out,
             layers=layers or None,
             embeddings=embeddings,
+            experts="routed" if experts == "routed" else "all",
             shards=shards,
             by="rows" if by == "rows" else "layers",
             replicas=replicas,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from ciphertune._support.options import build_options, split_options
 from ciphertune.backend import Backend
@@ -22,11 +23,15 @@ class SessionOptions(Timeouts):
         check_answers: hold answers of workers elsewhere against what was asked for once they are decrypted, within the
             backend's declared error, where the backend does not check them before. Reads the weights' codes.
         share_inputs: evaluate layers that read the same input (q/k/v, gate/up) as one product.
+        experts: what is sent to the experts of a mixture. With ``all`` every token goes to every expert, and nothing of
+            the routing shows. With ``routed`` only what routing chose is sent: workers see how many tokens each expert
+            gets, which follows from what the tokens say.
     """
 
     allow_insecure: bool = False
     check_answers: bool = True
     share_inputs: bool = True
+    experts: Literal["all", "routed"] = "all"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ciphertune._support.environment import machine
 from ciphertune.bundle.spread import Spread
+from ciphertune.client.choice import SessionOptions
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import Candidate
 from ciphertune.planning.client_compute import InstantSession, attach_instant_session
@@ -261,7 +262,7 @@ def _client_compute(
     if found is None:
         return _forward_compute(guess_client_compute(planned))
     small, chosen, head_share = found
-    computed = _measure_passes(small, chosen, planned.choice.options.share_inputs, tokens, sequences, head_share)
+    computed = _measure_passes(small, chosen, planned.choice.options, tokens, sequences, head_share)
     if (
         not {product_name(group.layers, "forward") for group in planned.groups if not group.lookup}
         <= computed.before.keys()
@@ -273,7 +274,7 @@ def _client_compute(
 def _measure_passes(
     small: nn.Module,
     chosen: Sequence[Candidate],
-    share: bool,
+    options: SessionOptions,
     tokens: Sequence[int],
     sequences: int,
     head_share: float,
@@ -281,7 +282,7 @@ def _measure_passes(
     """Run passes of a small model, whose products cost nothing, as generation does: cached, without gradients."""
     from transformers import DynamicCache
 
-    session = attach_instant_session(small, chosen, share)
+    session = attach_instant_session(small, chosen, options)
     model = small.eval()
     width, prompt = (max(1, count // sequences) for count in tokens)
     runs: dict[str, list[list[float]]] = {"later": [], "prompt": []}

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -17,9 +18,13 @@ from ciphertune.client.placement import Piece, place
 from ciphertune.errors import ConfigError
 from ciphertune.models.known import skeleton
 from ciphertune.outsourcing.embedding import Table, choose_table, tokens_at_once
-from ciphertune.outsourcing.layers import Candidate, choose_layers, linear_layers, sibling_groups
+from ciphertune.outsourcing.layers import Candidate, choose_layers, group_name, linear_layers, sibling_groups
+from ciphertune.outsourcing.stacked import layout_of
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.weights import LayerInfo, Shard, group_map, lookup_map
+
+_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
+"""What configurations call the number of experts that a token uses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,10 @@ class PlannedGroup:
         lookup: whether it is a table, whose products are lookups: of the direction backward, in the forward pass.
         tied: whether its weight is that of another group, too.
         most: tokens of a pass that reach it at most; None for all of them.
+        transposed: whether it leads from experts back to tokens: its products of the forward pass have the direction
+            backward, and the others forward.
+        at_once: tokens of one product at most; None for no limit.
+        share: of a pass' tokens that reach it, where routing is sent.
     """
 
     layers: str
@@ -44,16 +53,23 @@ class PlannedGroup:
     lookup: bool = False
     tied: bool = False
     most: int | None = None
+    transposed: bool = False
+    at_once: int | None = None
+    share: float = 1.0
 
     @property
     def directions(self) -> tuple[Direction, ...]:
-        """Directions of its products in a step."""
-        return ("backward",) if self.lookup else DIRECTIONS[: 1 + self.backward]
+        """Directions of its products in a step, that of the forward pass first."""
+        if self.lookup:
+            return ("backward",)
+        ways: tuple[Direction, Direction] = ("backward", "forward") if self.transposed else ("forward", "backward")
+        return ways[: 1 + self.backward]
 
     def parts(self, tokens: int) -> list[int]:
         """Tokens of each product, for so many in all."""
         tokens = tokens if self.most is None else min(tokens, self.most)
-        most = tokens_at_once(self.forward.out_features) if self.lookup else tokens
+        tokens = math.ceil(tokens * self.share)
+        most = self.at_once or (tokens_at_once(self.forward.out_features) if self.lookup else tokens)
         return [min(most, tokens - done) for done in range(0, tokens, most)]
 
     @property
@@ -112,22 +128,23 @@ def plan_products(
     """Find the products of a model's step and the workers that evaluate them; arguments as of ``make_plan``."""
     choice = choose(to)
     built = skeleton(model) if isinstance(model, str) else model
-    chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True)
+    options = choice.options
+    chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True, experts=options.experts)
     table = None
     if embeddings:
         chosen, table = choose_table(built, chosen, allow_meta=True)
     own = table.places[:1] if table is not None and table.tied is None else ()
     infos = [_info(candidate, choice.backend) for candidate in (*chosen, *own)]
-    groups = sibling_groups(chosen, [info.in_features for info in infos[: len(chosen)]])
+    sizes = [info.in_features for info in infos[: len(chosen)]]
+    groups = sibling_groups(chosen, sizes)
     spread = _Placement(infos, [*groups, *((i,) for i in range(len(chosen), len(infos)))], workers, placement)
-    singles = [(i,) for i in range(len(chosen))]
-    order = [candidate.name for candidate in linear_layers(built, allow_meta=True)]
-    first = next((i for i, name in enumerate(order) if name.endswith(tuple(targets))), len(order))
+    order = {candidate.name: i for i, candidate in enumerate(linear_layers(built, allow_meta=True))}
+    first = next((i for name, i in order.items() if name.endswith(tuple(targets))), len(order))
     # Nothing is asked for the gradient of an input that comes before the first adapter.
-    ahead = {i for group in groups if order.index(infos[min(group)].name) <= first for i in group}
+    ahead = {i for group in groups if order[infos[min(group)].name] <= first for i in group}
     refused: dict[str, str] = {}
     taken: list[tuple[int, ...]] = []
-    for group in groups if choice.options.share_inputs else singles:
+    for group in sibling_groups(chosen, sizes, share=options.share_inputs, experts=options.experts):
         why = _refusal([infos[i] for i in group], choice.backend)
         if why is None:
             taken.append(group)
@@ -141,7 +158,11 @@ def plan_products(
     lookups = [] if table is None or row is None else [spread.lookup(row, tied=table.tied is not None)]
 
     def planned(of: Sequence[tuple[int, ...]]) -> list[PlannedGroup]:
-        return [*lookups, *(spread.planned(group, backward=group[0] not in ahead) for group in of)]
+        return [*lookups, *(spread.planned(group, group[0] not in ahead, chosen[group[0]], tokens) for group in of)]
+
+    tokens = _routed_share(built) if options.experts == "routed" else 1.0
+    alone = [(i,) for group in taken for i in group if chosen[i].part is None]
+    together = [group for group in taken if chosen[group[0]].part is not None]
 
     return PlannedModel(
         model=built,
@@ -149,7 +170,7 @@ def plan_products(
         chosen=[chosen[i] for group in taken for i in group],
         table=table,
         groups=planned(taken),
-        singles=planned([(i,) for group in taken for i in group]),
+        singles=planned(sorted([*alone, *together])),
         refused=refused,
         worker_bytes=max(spread.weights) * (choice.backend.weight_bits or 32) // 8,
         named={info.name for info in infos},
@@ -181,17 +202,32 @@ class _Placement:
         # Groups of the same sizes are cut alike.
         self._pieces = functools.lru_cache(None)(self._pieces_of)
 
-    def planned(self, group: tuple[int, ...], backward: bool) -> PlannedGroup:
-        """Layers of a group, or one of them alone."""
+    def planned(
+        self, group: tuple[int, ...], backward: bool, first: Candidate | None = None, routed: float = 1.0
+    ) -> PlannedGroup:
+        """Layers of a group, or one of them alone.
+
+        Args:
+            group: the layers.
+            backward: whether a gradient of its input is asked for.
+            first: the first of them.
+            routed: share of the tokens that routing sends to an expert; 1 where every token goes to every expert.
+        """
         members = tuple(self._infos[i] for i in group)
-        name = "+".join(info.name.rpartition(".")[2] for info in members)
+        name = group_name([info.name for info in members])
         siblings = self._group_of[group[0]]
         sizes = tuple((self._infos[i].in_features, self._infos[i].out_features) for i in siblings)
         held = self._places[siblings] if self._placement == "layers" else 0.0
         worker_alone = int(held * self._workers)
         pieces = self._pieces(sizes, tuple(siblings.index(i) for i in group), worker_alone)
         forward, whole_backward = (group_map(members, direction) for direction in DIRECTIONS)
-        return PlannedGroup(name, forward, whole_backward, pieces, backward)
+        found = PlannedGroup(name, forward, whole_backward, pieces, backward)
+        if first is None or first.part is None or first.part.layout is None:
+            return found
+        layout = first.part.layout
+        at_once = tokens_at_once(layout.widest) if routed == 1.0 else None
+        transposed = first.part.side == "outputs"
+        return dataclasses.replace(found, transposed=transposed, at_once=at_once, share=routed)
 
     def lookup(self, row: int, tied: bool) -> PlannedGroup:
         """Lookups in the table that stands at this place."""
@@ -231,8 +267,17 @@ def kept_parameters(planned: PlannedModel) -> list[nn.Parameter]:
 def parameters_without(model: nn.Module, outsourced: Sequence[Candidate]) -> list[nn.Parameter]:
     """Parameters that stay where these layers are outsourced: a tied weight goes once all its places do."""
     places = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    places.subtract(id(candidate.module.weight) for candidate in outsourced)
+    places.subtract(id(p) for p in {candidate.tensor: candidate.parameter() for candidate in outsourced}.values())
     return [p for p in model.parameters() if places[id(p)] > 0]
+
+
+def _routed_share(model: nn.Module) -> float:
+    """Share of the tokens that an expert gets on average, as far as the configuration says it."""
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "ffn_config", None) or config
+    used = next((getattr(config, name) for name in _USED if isinstance(getattr(config, name, None), int)), None)
+    counts = [layout.experts for layout in map(layout_of, model.modules()) if layout is not None]
+    return min(1.0, used / counts[0]) if used and counts else 1.0
 
 
 def _info(candidate: Candidate, backend: Backend) -> LayerInfo:
