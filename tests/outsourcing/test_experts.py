@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import small
 import torch
 import transformers
+from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import ciphertune
 from ciphertune.bundle.worker import load_worker
 from ciphertune.callers import batch_of
+from ciphertune.cli import cli
 from ciphertune.errors import ConfigError, InputError, OutsourcedWeightError, SecurityError, UnsupportedLayerError
 from ciphertune.outsourcing.experts import outsourced_experts
 from ciphertune.planning.plan import make_plan
@@ -314,3 +317,18 @@ def test_a_plan_states_what_a_step_sends(tmp_path: Path, kind: str) -> None:
     assert measured.estimate.client_compute_measured
     fewer = make_plan(str(tmp_path), "mlwe?experts=routed", tokens=16, targets=("",), measure=False)
     assert fewer.bytes_down < plan.bytes_down
+
+
+def test_a_plan_says_what_stays_and_what_the_disk_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    switch().save_pretrained(tmp_path)
+    told = []
+    for free in (1 << 40, 1000):
+        monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        command = ["plan", str(tmp_path), "--no-measure", "--target", "q"]
+        with pytest.warns(UserWarning, match="left at the client"):
+            result = CliRunner().invoke(cli, command, env={"COLUMNS": "500"})
+        assert result.exit_code == 0, result.output
+        told.append(" ".join(result.output.split()))
+    assert "encoder.block.1.layer.1.mlp.experts.expert_0.wi and 7 more (it is an expert's that gets what" in told[0]
+    assert "router.classifier and 1 more (the model's own code reads its weight)" in told[0]
+    assert ["has room for" in each for each in told] == [False, True]

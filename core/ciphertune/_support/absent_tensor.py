@@ -117,10 +117,11 @@ class AbsentTensor(Tensor):
         if asked in _SHAPE and isinstance(args[0], AbsentTensor):
             return _SHAPE[asked](args[0].full, *args[1:], **(kwargs or {}))
         # Whoever wants a gradient of the weight would wait for it in vain.
-        freezing = asked in ("requires_grad_", "requires_grad") and len(args) + len(kwargs or {}) > 1
-        if freezing and not all([*args[1:], *(kwargs or {}).values()]):
+        given = [*args[1:], *(kwargs or {}).values()]
+        said = asked == "requires_grad_" or (asked == "requires_grad" and bool(given))
+        if said and given and not all(given):
             return args[0] if asked == "requires_grad_" else None
-        if freezing or not only_metadata(func):
+        if said or not only_metadata(func):
             refuse(_named(args), asked)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
