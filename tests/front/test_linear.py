@@ -314,7 +314,7 @@ def test_a_model_that_reads_the_weight_is_told_which_layer() -> None:
 
 
 def test_a_weight_that_is_not_trained_may_be_told_so() -> None:
-    weight = ciphertune.outsource(nn.Sequential(nn.Linear(4, 3)), "clear")[0].weight
+    weight: Any = ciphertune.outsource(nn.Sequential(nn.Linear(4, 3)), "clear")[0].weight
     weight.requires_grad = False
     assert weight.requires_grad_(False) is weight
     with pytest.raises(OutsourcedWeightError, match="'0' is at the workers"):

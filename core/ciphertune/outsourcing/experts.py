@@ -123,8 +123,10 @@ class OutsourcedExperts(nn.Module):
         )
 
     @uncompiled
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of what each token's experts give.
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of what each token's experts give; what each gives where they have inputs of their own.
 
         Args:
             hidden_states: (…, H), any floating dtype.
@@ -144,6 +146,10 @@ class OutsourcedExperts(nn.Module):
                 f"shape {tuple(x.shape)}"
             )
         flat = x.reshape(-1, self.layout.hidden)
+        if self.layout.apart:
+            return self._apart(x)
+        if top_k_index is None or top_k_weights is None:
+            raise InputError(f"{self.name}: a mixture needs routing: numbers of experts, and weights")
         chosen = top_k_index.reshape(-1, top_k_index.shape[-1]).long()
         if chosen.shape != top_k_weights.reshape(chosen.shape).shape or len(chosen) != len(flat):
             raise InputError(f"{self.name}: {len(flat)} tokens, but routing of {len(chosen)}")
@@ -188,6 +194,24 @@ class OutsourcedExperts(nn.Module):
         rows = hidden.flatten(0, 1)[:, None]
         single = FromOutputs.apply(rows, chosen.reshape(-1, 1), last, False, repeated)  # type: ignore[no-untyped-call]
         return self._summed(single.view(*chosen.shape, -1), chosen, weights, dtype)
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """To each expert its own input, of as many tokens for all."""
+        dtype = autocast_dtype(x.device.type) or x.dtype
+        half = torch.float16 in (dtype, x.dtype)
+        inputs = x.reshape(self.layout.experts, -1, self.layout.hidden)
+        if inputs.shape[1] == 0:
+            return torch.zeros_like(x)
+        alone = torch.zeros(inputs.shape[1], 1, dtype=torch.int64, device=x.device)
+        outputs = []
+        with torch.autocast(x.device.type, enabled=False):
+            for expert, own in enumerate(inputs):
+                owners = owners_of(own.shape)
+                first, last = (self._stack(side, expert, half) for side in ("inputs", "outputs"))
+                products = FromInputs.apply(own.to(torch.float32), alone, first, False, owners)  # type: ignore[no-untyped-call]
+                hidden = self._between(products, alone, dtype)
+                outputs.append(FromOutputs.apply(hidden, alone, last, False, owners))  # type: ignore[no-untyped-call]
+            return torch.stack(outputs).to(x.dtype).reshape(x.shape)
 
     def _routed(
         self, x: Tensor, chosen: Tensor, weights: Tensor, present: Tensor, dtype: torch.dtype, half: bool

@@ -298,7 +298,8 @@ def sibling_groups(
         candidates: the chosen layers.
         formats: per layer, anything that must be equal within a group.
         share: whether layers are grouped at all. Experts with stacked weights are in any case.
-        experts: "all" to have one group of all experts of a module for each side, "routed" one for each expert.
+        experts: "all" to have one group of all experts of a module for each side, "routed" one for each expert, as
+            experts with inputs of their own have in any case.
     """
     if any(c.part is not None for c in candidates):
         return _groups_with_experts(candidates, formats, share, experts)
@@ -324,7 +325,8 @@ def _groups_with_experts(
     together: dict[tuple[object, ...], list[int]] = {}
     for i, candidate in enumerate(candidates):
         if candidate.part is not None:
-            expert = candidate.part.expert if experts == "routed" else None
+            apart = candidate.part.layout is not None and candidate.part.layout.apart
+            expert = candidate.part.expert if experts == "routed" or apart else None
             together.setdefault((candidate.place, candidate.part.side, expert), []).append(i)
     return sorted([*groups, *(tuple(members) for members in together.values())])
 

@@ -33,6 +33,8 @@ class Layout:
         gate: called with the module and (rows, sum of the inputs' widths), gives (rows, I).
         input_bias, output_bias: paths of (E, width) biases, which stay at the client.
         norm: path of a module that an expert's output goes through.
+        apart: whether the module is called with an input of its own for each expert, (E · tokens, H), zeros where a
+            token does not use it, and adds nothing up, as Llama 4's.
     """
 
     inputs: tuple[str, ...]
@@ -46,6 +48,7 @@ class Layout:
     input_bias: str | None = None
     output_bias: str | None = None
     norm: str | None = None
+    apart: bool = False
 
     @property
     def widest(self) -> int:
@@ -106,6 +109,8 @@ def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a module of experts, None for any other module."""
     if _is_dbrx(module):
         return _dbrx(module)
+    if _is_llama4(module):
+        return _llama4(module)
     if not _has_interface(module):
         return None
     experts: Any = module
@@ -183,6 +188,31 @@ def _dbrx(module: Any) -> Layout:
         form="joined",
         gate=_dbrx_gate,
     )
+
+
+def _is_llama4(module: nn.Module) -> bool:
+    llama4 = sys.modules.get("transformers.models.llama4.modeling_llama4")
+    return llama4 is not None and type(module) is getattr(llama4, "Llama4TextExperts", None)
+
+
+def _llama4(module: Any) -> Layout:
+    return Layout(
+        inputs=("gate_up_proj",),
+        output="down_proj",
+        experts=module.num_experts,
+        hidden=module.hidden_size,
+        wide=2 * module.expert_dim,
+        width=module.expert_dim,
+        form="columns",
+        gate=_llama4_gate,
+        apart=True,
+    )
+
+
+def _llama4_gate(module: Any, products: Tensor) -> Tensor:
+    gate, up = products.chunk(2, dim=-1)
+    gated: Tensor = up * module.act_fn(gate)
+    return gated
 
 
 def _dbrx_gate(module: Any, products: Tensor) -> Tensor:

@@ -225,7 +225,8 @@ class _Placement:
         if first is None or first.part is None or first.part.layout is None:
             return found
         layout = first.part.layout
-        at_once = tokens_at_once(layout.widest) if routed == 1.0 else None
+        routed = 1.0 if layout.apart else routed
+        at_once = tokens_at_once(layout.widest) if routed == 1.0 and not layout.apart else None
         transposed = first.part.side == "outputs"
         return dataclasses.replace(found, transposed=transposed, at_once=at_once, share=routed)
 
