@@ -27,7 +27,7 @@ PIP = -m pip install -qq
 VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
 constraints = $(addprefix --constraint ,$(abspath $(wildcard requirements/$(1)-$(VERSION).txt)))
 CONCRETE_ML := ".[concrete-ml,tests,worker]"
-WHEEL := ".[demo,testing]" mypy "plugins/ciphertune-http[test]" "plugins/ciphertune-ckks[test]"
+WHEEL := ".[demo,testing]" mypy $(foreach name,http ckks slalom,"plugins/ciphertune-$(name)[test]")
 
 # Two processes, a thread each: tests wait as much as they compute. Modules stay together (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder

@@ -110,7 +110,7 @@ def workers(model: str, count: int, pinned: bool) -> Iterator[tuple[list[str], d
         here = transport.loopback(folder, {})
         threads = torch.get_num_threads()
         torch.set_num_threads(1 if pinned else threads)  # the mlp's weights are trained, here as in the client
-        split(_base_of(model), folder / "bundle", shards=count, by="rows")
+        split(_base_of(model), folder / "bundle", workers=count, placement="rows")
         torch.set_num_threads(threads)
         parts = sorted((folder / "bundle").glob("worker*"))
         with on_cores({1} if pinned else None):
@@ -129,7 +129,7 @@ def cluster(model: str, count: int, pinned: bool) -> Iterator[tuple[list[str], d
     with tempfile.TemporaryDirectory() as folder:
         threads = torch.get_num_threads()
         torch.set_num_threads(1 if pinned else threads)
-        split(_base_of(model), f"{folder}/bundle", shards=count, by="rows")
+        split(_base_of(model), f"{folder}/bundle", workers=count, placement="rows")
         torch.set_num_threads(threads)
         with on_cores({1} if pinned else None):
             made = Cluster(initialize_head=True, head_node_args=head)

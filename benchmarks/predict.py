@@ -31,11 +31,11 @@ from sweep import machine
 
 import ciphertune
 from ciphertune.bench.train import run_child
-from ciphertune.bundle.spread import Spread
-from ciphertune.models.known import skeleton
+from ciphertune.bundle.placement import Placement, placements
 from ciphertune.planning.estimate import estimate_step
+from ciphertune.planning.placing import NEAR
 from ciphertune.planning.plan import Plan, bytes_per_second, make_plan, seconds
-from ciphertune.planning.products import PlannedModel, plan_products
+from ciphertune.planning.products import PlannedModel, Products
 from ciphertune.planning.simulation import Network
 from ciphertune.planning.speeds import Speeds, read_speeds
 from ciphertune.worker.process import worker_process
@@ -53,7 +53,7 @@ class Case:
     """One run and its prediction; times are one way."""
 
     workers: int
-    placement: Spread
+    placement: str
     latency: str
     tokens: int
     micro_batches: int = 1
@@ -61,8 +61,8 @@ class Case:
 
 
 def cases(tokens: Sequence[int], latencies: Sequence[str], interleaved: bool) -> list[Case]:
-    spread: tuple[tuple[int, Spread], ...] = ((1, "layers"), (2, "layers"), (2, "rows"))
-    found = [Case(w, p, latency, t) for t, latency, (w, p) in itertools.product(tokens, latencies, spread)]
+    placed: tuple[tuple[int, str], ...] = ((1, "layers"), (2, "layers"), (2, "rows"))
+    found = [Case(w, p, latency, t) for t, latency, (w, p) in itertools.product(tokens, latencies, placed)]
     if interleaved:
         found += [dataclasses.replace(case, micro_batches=2, interleave=i) for case in found for i in (1, 2)]
     return found
@@ -160,8 +160,7 @@ def validate(chosen: Sequence[Case], steps: int, pin: bool, path: Path) -> None:
         bundles = {}
         for workers, placement in {(case.workers, case.placement) for case in chosen}:
             bundles[workers, placement] = folder / f"{placement}-{workers}"
-            by = "rows" if placement == "rows" else "layers"
-            ciphertune.split("smollm2", bundles[workers, placement], shards=workers, by=by)
+            ciphertune.split("smollm2", bundles[workers, placement], workers=workers, placement=placement)
         for case in chosen:
             before = measured_speeds(case, pin)
             real = run(case, bundles[case.workers, case.placement], folder, steps, pin)
@@ -213,28 +212,21 @@ def main() -> None:
 MODELS = ("llama-3-8b", "llama-3-70b")
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 BANDWIDTHS = ("1Gbit/s", "10Gbit/s", "100Gbit/s")
-PLACEMENTS: tuple[Spread, ...] = ("layers", "rows", "replicas")
 TABLE_TOKENS, TABLE_LATENCY = 2048, "1ms"
-NEAR = 1.01
-"""Placements this close are alike, and the one that needs less memory is better."""
 
 
 def table() -> dict[str, Any]:
     load = os.getloadavg()[0]
     rows = []
     for model in MODELS:
-        built = skeleton(model)
         speeds = speeds_for(model)
-        models = {
-            (workers, placement): plan_products(built, TO, None, TARGETS, workers, placement)
-            for workers in WORKERS
-            for placement in (PLACEMENTS if workers > 1 else PLACEMENTS[:1])
-        }
+        products = Products(model, TO, None, TARGETS)
+        models = {placement: products.placed(placement) for n in WORKERS for placement in placements(n)}
         for workers, bandwidth in itertools.product(WORKERS, BANDWIDTHS):
             tried = [
-                predicted(planned, placement, workers, bandwidth, interleave, speeds)
-                for (count, placement), planned in models.items()
-                if count == workers
+                predicted(planned, placement, bandwidth, interleave, speeds)
+                for placement, planned in models.items()
+                if placement.workers == workers
                 for interleave in (1, 2)
             ]
             fastest = min(row["seconds"] for row in tried)
@@ -259,16 +251,16 @@ def speeds_for(model: str) -> Speeds:
 
 
 def predicted(
-    planned: PlannedModel, placement: str, workers: int, bandwidth: str, interleave: int, speeds: Speeds
+    planned: PlannedModel, placement: Placement, bandwidth: str, interleave: int, speeds: Speeds
 ) -> dict[str, Any]:
     sizes = [TABLE_TOKENS // interleave] * interleave
     network = Network(bytes_per_second(bandwidth), seconds(TABLE_LATENCY))
     backend = planned.choice.backend
-    found = estimate_step(planned.groups, backend, sizes, interleave, workers, network, speeds, speeds)
+    found = estimate_step(planned.groups, backend, sizes, interleave, placement.workers, network, speeds, speeds)
     return {
-        "workers": workers,
+        "workers": placement.workers,
         "bandwidth": bandwidth,
-        "placement": placement,
+        "placement": str(placement),
         "interleave": interleave,
         "seconds": found.total,
         "bottleneck": found.bottleneck,

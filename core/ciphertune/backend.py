@@ -260,7 +260,8 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         """What is to be made of a group's codes before its first product; None where nothing is.
 
         Asked for each group when a session opens, and again when its products are cut otherwise, as when a worker
-        joins. The client streams the codes for a preparation, in memory that does not grow with the model.
+        joins, or when encryption raised ``NotPreparedError``. The client streams the codes for a preparation, in memory
+        that does not grow with the model.
 
         Args:
             forward: the group's map; None for a table, whose rows are looked up by backward products alone.
@@ -283,6 +284,9 @@ class ClientHalf(abc.ABC, Generic[StateT]):
 
         Returns:
             A request for each piece, in order; they may be one and the same.
+
+        Raises:
+            NotPreparedError: what was prepared for this product is used up.
         """
         if whole.direction == "forward":
             return [self.encrypt(x, whole)] * len(pieces)

@@ -20,6 +20,7 @@ CipherTuneError
 ├── TransportError            the link to a worker failed
 │   └── TransportTimeoutError no answer within the deadline
 ├── WeightsError              codes that a client prepares itself from cannot be had, or are others
+├── NotPreparedError          (client half) what was prepared for a product is used up, and its codes are needed again
 ├── CacheError                what is kept on disk between sessions cannot be written, or was altered
 ├── WorkerError               the worker answered with an error of its own
 ├── UnknownSessionError       (worker) the session that a request names is not open
@@ -114,6 +115,14 @@ class TransportTimeoutError(TransportError, TimeoutError):
 
 class WeightsError(CipherTuneError):
     """Codes that a client prepares itself from are not to be had, or are not those of its model."""
+
+
+class NotPreparedError(CipherTuneError):
+    """What a client half prepared for a product does not suffice for its tokens. It is asked for a preparation again.
+
+    Raised by what encrypts, before anything of the request is used up; a session reads the codes once more and encrypts
+    again.
+    """
 
 
 class CacheError(CipherTuneError):

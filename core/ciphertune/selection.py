@@ -1,6 +1,7 @@
 """The selection string: one string names the encryption, the wire, the endpoints and the options.
 
-``backend[+transport]://[endpoint,endpoint…][?option=value&…]``, or just ``backend[?option=value&…]``.
+``backend[+transport]://[endpoint,endpoint…][?option=value&…]``, or just ``backend[?option=value&…]``. A transport may
+stand before another that it wraps, as in ``mlwe+flaky::zmq://…``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Selection:
 
     Attributes:
         backend: name of the backend entry point.
-        transport: name of the transport entry point.
+        transport: name of the transport entry point; of one that wraps another, both, as ``flaky::zmq``.
         endpoints: the transport's addresses, verbatim, without a scheme.
         options: option names and their text.
     """
@@ -43,6 +44,8 @@ class Selection:
         ('mlwe', 'zmq', ('10.0.0.5:5555', '10.0.0.6:5555'), {'request_bits': '24'})
         >>> Selection.parse("simulation?seed=7").options["seed"]
         '7'
+        >>> Selection.parse("mlwe+flaky::zmq://10.0.0.5:5555?loss=0.01").transport
+        'flaky::zmq'
 
         Raises:
             SelectionError: the text does not have the documented form.
@@ -52,7 +55,7 @@ class Selection:
         head, query_mark, query = text.strip().partition("?")
         scheme, separator, rest = head.partition("://")
         backend, plus, transport = scheme.partition("+")
-        if not _NAME.match(backend) or (plus and not _NAME.match(transport)):
+        if not _NAME.match(backend) or (plus and not all(map(_NAME.match, transport.split("::")))):
             raise SelectionError(
                 f"cannot read the selection {text!r}: expected backend[+transport]://[endpoint,…][?option=value&…]"
             )

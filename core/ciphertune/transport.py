@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_type_hints
 
 from ciphertune._support.options import build_options
 from ciphertune._support.printable import LONGEST_TEXT, printable
@@ -40,11 +40,12 @@ class Transport(abc.ABC):
     Options: ClassVar[type]
     ServeOptions: ClassVar[type | None] = None
     """Options of ``listen``, a frozen dataclass; None if workers cannot be served over this transport."""
-    remote: ClassVar[bool] = True
-    """Whether requests leave this process; a backend that does not encrypt then needs ``allow_insecure=1``."""
-    elastic: ClassVar[bool] = False
+    remote: bool = True
+    """Whether requests leave this process; a backend that does not encrypt then needs ``allow_insecure=1``. What the
+    class says holds for every instance that says nothing else."""
+    elastic: bool = False
     """Whether workers may join while a session is open: ``joining_workers`` is then asked repeatedly."""
-    joining_seconds: ClassVar[float] = 2.0
+    joining_seconds: float = 2.0
     """Seconds between two calls of ``joining_workers``."""
 
     def __init__(self, options: Any = None) -> None:
@@ -121,6 +122,123 @@ class Transport(abc.ABC):
     @classmethod
     def _listen(cls, handler: RequestHandler, address: str, options: Any) -> Listener:
         raise NotImplementedError
+
+
+CHAIN = "::"
+"""Stands between a transport and the one that it wraps."""
+
+
+class WrappingTransport(Transport):
+    """A transport around another, which is named after it: ``flaky::zmq``.
+
+    It changes what the links of the other do, and nothing else: addresses, keys, joining workers and serving are the
+    inner transport's. Subclasses set ``name`` and ``Options`` and override ``wrap``.
+
+    Args:
+        options: of this transport alone.
+        inner: the transport that it wraps.
+
+    Attributes:
+        inner: as above; ``remote``, ``elastic`` and ``joining_seconds`` are this one's.
+
+    Raises:
+        SelectionError: it was given none.
+    """
+
+    def __init__(self, options: Any = None, inner: Transport | None = None) -> None:
+        super().__init__(options)
+        if inner is None:
+            raise SelectionError(
+                f"{self.name!r} wraps another transport, which has to be named: {self.name}{CHAIN}zmq://… or "
+                f"{self.name}{CHAIN}local://"
+            )
+        self.inner = inner
+        self.remote, self.elastic, self.joining_seconds = inner.remote, inner.elastic, inner.joining_seconds
+
+    @abc.abstractmethod
+    def wrap(self, link: Link) -> Link:
+        """A link around one of the inner transport, with its ``name`` and ``identity``. Closing it closes that one."""
+
+    def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> Sequence[Link]:
+        """See ``Transport.connect``: the inner transport's links, each wrapped."""
+        return self._wrapped(self.inner.connect(endpoints, worker))
+
+    def check(self, endpoints: tuple[str, ...]) -> None:
+        """See ``Transport.check``: what the inner transport checks."""
+        self.inner.check(endpoints)
+
+    def joining_workers(self, endpoints: tuple[str, ...], links: Sequence[Link]) -> Sequence[Link]:
+        """See ``Transport.joining_workers``: the inner transport's, each wrapped."""
+        return self._wrapped(self.inner.joining_workers(endpoints, links))
+
+    @classmethod
+    def around(cls, inner: type[Transport]) -> type[Transport]:
+        """The transport that a selection string names by both, with the options of both.
+
+        An option that both have is this transport's; the other's is called ``INNER_OPTION``, as ``zmq_curve``.
+
+        Args:
+            inner: a transport; also one that wraps another itself.
+
+        Raises:
+            SelectionError: that name is an option of this transport, too.
+        """
+        mine = [field.name for field in dataclasses.fields(cls.Options)]
+        owners: Mapping[str, str] = getattr(inner, "_option_owners", {})
+        names = {}
+        for field in dataclasses.fields(inner.Options):
+            owner = owners.get(field.name, inner.name)
+            names[field.name] = f"{owner}_{field.name}" if field.name in mine else field.name
+        if again := {*mine} & {*names.values()}:
+            raise SelectionError(f"{cls.name!r} cannot wrap {inner.name!r}: both have options {', '.join(again)}")
+        fields = [*_fields(cls.Options), *_fields(inner.Options, names)]
+        options = dataclasses.make_dataclass(f"{cls.Options.__name__}Over", fields, frozen=True, kw_only=True)
+
+        def __init__(self: WrappingTransport, chosen: Any = None) -> None:  # noqa: N807 - it becomes a method
+            chosen = options() if chosen is None else chosen
+            of_inner = inner.Options(**{name: getattr(chosen, known) for name, known in names.items()})
+            own = cls.Options(**{name: getattr(chosen, name) for name in mine})
+            cls.__init__(self, own, inner(of_inner))
+
+        attributes = {
+            "__init__": __init__,
+            "__doc__": f"{cls.name} around {inner.name}.",
+            "__module__": cls.__module__,
+            "name": f"{cls.name}{CHAIN}{inner.name}",
+            "Options": options,
+            "ServeOptions": inner.ServeOptions,
+            "_option_owners": {
+                **dict.fromkeys(mine, cls.name),
+                **{known: owners.get(name, inner.name) for name, known in names.items()},
+            },
+            "remote": inner.remote,
+            "elastic": inner.elastic,
+            "joining_seconds": inner.joining_seconds,
+            "listen": inner.listen,
+            "loopback": inner.loopback,
+        }
+        return type(f"{cls.__name__}Over{inner.__name__}", (cls,), attributes)
+
+    def _wrapped(self, links: Sequence[Link]) -> list[Link]:
+        found: list[Link] = []
+        try:
+            for link in links:
+                found.append(self.wrap(link))
+        except BaseException:
+            for link in (*found, *links[len(found) :]):
+                link.close()
+            raise
+        return found
+
+
+def _fields(options: type, names: Mapping[str, str] | None = None) -> list[tuple[str, Any, Any]]:
+    """The fields of a dataclass for ``make_dataclass``, perhaps under other names."""
+    hints = get_type_hints(options)
+    found = []
+    for field in dataclasses.fields(options):
+        default: Any = dataclasses.field(default=field.default, default_factory=field.default_factory)
+        found.append((field.name if names is None else names[field.name], hints[field.name], default))
+    return found
 
 
 class Link(abc.ABC):

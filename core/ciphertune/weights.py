@@ -136,7 +136,13 @@ class Shard:
 
 
 class CodeSource(Protocol):
-    """Where a client reads codes: its own model, a worker, a folder. It is not trusted."""
+    """Where a client reads codes: its own model, a worker, a folder. It is not trusted.
+
+    Attributes:
+        lasting: whether they can be read again at any time, and no weight is held in memory for that.
+    """
+
+    lasting: bool
 
     def read(self, layer: LayerInfo, start: int, stop: int) -> Tensor:
         """The codes of rows start to stop of a layer, (stop - start, K), int8 or int16, on any device.

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ciphertune
+from ciphertune.bundle.placement import Placement
 from ciphertune.bundle.worker import load_worker
 from ciphertune.bundle.writer import SplitResult
 from ciphertune.client.placement import place
@@ -120,7 +121,7 @@ def test_what_cannot_be_streamed_is_split_in_memory(tiny: Tiny, saved: Any, tmp_
 def test_shards_hold_every_row_once(tmp_path: Path, by: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 300), nn.Linear(300, 20), nn.Linear(20, 130))
-    result = ciphertune.split(model, tmp_path / "bundle", shards=3, by=by)
+    result = ciphertune.split(model, tmp_path / "bundle", workers=3, placement=by)
     stores = [load_worker(folder) for folder in result.workers]
     holdings = {i: read_manifest(store.manifest()) for i, store in enumerate(stores)}
     shards = [shard for blocks in holdings.values() for block in blocks for shard in block]
@@ -137,7 +138,7 @@ def test_shards_hold_every_row_once(tmp_path: Path, by: Any) -> None:
 
 
 def test_replicas_share_the_disk(tmp_path: Path) -> None:
-    result = ciphertune.split(nn.Sequential(nn.Linear(8, 4)), tmp_path / "bundle", replicas=3)
+    result = ciphertune.split(nn.Sequential(nn.Linear(8, 4)), tmp_path / "bundle", workers=3, placement="replicas")
     assert [folder.name for folder in result.workers] == ["worker-0", "worker-1", "worker-2"]
     files = [folder / "layers" / "00000.safetensors" for folder in result.workers]
     assert len({file.stat().st_ino for file in files}) == 1
@@ -340,9 +341,9 @@ def test_damaged_client_folders(saved: Any, tmp_path: Path, damage: str) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shards": 0}, "1 or more"),
-        ({"shards": 2, "replicas": 2}, "not both"),
-        ({"by": "columns"}, "not 'columns'"),
+        ({"workers": 0}, "1 or more"),
+        ({"workers": 2, "placement": "layers:2,rows:2"}, "for 4 workers, not 2"),
+        ({"workers": 2, "placement": "columns"}, "write layers, rows or replicas"),
         ({"weight_bits": 4}, "8 or 16"),
     ],
 )
@@ -391,3 +392,35 @@ def test_splitting_takes_little_memory(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     # Two blocks of codes, chunks of 4 million values in float32 and float64, and what imports on the way take.
     assert json.loads(run.stdout.splitlines()[-1]) < 0.45 * size
+
+
+@pytest.mark.parametrize("rows", [(0, 1), (0, 2), (1, 2), (2, 3)])
+def test_a_worker_serves_rows_of_a_whole_bundle_as_of_one_that_was_split(tmp_path: Path, rows: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 300), nn.Linear(300, 20), nn.Linear(20, 130))
+    whole = ciphertune.split(model, tmp_path / "whole")
+    cut = ciphertune.split(model, tmp_path / "cut", workers=rows[1])
+    found = load_worker(whole.workers[0], rows=rows)
+    assert read_manifest(found.manifest()) == read_manifest(load_worker(cut.workers[rows[0]]).manifest())
+    named = load_worker(whole.workers[0], layers=["2"], rows=rows)
+    assert {shard.name for block in read_manifest(named.manifest()) for shard in block} <= {"2"}
+
+
+def test_placements_are_read_and_cover_every_row() -> None:
+    assert Placement.read("layers", 3) == Placement.read("layers:3") == Placement(layers=3)
+    assert str(Placement.read("rows:4,layers:2", 8)) == "layers:2,rows:4"
+    for text, workers in (
+        ("rows", None),
+        ("rows:2", 3),
+        ("rows,layers", 4),
+        ("rows:2,rows:2", 4),
+        ("rows:0", 1),
+        ("", 1),
+    ):
+        with pytest.raises(ConfigError, match="placement"):
+            Placement.read(text, workers)
+    for placed in (Placement(2, 2, 2), Placement(layers=3), Placement(rows=3), Placement(replicas=2)):
+        for middle in (0.0, 0.4, 0.99):
+            rows = [placed.rows_of(worker, 500, middle) for worker in range(placed.workers)]
+            held = [row for first, last in rows for row in range(first, last)]
+            assert sorted(held) == sorted(list(range(500)) * placed.replicas)

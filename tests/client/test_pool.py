@@ -878,6 +878,16 @@ def test_a_worker_that_hangs_at_the_start_spoils_no_other(
     check(session)
 
 
+@pytest.mark.parametrize("kind", ["hello", "manifest", "open"])
+def test_a_message_that_is_lost_at_the_start_is_sent_again(farm: Farm, kind: str) -> None:
+    """After ``timeout``, as any request."""
+    model = single()
+    (host,) = farm.plant(model, a=[["0"]])
+    host.on(kind, never, never)
+    check(farm.outsource(model, timeout=0.1))
+    assert host.count(kind) == 3
+
+
 def test_a_worker_that_comes_up_late_is_waited_for(farm: Farm) -> None:
     model = single()
     (host,) = farm.plant(model, a=[["0"]])

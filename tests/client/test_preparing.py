@@ -232,7 +232,7 @@ def test_a_backend_that_prepares_nothing_reads_nothing(farm: Farm, bundle: Any) 
     assert one.count("weights") == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"shards": 2, "by": "rows"}])
+@pytest.mark.parametrize("options", [{}, {"workers": 2, "placement": "rows"}])
 def test_weights_from_a_folder(farm: Farm, bundle: Any, options: dict[str, Any]) -> None:
     folder = bundle(**options)
     farm.plant(Siblings(), "mlwe", one=WHOLE)
@@ -241,7 +241,7 @@ def test_weights_from_a_folder(farm: Farm, bundle: Any, options: dict[str, Any])
 
 
 def test_folders_that_do_not_hold_the_weights(farm: Farm, bundle: Any, tmp_path: Path) -> None:
-    folder = bundle(shards=2, by="rows")
+    folder = bundle(workers=2)
     farm.plant(Siblings(), "mlwe", one=WHOLE)
     with pytest.raises(WeightsError, match="lacks row"):
         load(farm, folder, weights=folder / "worker-0")
@@ -359,7 +359,7 @@ def test_a_layer_in_float32_can_be_read_too() -> None:
 
 
 def test_folder_codes_cross_the_border_of_two_workers(bundle: Any) -> None:
-    folder = bundle(shards=2, by="rows")
+    folder = bundle(workers=2)
     weight = quantize(Siblings().q_proj.weight, 8)
     info = describe("q_proj", weight)
     assert torch.equal(FolderCodes(folder).read(info, 0, 200), weight.codes)

@@ -128,6 +128,7 @@ FRONT = {
         "zero",
     ],
     "transport": [
+        "CHAIN",
         "Connections",
         "GRACE_SECONDS",
         "Link",
@@ -139,6 +140,7 @@ FRONT = {
         "Reply",
         "RequestHandler",
         "Transport",
+        "WrappingTransport",
         "connections_allowed",
         "opening_links",
     ],

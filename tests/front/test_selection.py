@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from ciphertune.client.choice import choose
 from ciphertune.errors import OutsourcedWeightError, PluginError, SecurityError, SelectionError, TransportError
 from ciphertune.plugins import registry
 from ciphertune.selection import Selection
-from ciphertune.transport import Link, LocalWorker, Transport
+from ciphertune.transport import Link, LocalWorker, Transport, WrappingTransport
 from ciphertune.weights import quantize
 from ciphertune.worker import WeightStore, Worker
 
@@ -211,3 +211,99 @@ def test_a_plugin_that_cannot_be_imported_is_named(register: Any, monkeypatch: p
     monkeypatch.setattr(row.entry_point, "load", fail)
     with pytest.raises(PluginError, match=r"'far' \(test:FarTransport, from test 1.0\).*ImportError: no module named"):
         choose("mlwe+far://host:1")
+
+
+@dataclasses.dataclass(frozen=True)
+class AroundOptions:
+    wire: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ClashingOptions:
+    wire: int = 0
+    local_wire: int = 0
+
+
+class AroundTransport(WrappingTransport):
+    """Hands on the links as they are; its option is one of ``local`` as well."""
+
+    name = "around"
+    Options: ClassVar[type] = AroundOptions
+
+    def wrap(self, link: Link) -> Link:
+        if self.options.wire == 13:
+            raise SelectionError("no luck")
+        return link
+
+
+def test_chains_are_read(register: Any) -> None:
+    register(registry.TRANSPORTS, AroundTransport)
+    selection = Selection.parse("mlwe+around::around::local://?wire=1")
+    assert selection.transport == "around::around::local"
+    assert Selection.parse(str(selection)) == selection
+    for bad in (
+        "mlwe+::local://",
+        "mlwe+around::://",
+        "mlwe+around:local://",
+        "around::local",
+        "mlwe+around::Local://",
+    ):
+        with pytest.raises(SelectionError, match="cannot read"):
+            Selection.parse(bad)
+
+
+def test_options_that_both_transports_have(register: Any) -> None:
+    """The outer one's under its own name, the inner one's under both; each is checked as ever."""
+    register(registry.TRANSPORTS, AroundTransport)
+    transport: Any = choose("clear+around::local://?wire=7&local_wire=1").transport
+    assert (transport.options.wire, transport.inner.options.wire) == (7, True)
+    twice: Any = choose("clear+around::around::local://?wire=7&around_wire=8&local_wire=1").transport
+    assert (twice.options.wire, twice.inner.options.wire, twice.inner.inner.options.wire) == (7, 8, True)
+    assert choose("clear+around::local://").transport.options.wire == 0
+    with pytest.raises(SelectionError, match="local_wire"):
+        choose("clear+around::local://?local_wire=perhaps")
+    with pytest.raises(SelectionError, match="'zmq_wire'"):
+        choose("mlwe+around::zmq://127.0.0.1:1?zmq_wire=1")
+
+    class Clashing(AroundTransport):
+        name = "clashing"
+        Options: ClassVar[type] = ClashingOptions
+
+    register(registry.TRANSPORTS, Clashing)
+    with pytest.raises(SelectionError, match="cannot wrap 'local'.*local_wire"):
+        choose("clear+clashing::local://")
+
+
+def test_what_is_sent_by_a_chain_is_as_remote_as_its_end(register: Any) -> None:
+    register(registry.TRANSPORTS, AroundTransport)
+    assert not choose("clear+around::local://").transport.remote
+    with pytest.raises(SecurityError, match="'around::zmq' sends data to other processes"):
+        choose("clear+around::zmq://127.0.0.1:1?insecure=1")
+
+
+def test_a_chain_of_what_cannot_be_one(register: Any) -> None:
+    register(registry.TRANSPORTS, AroundTransport)
+    with pytest.raises(SelectionError, match="'local' wraps no other"):
+        choose("clear+local::around://")
+    with pytest.raises(SelectionError, match="has to be named: around::zmq"):
+        choose("clear+around://")
+    with pytest.raises(SelectionError, match="unknown transport 'arround'"):
+        choose("clear+arround::local://")
+
+
+def test_links_are_closed_where_one_cannot_be_wrapped(register: Any) -> None:
+    register(registry.TRANSPORTS, AroundTransport)
+    transport = choose("clear+around::local://?wire=13").transport
+    closed: list[Link] = []
+    inner = transport.inner.connect  # type: ignore[attr-defined]
+
+    def connect(endpoints: tuple[str, ...], worker: LocalWorker | None) -> Sequence[Link]:
+        links: Sequence[Link] = inner(endpoints, worker)
+        for link in links:
+            link.close = lambda link=link: closed.append(link)  # type: ignore[method-assign, misc]
+        return links
+
+    transport.inner.connect = connect  # type: ignore[attr-defined]
+    with pytest.raises(SelectionError, match="no luck"):
+        transport.connect((), Worker(WeightStore()))
+    assert len(closed) == 1

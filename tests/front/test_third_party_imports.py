@@ -19,6 +19,7 @@ SCAFFOLD = ROOT / "core" / "ciphertune" / "cli" / "scaffold"
 FRONT = {
     "ciphertune",
     "ciphertune.backend",
+    "ciphertune.callers",
     "ciphertune.errors",
     "ciphertune.hookspecs",
     "ciphertune.key_files",
@@ -100,9 +101,11 @@ def test_third_parties_import_the_front_alone(where: str, text: str) -> None:
 
 def test_all_kinds_of_sources_are_looked_at() -> None:
     places = [where for where, text in sources() if "ciphertune" in text]
-    for part in ("plugins/ciphertune-http/", "plugins/ciphertune-ckks/", "scaffold/backend/", "scaffold/plugin/"):
+    for part in ("plugins/ciphertune-http/", "plugins/ciphertune-ckks/", "plugins/ciphertune-slalom/"):
         assert any(part in place for place in places), part
-    for part in ("scaffold/transport/", "write-a-backend.md", "write-a-plugin.md", "write-a-transport.md"):
+    for part in ("scaffold/backend/", "scaffold/plugin/", "scaffold/transport/"):
+        assert any(part in place for place in places), part
+    for part in ("write-a-backend.md", "write-a-plugin.md", "write-a-transport.md"):
         assert any(part in place for place in places), part
 
 

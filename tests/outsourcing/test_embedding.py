@@ -254,15 +254,14 @@ def test_a_bundle_over_zmq(tmp_path: Path, ciphertune_worker: Callable[..., Any]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "bert"])
-@pytest.mark.parametrize("by", ["layers", "rows"])
-def test_a_split_model_looks_up_what_an_outsourced_one_does(kind: str, by: Any, tmp_path: Path) -> None:
+def test_a_split_model_looks_up_what_an_outsourced_one_does(kind: str, tmp_path: Path) -> None:
     from ciphertune.bundle.worker import load_worker
     from ciphertune.worker import Worker
 
     to = "clear?weight_bits=8"
     models.model(kind).save_pretrained(tmp_path / "model")  # type: ignore[operator]
     outsourced = ciphertune.outsource(models.model(kind), to, "all", embeddings=True)
-    bundle = ciphertune.split(str(tmp_path / "model"), tmp_path / "bundle", layers="all", embeddings=True, by=by)
+    bundle = ciphertune.split(str(tmp_path / "model"), tmp_path / "bundle", layers="all", embeddings=True)
     worker = Worker(load_worker(bundle.workers[0]))
     model = ciphertune.load_client(bundle.client, to, worker=worker)
     assert torch.equal(model(input_ids=IDS).logits, outsourced(input_ids=IDS).logits)

@@ -196,7 +196,7 @@ def test_double_backward() -> None:
 def test_bundles(tmp_path: Path, kind: str, to: str) -> None:
     plain = mixture(kind)
     plain.save_pretrained(tmp_path / "model")
-    bundle = ciphertune.split(str(tmp_path / "model"), tmp_path / "bundle", weight_bits=16, shards=2, by="rows")
+    bundle = ciphertune.split(str(tmp_path / "model"), tmp_path / "bundle", weight_bits=16, workers=2)
     kept = bundle.at_client - sum(p.numel() for n, p in plain.named_parameters() if "embed" in n or "lm_head" in n)
     assert bundle.outsourced > 0.9 * (bundle.outsourced + kept)
     assert not any(b"experts.gate_up_proj.safe" in f.read_bytes() for f in bundle.client.glob("*.json"))

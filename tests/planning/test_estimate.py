@@ -19,6 +19,7 @@ from torch import nn
 import ciphertune
 from ciphertune import session_of
 from ciphertune.backend import LinearMap
+from ciphertune.bundle.placement import Placement
 from ciphertune.bundle.worker import load_worker
 from ciphertune.cli import cli
 from ciphertune.client.choice import SessionOptions, choose
@@ -29,7 +30,7 @@ from ciphertune.outsourcing.layers import choose_layers
 from ciphertune.planning import measure
 from ciphertune.planning.client_compute import attach_instant_session, measure_client_compute
 from ciphertune.planning.plan import Plan, make_plan
-from ciphertune.planning.products import plan_products
+from ciphertune.planning.products import Products
 from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, read_speeds, write_speeds
 from ciphertune.plugins.manager import PluginManager
 
@@ -70,8 +71,7 @@ def test_workers_are_sent_what_was_planned(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    count = {"replicas": workers} if placement == "replicas" else {"shards": workers, "by": placement}
-    bundle = ciphertune.split(str(folder), tmp_path / "bundle", **count)
+    bundle = ciphertune.split(str(folder), tmp_path / "bundle", workers=workers, placement=placement)
     farm.serve(**{f"m{i}": load_worker(worker) for i, worker in enumerate(bundle.workers)})
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     adapted = remote.with_adapter(outsource(model, farm.selection(backend, share_inputs=share, weight_bits=8)))
@@ -149,6 +149,44 @@ def test_more_workers_help_where_they_can(folder: Path) -> None:
     assert total(folder, workers=2, placement="rows", processors="shared by workers") > total(
         folder, workers=2, placement="rows"
     )
+
+
+def test_the_fastest_placement_is_planned_and_more_workers_never_slower(folder: Path) -> None:
+    fast: dict[str, Any] = {"tokens": 24, "latency": 0.0, "bandwidth": 1e12}
+    found = planned(folder, workers=4, **fast)
+    assert found.placement == found.tried[0].placement == "rows:4"
+    assert found.estimate is not None
+    assert found.estimate.total == found.tried[0].seconds == min(each.seconds for each in found.tried)
+    assert {each.placement for each in found.tried} == {
+        "rows:4",
+        "layers:2,rows:2",
+        "layers:4",
+        "rows:2,replicas:2",
+        "replicas:4",
+    }
+    assert [each.workers for each in found.fewer] == [1, 2]
+    assert found.fewer[0].seconds > found.fewer[1].seconds > found.estimate.total
+    # Each of them is what a plan that asks for it says.
+    for each in found.tried:
+        assert total(folder, workers=4, placement=each.placement, **fast) == pytest.approx(each.seconds)
+
+
+def test_a_narrow_line_and_small_memories_decide_the_placement(folder: Path) -> None:
+    thin = planned(folder, workers=2, tokens=24, latency=0.0, bandwidth=1e4, micro_batches=2, interleave=None)
+    assert thin.placement == "layers:2"  # rows send the same ciphertext to both
+    assert thin.estimate is not None
+    assert thin.estimate.bottleneck in ("uplink", "downlink")
+    whole = planned(folder).worker_bytes
+    small = planned(folder, workers=4, worker_memory=0.4 * whole)
+    assert all(each.worker_bytes <= 0.4 * whole for each in small.tried)
+    assert "replicas" not in small.placement
+    with pytest.raises(ConfigError, match="use more workers"):
+        planned(folder, workers=2, worker_memory=0.2 * whole)
+
+
+def test_without_speeds_rows_are_planned(folder: Path) -> None:
+    found = make_plan(str(folder), workers=3, measure=False)
+    assert (found.placement, found.tried, found.fewer) == ("rows:3", (), ())
 
 
 def test_halves_cost_little_more_than_half(folder: Path) -> None:
@@ -280,7 +318,7 @@ def test_products_that_cost_nothing_come_in_the_order_of_real_ones(folder: Path,
     asked = [("+".join(n.rpartition(".")[2] for n in e.layers), e.direction) for e in recorder.answered]
     assert [(mark.layers, mark.direction) for mark in session.marks] == asked
     # And in the order in which a plan has them.
-    model_plan = plan_products(str(folder), "clear", None, ("q_proj",), 1, "layers")
+    model_plan = Products(str(folder), "clear", None, ("q_proj",)).placed(Placement())
     backward = [(group.layers, "backward") for group in reversed(model_plan.groups) if group.backward]
     assert asked == [(group.layers, "forward") for group in model_plan.groups] + backward
     session_of(real).close()
@@ -344,7 +382,7 @@ def test_the_command_shows_what_limits_a_step(folder: Path, tmp_path: Path) -> N
     found = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).output)
     estimate = found["estimate"]
     assert sum(estimate["path"].values()) == pytest.approx(estimate["total"])
-    assert (found["workers"], found["placement"], found["interleave"]) == (2, "rows", 2)
+    assert (found["workers"], found["placement"], found["interleave"]) == (2, "rows:2", 2)
     assert {"limit", "bottleneck", "busy", "chart"} <= estimate.keys()
 
 

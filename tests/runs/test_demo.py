@@ -52,6 +52,16 @@ def test_the_adapter_of_the_demo_loads_with_stock_peft_and_gives_its_accuracy(tm
     assert abs(accuracy - result.encrypted.held_out) < 1.5
 
 
+@pytest.mark.parametrize("held", ['{"losses": []}', "cut off", None])
+def test_a_training_run_is_not_written_over(held: str | None, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    if held is not None:
+        (tmp_path / "result.json").write_text(held)
+    with pytest.raises(ConfigError, match="holds a training run: choose another --output"):
+        run_demo(tmp_path, to="clear", quick=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"} | ({"result.json"} if held else set())
+
+
 def test_workloads_are_the_same_for_the_same_seed() -> None:
     one = load_workload("mlp", batches=3, tokens=16, held_out=2, seed=4)
     two = load_workload("mlp", batches=3, tokens=16, held_out=2, seed=4)
@@ -87,5 +97,8 @@ def test_the_full_demo_trains_the_language_model(tmp_path: Path, monkeypatch: py
     for a, b in zip(result.plaintext.losses, result.encrypted.losses, strict=True):
         assert abs(a - b) < 0.02 * a
     assert result.encrypted.held_out < result.held_out_before
+    assert result.question is not None
+    assert result.answer_before
+    assert result.answer_after
     assert min(result.plaintext.units_per_second, result.encrypted.units_per_second) > 0
     assert callable(ciphertune.share)  # the public names stay importable beside a loaded transformers

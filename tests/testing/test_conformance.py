@@ -25,9 +25,9 @@ from ciphertune.backend import (
 )
 from ciphertune.plugins import registry
 from ciphertune.protocol import Message
-from ciphertune.testing import BackendSuite, EchoHandler, TransportSuite
+from ciphertune.testing import BackendSuite, EchoHandler, TransportSuite, WrappingSuite
 from ciphertune.testing.backends import Pair
-from ciphertune.transport import Link
+from ciphertune.transport import Link, Transport, WrappingTransport
 
 ClearBackend = registry.load(registry.BACKENDS, "clear")
 MLWEBackend = registry.load(registry.BACKENDS, "mlwe")
@@ -209,3 +209,66 @@ def test_faulty_links_do_not_pass(fault: str, test: str, monkeypatch: pytest.Mon
     wanted = inspect.signature(method).parameters
     with pytest.raises((AssertionError, TimeoutError)):
         method(**{name: arguments[name] for name in wanted})
+
+
+@dataclasses.dataclass(frozen=True)
+class BadOptions:
+    pass
+
+
+class BadlyWrapping(WrappingTransport):
+    """Around links, with one fault each."""
+
+    name = "bad"
+    Options = BadOptions
+    fault: str
+
+    def __init__(self, options: Any = None, inner: Transport | None = None) -> None:
+        super().__init__(options, inner)
+        if self.fault == "remote":
+            self.remote = True
+
+    def wrap(self, link: Link) -> Link:
+        return BadlyWrapped(link, self.fault)
+
+
+class BadlyWrapped(Link):
+    def __init__(self, link: Link, fault: str) -> None:
+        self.link = link
+        self.fault = fault
+        self.name = link.name
+        self.identity = "" if fault == "identity" else link.identity
+
+    def submit(self, request: Message) -> Future[Message]:
+        inner = self.link.submit(request)
+        if self.fault != "cancelling":
+            return inner
+        outer: Future[Message] = Future()
+        inner.add_done_callback(lambda _: outer.set_result(inner.result()))
+        return outer
+
+    def close(self) -> None:
+        if self.fault != "closing":
+            self.link.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "test", "arguments"),
+    [
+        ("remote", "test_what_belongs_to_the_inner_transport", (False,)),
+        ("identity", "test_addresses_and_the_embedded_worker_pass_through", ()),
+        ("cancelling", "test_a_request_that_is_given_up", ()),
+        ("closing", "test_a_link_that_is_closed", ()),
+    ],
+)
+def test_faulty_wrapping_does_not_pass(
+    register: Callable[[str, Any], None], fault: str, test: str, arguments: tuple[Any, ...]
+) -> None:
+    for each in ("", fault):
+        register(registry.TRANSPORTS, type("Bad", (BadlyWrapping,), {"fault": each}))
+        suite = type("Suite", (WrappingSuite,), {"name": "bad"})()
+        if each:
+            with pytest.raises(AssertionError):
+                getattr(suite, test)(*arguments)
+        else:
+            getattr(suite, test)(*arguments)

@@ -41,7 +41,8 @@ def over(faults: Faults, **options: Any) -> Any:
 
 
 def test_what_is_exported() -> None:
-    names = ["BackendSuite", "EchoHandler", "Faults", "LyingWorker", "PluginSuite", "ServedWorker", "TransportSuite"]
+    suites = ["BackendSuite", "PluginSuite", "TransportSuite", "WrappingSuite"]
+    names = sorted([*suites, "EchoHandler", "Faults", "LyingWorker", "ServedWorker"])
     assert ciphertune.testing.__all__ == names
     assert set(names) <= set(dir(ciphertune.testing))
     assert all(getattr(ciphertune.testing, name).__doc__ for name in names)

@@ -57,7 +57,7 @@ def deployed(cluster: Any, bundle: Path) -> Iterator[Callable[..., list[dict[str
 
     def up(name: str, workers: int = 1, **wanted: Any) -> list[dict[str, Any]]:
         names.add(name)
-        spec = deployment.plan(deployment.Wanted(str(bundle), **{"cpus": 0.5, **wanted}))
+        spec = deployment.plan(deployment.Wanted(str(bundle), workers, **{"cpus": 0.5, **wanted}))
         deployment.grow(name, spec, workers, shared=True, seconds=SECONDS)
         return deployment.describe(name)
 
@@ -68,7 +68,7 @@ def deployed(cluster: Any, bundle: Path) -> Iterator[Callable[..., list[dict[str
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+    return nn.Sequential(nn.Linear(12, 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 3))
 
 
 def command(*arguments: str, status: int = 0) -> Any:
@@ -132,10 +132,10 @@ def expected() -> list[float]:
 def test_workers_are_spread_over_nodes_and_train_as_in_this_process(
     deployed: Any, training: Any, expected: list[float]
 ) -> None:
-    first, second = deployed("spread", 2, shards=2)
+    first, second = deployed("spread", 2, placement="layers:2")
     assert first["node"] != second["node"]
     assert {first["layers"], second["layers"]} == {1, 2}
-    assert first["weight_bytes"] + second["weight_bytes"] == 12 * 64 + 64 * 32 + 32 * 3
+    assert first["weight_bytes"] + second["weight_bytes"] == 12 * 128 + 128 * 32 + 32 * 3
     run = training("auto/spread")
     assert [run.step() for _ in range(3)] == expected[:3]
 
@@ -225,7 +225,7 @@ from torch import nn
 import ciphertune
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+model = nn.Sequential(nn.Linear(12, 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 3))
 model = ciphertune.outsource(model, sys.argv[1], "all")
 model(torch.randn(4, 12))
 name = ciphertune.session_of(model).pool.workers[0].link.name.split("/")[1]
@@ -263,7 +263,7 @@ def test_a_client_that_is_killed_takes_its_own_workers_along_and_disturbs_nobody
 
 
 def test_own_workers_end_with_the_session(bundle: Path, training: Any, expected: list[float]) -> None:
-    run = training("auto", bundle=bundle, workers=2, shards=2, cpus=0.5)
+    run = training("auto", bundle=bundle, workers=2, placement="rows", cpus=0.5)
     assert [run.step() for _ in range(2)] == expected[:2]
     assert len(deployment.deployments()) == 1
     run.session.close()
@@ -275,10 +275,10 @@ def test_what_a_cluster_has_no_room_for(cluster: Any, bundle: Path, training: An
         training("auto", bundle=bundle, workers=9, start_timeout=2)
     with pytest.raises(ConfigError, match=r"needs 0\.54 GB, and 0\.01 GB are what it may have"):
         training("auto", bundle=bundle, memory_gb=0.01)
-    with pytest.raises(ConfigError, match="3 blocks cannot be 4 shards"):
-        deployment.plan(deployment.Wanted(str(bundle), 4))
-    with pytest.raises(ConfigError, match="1 workers cannot hold the 3 shards"):
-        deployment.grow("few", deployment.plan(deployment.Wanted(str(bundle), 3)), 1, shared=True, seconds=1)
+    with pytest.raises(ConfigError, match="3 blocks cannot be 4 parts"):
+        deployment.plan(deployment.Wanted(str(bundle), 4, "layers"))
+    with pytest.raises(ConfigError, match="1 workers cannot hold the 3 parts"):
+        deployment.grow("few", deployment.plan(deployment.Wanted(str(bundle), 3, "layers")), 1, shared=True, seconds=1)
     assert deployment.deployments() == []
 
 
@@ -287,7 +287,15 @@ def test_names_that_are_none(cluster: Any, tmp_path: Path, training: Any) -> Non
         training("auto/absent")
     with pytest.raises(ConfigError, match=r"holds no manifest\.json"):
         training("auto", bundle=tmp_path)
-    for to in ("auto?shards=2", "auto/name?bundle=b", "auto/a b", "nowhere", "head:99999", "auto/a/b", "?workers=2"):
+    for to in (
+        "auto?placement=rows",
+        "auto/name?bundle=b",
+        "auto/a b",
+        "nowhere",
+        "head:99999",
+        "auto/a/b",
+        "?workers=2",
+    ):
         with pytest.raises(SelectionError):
             Training(f"mlwe+ray://{to}")
 
@@ -296,7 +304,7 @@ def test_the_commands(cluster: Any, bundle: Path) -> None:
     (worker,) = command("up", str(bundle), "--name", "told", "--cpus", "0.5", "--max-requests", "8")["told"]
     assert (worker["state"], worker["layers"], worker["spec"]["max_requests"]) == ("up", 3, 8)
     assert [row["pid"] for row in command("status")["told"]] == [worker["pid"]]
-    other = command("up", str(bundle), "--name", "told", "--shards", "2", "--workers", "2", status=1)
+    other = command("up", str(bundle), "--name", "told", "--placement", "rows", "--workers", "2", status=1)
     assert "take another --name" in other
     assert command("down", "--name", "told") == {"name": "told", "stopped": 1}
     assert "no deployment named 'told'" in command("down", "--name", "told", status=1)

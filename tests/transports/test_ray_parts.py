@@ -106,7 +106,7 @@ def test_a_manifest_that_names_files_elsewhere(url: str) -> None:
 
 def test_a_bundle_that_is_split_already(bundle: Path, tmp_path: Path) -> None:
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
-    ciphertune.split(model, tmp_path / "cut", layers="all", shards=2)
+    ciphertune.split(model, tmp_path / "cut", layers="all", workers=2, placement="layers")
     assert parts_of(str(tmp_path / "cut")) == [str(tmp_path / "cut" / f"worker-{n}") for n in (0, 1)]
     assert parts_of(str(bundle / "worker")) == [str(bundle / "worker")]
     for wrong in (str(tmp_path), "memory://absent", "no-such-scheme://bucket"):

@@ -36,8 +36,8 @@ print("the wheel runs the demo:", {k: result[k] for k in ("to", "model")})
 PYTHON
 
 echo "Plugins from their own folders"
-install mypy "$root/plugins/ciphertune-http[test]" "$root/plugins/ciphertune-ckks[test]"
-for plugin in http ckks; do
+install mypy "$root/plugins/ciphertune-http[test]" "$root/plugins/ciphertune-ckks[test]" "$root/plugins/ciphertune-slalom[test]"
+for plugin in http ckks slalom; do
     cp -r "$root/plugins/ciphertune-$plugin" "$work/$plugin"
     (cd "$work/$plugin" && rm -r "ciphertune_$plugin" && python -m pytest --quiet)
     (cd "$root/plugins/ciphertune-$plugin" && mypy "ciphertune_$plugin")

@@ -45,9 +45,13 @@ class WorkerActor:
 
         torch.set_num_threads(spec["threads"] or max(1, int(spec["cpus"])))
         device = "cuda" if spec["gpus"] else "cpu"
-        part, layers = spec["parts"][index % len(spec["parts"])]
+        part, layers, rows = spec["parts"][index % len(spec["parts"])]
         self._spec, self._index = spec, index
-        store = fetch_and_load(part, layers, lambda folder: load_worker(folder, device=device, layers=layers or None))
+        store = fetch_and_load(
+            part,
+            layers,
+            lambda folder: load_worker(folder, device=device, layers=layers or None, rows=tuple(rows)),
+        )
         self._service = Service(
             Worker(
                 store,
@@ -89,7 +93,7 @@ class WorkerActor:
             "node": ray.get_runtime_context().get_node_id(),
             "pid": os.getpid(),
             "device": str(worker.device),
-            "shard": self._index % len(self._spec["parts"]),
+            "part": self._index % len(self._spec["parts"]),
             "layers": len(worker.weights),
             "weight_bytes": worker.weights.nbytes,
             "sessions": worker.sessions,

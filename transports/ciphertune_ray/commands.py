@@ -39,7 +39,13 @@ def ray() -> None:
 @_ADDRESS
 @_NAME
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="In all, those there included.")
-@click.option("--shards", type=click.IntRange(1), default=None, help="Parts of the model.  [default: as few as fit]")
+@click.option(
+    "--placement",
+    default="",
+    metavar="PLACEMENT",
+    help="Of the model on workers: rows of every layer at each, layers, or numbers of these, as in layers:2,rows:4; "
+    "more workers are replicas.  [default: as few parts of whole layers as fit]",
+)
 @click.option("--cpus", type=click.FloatRange(0), default=1.0, show_default=True, help="Of a worker.")
 @click.option("--gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="Of a worker.")
 @click.option("--memory-gb", type=click.FloatRange(0.001), default=None, help="Of a worker.  [default: its need]")
@@ -75,7 +81,7 @@ def up(
     address: str,
     name: str,
     workers: int,
-    shards: int | None,
+    placement: str,
     cpus: float,
     gpus: float,
     memory_gb: float | None,
@@ -100,7 +106,8 @@ def up(
     from ciphertune_ray.address import absolute
 
     wanted = {
-        "shards": shards or 0,
+        "workers": workers,
+        "placement": placement,
         "memory": int((memory_gb or 0) * 1e9),
         "cpus": cpus,
         "gpus": gpus,
@@ -122,11 +129,9 @@ def up(
         known = deployment.spec_of(name)
         if known is not None and known.parts != spec.parts:
             raise SelectionError(
-                f"the deployment {name!r} serves {known.bundle} in {len(known.parts)} shards: take another --name, or "
+                f"the deployment {name!r} serves {known.bundle} in {len(known.parts)} parts: take another --name, or "
                 f"end it with 'ciphertune ray down --name {name}' first"
             )
-        if workers < len(spec.parts):
-            raise SelectionError(f"the model is in {len(spec.parts)} shards, which {workers} workers cannot hold")
         deployment.shrink(name, workers)
         deployment.grow(name, spec, workers, shared=True, seconds=timeout)
         found = {name: deployment.describe(name)}
@@ -206,7 +211,7 @@ def _show(address: str, found: dict[str, list[dict[str, Any]]], as_json: bool) -
                 worker.get("host", ""),
                 worker.get("node", "")[:8],
                 worker.get("device", worker.get("started", "")),
-                worker.get("shard", ""),
+                worker.get("part", ""),
                 worker.get("layers", ""),
                 megabytes(worker["weight_bytes"]) if "weight_bytes" in worker else "",
                 worker.get("sessions", ""),
@@ -214,7 +219,7 @@ def _show(address: str, found: dict[str, list[dict[str, Any]]], as_json: bool) -
             )
             for worker in workers
         ]
-        columns = ["worker", "state", "host", "node", "device", "shard", "layers", "weights", "sessions", "listens on"]
+        columns = ["worker", "state", "host", "node", "device", "part", "layers", "weights", "sessions", "listens on"]
         print_table(f"{name}: --to mlwe+ray://{address}/{name}", columns, rows)
     if not found:
         click.echo("nothing is deployed")
@@ -224,5 +229,8 @@ def _plain(worker: dict[str, Any]) -> dict[str, Any]:
     """Replace the names of layers, which are many, by their number."""
     if "spec" not in worker:
         return worker
-    parts = [{"folder": folder, "layers": len(layers)} for folder, layers in worker["spec"]["parts"]]
+    parts = [
+        {"folder": folder, "layers": len(layers), "rows": f"{row + 1} of {rows}"}
+        for folder, layers, (row, rows) in worker["spec"]["parts"]
+    ]
     return {**worker, "spec": {**worker["spec"], "parts": parts}}

@@ -23,6 +23,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ciphertune.bundle.placement import Placement
 from ciphertune.errors import ConfigError, TransportError
 from ciphertune_ray.actors import WorkerActor
 from ciphertune_ray.address import actor_name
@@ -35,8 +36,9 @@ _OVERHEAD = 512 << 20
 """Bytes that a worker needs beside its weights."""
 _ASK_SECONDS = 10.0
 
-Part = tuple[str, list[str]]
-"""A worker's folder and the layers of it that are served; all if none are listed."""
+Part = tuple[str, list[str], tuple[int, int]]
+"""A worker's folder, the layers of it that are served (all if none are listed), and which part of their rows, of how
+many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Spec:
 
     Attributes:
         bundle: a path that all nodes share, or a URL for fsspec.
-        parts: what each shard is; worker i holds part i modulo their number.
+        parts: of the model; worker i holds part i modulo their number.
         cpus, gpus: of a worker.
         memory: bytes that a worker is given.
         threads: CPU threads of a product; 0 for as many as ``cpus``.
@@ -81,14 +83,17 @@ class Wanted:
 
     Attributes:
         bundle: a bundle, or a worker's folder of one.
-        shards: parts of the model; 0 for as few as fit the nodes' memory.
+        workers: how many in all; more than the parts of the model are replicas.
+        placement: of the parts, as of ``ciphertune.bundle.placement.Placement.read``; if empty, as few parts of whole
+            layers as fit the nodes' memory.
         memory: bytes that a worker may take; 0 for what a node has.
         cpus, gpus, threads, restarts, retries, max_requests, max_client_mb, idle_seconds, listen, port, listen_options,
         backends: as in ``Spec``.
     """
 
     bundle: str
-    shards: int = 0
+    workers: int = 1
+    placement: str = ""
     cpus: float = 1.0
     gpus: float = 0.0
     memory: int = 0
@@ -126,24 +131,39 @@ def plan(wanted: Wanted) -> Spec:
     """
     parts, blocks = _on_cluster(_layout, wanted.bundle)
     room = wanted.memory or max((node["Resources"].get("memory", 0) for node in _nodes()), default=0)
+    asked = _placement(wanted)
     if len(parts) > 1:
-        if wanted.shards not in (0, len(parts)):
-            raise ConfigError(f"the bundle is split for {len(parts)} workers, so it cannot be {wanted.shards} shards")
-        shards: list[Part] = [(part, []) for part in parts]
-        largest = max(sum(size for _, size in of) for of in blocks)
+        if asked is not None:
+            raise ConfigError(
+                f"the bundle is split for {len(parts)} workers, so it cannot be placed as {wanted.placement!r}: "
+                "leave placement out, or split the model for one worker"
+            )
+        held: list[Part] = [(part, [], (0, 1)) for part in parts]
+        largest = float(max(sum(size for _, size in of) for of in blocks))
     else:
-        count = wanted.shards or _fewest(blocks[0], room - _OVERHEAD)
-        cut = _cut(blocks[0], count)
-        shards = [(parts[0], [name for names, _ in of for name in names]) for of in cut]
-        largest = max(sum(size for _, size in of) for of in cut)
+        layers = asked.layers if asked is not None else _fewest(blocks[0], room - _OVERHEAD)
+        rows = asked.rows if asked is not None else 1
+        cut = _cut(blocks[0], layers)
+        names = [[name for of_block, _ in of for name in of_block] for of in cut]
+        held = [(parts[0], of, (row, rows)) for of in names for row in range(rows)]
+        largest = max(sum(size for _, size in of) for of in cut) / rows
     need = int(largest) + _OVERHEAD
     if need > room:
         raise ConfigError(
             f"a worker of {wanted.bundle} needs {need / 1e9:.2f} GB, and {room / 1e9:.2f} GB are what it may have: "
-            "use more shards, or nodes with more memory"
+            "use more workers, or nodes with more memory"
         )
+    if wanted.workers < len(held):
+        raise ConfigError(f"the model is in {len(held)} parts, which {wanted.workers} workers cannot hold")
     same = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(Spec) if f.name not in ("parts", "memory")}
-    return Spec(parts=tuple(shards), memory=wanted.memory or need, **same)
+    return Spec(parts=tuple(held), memory=wanted.memory or need, **same)
+
+
+def _placement(wanted: Wanted) -> Placement | None:
+    """Read the placement that was asked for; with numbers, it may be of fewer workers, and the others are replicas."""
+    if not wanted.placement:
+        return None
+    return Placement.read(wanted.placement, None if ":" in wanted.placement else wanted.workers)
 
 
 def grow(name: str, spec: Spec, count: int, *, shared: bool, seconds: float) -> list[Any]:
@@ -160,11 +180,11 @@ def grow(name: str, spec: Spec, count: int, *, shared: bool, seconds: float) -> 
         Handles of the new workers. Those that are not shared end with the last of them.
 
     Raises:
-        ConfigError: there are fewer workers than shards, or a worker could not load its part.
+        ConfigError: there are fewer workers than parts, or a worker could not load its part.
         TransportError: the cluster has no room for them. None is left behind.
     """
     if count < len(spec.parts):
-        raise ConfigError(f"{count} workers cannot hold the {len(spec.parts)} shards of the model: one each is needed")
+        raise ConfigError(f"{count} workers cannot hold the {len(spec.parts)} parts of the model: one each is needed")
     present = set(members(name))
     new = [index for index in range(count) if index not in present]
     if not new:
@@ -240,7 +260,10 @@ def spec_of(name: str) -> Spec | None:
 
 def read_spec(plain: Mapping[str, Any]) -> Spec:
     """A specification from plain data."""
-    parts = tuple((str(part), [str(layer) for layer in layers]) for part, layers in plain["parts"])
+    parts = tuple(
+        (str(part), [str(layer) for layer in layers], (int(row), int(rows)))
+        for part, layers, (row, rows) in plain["parts"]
+    )
     return Spec(**{**plain, "parts": parts})
 
 
@@ -268,7 +291,7 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def _fewest(blocks: Sequence[Block], room: float) -> int:
-    """The smallest number of shards each of which fits."""
+    """The smallest number of parts each of which fits."""
     for count in range(1, len(blocks) + 1):
         if max(sum(size for _, size in of) for of in _cut(blocks, count)) <= room:
             return count
@@ -282,7 +305,7 @@ def _cut(blocks: Sequence[Block], count: int) -> list[list[Block]]:
     [[(['a'], 5)], [(['b'], 1), (['c'], 4)]]
     """
     if not 1 <= count <= len(blocks):
-        raise ConfigError(f"a bundle of {len(blocks)} blocks cannot be {count} shards")
+        raise ConfigError(f"a bundle of {len(blocks)} blocks cannot be {count} parts")
     total = sum(size for _, size in blocks) or 1
     runs: list[list[Block]] = [[]]
     done = 0.0

@@ -121,8 +121,7 @@ class Relay:
 
             name, count, shared = head["name"], head["workers"], head["shared"]
             if not shared:
-                spec = plan(Wanted(**head["wanted"]))
-                count = max(count, len(spec.parts))
+                spec = plan(Wanted(workers=count, **head["wanted"]))
                 self._own_workers += grow(name, spec, count, shared=False, seconds=head["seconds"])
             elif members(name):
                 known = spec_of(name)

@@ -31,7 +31,8 @@ class RayOptions:
             the deployment's: more are started where there are fewer.
         bundle: a path that all machines of the cluster share, or a URL that fsspec reads; its workers go when the
             client does. Without it the deployment that the address names is used; see ``ciphertune ray up``.
-        shards: parts of the model; as few as fit the nodes' memory if not given.
+        placement: of the bundle on the workers, as of ``ciphertune split``; if not given, as few parts of whole layers
+            as fit the nodes' memory, and replicas of them.
         cpus, gpus: of each worker that is started.
         memory_gb: of each worker that is started; what its weights need if not given.
         threads: CPU threads of a product; as many as ``cpus`` if not given.
@@ -41,7 +42,7 @@ class RayOptions:
 
     workers: int | None = None
     bundle: str | None = None
-    shards: int | None = None
+    placement: str | None = None
     cpus: float = 1.0
     gpus: float = 0.0
     memory_gb: float | None = None
@@ -50,7 +51,7 @@ class RayOptions:
     max_inflight_mb: int = 512
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 1), ("shards", 1), ("threads", 1), ("memory_gb", 0.001)):
+        for name, least in (("workers", 1), ("threads", 1), ("memory_gb", 0.001)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SelectionError(f"option {name}={value} must be {least} or more")
@@ -59,8 +60,8 @@ class RayOptions:
                 raise SelectionError(f"option {name}={getattr(self, name)} must be 0 or more")
         if not 0 < self.start_timeout < 86400 or self.max_inflight_mb < 1:
             raise SelectionError("options start_timeout and max_inflight_mb must be above 0")
-        if self.bundle is None and (self.shards or self.memory_gb or self.threads):
-            raise SelectionError("options shards, memory_gb and threads are for workers of a bundle: name it too")
+        if self.bundle is None and (self.placement or self.memory_gb or self.threads):
+            raise SelectionError("options placement, memory_gb and threads are for workers of a bundle: name it too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,7 @@ class RayTransport(Transport):
         options = self.options
         name = f"own-{secrets.token_hex(8)}"
         wanted = {"bundle": absolute(options.bundle), "cpus": options.cpus, "gpus": options.gpus}
-        wanted |= {"shards": options.shards or 0, "threads": options.threads or 0}
+        wanted |= {"placement": options.placement or "", "threads": options.threads or 0}
         wanted |= {"memory": int((options.memory_gb or 0) * 1e9)}
         head = {"op": "deploy", "name": name, "shared": False, "workers": options.workers or 1, "wanted": wanted}
         relay = RelayClient(address.ray, options.max_inflight_mb << 20).acquire()

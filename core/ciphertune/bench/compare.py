@@ -26,7 +26,7 @@ import torch
 from ciphertune.backend import DIRECTIONS, Backend, LinearMap
 from ciphertune.client.choice import choose
 from ciphertune.client.preparing import HeldCodes, prepare
-from ciphertune.errors import CipherTuneError, ConfigError, LayerError, PrecisionError
+from ciphertune.errors import CipherTuneError, ConfigError, LayerError, NotPreparedError, PrecisionError
 from ciphertune.plugins import registry
 from ciphertune.weights import describe, group_map, quantize
 
@@ -136,7 +136,8 @@ def measure(to: str, product: Product, large: Product, repeat: int, seed: int) -
     device, clock = torch.device("cpu"), time.perf_counter
     start = clock()
     client = backend.client(device)
-    prepare([client], [(layers, maps, ())], HeldCodes({"layer": held.codes}))
+    groups, codes = [(layers, maps, ())], HeldCodes({"layer": held.codes})
+    prepare([client], groups, codes)
     keygen = clock() - start
     key = client.evaluation_key()
     start = clock()
@@ -149,7 +150,12 @@ def measure(to: str, product: Product, large: Product, repeat: int, seed: int) -
         torch.nn.functional.linear(x, values)
         plain = clock() - begun
         marks = [clock()]
-        encrypted = client.encrypt(x, linear_map)
+        try:
+            encrypted = client.encrypt(x, linear_map)
+        except NotPreparedError:
+            prepare([client], groups, codes)
+            marks = [clock()]
+            encrypted = client.encrypt(x, linear_map)
         marks.append(clock())
         reply = worker.evaluate(prepared, "forward", encrypted.buffers)
         marks.append(clock())

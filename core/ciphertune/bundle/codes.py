@@ -24,6 +24,8 @@ class FolderCodes:
         ConfigError: there is no worker's folder, or one is damaged.
     """
 
+    lasting = True
+
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         place = Path(folder)
         self._folder = place

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +22,7 @@ from ciphertune.bundle.files import (
     read_manifest_file,
     read_tensor,
 )
+from ciphertune.bundle.placement import cut_rows
 from ciphertune.errors import ConfigError, ProtocolError, UnknownLayerError
 from ciphertune.weights import LayerInfo, LayerWeight, Shard, row_digests
 from ciphertune.worker.store import WeightStore
@@ -32,6 +35,7 @@ def load_worker(
     *,
     device: str | torch.device = "cpu",
     layers: Iterable[str] | None = None,
+    rows: tuple[int, int] = (0, 1),
     verify: bool = True,
 ) -> WeightStore:
     """The weights in a worker's folder. On the CPU they stay pages of the files, shared by all processes that map them.
@@ -40,6 +44,7 @@ def load_worker(
         folder: written by ``split``.
         device: where the weights are evaluated.
         layers: names, ends of names or ``*`` patterns of the layers to serve; all if None.
+        rows: which part of each layer's rows to serve, from 0, and of how many.
         verify: read every weight and hold its hash against the manifest's.
 
     Raises:
@@ -51,7 +56,7 @@ def load_worker(
     store = WeightStore()
     for file, shards in read:
         if wanted is None or any(shard.name in wanted for shard in shards):
-            _load_block(store, file, shards, wanted, torch.device(device), verify)
+            _load_block(store, file, shards, wanted, rows, torch.device(device), verify)
     return store
 
 
@@ -79,7 +84,13 @@ def _read_block(folder: Path, block: Any) -> tuple[Path, list[Shard]]:
 
 
 def _load_block(
-    store: WeightStore, file: Path, shards: list[Shard], wanted: set[str] | None, device: torch.device, verify: bool
+    store: WeightStore,
+    file: Path,
+    shards: list[Shard],
+    wanted: set[str] | None,
+    part: tuple[int, int],
+    device: torch.device,
+    verify: bool,
 ) -> None:
     handle = open_tensors(file)
     codes, scale = (read_tensor(handle, file, name) for name in ("codes", "scale"))
@@ -91,20 +102,51 @@ def _load_block(
         )
     if verify:
         _verify(file, shards, codes, scale)
-    row = 0
-    runs: list[tuple[list[Shard], int, int]] = []
+    try:
+        for run, held in _served(shards, wanted, part, codes, scale):
+            store.add(run, held.to(device))
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from error
+
+
+def _served(
+    shards: list[Shard], wanted: set[str] | None, part: tuple[int, int], codes: Tensor, scale: Tensor
+) -> list[tuple[list[Shard], Tensor]]:
+    """Shards of a block that are served, with their codes. Neighbours stay one block, which is one product.
+
+    Whole shards stay views of the file. Parts of several are copied into one block.
+    """
+    runs: list[tuple[list[Shard], list[Tensor]]] = []
+    row, end = 0, -1
     for shard in shards:
-        if wanted is None or shard.name in wanted:
-            if runs and runs[-1][2] == row:
-                runs[-1] = ([*runs[-1][0], shard], runs[-1][1], row + shard.rows)
-            else:
-                runs.append(([shard], row, row + shard.rows))
+        first, last = cut_rows(shard.out_features, *part)
+        first, last = max(first, shard.start), min(last, shard.stop)
+        if first < last and (wanted is None or shard.name in wanted):
+            rows = slice(row + first - shard.start, row + last - shard.start)
+            whole = (first, last) == (shard.start, shard.stop)
+            if not runs or end != row:
+                runs.append(([], []))
+            runs[-1][0].append(shard if whole else _cut(shard, first, last, codes[rows], scale[rows]))
+            runs[-1][1].append(codes[rows])
+            end = row + shard.rows
         row += shard.rows
-    for run, start, stop in runs:
-        try:
-            store.add(run, codes[start:stop].to(device))
-        except ValueError as error:
-            raise ConfigError(f"{file} is damaged: {error}") from error
+    return [(run, _stacked(parts)) for run, parts in runs]
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Rows below each other, without a copy where they are so in one tensor already."""
+    first, rows, at = parts[0], 0, parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != at:
+            return torch.cat(parts)
+        rows, at = rows + len(part), at + part.nbytes
+    return first.as_strided((rows, first.shape[1]), first.stride())
+
+
+def _cut(shard: Shard, first: int, last: int, codes: Tensor, scale: Tensor) -> Shard:
+    """Rows first to last of a shard's layer, with these codes and scales, as a shard."""
+    digests = row_digests(LayerWeight(codes, scale))
+    return dataclasses.replace(shard, start=first, stop=last, digest=hashlib.sha256(digests).hexdigest())
 
 
 def _verify(file: Path, shards: list[Shard], codes: Tensor, scale: Tensor) -> None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ from ciphertune.bundle.files import (
     write_json,
 )
 from ciphertune.bundle.outliers import kept_tables
+from ciphertune.bundle.placement import Placement
 from ciphertune.bundle.source import Source, dtype_of, open_source
-from ciphertune.bundle.spread import Spread, rows_of_worker
 from ciphertune.errors import ConfigError
 from ciphertune.models.names import published_name
 from ciphertune.models.skeleton import tied_names
@@ -84,9 +84,8 @@ def split(
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
     embeddings: bool = False,
     experts: Experts = "all",
-    shards: int = 1,
-    by: Literal["layers", "rows"] = "layers",
-    replicas: int = 1,
+    workers: int = 1,
+    placement: Placement | str = "rows",
     weight_bits: WeightBits = 8,
     gguf_file: str | None = None,
     in_memory: bool = False,
@@ -109,9 +108,10 @@ def split(
         experts: "routed" to have experts that are layers of their own at the workers, too. Each gets what routing
             chose, and clients must say ``experts=routed`` in their selection string. Experts whose weights are stacked
             in one parameter need no such word.
-        shards: workers to spread the layers over.
-        by: whole layers, in runs of about equal size, or rows of every layer, cut at multiples of 64.
-        replicas: worker folders with all layers; they share the disk's space.
+        workers: how many to place the model on.
+        placement: how: ``rows`` of every layer at each, cut at multiples of 64, which is fastest; ``layers``, whole
+            ones in runs of about equal size; ``replicas`` with all layers, which share the disk's space; or numbers of
+            these, as ``layers:2,rows:4``.
         weight_bits: 8 or 16 bits a weight.
         gguf_file: file within the folder, for models in GGUF form.
         in_memory: load the model whole, for checkpoints that cannot be read tensor by tensor.
@@ -125,7 +125,7 @@ def split(
         LayerError: about ``layers`` and ``embeddings``, or a weight that is not finite.
     """
     target = Path(out)
-    _check(target, shards, by, replicas, weight_bits, force)
+    placed = _check(target, workers, placement, weight_bits, force)
     source = open_source(model if isinstance(model, nn.Module) else os.fspath(model), gguf_file, in_memory)
     chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True, experts=experts)
     table = None
@@ -140,8 +140,8 @@ def split(
                 found, why = None, "calibration is off"
             else:
                 found, why = calibration_of(source.whole(), source.tokenizer, calibration)
-            writer = _Writer(source, chosen, table, draft, weight_bits, shards, by, found, progress)
-            result = dataclasses.replace(writer.write(replicas), uncalibrated=why)
+            writer = _Writer(source, chosen, table, draft, weight_bits, placed, found, progress)
+            result = dataclasses.replace(writer.write(), uncalibrated=why)
             sync_tree(draft)
             _put(draft, target)
     except OSError as error:
@@ -153,19 +153,15 @@ def split(
     )
 
 
-def _check(target: Path, shards: int, by: str, replicas: int, weight_bits: int, force: bool) -> None:
-    if shards < 1 or replicas < 1:
-        raise ConfigError("shards and replicas must be 1 or more")
-    if shards > 1 and replicas > 1:
-        raise ConfigError(
-            "give shards or replicas, not both: replicas of shards are more workers over the same folders"
-        )
-    if by not in ("layers", "rows"):
-        raise ConfigError(f"layers are spread by 'layers' or 'rows', not {by!r}")
+def _check(target: Path, workers: int, placement: Placement | str, weight_bits: int, force: bool) -> Placement:
+    if workers < 1:
+        raise ConfigError(f"workers must be 1 or more, not {workers}")
+    placed = Placement.read(str(placement), workers)
     if weight_bits not in (8, 16):
         raise ConfigError(f"weight_bits must be 8 or 16, not {weight_bits!r}")
     if target.exists() and not force and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists already: name another folder, or replace it with --force (force=True)")
+    return placed
 
 
 class _Writer:
@@ -178,8 +174,7 @@ class _Writer:
         table: Table | None,
         folder: Path,
         weight_bits: WeightBits,
-        shards: int,
-        by: Spread,
+        placement: Placement,
         calibration: Calibration | None,
         progress: Progress | None,
     ) -> None:
@@ -192,27 +187,26 @@ class _Writer:
         self._absent = {each.tensor for each in (*chosen, *places)}
         self._folder = folder
         self._bits: WeightBits = weight_bits
-        self._shards = shards
-        self._by = by
+        self._placement = placement
         self._calibration = calibration
         self._progress = progress or (lambda done, total: None)
         self._groups = sibling_groups(chosen, [c.weight().shape[1] for c in chosen])
         self._tables = [(i,) for i in range(len(chosen), len(self._chosen))]
         self._total = sum(c.weight().numel() for c in self._chosen)
-        self._blocks: list[list[dict[str, Any]]] = [[] for _ in range(shards)]
-        self._bytes = [0] * shards
+        self._blocks: list[list[dict[str, Any]]] = [[] for _ in range(placement.parts)]
+        self._bytes = [0] * placement.parts
 
-    def write(self, replicas: int) -> SplitResult:
+    def write(self) -> SplitResult:
         client = self._folder / "client"
         client.mkdir()
-        count = max(self._shards, replicas)
+        count, parts = self._placement.workers, self._placement.parts
         names = ["worker"] if count == 1 else [f"worker-{i}" for i in range(count)]
         folders = [self._folder / name for name in names]
-        for folder in folders[: self._shards]:
+        for folder in folders[:parts]:
             (folder / "layers").mkdir(parents=True)
-        infos = self._write_workers(folders[: self._shards])
-        for folder in folders[self._shards :]:
-            shutil.copytree(folders[0], folder, copy_function=os.link)
+        infos = self._write_workers(folders[:parts])
+        for i, folder in enumerate(folders[parts:]):
+            shutil.copytree(folders[i % parts], folder, copy_function=os.link)
         kept, kept_bytes = self._write_client(client, infos)
         return SplitResult(
             client=client,
@@ -221,7 +215,7 @@ class _Writer:
             outsourced=self._total,
             at_client=kept,
             client_bytes=kept_bytes,
-            worker_bytes=tuple(self._bytes * (count if self._shards == 1 else 1)),
+            worker_bytes=tuple(self._bytes * self._placement.replicas),
             products=2 * len(self._groups),
             with_outliers=products_with_outliers([[infos[i] for i in group] for group in self._groups]),
             uncalibrated="",
@@ -261,7 +255,7 @@ class _Writer:
 
         parts = []
         for info, weight in zip(members, weights, strict=True):
-            start, stop = rows_of_worker(self._by, info.out_features, worker, self._shards, place)
+            start, stop = self._placement.rows_of(worker, info.out_features, place)
             if start < stop:
                 parts.append((info.shard(start, stop), weight.codes[start:stop], _scale(weight)[start:stop]))
         if not parts:

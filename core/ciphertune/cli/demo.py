@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-output"), show_default=True
 )
+@click.option("--overwrite", is_flag=True, help="Write over the results of a training run in the output folder.")
 @click.option("--seed", default=0, show_default=True, help="Seed of adapters and data, the same for both runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON at the end and nothing else.")
-def demo(to: str, quick: bool, steps: int | None, output: Path, seed: int, as_json: bool) -> None:
+def demo(to: str, quick: bool, steps: int | None, output: Path, overwrite: bool, seed: int, as_json: bool) -> None:
     """Fine-tune a real model on real data twice, in the clear and encrypted, and compare.
 
     SmolLM2-135M on the Python language reference takes a few minutes on two cores.
@@ -31,7 +33,13 @@ def demo(to: str, quick: bool, steps: int | None, output: Path, seed: int, as_js
     from ciphertune.runs.demo import run_demo
 
     result = run_demo(
-        output, to=to, quick=quick, steps=steps, seed=seed, progress=lambda line: click.echo(line, err=True)
+        output,
+        to=to,
+        quick=quick,
+        steps=steps,
+        seed=seed,
+        overwrite=overwrite,
+        progress=lambda line: click.echo(line, err=True),
     )
     if as_json:
         print_json(dataclasses.asdict(result))
@@ -52,6 +60,11 @@ def _show(r: DemoResult) -> None:
         ("speed", rate(r.plaintext.units_per_second), f"{rate(r.encrypted.units_per_second)} ({slower:.1f}× slower)"),
     ]
     print_table(f"{r.model} on {r.data}: {r.steps} steps of {r.per_step} {r.unit}", ["", "in the clear", r.to], rows)
+    if r.question is not None:
+        click.echo(
+            f"\nAsked: {r.question}\nBefore, in the clear: {r.answer_before} …\nAfter, through {r.to}: "
+            f"{r.answer_after} …\nAsk it more: ciphertune chat smollm2 --adapter {shlex.quote(r.adapter)} --to {r.to}"
+        )
     traffic = r.traffic
     click.echo(
         f"\n{r.outsourced_layers} layers with {100 * r.outsourced_fraction:.1f}% of the weights were at the worker: "

@@ -12,11 +12,14 @@ import click
 from click.core import ParameterSource
 
 from ciphertune.cli.output import megabytes, percent, print_facts, print_json, print_table
-from ciphertune.cli.plan_summary import WAITED_FOR, summary
+from ciphertune.cli.plan_summary import WAITED_FOR, duration, summary
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ciphertune.planning.estimate import Estimate
     from ciphertune.planning.generating import GenerationPlan
+    from ciphertune.planning.placing import Tried
     from ciphertune.planning.run import Run
     from ciphertune.planning.speeds import Speeds
     from ciphertune.runs.config import TrainConfig
@@ -24,7 +27,10 @@ if TYPE_CHECKING:
 _file: Any = click.Path(dir_okay=False, path_type=Path)
 _OF_TRAINING = ("tokens", "targets", "micro_batches", "interleave", "length")
 _OF_GENERATION = ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "draft_time")
+_OF_CAPACITY = ("chats", "think", "worker_bandwidth", "worker_price", "traffic_price", "slowdown")
 _SHADES = " ▁▂▃▄▅▆▇█"
+_SHOWN = 6
+"""Placements that are printed."""
 
 
 @click.command()
@@ -49,14 +55,18 @@ _SHADES = " ▁▂▃▄▅▆▇█"
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of workers.")
 @click.option(
     "--placement",
-    type=click.Choice(["layers", "rows", "replicas"]),
-    default="layers",
-    show_default=True,
-    help="Split of the model over workers, as by 'ciphertune split'.",
+    default=None,
+    metavar="PLACEMENT",
+    help="Of the model on workers, as of 'ciphertune split': layers, rows, replicas, or layers:2,rows:4.  "
+    "[default: the fastest]",
 )
+@click.option("--worker-memory-gb", type=click.FloatRange(0), default=None, help="Of weights that a worker may hold.")
 @click.option("--micro-batches", type=click.IntRange(1), default=1, show_default=True, help="Parts of a step's batch.")
 @click.option(
-    "--interleave", type=click.IntRange(1), default=1, show_default=True, help="Micro-batches under way at once."
+    "--interleave",
+    type=click.IntRange(1),
+    default=None,
+    help="Micro-batches under way at once.  [default: the fastest]",
 )
 @click.option("--length", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a sequence.")
 @click.option("--generate", is_flag=True, help="Plan generation of text, with a key-value cache, in place of training.")
@@ -74,6 +84,17 @@ _SHADES = " ▁▂▃▄▅▆▇█"
 )
 @click.option("--accepted", type=float, help="Tokens of a sequence that a pass with drafted ones yields on average.")
 @click.option("--draft-time", default="0ms", show_default=True, help="Time that the client takes for a drafted token.")
+@click.option("--clients", type=click.IntRange(1), default=None, help="Plan workers for so many clients at once.")
+@click.option(
+    "--chats", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of clients that chat."
+)
+@click.option("--think", default="30s", show_default=True, help="From an answer to the next question, on average.")
+@click.option("--worker-bandwidth", default="10Gbit/s", show_default=True, help="Of a worker's card, each way.")
+@click.option("--worker-price", type=click.FloatRange(0), default=0.0, help="Of a worker, an hour.")
+@click.option("--traffic-price", type=click.FloatRange(0), default=0.0, help="Of a gigabyte, either way.")
+@click.option(
+    "--slowdown", type=float, default=1.5, show_default=True, help="How much longer than alone clients may wait."
+)
 @click.option("--one-machine", is_flag=True, help="Client and workers share one processor.")
 @click.option("--measure/--no-measure", default=True, help="Estimate seconds from a short measurement here.")
 @click.option("--save-speeds", type=_file, help="Write the speeds measured here to a file, for a plan made elsewhere.")
@@ -94,9 +115,10 @@ def plan(
     down: str | None,
     latency: str,
     workers: int,
-    placement: Any,
+    placement: str | None,
+    worker_memory_gb: float | None,
     micro_batches: int,
-    interleave: int,
+    interleave: int | None,
     length: int,
     generate: bool,
     sequences: int,
@@ -105,6 +127,13 @@ def plan(
     drafted: int,
     accepted: float | None,
     draft_time: str,
+    clients: int | None,
+    chats: float,
+    think: str,
+    worker_bandwidth: str,
+    worker_price: float,
+    traffic_price: float,
+    slowdown: float,
     one_machine: bool,
     measure: bool,
     save_speeds: Path | None,
@@ -112,18 +141,25 @@ def plan(
     worker_speeds: Path | None,
     as_json: bool,
 ) -> None:
-    """Plan a run, a training step of a model, or generation (--generate): outsourced share, traffic and seconds.
+    """Plan a run, a training step, generation (--generate), or workers for many clients (--clients).
 
     MODEL is a run's file (.toml or .yaml), whose data is read and counted, a folder (the client's part of a bundle,
     too), a hub name, or a known model ('ciphertune share' lists them). No weight is loaded. Seconds are estimated from
     speeds measured here, or on the machines that will do the work.
     """
+    from ciphertune.errors import ConfigError
     from ciphertune.planning.generating import plan_generation
     from ciphertune.planning.plan import bytes_per_second, make_plan, seconds
     from ciphertune.planning.run import totals
     from ciphertune.planning.speeds import read_speeds
 
-    _refuse_of_the_other(context, generate)
+    if clients is None:
+        _refuse_of_the_other(context, generate)
+        for option in _OF_CAPACITY:
+            if context.get_parameter_source(option) is not ParameterSource.DEFAULT:
+                raise ConfigError(f"--{option.replace('_', '-')} is of a plan for many clients: add --clients")
+    elif generate or is_run(model) or one_machine or micro_batches > 1 or interleave is not None:
+        raise ConfigError("--clients plans for a model, and takes none of --generate, --one-machine, --micro-batches")
     run = None
     if generate:
         name, selection = model, to or "mlwe"
@@ -140,12 +176,42 @@ def plan(
         name, selection = model, to or "mlwe"
     from_client, to_client = bytes_per_second(up or bandwidth), bytes_per_second(down or bandwidth)
     client, worker = (None if file is None else read_speeds(file) for file in (client_speeds, worker_speeds))
+    if clients is not None:
+        from ciphertune.cli.plan_capacity import show_capacity
+        from ciphertune.planning.capacity import ClientMix, Prices, plan_capacity
+
+        capacity = plan_capacity(
+            name,
+            selection,
+            ClientMix(clients, chats, tokens, targets, length, prompt_tokens, new_tokens, seconds(think)),
+            layers="all" if layers == ("all",) else (layers or None),
+            embeddings=embeddings,
+            workers=workers if context.get_parameter_source("workers") is not ParameterSource.DEFAULT else None,
+            placement=placement,
+            worker_memory=None if worker_memory_gb is None else 1e9 * worker_memory_gb,
+            bandwidth=from_client,
+            down=to_client,
+            latency=seconds(latency),
+            worker_bandwidth=bytes_per_second(worker_bandwidth),
+            prices=Prices(worker_price, traffic_price),
+            slowdown=slowdown,
+            measure=measure,
+            client=client,
+            worker=worker,
+        )
+        _save(capacity.speeds, save_speeds)
+        if as_json:
+            print_json(dataclasses.asdict(capacity))
+        else:
+            show_capacity(name, capacity)
+        return
     common: dict[str, Any] = {
         "bandwidth": from_client,
         "down": to_client,
         "latency": seconds(latency),
         "workers": workers,
         "placement": placement,
+        "worker_memory": None if worker_memory_gb is None else 1e9 * worker_memory_gb,
         "processors": "one" if one_machine else "own",
         "measure": measure,
         "client": client,
@@ -221,8 +287,10 @@ def plan(
         more = " …" if len(found.refused) > 1 else ""
         facts["refused"] = f"{len(found.refused)}, at which outsourcing stops: {name} ({why}){more}"
     if workers > 1:
-        facts["a worker holds"] = f"{megabytes(found.worker_bytes)} of weights at most ({workers} workers, {placement})"
+        facts["a worker holds"] = f"{megabytes(found.worker_bytes)} of weights at most ({found.placement})"
     print_facts("", facts)
+    if found.tried:
+        _show_tried(found.tried)
     if found.estimate is not None:
         _show(found.estimate)
 
@@ -328,6 +396,18 @@ def _show_generation(model: str, found: GenerationPlan) -> None:
         print_table("A pass, estimated", ["waiting for", "of it", ""], rows)
         if not found.client_compute_measured:
             click.echo("What the client computes itself is a guess.")
+
+
+def _show_tried(tried: Sequence[Tried]) -> None:
+    """Print the placements that were compared, the best first."""
+    rows = [
+        (one.placement, one.interleave, duration(one.seconds), WAITED_FOR[one.bottleneck], megabytes(one.worker_bytes))
+        for one in tried[:_SHOWN]
+    ]
+    title = f"Placements on {tried[0].workers} workers, estimated" if tried[0].workers > 1 else "Estimated"
+    print_table(title, ["placement", "at once", "a step", "most of it", "a worker holds"], rows)
+    if len(tried) > _SHOWN:
+        click.echo(f"{len(tried) - _SHOWN} more were compared, all slower.")
 
 
 def _show(estimate: Estimate) -> None:

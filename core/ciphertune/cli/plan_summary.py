@@ -20,6 +20,8 @@ WAITED_FOR = {
     "latency": "latency",
 }
 """What a step waits for, by its name in an estimate."""
+_ALIKE = 1.03
+"""Steps whose seconds are this close are alike: an estimate is no better."""
 
 
 def summary(plan: Plan, run: Run | None, client: Speeds | None, worker: Speeds | None) -> dict[str, str]:
@@ -47,6 +49,10 @@ def summary(plan: Plan, run: Run | None, client: Speeds | None, worker: Speeds |
         + (f" and {megabytes(plan.prepared_bytes)} for the encryption" if plan.prepared_bytes else "")
         + f"; a worker: {megabytes(plan.worker_bytes)}"
     )
+    if plan.workers > 1:
+        facts["placement"] = _placement(plan)
+    if plan.fewer:
+        facts["workers"] = _workers(plan)
     if plan.estimate is not None:
         facts["most of a step is"] = WAITED_FOR[plan.estimate.bottleneck]
         facts["speeds of"] = f"client: {_machine(client, plan)}; workers: {_machine(worker, plan)}"
@@ -70,6 +76,26 @@ def _run(plan: Plan, run: Run) -> dict[str, str]:
             share = f", about {duration(whole.evaluation_seconds)} of it"
         facts["evaluations"] = f"{run.evaluations} of {run.held:,} sequences{share}"
     return facts
+
+
+def _placement(plan: Plan) -> str:
+    at_once = f", {plan.interleave} micro-batches at once" if plan.interleave > 1 else ""
+    if plan.tried:
+        return f"{plan.placement}{at_once}: the fastest of {len(plan.tried)} that were compared"
+    asked = "as asked for" if plan.estimate is not None else "not compared: nothing was measured"
+    return f"{plan.placement}{at_once}, {asked}"
+
+
+def _workers(plan: Plan) -> str:
+    """Seconds of a step by numbers of workers, and what more of them would change."""
+    assert plan.estimate is not None
+    now = plan.estimate.total
+    steps = [*((one.workers, one.seconds) for one in plan.fewer), (plan.workers, now)]
+    text = ", ".join(f"{count}: {duration(seconds)}" for count, seconds in steps)
+    fewest = next(count for count, seconds in steps if seconds <= _ALIKE * now)
+    if fewest == plan.workers:
+        return text
+    return f"{text}. {fewest} are as fast: {WAITED_FOR[plan.estimate.bottleneck]} is the limit, not their number"
 
 
 def _machine(given: Speeds | None, plan: Plan) -> str:

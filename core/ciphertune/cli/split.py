@@ -23,12 +23,14 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
     show_default=True,
     help="Whether experts that are layers of their own go to workers, too: 'routed' sends what routing chose.",
 )
-@click.option("--shards", type=click.IntRange(1), default=1, show_default=True, help="Workers to spread layers over.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of workers.")
 @click.option(
-    "--by", type=click.Choice(["layers", "rows"]), default="layers", show_default=True, help="Unit of the spreading."
-)
-@click.option(
-    "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Worker folders with all layers."
+    "--placement",
+    default="rows",
+    show_default=True,
+    metavar="PLACEMENT",
+    help="Of the model on workers: rows of every layer at each, whole layers, replicas, or numbers of these, as in "
+    "layers:2,rows:4. 'ciphertune plan --workers' names the fastest for your network.",
 )
 @click.option("--weight-bits", type=click.Choice(["8", "16"]), default="8", show_default=True)
 @click.option("--gguf-file", default=None, help="File within MODEL, for models in GGUF form.")
@@ -48,9 +50,8 @@ def split(
     layers: tuple[str, ...],
     embeddings: bool,
     experts: str,
-    shards: int,
-    by: str,
-    replicas: int,
+    workers: int,
+    placement: str,
     weight_bits: str,
     gguf_file: str | None,
     in_memory: bool,
@@ -71,9 +72,8 @@ def split(
             layers=layers or None,
             embeddings=embeddings,
             experts="routed" if experts == "routed" else "all",
-            shards=shards,
-            by="rows" if by == "rows" else "layers",
-            replicas=replicas,
+            workers=workers,
+            placement=placement,
             weight_bits=16 if weight_bits == "16" else 8,
             gguf_file=gguf_file,
             in_memory=in_memory,

@@ -244,22 +244,23 @@ class WorkerPool:
     # Workers at the start.
 
     def _introduce(self, workers: Sequence[WorkerConnection]) -> None:
-        """Ask workers what they hold; those that do not answer in time stay without ``blocks``."""
+        """Ask workers what they hold, again after each ``timeout``; those that never answer stay without ``blocks``."""
         end = time.monotonic() + self.timeouts.connect_timeout
-        asked: dict[Future[Message], tuple[WorkerConnection, str]] = {}
+        # With the time at which it is asked again.
+        asked: dict[Future[Message], tuple[WorkerConnection, str, float]] = {}
         again = dict.fromkeys((worker for worker in workers if not self._barred(worker)), 0.0)
         try:
             while (again or asked) and time.monotonic() < end and not self.closed.is_set():
                 for worker in [worker for worker, since in again.items() if since <= time.monotonic()]:
                     del again[worker]
-                    asked[worker.hello()] = worker, "hello"
-                until = min(end, *again.values()) if again else end
+                    asked[worker.hello()] = worker, "hello", time.monotonic() + self.timeouts.timeout
+                until = min(end, *again.values(), *(late for _, _, late in asked.values()))
                 if not asked:
                     time.sleep(max(0.0, until - time.monotonic()))
                     continue
                 done, _ = wait(asked, max(0.0, until - time.monotonic()), FIRST_COMPLETED)
                 for future in done:
-                    worker, kind = asked.pop(future)
+                    worker, kind, _ = asked.pop(future)
                     try:
                         reply = worker.reply(future, 0, kind)
                     except (Retry, TransportError) as error:
@@ -270,7 +271,14 @@ class WorkerPool:
                         worker.read_manifest(reply)
                         continue
                     worker.greeted(reply)
-                    asked[worker.submit(Message("manifest"))] = worker, "manifest"
+                    late = time.monotonic() + self.timeouts.timeout
+                    asked[worker.submit(Message("manifest"))] = worker, "manifest", late
+                for future, (worker, _, late) in list(asked.items()):
+                    if late <= time.monotonic() and not future.done():
+                        worker.last_problem = f"no answer within {self.timeouts.timeout:g} s"
+                        del asked[future]
+                        future.cancel()
+                        again[worker] = 0.0
         finally:
             for future in asked:
                 future.cancel()

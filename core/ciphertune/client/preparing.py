@@ -24,6 +24,8 @@ Progress = Callable[[int, int], None]
 class HeldCodes:
     """``CodeSource`` of codes in memory, by layer."""
 
+    lasting = False
+
     def __init__(self, codes: Mapping[str, Tensor]) -> None:
         self._codes = codes
 

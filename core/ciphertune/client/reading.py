@@ -35,6 +35,8 @@ class WorkerCodes:
         bytes_down: bytes of codes that workers sent.
     """
 
+    lasting = True
+
     def __init__(self, pool: WorkerPool, groups: dict[str, int]) -> None:
         self._pool = pool
         self._groups = groups

@@ -28,7 +28,14 @@ from ciphertune.client.preparing import Preparer, prepare
 from ciphertune.client.product import Keys, Product, Rejected
 from ciphertune.client.reading import WorkerCodes
 from ciphertune.client.request import KeysReplaced
-from ciphertune.errors import InputError, SecurityError, UnsupportedLayerError, WeightsError, WrongReplyError
+from ciphertune.errors import (
+    InputError,
+    NotPreparedError,
+    SecurityError,
+    UnsupportedLayerError,
+    WeightsError,
+    WrongReplyError,
+)
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.selection import Selection
 from ciphertune.traffic import Exchange, SetUp, Traffic
@@ -36,6 +43,9 @@ from ciphertune.transport import Link, LocalWorker
 from ciphertune.weights import CodeSource, LayerInfo, group_map, lookup_map, model_digest
 
 log = logging.getLogger(__name__)
+
+_FRUITLESS = 100
+"""Times in a row that a product finds too little prepared, though the client half wants to prepare nothing more."""
 
 Checked = Literal["before decryption", "after decryption", "no"]
 
@@ -68,7 +78,7 @@ class Session:
         device: where the client encrypts and decrypts.
         plugins: hook plugins; those of the process unless given.
         codes: where the layers' codes can be read, for an encryption that prepares itself from them; the workers if
-            not given.
+            not given, and later on, unless the codes are lasting.
         tables: layers whose rows are looked up, as indices into ``layers``: groups of their own after the others, for
             backward products of inputs that name one row each.
 
@@ -140,6 +150,7 @@ class Session:
                 for link in links:
                     stack.callback(link.close)
             raise
+        self._codes = codes if codes is not None and codes.lasting else None
         self._retired: list[ClientHalf[Any]] = []
         self._renewing = threading.Lock()
         self._covering = threading.Lock()
@@ -201,6 +212,7 @@ class Session:
             VetoError: a plugin refused the request. Nothing was sent.
             TransportError, WorkerError, ReplyError: the product could not be had.
             WrongReplyError: no worker is left that answers rightly.
+            WeightsError: the encryption has to prepare itself again, and codes cannot be had.
         """
         linear_map = self._groups[group].maps[direction]
         # Before anything is computed: a forked process can hang in that, and has this one's keys and connections.
@@ -224,6 +236,22 @@ class Session:
             self.traffic.add(exchange)
         self.plugins.observe("ciphertune_after_reply", session=self, exchange=exchange)
         return y
+
+    @own_modes()
+    def prepare(self) -> int:
+        """Let the encryption make ahead of time what was used up of it, for all groups. May be called at any moment.
+
+        Returns:
+            How many of the weights' codes were read for that; 0 where nothing was missing.
+
+        Raises:
+            SecurityError: the session is closed.
+            WeightsError, TransportError: the codes cannot be had now.
+        """
+        if self.closed:
+            raise SecurityError("the session is closed; nothing can be prepared any more")
+        with self._covering:
+            return self._prepare(list(range(len(self._groups))), None)
 
     def keep_apart(self) -> None:
         """Keep callers apart from now on: no secret of the encryption masks tokens of two of them.
@@ -259,6 +287,7 @@ class Session:
     ) -> Tensor:
         """The product, encrypted anew as often as the session's keys had to be replaced meanwhile."""
         check = None if self._checks is None else functools.partial(self._right, number, direction)
+        fruitless = 0
         while True:
             keys = self._keys
             product = Product(self.choice.backend, keys, self.pool, exchange, check)
@@ -266,6 +295,11 @@ class Session:
                 return product.evaluate(*self._cut(number, direction, x), owners)
             except KeysReplaced:
                 continue
+            except NotPreparedError:
+                # What was prepared now may be used up by other threads' products before this one comes.
+                fruitless = 0 if self._prepare_again(number) else fruitless + 1
+                if fruitless >= _FRUITLESS:
+                    raise
             except Rejected as rejected:
                 # What was decrypted decides what is sent next: nothing more under this key.
                 self._renew(keys)
@@ -369,6 +403,11 @@ class Session:
                 self._covered[number] = pieces
         return pieces
 
+    def _prepare_again(self, number: int) -> bool:
+        """Let the client half replace what is used up of a group; whether it wanted the codes for that."""
+        with self._covering:
+            return self._prepare([number], None) > 0
+
     @property
     def _preparers(self) -> list[Preparer]:
         """What prepares itself from codes."""
@@ -377,16 +416,21 @@ class Session:
 
     def _prepare(
         self, numbers: Sequence[int], codes: CodeSource | None, preparers: Sequence[Preparer] | None = None
-    ) -> None:
-        """Let what prepares itself do so for groups, each as a part of the group that it belongs to, if any."""
+    ) -> int:
+        """Let what prepares itself do so for groups, each as a part of the group that it belongs to, if any.
+
+        Returns:
+            How many codes were read.
+        """
         preparers = self._preparers if preparers is None else preparers
         if not preparers:
-            return
+            return 0
         wanted: dict[int, list[LinearMap]] = {}
         for number in numbers:
             parent, offset = self._groups[number].parent or (number, 0)
             pieces = self._covered[number] = self.pool.pieces(number)
             wanted.setdefault(parent, []).extend(_moved(piece.forward, offset) for piece in pieces)
+        codes = codes or self._codes
         if codes is None:
             names = {layer.name: i for i in wanted for layer in self.members(i)}
             codes = WorkerCodes(self.pool, names)
@@ -406,6 +450,7 @@ class Session:
             self.set_up.bytes_down += codes.bytes_down
         if read:
             log.info("prepared for the products of %.1f million weights in %.1f s", read / 1e6, seconds)
+        return read
 
     def _evaluated_in(self, number: int) -> tuple[int, int]:
         """The group whose product serves a group, and the row that it begins at there."""

@@ -111,6 +111,8 @@ class ModelCodes:
         bits: of a code.
     """
 
+    lasting = False
+
     def __init__(self, chosen: Sequence[Candidate], bits: WeightBits | None) -> None:
         self._chosen = {candidate.name: candidate for candidate in chosen}
         self._bits = bits

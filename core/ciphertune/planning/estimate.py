@@ -98,14 +98,14 @@ def estimate_step(
     if client.link is not None:
         network = dataclasses.replace(network, rate=client.link.rate, overhead=client.link.overhead)
     computed = client.client_compute
-    costs = _Costs(backend, client, worker, computed)
+    costs = Costs(backend, client, worker, computed)
     batches = {tokens: costs.micro_batch(groups, tokens) for tokens in set(micro_batches)}
     timeline = simulate([batches[t] for t in micro_batches], interleave, workers, network, computed.optimizer)
     return _estimate(timeline, workers, client, sum(len(batches[t].products) for t in micro_batches))
 
 
-class _Costs:
-    """Seconds of products."""
+class Costs:
+    """Seconds of products, from measured speeds."""
 
     def __init__(self, backend: Backend, client: Speeds, worker: Speeds, compute: ClientCompute) -> None:
         self._backend = backend

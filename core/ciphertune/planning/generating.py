@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ciphertune._support.environment import machine
-from ciphertune.bundle.spread import Spread
+from ciphertune.bundle.placement import Placement
 from ciphertune.client.choice import SessionOptions
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import Candidate
@@ -27,7 +27,8 @@ from ciphertune.planning.measure import (
     sizes_to_measure,
     small_model,
 )
-from ciphertune.planning.products import PlannedGroup, PlannedModel, plan_products
+from ciphertune.planning.placing import compare, fitting
+from ciphertune.planning.products import PlannedGroup, PlannedModel, Products
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import ClientCompute, Line, Speeds, check_backend, product_name
 
@@ -68,7 +69,7 @@ class GenerationPlan:
     drafted: int
     accepted: float
     workers: int
-    placement: Spread
+    placement: str
     round_trips: int
     requests: int
     bytes_up: int
@@ -105,7 +106,8 @@ def plan_generation(
     down: float | None = None,
     latency: float = 1e-3,
     workers: int = 1,
-    placement: Spread = "layers",
+    placement: Placement | str | None = None,
+    worker_memory: float | None = None,
     processors: Processors = "own",
     measure: bool = True,
     client: Speeds | None = None,
@@ -129,7 +131,8 @@ def plan_generation(
         down: bytes a second that the client's card receives; as it sends if None.
         latency: seconds one way.
         workers: how many.
-        placement: how the model is split over them; see ``ciphertune.bundle.spread.Spread``.
+        placement: as of ``ciphertune.planning.plan.make_plan``; the fastest is that of a later pass.
+        worker_memory: bytes of weights that a worker may hold.
         processors: who shares one; see ``ciphertune.planning.simulation.Processors``.
         measure: take some seconds to measure this machine where ``client`` or ``worker`` is not given.
         client: speeds of the machine that will be the client; this machine's if None.
@@ -151,15 +154,18 @@ def plan_generation(
     accepted = 1.0 if accepted is None else accepted
     if not 1.0 <= accepted <= drafted + 1:
         raise ConfigError(f"a pass over {drafted} drafted tokens yields from 1 to {drafted + 1}, not {accepted:g}")
-    planned = plan_products(model, to, layers, (), workers, placement, embeddings)
+    products = Products(model, to, layers, (), embeddings)
+    whole = products.placed(Placement())
+    if placement is None:
+        fit = fitting(products, workers, worker_memory)
+    else:
+        placed = Placement.read(str(placement), workers)
+        fit = [(placed, products.placed(placed))]
+    placed, planned = fit[0]
     backend = planned.choice.backend
     given = [(f"the {name}'s speeds", one) for name, one in (("client", client), ("worker", worker)) if one is not None]
     check_backend(given, local_selection(planned.choice))
-    groups = [dataclasses.replace(group, backward=False) for group in planned.groups]
-    head = _head(planned.model)
-    # Of a prompt the last token alone goes through the head.
-    prompts = [dataclasses.replace(each, most=sequences if each.layers == head else None) for each in groups]
-    width = sequences * (1 + drafted)
+    head, width = output_head(planned.model), sequences * (1 + drafted)
 
     def traffic(groups: Sequence[PlannedGroup], tokens: int) -> list[tuple[int, int]]:
         return [
@@ -170,24 +176,42 @@ def plan_generation(
             for sent in group.traffic(direction, backend, part)
         ]
 
+    speeds = None
+    if measure and planned.groups and (client is None or worker is None):
+        # Products as one worker has them, and as those have them that divide a layer.
+        parts = dataclasses.replace(planned, groups=[*whole.groups, *planned.groups] if workers > 1 else whole.groups)
+        speeds = measure_generation(model, parts, (width, sequences * prompt_tokens), sequences, client is None)
+    client, worker = client or speeds, worker or speeds
+    network = Network(bandwidth, latency, processors=processors, down=down)
+    first: Estimate | None = None
+    later: Estimate | None = None
+    if planned.groups and client is not None and worker is not None:
+        of_client, of_worker = forward_only(client), worker
+
+        def later_pass(model: PlannedModel, placed: Placement, at_once: int = 1) -> Estimate:
+            groups = forward_groups(model)
+            return estimate_step(groups, backend, [width], at_once, placed.workers, network, of_client, of_worker)
+
+        if len(fit) > 1:
+            placed = Placement.read(compare(fit, later_pass, [1])[0].placement)
+            planned = next(model for one, model in fit if one == placed)
+        later = later_pass(planned, placed)
+        first = estimate_step(
+            prompt_groups(planned, head, sequences),
+            backend,
+            [sequences * prompt_tokens],
+            1,
+            workers,
+            network,
+            of_client,
+            of_worker,
+        )
+    groups, prompts = forward_groups(planned), prompt_groups(planned, head, sequences)
     each, prompt = traffic(groups, width), traffic(prompts, sequences * prompt_tokens)
     bytes_up, bytes_down = (sum(column) for column in zip(*each, strict=True)) if each else (0, 0)
     prompt_up, prompt_down = (sum(column) for column in zip(*prompt, strict=True)) if prompt else (0, 0)
     waiting = 2 * latency * len(groups)
     network_seconds = waiting + bytes_up / bandwidth + bytes_down / down_rate
-    speeds = None
-    if measure and groups and (client is None or worker is None):
-        speeds = _measure(model, planned, (width, sequences * prompt_tokens), sequences, client is None)
-    client, worker = client or speeds, worker or speeds
-    first: Estimate | None = None
-    later: Estimate | None = None
-    if groups and client is not None and worker is not None:
-        client = _forward_only(client)
-        network = Network(bandwidth, latency, processors=processors, down=down)
-        first, later = (
-            estimate_step(sent, backend, [tokens], 1, workers, network, client, worker)
-            for sent, tokens in ((prompts, sequences * prompt_tokens), (groups, width))
-        )
     seconds = None if later is None else later.total + drafted * draft_seconds
     rate = None if seconds is None else sequences * accepted / max(seconds, 1e-12)
     total = None
@@ -201,7 +225,7 @@ def plan_generation(
         drafted=drafted,
         accepted=accepted,
         workers=workers,
-        placement=placement,
+        placement=str(placed),
         round_trips=len(groups),
         requests=len(each),
         bytes_up=bytes_up,
@@ -223,7 +247,7 @@ def plan_generation(
     )
 
 
-def _head(model: nn.Module) -> str | None:
+def output_head(model: nn.Module) -> str | None:
     """The last part of the name of a model's output head; None where it names none."""
     getter = getattr(model, "get_output_embeddings", None)
     found = getter() if callable(getter) else None
@@ -231,7 +255,18 @@ def _head(model: nn.Module) -> str | None:
     return None if found is None else next(names, "").rpartition(".")[2] or None
 
 
-def _measure(
+def forward_groups(planned: PlannedModel) -> list[PlannedGroup]:
+    """Groups of a pass that asks for no gradient."""
+    return [dataclasses.replace(group, backward=False) for group in planned.groups]
+
+
+def prompt_groups(planned: PlannedModel, head: str | None, sequences: int) -> list[PlannedGroup]:
+    """Groups of a pass over prompts, of which the last token alone goes through the head."""
+    groups = forward_groups(planned)
+    return [dataclasses.replace(each, most=sequences if each.layers == head else None) for each in groups]
+
+
+def measure_generation(
     model: str,
     planned: PlannedModel,
     tokens: Sequence[int],
@@ -326,7 +361,7 @@ def _line(few: int, low: float, many: int, high: float) -> Line:
     return Line(max(0.0, low - slope * few), slope)
 
 
-def _forward_only(speeds: Speeds) -> Speeds:
+def forward_only(speeds: Speeds) -> Speeds:
     """Speeds of a client without what only training computes, where they were measured for that."""
     computed = speeds.client_compute
     if computed is None or not any(name.endswith(" backward") for name in computed.before):

@@ -7,12 +7,13 @@ import re
 from collections.abc import Sequence
 
 from ciphertune.backend import Backend
-from ciphertune.bundle.spread import Spread
+from ciphertune.bundle.placement import Placement, halved
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import linear_layers
 from ciphertune.planning.estimate import Estimate, estimate_step
 from ciphertune.planning.measure import local_selection, measure_preparing, measure_speeds
-from ciphertune.planning.products import PlannedGroup, kept_parameters, plan_products
+from ciphertune.planning.placing import Tried, compare, fitting
+from ciphertune.planning.products import PlannedGroup, PlannedModel, Products, kept_parameters
 from ciphertune.planning.shares import shares_of
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import Speeds, check_backend
@@ -115,7 +116,10 @@ class Plan:
     """Costs of a training step of an outsourced model; made by ``make_plan``.
 
     Attributes:
-        to, tokens, micro_batches, interleave, workers, placement: of the plan.
+        to, tokens, micro_batches, interleave, workers, placement: of the plan; placement and interleave are the fastest
+            where none was asked for.
+        tried: placements that were compared, the chosen one first; nothing where one was asked for, or without speeds.
+        fewer: the best placement of each smaller number of workers, by halves; likewise.
         kinds: what is outsourced.
         requests, bytes_up, bytes_down: of a step.
         bytes_without_sharing: up and down, if siblings did not share their input.
@@ -140,7 +144,9 @@ class Plan:
     micro_batches: int
     interleave: int
     workers: int
-    placement: Spread
+    placement: str
+    tried: tuple[Tried, ...]
+    fewer: tuple[Tried, ...]
     kinds: tuple[Kind, ...]
     requests: int
     bytes_up: int
@@ -179,9 +185,10 @@ def make_plan(
     down: float | None = None,
     latency: float = 1e-3,
     workers: int = 1,
-    placement: Spread = "layers",
+    placement: Placement | str | None = None,
+    worker_memory: float | None = None,
     micro_batches: int = 1,
-    interleave: int = 1,
+    interleave: int | None = 1,
     length: int = 256,
     processors: Processors = "own",
     measure: bool = True,
@@ -204,9 +211,11 @@ def make_plan(
         down: bytes a second that the client's receives; as ``bandwidth`` if None.
         latency: seconds one way.
         workers: how many.
-        placement: how the model is split over them; see ``ciphertune.bundle.spread.Spread``.
+        placement: how the model is split over them; see ``ciphertune.bundle.placement.Placement.read``. If None, all
+            are compared and the fastest is planned; without speeds, rows of every layer at each.
+        worker_memory: bytes of weights that a worker may hold; placements that need more are not compared.
         micro_batches: that a step's tokens are divided into.
-        interleave: micro-batches under way at once.
+        interleave: micro-batches under way at once; the fastest number if None.
         length: tokens of a sequence, for the client's attention.
         processors: who shares one; see ``ciphertune.planning.simulation.Processors``.
         measure: take some seconds to measure this machine where ``client`` or ``worker`` is not given.
@@ -223,9 +232,16 @@ def make_plan(
         raise ConfigError("tokens, length, bandwidth and workers must be above 0, and latency not below")
     if not 1 <= micro_batches <= tokens:
         raise ConfigError(f"{tokens} tokens cannot be divided into {micro_batches} micro-batches")
-    if not 1 <= interleave <= micro_batches:
+    if interleave is not None and not 1 <= interleave <= micro_batches:
         raise ConfigError(f"interleave={interleave} must be between 1 and the number of micro-batches, {micro_batches}")
-    planned = plan_products(model, to, layers, targets, workers, placement, embeddings)
+    products = Products(model, to, layers, targets, embeddings)
+    whole = products.placed(Placement())
+    if placement is None:
+        fit = fitting(products, workers, worker_memory)
+    else:
+        placed = Placement.read(str(placement), workers)
+        fit = [(placed, products.placed(placed))]
+    placed, planned = fit[0]
     backend = planned.choice.backend
     sizes = [tokens // micro_batches + (i < tokens % micro_batches) for i in range(micro_batches)]
     local = local_selection(planned.choice)
@@ -237,11 +253,30 @@ def make_plan(
     if measure and shared and client is None and backend.prepares:
         preparing = measure_preparing(local)
     if measure and shared and (client is None or worker is None):
-        speeds = measure_speeds(model, planned, targets, max(sizes), length, as_client=client is None)
+        # Products as one worker has them, and as those have them that divide a layer.
+        parts = dataclasses.replace(planned, groups=[*whole.groups, *planned.groups] if workers > 1 else whole.groups)
+        speeds = measure_speeds(model, parts, targets, max(sizes), length, as_client=client is None)
     client, worker = client or speeds, worker or speeds
     network, estimate = Network(bandwidth, latency, processors=processors, down=down), None
+    tried: list[Tried] = []
+    fewer: list[Tried] = []
     if shared and client is not None and worker is not None:
-        estimate = estimate_step(planned.groups, backend, sizes, interleave, workers, network, client, worker)
+        of_client, of_worker = client, worker
+
+        def estimates(model: PlannedModel, placed: Placement, at_once: int) -> Estimate:
+            return estimate_step(model.groups, backend, sizes, at_once, placed.workers, network, of_client, of_worker)
+
+        at_once = [interleave] if interleave is not None else [n for n in (1, 2, 4) if n <= micro_batches]
+        if len(fit) > 1 or len(at_once) > 1:
+            tried = compare(fit, estimates, at_once)
+            placed, interleave = Placement.read(tried[0].placement), tried[0].interleave
+            planned = next(model for one, model in fit if one == placed)
+        if placement is None:
+            for count in halved(workers)[:-1]:
+                fewer += compare(fitting(products, count, None), estimates, at_once)[:1]
+        estimate = estimates(planned, placed, interleave or 1)
+        shared, alone = _kinds(planned.groups, backend, sizes), _kinds(planned.singles, backend, sizes)
+    interleave = interleave or 1
     evaluated = None
     if evaluation:
         ahead = [dataclasses.replace(group, backward=False) for group in planned.groups]
@@ -262,7 +297,9 @@ def make_plan(
         micro_batches=micro_batches,
         interleave=interleave,
         workers=workers,
-        placement=placement,
+        placement=str(placed),
+        tried=tuple(tried),
+        fewer=tuple(fewer),
         kinds=tuple(shared),
         requests=sum(kind.requests for kind in shared),
         bytes_up=sum(kind.bytes_up for kind in shared),

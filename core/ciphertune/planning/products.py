@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ciphertune.backend import DIRECTIONS, Backend, Direction, LinearMap
-from ciphertune.bundle.spread import Spread, rows_of_worker
+from ciphertune.bundle.placement import Placement
 from ciphertune.client.choice import Choice, choose
 from ciphertune.client.placement import Piece, place
 from ciphertune.errors import ConfigError
@@ -116,86 +116,98 @@ class PlannedModel:
     named: set[str]
 
 
-def plan_products(
-    model: str | nn.Module,
-    to: str,
-    layers: Sequence[str] | str | None,
-    targets: Sequence[str],
-    workers: int,
-    placement: Spread,
-    embeddings: bool = False,
-) -> PlannedModel:
-    """Find the products of a model's step and the workers that evaluate them; arguments as of ``make_plan``."""
-    choice = choose(to)
-    built = skeleton(model) if isinstance(model, str) else model
-    options = choice.options
-    chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True, experts=options.experts)
-    table = None
-    if embeddings:
-        chosen, table = choose_table(built, chosen, allow_meta=True)
-    own = table.places[:1] if table is not None and table.tied is None else ()
-    infos = [_info(candidate, choice.backend) for candidate in (*chosen, *own)]
-    sizes = [info.in_features for info in infos[: len(chosen)]]
-    groups = sibling_groups(chosen, sizes)
-    spread = _Placement(infos, [*groups, *((i,) for i in range(len(chosen), len(infos)))], workers, placement)
-    order = {candidate.name: i for i, candidate in enumerate(linear_layers(built, allow_meta=True))}
-    first = next((i for name, i in order.items() if name.endswith(tuple(targets))), len(order))
-    # Nothing is asked for the gradient of an input that comes before the first adapter.
-    ahead = {i for group in groups if order[infos[min(group)].name] <= first for i in group}
-    refused: dict[str, str] = {}
-    taken: list[tuple[int, ...]] = []
-    for group in sibling_groups(chosen, sizes, share=options.share_inputs, experts=options.experts):
-        why = _refusal([infos[i] for i in group], choice.backend)
-        if why is None:
-            taken.append(group)
-        else:
-            refused[" + ".join(infos[i].name for i in group)] = why
+class Products:
+    """The products of a model's step, whoever evaluates them; arguments as of ``make_plan``.
 
-    row = None if table is None else len(chosen) if table.tied is None else table.tied
-    if row is not None and (why := choice.backend.refuse(lookup_map(infos[row]))) is not None:
-        refused[f"{infos[row].name} (lookup)"] = why
-        table = row = None
-    lookups = [] if table is None or row is None else [spread.lookup(row, tied=table.tied is not None)]
-
-    def planned(of: Sequence[tuple[int, ...]]) -> list[PlannedGroup]:
-        return [*lookups, *(spread.planned(group, group[0] not in ahead, chosen[group[0]], tokens) for group in of)]
-
-    tokens = _routed_share(built) if options.experts == "routed" else 1.0
-    alone = [(i,) for group in taken for i in group if chosen[i].part is None]
-    together = [group for group in taken if chosen[group[0]].part is not None]
-
-    return PlannedModel(
-        model=built,
-        choice=choice,
-        chosen=[chosen[i] for group in taken for i in group],
-        table=table,
-        groups=planned(taken),
-        singles=planned(sorted([*alone, *together])),
-        refused=refused,
-        worker_bytes=max(spread.weights) * (choice.backend.weight_bits or 32) // 8,
-        named={info.name for info in infos},
-    )
-
-
-class _Placement:
-    """A model split over workers, as ``ciphertune.split`` does it."""
+    Raises:
+        ConfigError: the model's configuration cannot be read.
+        SelectionError, LayerError: about ``to``, ``layers`` and ``embeddings``.
+    """
 
     def __init__(
-        self, infos: Sequence[LayerInfo], groups: Sequence[tuple[int, ...]], workers: int, placement: Spread
+        self,
+        model: str | nn.Module,
+        to: str,
+        layers: Sequence[str] | str | None,
+        targets: Sequence[str],
+        embeddings: bool = False,
     ) -> None:
+        self._choice = choice = choose(to)
+        self._model = built = skeleton(model) if isinstance(model, str) else model
+        options = choice.options
+        chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True, experts=options.experts)
+        table = None
+        if embeddings:
+            chosen, table = choose_table(built, chosen, allow_meta=True)
+        own = table.places[:1] if table is not None and table.tied is None else ()
+        self._chosen = chosen
+        self._infos = infos = [_info(candidate, choice.backend) for candidate in (*chosen, *own)]
+        sizes = [info.in_features for info in infos[: len(chosen)]]
+        groups = sibling_groups(chosen, sizes)
+        self._blocks = [*groups, *((i,) for i in range(len(chosen), len(infos)))]
+        order = {candidate.name: i for i, candidate in enumerate(linear_layers(built, allow_meta=True))}
+        first = next((i for name, i in order.items() if name.endswith(tuple(targets))), len(order))
+        # Nothing is asked for the gradient of an input that comes before the first adapter.
+        self._ahead = {i for group in groups if order[infos[min(group)].name] <= first for i in group}
+        self._refused: dict[str, str] = {}
+        self._groups: list[tuple[int, ...]] = []
+        for group in sibling_groups(chosen, sizes, share=options.share_inputs, experts=options.experts):
+            why = _refusal([infos[i] for i in group], choice.backend)
+            if why is None:
+                self._groups.append(group)
+            else:
+                self._refused[" + ".join(infos[i].name for i in group)] = why
+        self._row = None if table is None else len(chosen) if table.tied is None else table.tied
+        if self._row is not None and (why := choice.backend.refuse(lookup_map(infos[self._row]))) is not None:
+            self._refused[f"{infos[self._row].name} (lookup)"] = why
+            table = self._row = None
+        self._table = table
+        self._routed = _routed_share(built) if options.experts == "routed" else 1.0
+
+    def placed(self, placement: Placement) -> PlannedModel:
+        """The products with the workers that evaluate them."""
+        placed = _Placed(self._infos, self._blocks, placement)
+        tied = self._table is not None and self._table.tied is not None
+        lookups = [] if self._row is None else [placed.lookup(self._row, tied=tied)]
+
+        def planned(of: Sequence[tuple[int, ...]]) -> list[PlannedGroup]:
+            own = [
+                placed.planned(group, group[0] not in self._ahead, self._chosen[group[0]], self._routed) for group in of
+            ]
+            return [*lookups, *own]
+
+        apart = [(i,) for group in self._groups for i in group if self._chosen[i].part is None]
+        together = [group for group in self._groups if self._chosen[group[0]].part is not None]
+
+        return PlannedModel(
+            model=self._model,
+            choice=self._choice,
+            chosen=[self._chosen[i] for group in self._groups for i in group],
+            table=self._table,
+            groups=planned(self._groups),
+            singles=planned(sorted([*apart, *together])),
+            refused=self._refused,
+            worker_bytes=max(placed.weights) * (self._choice.backend.weight_bits or 32) // 8,
+            named={info.name for info in self._infos},
+        )
+
+
+class _Placed:
+    """A model placed on workers, as ``ciphertune.split`` does it."""
+
+    def __init__(self, infos: Sequence[LayerInfo], groups: Sequence[tuple[int, ...]], placement: Placement) -> None:
         self._infos = infos
-        self._workers = workers
         self._placement = placement
         self._group_of = {i: group for group in groups for i in group}
         self._places: dict[tuple[int, ...], float] = {}
-        self.weights = [0] * workers
+        self.weights = [0] * placement.workers
         total = sum(info.in_features * info.out_features for info in infos)
         done = 0.0
         for group in groups:
             size = sum(infos[i].in_features * infos[i].out_features for i in group)
             self._places[group] = (done + size / 2) / total
             done += size
-            for worker in range(workers):
+            for worker in range(placement.workers):
                 for info in (infos[i] for i in group):
                     start, stop = self._rows(info, worker, self._places[group])
                     self.weights[worker] += (stop - start) * info.in_features
@@ -217,9 +229,8 @@ class _Placement:
         name = group_name([info.name for info in members])
         siblings = self._group_of[group[0]]
         sizes = tuple((self._infos[i].in_features, self._infos[i].out_features) for i in siblings)
-        held = self._places[siblings] if self._placement == "layers" else 0.0
-        worker_alone = int(held * self._workers)
-        pieces = self._pieces(sizes, tuple(siblings.index(i) for i in group), worker_alone)
+        part = int(self._places[siblings] * self._placement.layers)
+        pieces = self._pieces(sizes, tuple(siblings.index(i) for i in group), part)
         forward, whole_backward = (group_map(members, direction) for direction in DIRECTIONS)
         found = PlannedGroup(name, forward, whole_backward, pieces, backward)
         if first is None or first.part is None or first.part.layout is None:
@@ -242,16 +253,14 @@ class _Placement:
         )
 
     def _rows(self, info: LayerInfo, worker: int, place: float) -> tuple[int, int]:
-        return rows_of_worker(self._placement, info.out_features, worker, self._workers, place)
+        return self._placement.rows_of(worker, info.out_features, place)
 
-    def _pieces_of(
-        self, sizes: tuple[tuple[int, int], ...], members: tuple[int, ...], holder: int
-    ) -> tuple[Piece, ...]:
-        """Cut members of a group with these sizes; ``holder`` has them all if they are not spread."""
+    def _pieces_of(self, sizes: tuple[tuple[int, int], ...], members: tuple[int, ...], part: int) -> tuple[Piece, ...]:
+        """Cut members of a group with these sizes, which is in this part of the layers."""
         infos = [LayerInfo(str(i), k, n, None, None, 1.0, 1.0, b"") for i, (k, n) in enumerate(sizes)]
         holdings: dict[int, list[list[Shard]]] = {}
-        for worker in range(self._workers):
-            rows = [self._rows(info, worker, (holder + 0.5) / self._workers) for info in infos]
+        for worker in range(self._placement.workers):
+            rows = [self._rows(info, worker, (part + 0.5) / self._placement.layers) for info in infos]
             block = [info.shard(*part) for info, part in zip(infos, rows, strict=True) if part[0] < part[1]]
             if block:
                 holdings[worker] = [block]

@@ -71,12 +71,29 @@ def installed(group: str) -> dict[str, Registered]:
 def load(group: str, name: str) -> Any:
     """Import the class registered as ``name`` in ``group``.
 
+    Of transports, ``outer::inner`` is the one that the first makes around the other.
+
     Raises:
-        SelectionError: no plugin of that name is installed.
+        SelectionError: no plugin of that name is installed, or one wraps no other.
         PluginError: it is installed but cannot be imported.
     """
+    if group == TRANSPORTS and "::" in name:
+        return _chained(name)
     rows = installed(group)
     if name not in rows:
         kind = group.rsplit(".", 1)[-1].removesuffix("s")
         raise SelectionError(f"unknown {kind} {name!r}; {closest(name, rows)}")
     return rows[name].load()
+
+
+def _chained(name: str) -> Any:
+    """The transport class for a chain of names, as ``flaky::zmq``."""
+    from ciphertune.transport import CHAIN, WrappingTransport
+
+    outer, _, inner = name.partition(CHAIN)
+    wrapping = load(TRANSPORTS, outer)
+    if not issubclass(wrapping, WrappingTransport):
+        raise SelectionError(
+            f"the transport {outer!r} wraps no other: write {inner!r} or {outer!r} instead of {name!r}"
+        )
+    return wrapping.around(load(TRANSPORTS, inner))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ class DemoResult(Result):
         seed: of both runs.
         held_out_before: the metric before training, in the clear.
         plaintext, encrypted: the two runs.
+        question: that the model was asked; None for one that answers none.
+        answer_before, answer_after: beginnings of its answers: before training in the clear, and after it outsourced.
         outsourced_layers: number of outsourced layers.
         crossed: what left the client, in words.
         stayed: what did not.
@@ -72,6 +75,9 @@ class DemoResult(Result):
     held_out_before: float
     plaintext: Run
     encrypted: Run
+    question: str | None
+    answer_before: str | None
+    answer_after: str | None
     outsourced_layers: int
     crossed: list[str]
     stayed: list[str]
@@ -85,6 +91,7 @@ def run_demo(
     quick: bool = False,
     steps: int | None = None,
     seed: int = 0,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DemoResult:
     """Fine-tune in the clear and under ``to``, from the same adapters and on the same batches, and compare.
@@ -96,10 +103,11 @@ def run_demo(
         quick: a small network on digits instead of a language model.
         steps: optimizer steps of each run; 10, or 80 for the quick one.
         seed: of adapters and data.
+        overwrite: write over the results of a training run; those of a demo are replaced anyway.
         progress: called with a line at every stage.
 
     Raises:
-        ConfigError: a package is missing or an argument is wrong.
+        ConfigError: a package is missing, an argument is wrong, or ``output`` holds a training run.
         SelectionError, PluginError, SecurityError: about ``to``.
     """
     begin = time.perf_counter()
@@ -109,6 +117,8 @@ def run_demo(
         raise ConfigError(f"steps must be 1 or more, not {steps}")
     output.mkdir(parents=True, exist_ok=True)
     files = OutputFolder(output)
+    if not overwrite:
+        _refuse_overwriting(files)
     per_step = 128 if quick else 512
     progress("Loading the model and the data …")
     work = load_workload(
@@ -119,6 +129,7 @@ def run_demo(
     trainer = _trainer(work, work.model, clear=True)
     before = metric(work.model, work.held_out, trainer.evaluate(work.held_out))
     progress(f"Held-out {metric_name} before training: {before:.2f}. Fine-tuning in the clear, for comparison …")
+    answer_before = work.question.ask(work.model) if work.question else None
     plaintext = _run(work, work.model, trainer, seed)
     with torch.no_grad():
         for name, parameter in work.model.named_parameters():
@@ -134,6 +145,9 @@ def run_demo(
             meter = CostMeter(session, part)
             with meter.measuring():
                 encrypted = _run(work, model, trainer, seed)
+            if work.question:
+                progress(f"Asking it: {work.question.text} …")
+            answer_after = work.question.ask(model) if work.question else None
         finally:
             session.close()
     trainer.save_adapter(files.adapter)
@@ -151,6 +165,9 @@ def run_demo(
         held_out_before=before,
         plaintext=plaintext,
         encrypted=encrypted,
+        question=work.question.text if work.question else None,
+        answer_before=answer_before,
+        answer_after=answer_after,
         outsourced_layers=part.layers,
         crossed=crossed,
         stayed=stayed,
@@ -163,6 +180,20 @@ def run_demo(
         title=f"{work.name}: fine-tuning in the clear and through {to}",
     )
     return result
+
+
+def _refuse_overwriting(files: OutputFolder) -> None:
+    """Refuse a folder with results that are not a demo's."""
+    try:
+        demos = "plaintext" in json.loads(files.result.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        demos = not files.adapter.exists()
+    except (OSError, ValueError):
+        demos = False
+    if not demos:
+        raise ConfigError(
+            f"{files.path} holds a training run: choose another --output, or write over it with --overwrite"
+        )
 
 
 def _trainer(work: Workload, model: nn.Module, *, clear: bool) -> LoraTrainer:

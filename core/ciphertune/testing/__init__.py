@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ciphertune.testing.plugins import PluginSuite as PluginSuite
     from ciphertune.testing.served import ServedWorker as ServedWorker
     from ciphertune.testing.transports import TransportSuite as TransportSuite
+    from ciphertune.testing.wrapping import WrappingSuite as WrappingSuite
 
 # The suites load torch, which a pytest run that only has the fixtures at hand need not.
 _HOMES = {
@@ -29,11 +30,15 @@ _HOMES = {
     "PluginSuite": "plugins",
     "ServedWorker": "served",
     "TransportSuite": "transports",
+    "WrappingSuite": "wrapping",
 }
 __all__ = sorted(_HOMES)
 
 pytest.register_assert_rewrite(
-    "ciphertune.testing.backends", "ciphertune.testing.plugins", "ciphertune.testing.transports"
+    "ciphertune.testing.backends",
+    "ciphertune.testing.plugins",
+    "ciphertune.testing.transports",
+    "ciphertune.testing.wrapping",
 )
 
 

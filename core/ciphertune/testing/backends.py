@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import ciphertune
-from ciphertune.backend import DIRECTIONS, Backend, Buffers, ClientHalf, Direction, LinearMap, WorkerHalf
+from ciphertune.backend import DIRECTIONS, Backend, Buffers, ClientHalf, Direction, Encrypted, LinearMap, WorkerHalf
 from ciphertune.client.choice import choose
 from ciphertune.client.noise_checks import DEVIATIONS, NoiseChecks, checkable
-from ciphertune.errors import InputError, ProtocolError, ReplyError, WrongReplyError
+from ciphertune.errors import InputError, NotPreparedError, ProtocolError, ReplyError, WrongReplyError
 from ciphertune.protocol import Message, pack, unpack
 from ciphertune.testing.lies import LIES, LyingWorker
 from ciphertune.testing.served import ServedWorker
@@ -72,6 +72,14 @@ class Pair:
         codes = self.weight.codes.double()
         return codes if direction == "forward" else codes.t()
 
+    def encrypt(self, x: Tensor, linear_map: LinearMap) -> Encrypted[Any]:
+        """A request, once the client half has prepared itself again where it has to."""
+        try:
+            return self.client.encrypt(x, linear_map)
+        except NotPreparedError:
+            self.prepare()
+            return self.client.encrypt(x, linear_map)
+
     def evaluate(self, direction: Direction, request: Buffers) -> Buffers:
         """A request's reply, through the wire both ways."""
         return _carried(self.worker.evaluate(self.prepared, direction, _carried(request)))
@@ -79,7 +87,7 @@ class Pair:
     def product(self, direction: Direction, x: Tensor) -> Tensor:
         """Encrypt, evaluate, decrypt."""
         linear_map = self.map(direction)
-        encrypted = self.client.encrypt(x, linear_map)
+        encrypted = self.encrypt(x, linear_map)
         return self.client.decrypt(self.evaluate(direction, encrypted.buffers), encrypted.state, linear_map)
 
     def close(self) -> None:
@@ -189,7 +197,7 @@ class BackendSuite:
         """A request encrypted for a whole map is answered by a worker that holds some rows of it."""
         both = pair(24, 40)
         x = torch.randn(5, 40, generator=torch.Generator().manual_seed(4))
-        encrypted = both.client.encrypt(x, both.map("forward"))
+        encrypted = both.encrypt(x, both.map("forward"))
         whole = both.client.decrypt(both.evaluate("forward", encrypted.buffers), encrypted.state, both.map("forward"))
         codes = both.weight.codes[8:19].contiguous()
         part = dataclasses.replace(both.map("forward"), out_features=len(codes), identity="", rows=((8, 19),))
@@ -209,7 +217,7 @@ class BackendSuite:
         """Evaluation has no effects: a request may be repeated, and either answer decrypts."""
         both = pair(24, 40)
         x = torch.randn(5, 40, generator=torch.Generator().manual_seed(5))
-        encrypted = both.client.encrypt(x, both.map("forward"))
+        encrypted = both.encrypt(x, both.map("forward"))
         answers = [
             both.client.decrypt(both.evaluate("forward", encrypted.buffers), encrypted.state, both.map("forward"))
             for _ in range(2)
@@ -231,7 +239,7 @@ class BackendSuite:
         both = pair(24, 40)
         linear_map = both.map("forward")
         inputs = [torch.randn(3, 40, generator=torch.Generator().manual_seed(n)) for n in range(4)]
-        sent = [both.client.encrypt(x, linear_map) for x in inputs]
+        sent = [both.encrypt(x, linear_map) for x in inputs]
         replies = [both.evaluate("forward", one.buffers) for one in sent]
         for n in (2, 0, 3, 1):
             y = both.client.decrypt(replies[n], sent[n].state, linear_map)
@@ -246,7 +254,7 @@ class BackendSuite:
         """
         both = pair(24, 40)
         linear_map = both.map("forward")
-        encrypted = both.client.encrypt(torch.ones(3, 40), linear_map)
+        encrypted = both.encrypt(torch.ones(3, 40), linear_map)
         for bad in self._damaged(encrypted.buffers, damage):
             try:
                 reply = both.worker.evaluate(both.prepared, "forward", bad)
@@ -260,7 +268,7 @@ class BackendSuite:
     def test_replies_that_are_none(self, pair: Callable[..., Pair], damage: str) -> None:
         """A client refuses what this backend's worker does not answer with ``ReplyError``."""
         both = pair(24, 40)
-        encrypted = both.client.encrypt(torch.ones(3, 40), both.map("forward"))
+        encrypted = both.encrypt(torch.ones(3, 40), both.map("forward"))
         reply = both.worker.evaluate(both.prepared, "forward", encrypted.buffers)
         for bad in self._damaged(reply, damage):
             with pytest.raises(ReplyError):
@@ -286,6 +294,28 @@ class BackendSuite:
             damaged.append(bad)
         return damaged
 
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_what_was_prepared_is_used_up(self, pair: Callable[..., Pair], direction: Direction) -> None:
+        """A client half that prepared too little says so before it uses anything up, and goes on once it has more."""
+        both = pair(24, 40)
+        if not both.backend.prepares:
+            pytest.skip("this backend prepares nothing")
+        linear_map = both.map(direction)
+        inputs = [torch.randn(64, linear_map.in_features, generator=torch.Generator().manual_seed(n)) for n in range(8)]
+        sent: list[Encrypted[Any]] = []
+        for x in inputs:
+            try:
+                sent.append(both.client.encrypt(x, linear_map))
+            except NotPreparedError:
+                with pytest.raises(NotPreparedError):
+                    both.client.encrypt(x, linear_map)
+                both.prepare()
+                sent.append(both.client.encrypt(x, linear_map))
+        for x, each in zip(inputs, sent, strict=True):
+            y = both.client.decrypt(both.evaluate(direction, each.buffers), each.state, linear_map)
+            expected = x.double() @ both.matrix(direction).t()
+            assert float((y - expected).norm() / expected.norm()) < 0.5
+
     @pytest.mark.parametrize("lie", LIES)
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     def test_wrong_answers_are_refused(self, pair: Callable[..., Pair], direction: Direction, lie: str) -> None:
@@ -298,7 +328,7 @@ class BackendSuite:
         prepared = liar.prepare(both.weight.codes)
         for wrong in (False, True):
             x = torch.randn(3, linear_map.in_features, generator=torch.Generator().manual_seed(6))
-            encrypted = both.client.encrypt(x, linear_map)
+            encrypted = both.encrypt(x, linear_map)
             reply = _carried(liar.evaluate(prepared, direction, _carried(encrypted.buffers)))
             if wrong:
                 with pytest.raises(WrongReplyError):
@@ -322,7 +352,7 @@ class BackendSuite:
         def told(worker: WorkerHalf, prepared: Any, seed: int) -> tuple[bool, float]:
             """Whether an answer passes, and its error over that of an honest one."""
             x = torch.randn(2, linear_map.in_features, generator=torch.Generator().manual_seed(seed))
-            encrypted = both.client.encrypt(x, linear_map)
+            encrypted = both.encrypt(x, linear_map)
             reply = _carried(worker.evaluate(prepared, direction, _carried(encrypted.buffers)))
             try:
                 y = both.client.decrypt(reply, encrypted.state, linear_map)
@@ -387,7 +417,7 @@ class BackendSuite:
     def _encryptions(self, both: Pair, x: Tensor) -> Tensor:
         rows = []
         for _ in range(self.repeats):
-            buffers = both.client.encrypt(x, both.map("forward")).buffers
+            buffers = both.encrypt(x, both.map("forward")).buffers
             rows.append(torch.cat([t.contiguous().reshape(-1).view(torch.uint8) for _, t in sorted(buffers.items())]))
         return torch.stack(rows).double()
 
@@ -395,7 +425,7 @@ class BackendSuite:
         """Neither half, nor a request with what is kept for its reply, prints its contents."""
         both = pair(8, 16)
         x = torch.full((1, 16), 0.7310585)
-        encrypted = both.client.encrypt(x, both.map("forward"))
+        encrypted = both.encrypt(x, both.map("forward"))
         for text in (repr(both.client), repr(both.worker), repr(both.backend), repr(encrypted)):
             assert "0.73" not in text
             assert "tensor(" not in text
@@ -408,7 +438,7 @@ class BackendSuite:
             foretold = both.backend.traffic(linear_map, 9)
             if foretold is None or both.backend.states_traffic:
                 pytest.skip("this backend foretells no traffic, or that of another one")
-            request = both.client.encrypt(torch.ones(9, linear_map.in_features), linear_map).buffers
+            request = both.encrypt(torch.ones(9, linear_map.in_features), linear_map).buffers
             reply = both.evaluate(direction, request)
             assert foretold == (sum(t.nbytes for t in request.values()), sum(t.nbytes for t in reply.values()))
 

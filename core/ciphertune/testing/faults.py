@@ -1,4 +1,4 @@
-"""Fault injection: links around those of any transport that lose, delay and damage messages on command."""
+"""Fault injection: a transport around any other that loses, delays and damages messages on command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ciphertune.errors import ProtocolError
 from ciphertune.plugins import registry
 from ciphertune.protocol import Message, pack, unpack
-from ciphertune.transport import Link, LocalWorker, PendingReplies, Transport
+from ciphertune.transport import CHAIN, Link, PendingReplies, WrappingTransport
 
 Fault = Literal["drop", "delay", "duplicate", "corrupt", "reorder"]
 
@@ -50,13 +50,9 @@ class Faults:
         self.sent: collections.Counter[str] = collections.Counter()
 
     def over(self, transport: str = "local") -> str:
-        """Register a faulty variant of an installed transport; its name in a selection string."""
-        inner: type[Transport] = registry.load(registry.TRANSPORTS, transport)
-        name = f"faulty-{transport}"
-        self._register(
-            registry.TRANSPORTS, type("Faulty", (inner,), {"name": name, "connect": _connecting(self, inner)})
-        )
-        return name
+        """Register the faulty transport; its name around another one, for a selection string."""
+        self._register(registry.TRANSPORTS, type("Faulty", (FaultyTransport,), {"faults": self}))
+        return f"{FaultyTransport.name}{CHAIN}{transport}"
 
     def drop(self, count: int = 1, kind: str = "evaluate") -> None:
         """Lose requests: they are not sent, and never answered."""
@@ -165,6 +161,23 @@ class Faults:
                 self.release()
 
 
+@dataclasses.dataclass(frozen=True)
+class FaultyOptions:
+    """A test gives its orders otherwise."""
+
+
+class FaultyTransport(WrappingTransport):
+    """Does what ``faults`` orders."""
+
+    name = "faulty"
+    Options = FaultyOptions
+    faults: Faults
+
+    def wrap(self, link: Link) -> Link:
+        """See ``WrappingTransport.wrap``."""
+        return _FaultyLink(link, self.faults)
+
+
 class _FaultyLink(Link):
     def __init__(self, link: Link, faults: Faults) -> None:
         self._link = link
@@ -178,13 +191,6 @@ class _FaultyLink(Link):
     def close(self) -> None:
         self._pending.close()
         self._link.close()
-
-
-def _connecting(faults: Faults, inner: type[Transport]) -> Callable[..., list[Link]]:
-    def connect(self: Transport, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
-        return [_FaultyLink(link, faults) for link in inner.connect(self, endpoints, worker)]
-
-    return connect
 
 
 def _deliver(

@@ -63,7 +63,7 @@ def ciphertune_worker(tmp_path: Path) -> Iterator[Callable[..., ServedWorker]]:
 def ciphertune_faults(ciphertune_register: Callable[[str, Any], None]) -> Iterator[Faults]:
     """A link that drops, delays, duplicates, corrupts and reorders on command; see ``ciphertune.testing.Faults``.
 
-    ``ciphertune_faults.over("zmq")`` gives the transport's name for a selection string, ``faulty-zmq``; ``over()``
+    ``ciphertune_faults.over("zmq")`` gives the transport's name for a selection string, ``faulty::zmq``; ``over()``
     alone is around the worker in this process.
     """
     from ciphertune.testing import Faults

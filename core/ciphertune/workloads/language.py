@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -10,7 +11,10 @@ from ciphertune.errors import ConfigError
 from ciphertune.models.load import SMOLLM2_FILE, load_causal_model, smollm2_folder
 from ciphertune.training.lora import add_lora
 from ciphertune.workloads.texts import batches_of, language_reference, row_length, rows_of
-from ciphertune.workloads.workload import Workload
+from ciphertune.workloads.workload import Question, Workload
+
+_QUESTION = "What does the with statement of Python do?"
+_ANSWER_TOKENS = 16
 
 
 def smollm2(*, batches: int, tokens: int, held_out: int, seed: int, rank: int) -> Workload:
@@ -40,4 +44,19 @@ def smollm2(*, batches: int, tokens: int, held_out: int, seed: int, rank: int) -
         metric=("perplexity", lambda model, data, metrics: math.exp(metrics["eval_loss"])),
         learning_rate=2e-3,
         unit="tokens",
+        question=Question(_QUESTION, lambda model: _answer(model, tokenizer)),
     )
+
+
+def _answer(model: Any, tokenizer: Any) -> str:
+    """The beginning of an answer."""
+    asked = [{"role": "user", "content": _QUESTION}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = model.generate(**prompt, max_new_tokens=_ANSWER_TOKENS, do_sample=False, use_cache=True)
+    finally:
+        model.train(training)
+    return str(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

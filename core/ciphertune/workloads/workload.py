@@ -13,6 +13,19 @@ from ciphertune.training.batches import LossFunction
 Batch = Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question to a language model.
+
+    Attributes:
+        text: the question.
+        ask: answers it with a model, greedily.
+    """
+
+    text: str
+    ask: Callable[[nn.Module], str]
+
+
 @dataclasses.dataclass
 class Workload:
     """A model with adapters, batches to train and evaluate it on, and names for the results.
@@ -27,6 +40,7 @@ class Workload:
         metric: name and function of an evaluation's result to show, from the trainer's metrics and the model.
         learning_rate: suitable for the model.
         unit: ``tokens`` or ``samples``.
+        question: to ask before and after; None where the model does not answer.
     """
 
     name: str
@@ -38,3 +52,4 @@ class Workload:
     metric: tuple[str, Callable[[nn.Module, Sequence[Batch], Mapping[str, float]], float]]
     learning_rate: float
     unit: str
+    question: Question | None = None

@@ -1,0 +1,178 @@
+"""Many clients at one worker as ``ciphertune plan --clients`` simulates them, held against runs on this machine.
+
+``python benchmarks/capacity.py`` takes some three minutes on a quiet machine of two cores or more. The worker has a
+core, and the clients another. A client replays a recorded request over a connection and a session of its own, pauses,
+and does so again: what it would compute for itself takes no time, so that many fit one core. Seconds of an evaluation
+and of a round trip are measured with one client that does not pause. It writes ``capacity.json`` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from predict import CORES, on
+from sweep import machine
+from torch import nn
+
+import ciphertune
+from ciphertune.client.choice import choose
+from ciphertune.client.connection import WorkerConnection
+from ciphertune.planning.queueing import Kind, Lines, Pass, simulate_clients
+from ciphertune.planning.simulation import MicroBatch, Product, Request
+from ciphertune.protocol import Message
+from ciphertune.transport import Link
+from ciphertune.worker.process import worker_process
+from ciphertune_zmq import ZmqTransport
+
+HERE = Path(__file__).parent
+FEATURES, TOKENS = (576, 1536), 256
+"""Of SmolLM2's widest products, and a micro-batch."""
+MANY = ("--max-sessions", "1000", "--max-requests", "1000", "--threads", "1")
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, nn.Module]]:
+    """A worker on a core of its own: the selection string, and the model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*FEATURES, bias=False))
+    ciphertune.split(model, folder / "bundle")
+    here = ZmqTransport.loopback(folder, {})
+    with on(CORES[-1]), worker_process(folder / "bundle" / "worker", "zmq", here.address, here.serve, MANY) as worker:
+        options = "&".join(f"{name}={value}" for name, value in here.connect.items())
+        yield f"mlwe+zmq://{worker[0]}?{options}", model
+
+
+def record(to: str, model: nn.Module) -> tuple[Message, Message, float]:
+    """The requests that open a session and ask for a product, and seconds of the evaluation, the median of several."""
+    sent: list[Message] = []
+    submit = WorkerConnection.submit
+
+    def recording(self: WorkerConnection, request: Message, *rest: Any) -> Any:
+        sent.append(request)
+        return submit(self, request, *rest)
+
+    with mock.patch.object(WorkerConnection, "submit", recording):
+        outsourced = ciphertune.outsource(model, to, "all")
+        session = ciphertune.session_of(outsourced)
+        seconds = []
+        with torch.no_grad():
+            for _ in range(12):
+                before = session.traffic.evaluate_seconds
+                outsourced(torch.randn(TOKENS, FEATURES[0]))
+                seconds.append(session.traffic.evaluate_seconds - before)
+        session.close()
+    opened, product = (next(m for m in sent if m.kind == kind) for kind in ("open", "evaluate"))
+    return opened, product, statistics.median(seconds[2:])
+
+
+class Replaying:
+    """A client that repeats a request."""
+
+    def __init__(self, to: str, opened: Message, product: Message) -> None:
+        choice = choose(to)
+        self._link: Link = choice.transport.connect(choice.selection.endpoints, None)[0]
+        session = self._answer(opened).fields["session"]
+        self._product = Message("evaluate", {**product.fields, "session": session}, product.buffers)
+        self.seconds: list[float] = []
+
+    def run(self, pause: float, until: float, seed: int) -> None:
+        chance = random.Random(seed)
+        while time.monotonic() < until:
+            if pause:
+                time.sleep(chance.expovariate(1 / pause))
+            begun = time.monotonic()
+            self._answer(self._product)
+            self.seconds.append(time.monotonic() - begun)
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _answer(self, request: Message) -> Message:
+        reply = self._link.submit(request).result(60)
+        assert reply.kind != "error", reply.fields
+        return reply
+
+
+def measured(
+    to: str, opened: Message, product: Message, clients: int, pause: float, seconds: float
+) -> dict[str, float]:
+    """Products a second of all clients, and the seconds that one takes: median and 99th percentile."""
+    everyone = [Replaying(to, opened, product) for _ in range(clients)]
+    until = time.monotonic() + seconds
+    threads = [threading.Thread(target=one.run, args=(pause, until, i)) for i, one in enumerate(everyone)]
+    begun = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.monotonic() - begun
+    found = sorted(value for one in everyone for value in one.seconds)
+    for one in everyone:
+        one.close()
+    return {"products_per_second": len(found) / took, **shown(found)}
+
+
+def shown(seconds: Sequence[float]) -> dict[str, float]:
+    return {"median_s": statistics.median(seconds), "p99_s": seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--seconds", type=float, default=20, help="of each run")
+    parser.add_argument("--load", type=float, nargs="+", default=[0.5, 2.0], help="of the worker, if nobody waited")
+    parser.add_argument("--json", type=Path, default=HERE / "capacity.json")
+    arguments = parser.parse_args()
+    before, rows = os.getloadavg()[0], []
+    os.sched_setaffinity(0, {CORES[0]})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name, serving(Path(name)) as (to, model):
+        opened, product, evaluate = record(to, model)
+        alone = measured(to, opened, product, 1, 0.0, arguments.seconds / 4)
+        overhead = max(0.0, alone["median_s"] - evaluate)
+        print(f"evaluation {1000 * evaluate:.2f} ms, the rest of a round trip {1000 * overhead:.2f} ms")
+        request = Request((0,), 0.0, 0, evaluate, 0, 0.0)
+        cycle = (Pass(MicroBatch([Product(0.0, (request,))]), 1),)
+        lines = Lines(1e12, 1e12, 0.0, 1e12, overhead)
+        for load in arguments.load:
+            for clients in arguments.clients:
+                pause = clients * evaluate / load
+                real = measured(to, opened, product, clients, pause, arguments.seconds)
+                told = simulate_clients([Kind("one", clients, cycle, think=pause)], 1, lines, 20_000).kinds["one"]
+                row = {
+                    "clients": clients,
+                    "load": load,
+                    "measured": real,
+                    "predicted": {
+                        "products_per_second": told.tokens_per_second,
+                        "median_s": told.median,
+                        "p99_s": told.p99,
+                    },
+                }
+                rows.append(row)
+                off = told.tokens_per_second / real["products_per_second"] - 1
+                print(
+                    f"{clients} clients, load {load:g}: {real['products_per_second']:.1f} products/s measured, "
+                    f"{told.tokens_per_second:.1f} predicted ({100 * off:+.0f}%); median {1000 * real['median_s']:.1f} "
+                    f"and {1000 * told.median:.1f} ms, p99 {1000 * real['p99_s']:.1f} and {1000 * told.p99:.1f} ms",
+                    flush=True,
+                )
+    found = {"machine": machine(before), "evaluate_s": evaluate, "overhead_s": overhead, "rows": rows}
+    arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
