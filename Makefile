@@ -33,7 +33,7 @@ WHEEL := ".[demo,testing]" mypy $(foreach name,http ckks slalom,"plugins/ciphert
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: install install-checks demo demo-quick check test fast-tests tests browser-test elsewhere lint types docs wheel wheel-test \
-	release arm-test concrete-ml constraints soak fuzz bench clean
+	release arm-test concrete-ml constraints soak fuzz zoo bench clean
 
 install: $(STAMP)
 
@@ -152,6 +152,10 @@ soak: $(CHECK_STAMP)
 fuzz: $(CHECK_STAMP)
 	$(BIN)/python $(PIP) atheris
 	PYTHONPATH=tests/helpers OMP_NUM_THREADS=1 $(BIN)/python tests/long/fuzz_worker.py -runs=$(RUNS) -max_len=2000 -len_control=0
+
+# Every architecture of the installed transformers, outsourced: half an hour or more. Writes docs/models.md.
+zoo: $(CHECK_STAMP)
+	PYTHONPATH=tests/helpers OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/long/zoo.py
 
 bench: $(CHECK_STAMP)
 	$(BIN)/python benchmarks/figures.py

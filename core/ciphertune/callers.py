@@ -32,6 +32,12 @@ def batch_of(callers: Sequence[str]) -> Iterator[None]:
         _ROWS.reset(token)
 
 
+def has_several() -> bool:
+    """Whether rows of several callers are computed together on this thread."""
+    rows = _ROWS.get()
+    return rows is not None and len(set(rows)) > 1
+
+
 def owners_of(shape: Sequence[int]) -> Owners | None:
     """Whose the tokens are of a layer's input; None where nobody said.
 

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Literal
 from urllib.parse import parse_qsl, urlencode
 
 from ciphertune.errors import SelectionError
@@ -62,11 +63,15 @@ class SessionOptions(Timeouts):
         check_answers: hold answers of workers elsewhere against what was asked for once they are decrypted, within the
             backend's declared error, where the backend does not check them before. Reads the weights' codes.
         share_inputs: evaluate layers that read the same input (q/k/v, gate/up) as one product.
+        experts: what is sent to the experts of a mixture. With ``all`` every token goes to every expert, and nothing of
+            the routing shows. With ``routed`` only what routing chose is sent: workers see how many tokens each expert
+            gets, which follows from what the tokens say.
     """
 
     allow_insecure: bool = False
     check_answers: bool = True
     share_inputs: bool = True
+    experts: Literal["all", "routed"] = "all"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,6 +199,15 @@ def test_fork_after_use() -> None:
     assert "another process" in done.stdout
 
 
+def test_fused_experts_are_outsourced() -> None:
+    model = small.model("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2)
+    whole = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
+    wanted = model(input_ids=small.ids()).logits.detach()
+    ciphertune.outsource(model, to="clear")
+    close(model(input_ids=small.ids()).logits.detach(), wanted)
+    assert ciphertune.share(model).outsourced > 0.9 * whole, ciphertune.validate(model)
+
+
 def test_frozen_parameter_from_birth() -> None:
     import transformers
 
@@ -317,7 +326,7 @@ def test_bundles_of_models_whose_tensors_are_renamed(make: Any, tmp_path: Path) 
     client = embedded(bundle)
     with torch.no_grad():
         close(client(**inputs)[0], model(**inputs)[0], 1e-3)
-    assert bundle.layers == len(ciphertune.outsourced_layers(client)) >= 6
+    assert bundle.layers == ciphertune.share(client).layers >= 6
     adapted = get_peft_model(client, LoraConfig(r=2, target_modules="all-linear"))
     ciphertune.LoraTrainer(adapted).save_adapter(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

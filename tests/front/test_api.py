@@ -68,7 +68,7 @@ FRONT = {
         "columns_of",
         "in_order",
     ],
-    "callers": ["Owners", "batch_of", "owners_of"],
+    "callers": ["Owners", "batch_of", "has_several", "owners_of"],
     "cache": [
         "Entry",
         "Hold",

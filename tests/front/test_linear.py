@@ -288,6 +288,7 @@ def test_the_weight_answers_questions_and_nothing_else() -> None:
         lambda: weight[0],
         lambda: weight.to(torch.float64).mul(2),
         lambda: weight.detach().norm(),
+        lambda: setattr(weight, "requires_grad", True),
         lambda: weight.requires_grad_(),
         lambda: weight.requires_grad_(requires_grad=True),
         lambda: setattr(layer, "weight", nn.Parameter(torch.zeros(5, 6))),
@@ -312,11 +313,20 @@ def test_a_model_that_reads_the_weight_is_told_which_layer() -> None:
         model(torch.randn(1, 4))
 
 
+def test_a_weight_that_is_not_trained_may_be_told_so() -> None:
+    weight: Any = ciphertune.outsource(nn.Sequential(nn.Linear(4, 3)), "clear")[0].weight
+    weight.requires_grad = False
+    assert weight.requires_grad_(False) is weight
+    with pytest.raises(OutsourcedWeightError, match="'0' is at the workers"):
+        torch.cat([weight, weight])
+
+
 def test_torchs_encoder_layer_does_not_take_its_fast_path() -> None:
     # In evaluation it hands its weights to one fused kernel, unless one of them is not a plain tensor.
     torch.manual_seed(0)
     reference = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    model = ciphertune.outsource(copy.deepcopy(reference), "clear")
+    with pytest.warns(UserWarning, match="20% of the weights .* self_attn.out_proj: nn.MultiheadAttention computes"):
+        model = ciphertune.outsource(copy.deepcopy(reference), "clear")
     assert [layer.name for layer in ciphertune.outsourced_layers(model)] == ["linear1", "linear2"]
     x = torch.randn(2, 3, 8)
     with torch.no_grad():

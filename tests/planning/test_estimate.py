@@ -33,6 +33,7 @@ from ciphertune.planning.plan import Plan, make_plan
 from ciphertune.planning.products import Products
 from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, read_speeds, write_speeds
 from ciphertune.plugins.manager import PluginManager
+from ciphertune.selection import SessionOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -297,7 +298,7 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
 def test_the_clients_own_part_is_measured_with_its_own_blocks(folder: Path) -> None:
     model = skeleton(str(folder), num_hidden_layers=2)
     chosen = choose_layers(model, None, PluginManager(), allow_meta=True)
-    found = measure_client_compute(model, chosen, True, ("q_proj", "v_proj"), 32, 16)
+    found = measure_client_compute(model, chosen, SessionOptions(), ("q_proj", "v_proj"), 32, 16)
     assert found.measured
     assert set(found.before) == set(speeds().client_compute.before)  # type: ignore[union-attr]
     assert all(line.at(32) > 0 for name, line in found.before.items())
@@ -308,7 +309,8 @@ def test_products_that_cost_nothing_come_in_the_order_of_real_ones(folder: Path,
     from transformers import AutoModelForCausalLM
 
     model = skeleton(str(folder))
-    session = attach_instant_session(model, choose_layers(model, None, PluginManager(), allow_meta=True), share=True)
+    chosen = choose_layers(model, None, PluginManager(), allow_meta=True)
+    session = attach_instant_session(model, chosen, SessionOptions())
     real: Any = AutoModelForCausalLM.from_pretrained(folder)
     outsource(real, "clear", plugins=recorder.plugins)
     ids = torch.randint(48, (1, 8))

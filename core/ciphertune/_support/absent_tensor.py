@@ -101,6 +101,9 @@ _SHAPE: dict[str, Callable[..., Any]] = {
 }
 
 
+_SOME = "a layer"
+
+
 class AbsentTensor(Tensor):
     """A weight that is at the workers. It has a shape, a device and a dtype; reading its values is an error.
 
@@ -129,15 +132,28 @@ class AbsentTensor(Tensor):
         if asked in _SHAPE and isinstance(args[0], AbsentTensor):
             return _SHAPE[asked](args[0].full, *args[1:], **(kwargs or {}))
         # Whoever wants a gradient of the weight would wait for it in vain.
-        trained = asked == "requires_grad_" and all([*args[1:], *(kwargs or {}).values()])
-        if trained or not only_metadata(func):
-            refuse(next((a.layer for a in args if isinstance(a, AbsentTensor)), "a layer"), asked)
+        given = [*args[1:], *(kwargs or {}).values()]
+        said = asked == "requires_grad_" or (asked == "requires_grad" and bool(given))
+        if said and given and not all(given):
+            return args[0] if asked == "requires_grad_" else None
+        if said or not only_metadata(func):
+            refuse(_named(args), asked)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and args and isinstance(args[0], AbsentTensor):
             result = result.as_subclass(AbsentTensor)
             result.layer, result.full = args[0].layer, args[0].full
         return result
+
+
+def _named(values: Any) -> str:
+    """The layer of the first absent weight among arguments."""
+    for value in values:
+        if isinstance(value, AbsentTensor):
+            return value.layer
+        if isinstance(value, (list, tuple)) and (found := _named(value)) != _SOME:
+            return found
+    return _SOME
 
 
 def only_metadata(func: Any) -> bool:
@@ -160,8 +176,9 @@ def refuse(layer: str, what: str) -> NoReturn:
         raise OutsourcedWeightError(f"the weight of {layer!r} is at the workers, so the model cannot be {_WHOLE[what]}")
     raise OutsourcedWeightError(
         f"the weight of {layer!r} is at the workers, so {what!r} cannot be computed with it here. "
-        "Merging adapters, DoRA and initialisations drawn from the weight (PiSSA, OLoRA, …) need the original model: "
-        "load the adapter there. If the model itself reads this weight, leave the layer out with layers=…"
+        "Merging adapters, and DoRA, need the original model: load the adapter there. Tuners and initialisations that "
+        "read the weight as they are made (PiSSA, OLoRA, DeLoRA, …) can be added before the model is outsourced. If "
+        "the model itself reads this weight, leave the layer out with layers=…"
     )
 
 

@@ -24,7 +24,7 @@ from ciphertune.models.skeleton import build, tied_names
 from ciphertune.outsourcing.convert import attach
 from ciphertune.outsourcing.convolution import convolutions
 from ciphertune.outsourcing.embedding import Table, choose_table
-from ciphertune.outsourcing.layers import Candidate, linear_layers
+from ciphertune.outsourcing.layers import ROUTED, Candidate, Experts, linear_layers, refuse_some_experts, sibling_groups
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.transport import LocalWorker
 from ciphertune.weights import DIGEST_ROWS, LayerInfo
@@ -93,13 +93,15 @@ def load_client(
         skeleton = build(place, manifest.architecture, name=manifest.model, dtype=dtype or stored)
         # peft asks a hub for any name, and for an empty one nobody; what is no hub's is this machine's.
         setattr(skeleton, "name_or_path", manifest.model if "/" in manifest.model else "")  # noqa: B010
-    chosen = _candidates(skeleton, infos[: sum(map(len, groups))], place)
+    options = choice.options
+    chosen = _candidates(skeleton, infos[: sum(map(len, groups))], place, options.experts)
     table = _table(skeleton, chosen, infos, embeddings, place) if embeddings else None
-    absent = {f"{c.name}.weight" for c in (*chosen, *(() if table is None else table.places))}
+    absent = {c.tensor for c in (*chosen, *(() if table is None else table.places))}
     _fill(skeleton, place, absent, dtype, torch.device(device))
     _companions(skeleton, place)
-    if not choice.options.share_inputs:
-        groups = [(i,) for i in range(len(chosen))]
+    if not options.share_inputs or any(c.part is not None for c in chosen):
+        sizes = [info.in_features for info in infos[: len(chosen)]]
+        groups = sibling_groups(chosen, sizes, share=options.share_inputs, experts=options.experts)
     manager = plugins if plugins is not None else plugin_manager()
     return attach(skeleton, chosen, infos, groups, choice, worker, torch.device(device), manager, codes, table)
 
@@ -164,10 +166,11 @@ def _table(
     return table
 
 
-def _candidates(model: nn.Module, infos: list[LayerInfo], folder: Path) -> list[Candidate]:
+def _candidates(model: nn.Module, infos: list[LayerInfo], folder: Path, experts: Experts) -> list[Candidate]:
     # Of one group, and of no class of its own: others are no product of patches.
     patched = [each for each in convolutions(model, allow_meta=True) if each.obstacle is None]
-    by_name = {each.name: each for each in (*linear_layers(model, allow_meta=True, trial=False), *patched)}
+    found = linear_layers(model, allow_meta=True, trial=False, experts=experts)
+    by_name = {each.name: each for each in (*found, *patched)}
     chosen = []
     for info in infos:
         candidate = by_name.get(info.name)
@@ -176,7 +179,13 @@ def _candidates(model: nn.Module, infos: list[LayerInfo], folder: Path) -> list[
                 f"{folder} names a layer {info.name!r} of {info.in_features} to {info.out_features} features, "
                 "which the model does not have"
             )
+        if candidate.obstacle == ROUTED:
+            raise ConfigError(f"{candidate.name}: {ROUTED}. Say so in the selection string")
         chosen.append(candidate)
+    try:
+        refuse_some_experts(chosen)
+    except LayerError as error:
+        raise ConfigError(f"{folder} is damaged: {error}") from error
     return chosen
 
 

@@ -143,16 +143,15 @@ class CheckpointSource(Source):
 
     def weight(self, candidate: Candidate) -> Tensor:
         """See ``Source.weight``."""
-        tensor = self._read(f"{candidate.name}.weight")
-        if tensor.dim() > 2:  # a convolution: its patches are the inputs
-            return tensor.flatten(1)
-        return tensor.t() if is_conv1d(candidate.module) else tensor
+        return candidate.matrix(self._read(candidate.tensor))
 
     def codes(self, candidate: Candidate) -> tuple[Tensor, Tensor] | None:
         """See ``Source.codes``."""
-        name = f"{candidate.name}.weight"
+        if candidate.part is not None or is_conv1d(candidate.module):
+            return None
+        name = candidate.tensor
         stored = self._stored[name] or self._renaming.only_renamed(name)
-        found = None if stored is None or is_conv1d(candidate.module) else self._files.codes(stored)
+        found = None if stored is None else self._files.codes(stored)
         return found if found is not None and found[0].shape == candidate.weight().shape else None
 
     def tensor(self, name: str) -> Tensor:

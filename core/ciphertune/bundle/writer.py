@@ -35,7 +35,7 @@ from ciphertune.models.skeleton import tied_names
 from ciphertune.outsourcing.calibration import OFF, Calibration, calibration_of
 from ciphertune.outsourcing.convolution import choose_convolutions
 from ciphertune.outsourcing.embedding import Table, choose_table
-from ciphertune.outsourcing.layers import Candidate, LayerChoice, choose_layers, sibling_groups
+from ciphertune.outsourcing.layers import Candidate, Experts, LayerChoice, choose_layers, sibling_groups
 from ciphertune.outsourcing.outliers import keep_channels, products_with_outliers
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.weights import LayerInfo, LayerWeight, describe, quantize_layer
@@ -86,6 +86,7 @@ def split(
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
     embeddings: bool = False,
     convolutions: bool | LayerChoice | Iterable[LayerChoice] = False,
+    experts: Experts = "all",
     workers: int = 1,
     placement: Placement | str = "rows",
     weight_bits: WeightBits = 8,
@@ -108,6 +109,9 @@ def split(
         embeddings: whether the token embedding goes to the workers, too, for encrypted lookups; see
             ``ciphertune.outsource``.
         convolutions: which convolutions do; see ``ciphertune.outsource``.
+        experts: "routed" to have experts that are layers of their own at the workers, too. Each gets what routing
+            chose, and clients must say ``experts=routed`` in their selection string. Experts whose weights are stacked
+            in one parameter need no such word.
         workers: how many to place the model on.
         placement: how: ``rows`` of every layer at each, cut at multiples of 64, which is fastest; ``layers``, whole
             ones in runs of about equal size; ``replicas`` with all layers, which share the disk's space; or numbers of
@@ -129,7 +133,7 @@ def split(
     source = open_source(model if isinstance(model, nn.Module) else os.fspath(model), gguf_file, in_memory)
     patched = choose_convolutions(source.model, convolutions, allow_meta=True)
     try:
-        chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True)
+        chosen = choose_layers(source.model, layers, plugin_manager(), allow_meta=True, experts=experts)
     except NothingOutsourcedError:
         if layers is not None or not patched:
             raise
@@ -200,7 +204,7 @@ class _Writer:
         # Behind the layers stands a table that is none of them.
         self._chosen = [*chosen, *own]
         self._table = table
-        self._absent = {f"{each.name}.weight" for each in (*chosen, *places)}
+        self._absent = {each.tensor for each in (*chosen, *places)}
         self._folder = folder
         self._bits: WeightBits = weight_bits
         self._placement = placement

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -276,11 +278,10 @@ def plan(
     if found.prepared_codes:
         facts["before the first step"] = (
             f"the client reads {found.prepared_codes / 1e6:.1f} million weights, and keeps "
-            f"{megabytes(found.prepared_bytes)} made of them in memory"
+            f"{megabytes(found.prepared_bytes)} made of them in memory or on disk{_beyond(found.prepared_bytes)}"
         )
     if found.stays:
-        name, why = next(iter(found.stays.items()))
-        facts["layers that stay"] = f"{len(found.stays)}: {name} ({why})" + (" …" if len(found.stays) > 1 else "")
+        facts["layers that stay"] = _by_reason(found.stays)
     if found.refused:
         name, why = next(iter(found.refused.items()))
         more = " …" if len(found.refused) > 1 else ""
@@ -292,6 +293,26 @@ def plan(
         _show_tried(found.tried)
     if found.estimate is not None:
         _show(found.estimate)
+
+
+def _beyond(needed: int) -> str:
+    """What to say where the disk of this machine's cache has no room for what a client keeps."""
+    from ciphertune.cache import cache_folder
+
+    place = cache_folder("hints")
+    while not place.exists():
+        place = place.parent
+    room = shutil.disk_usage(place).free
+    return f": more than the {megabytes(room)} that this machine's disk has room for" if needed > room else ""
+
+
+def _by_reason(stays: Mapping[str, str]) -> str:
+    """How many layers stay for each reason, and the first of them."""
+    names: dict[str, list[str]] = {}
+    for name, why in stays.items():
+        names.setdefault(why, []).append(name)
+    told = [f"{of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''} ({why})" for why, of in names.items()]
+    return f"{len(stays)}: {'; '.join(told)}"
 
 
 _FILES = (".toml", ".yaml", ".yml")

@@ -17,6 +17,13 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
 @click.option("--embeddings", is_flag=True, help="The token embedding goes to workers, too, for encrypted lookups.")
 @click.option("--convolutions", is_flag=True, help="Convolutions that save more than they cost go, too, as patches.")
+@click.option(
+    "--experts",
+    type=click.Choice(["all", "routed"]),
+    default="all",
+    show_default=True,
+    help="Whether experts that are layers of their own go to workers, too: 'routed' sends what routing chose.",
+)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of workers.")
 @click.option(
     "--placement",
@@ -44,6 +51,7 @@ def split(
     layers: tuple[str, ...],
     embeddings: bool,
     convolutions: bool,
+    experts: str,
     workers: int,
     placement: str,
     weight_bits: str,
@@ -66,6 +74,7 @@ def split(
             layers=layers or None,
             embeddings=embeddings,
             convolutions=convolutions,
+            experts="routed" if experts == "routed" else "all",
             workers=workers,
             placement=placement,
             weight_bits=16 if weight_bits == "16" else 8,

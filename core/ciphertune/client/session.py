@@ -125,6 +125,7 @@ class Session:
         self._clear: ClearProducts | None = None
         self._process = os.getpid()
         self.plugins = plugins if plugins is not None else plugin_manager()
+        self._above: dict[int, tuple[int, int]] | None = None
         self._groups = [self._group(groups, number) for number in range(len(groups))]
         self._groups += [self._table(self.layers[i]) for i in tables]
         self._tell_advice()
@@ -523,11 +524,16 @@ class Session:
     def _parent(self, groups: Sequence[tuple[int, ...]], number: int) -> tuple[int, int] | None:
         """The larger group that a layer alone belongs to, and its first row there."""
         first, *others = groups[number]
-        for place, members in enumerate(groups):
-            if not others and len(members) > 1 and first in members:
-                above = members[: members.index(first)]
-                return place, sum(self.layers[i].out_features for i in above)
-        return None
+        if others:
+            return None
+        if self._above is None:
+            self._above = {}
+            for place, members in enumerate(groups):
+                row = 0
+                for i in members if len(members) > 1 else ():
+                    self._above.setdefault(i, (place, row))
+                    row += self.layers[i].out_features
+        return self._above.get(first)
 
     def _refuse_imprecise(self, group: _Group, direction: Direction) -> None:
         if direction not in group.precise:

@@ -25,7 +25,11 @@ def refuse_other_model(folder: str, model: nn.Module) -> None:
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file():
         return
-    sizes = {each.name: tuple(each.weight().shape) for each in linear_layers(model, allow_meta=True, trial=False)}
+    sizes = {
+        each.name: tuple(each.weight().shape)
+        for each in linear_layers(model, allow_meta=True, trial=False)
+        if each.part is None
+    }
     try:
         with safe_open(file, "pt") as handle:
             for key in handle.keys():  # noqa: SIM118

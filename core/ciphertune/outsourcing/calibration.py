@@ -215,7 +215,8 @@ def _watched(model: nn.Module, inputs: _Squares, outputs: _Squares) -> Iterator[
 
     try:
         for candidate in linear_layers(model, trial=False):
-            watch(candidate.name, candidate.module)
+            if candidate.part is None:
+                watch(candidate.name, candidate.module)
         yield
     finally:
         for handle in handles:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -23,6 +24,13 @@ from ciphertune.outsourcing.embedding import (
     choose_table,
     outsourced_embeddings,
 )
+from ciphertune.outsourcing.experts import (
+    OutsourcedExperts,
+    Products,
+    outsourced_experts,
+    replace_experts,
+    restore_experts,
+)
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import (
     Candidate,
@@ -30,6 +38,7 @@ from ciphertune.outsourcing.layers import (
     choose_layers,
     device_of,
     linear_layers,
+    refuse_some_experts,
     sibling_groups,
 )
 from ciphertune.outsourcing.outliers import keep_channels
@@ -40,6 +49,8 @@ from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.transport import LocalWorker
 from ciphertune.weights import CodeSource, LayerInfo, LayerWeight, describe, quantize_layer
 from ciphertune.worker import WeightStore, Worker
+
+_log = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -81,9 +92,10 @@ def outsource(
     """
     manager = plugins if plugins is not None else plugin_manager()
     choice = choose(to)
+    options = choice.options
     patched = choose_convolutions(model, convolutions)
     try:
-        chosen = choose_layers(model, layers, manager)
+        chosen = choose_layers(model, layers, manager, experts=options.experts)
     except NothingOutsourcedError:
         if layers is not None or not patched:
             raise
@@ -92,7 +104,7 @@ def outsource(
     if embeddings:
         chosen, table = choose_table(model, chosen)
     sizes = [candidate.weight().shape[1] for candidate in chosen]
-    groups = sibling_groups(chosen, sizes) if choice.options.share_inputs else [(i,) for i in range(len(chosen))]
+    groups = sibling_groups(chosen, sizes, share=options.share_inputs, experts=options.experts)
     # Each convolution makes patches of its own of what it gets.
     groups += [(i,) for i in range(len(chosen), len(chosen) + len(patched))]
     chosen = [*chosen, *patched]
@@ -195,18 +207,30 @@ def attach(
     Raises:
         PrecisionError, TransportError, WorkerError, WeightsError: as ``outsource``.
     """
+    refuse_some_experts(chosen)
+    if choice.options.experts == "routed":
+        _log.warning(
+            "experts=routed: workers see how many tokens each expert of a mixture gets, which follows the data"
+        )
     # Members of a group are also groups of their own, for models in which siblings turn out to differ in input.
-    evaluated = list(dict.fromkeys([*groups, *((i,) for group in groups for i in group)]))
+    singles = [(i,) for group in groups if chosen[group[0]].part is None for i in group]
+    evaluated = list(dict.fromkeys([*groups, *singles]))
     row = len(chosen) if table is None or table.tied is None else table.tied
     session = Session(choice, infos, evaluated, worker, device, plugins, codes, () if table is None else (row,))
     places = () if table is None else table.places
-    kept = originals(model, [*chosen, *places])
+    layers = [i for i, candidate in enumerate(chosen) if candidate.part is None]
+    kept = originals(model, [*(chosen[i] for i in layers), *places])
+    original_of = dict(zip(layers, kept[: len(layers)], strict=True))
+    number_of = {group: number for number, group in enumerate(evaluated)}
     for group in groups:
-        handle = LayerGroup(session, evaluated.index(group), [evaluated.index((i,)) for i in group])
+        if chosen[group[0]].part is not None:
+            continue
+        handle = LayerGroup(session, number_of[group], [number_of[i,] for i in group])
         for member, i in enumerate(group):
-            replace(chosen[i], kept[i], infos[i], handle, member, device)
+            replace(chosen[i], original_of[i], infos[i], handle, member, device)
+    put_experts(chosen, infos, number_of, session, device)
     lookup = LayerGroup(session, len(evaluated), [len(evaluated)])
-    for place, original in zip(places, kept[len(chosen) :], strict=True):
+    for place, original in zip(places, kept[len(layers) :], strict=True):
         replace_embedding(place, original, infos[row], lookup, device)
     linear = outsourced_layers(model)
     if next(model.parameters(), None) is None and linear:
@@ -214,6 +238,37 @@ def attach(
     guard()
     _refuse_full_save(model)
     return model
+
+
+def put_experts(
+    chosen: Sequence[Candidate],
+    infos: Sequence[LayerInfo],
+    number_of: Mapping[tuple[int, ...], int],
+    session: Session,
+    device: torch.device,
+) -> None:
+    """Put outsourced experts in the place of modules with stacked weights.
+
+    Args:
+        chosen: layers, experts' among them.
+        infos: of each of them, and perhaps more.
+        number_of: the number that each group, of indices into ``chosen``, has in the session.
+        session: evaluates the groups.
+        device: where the weights are said to be.
+    """
+    members: dict[str, list[int]] = {}
+    for i, candidate in enumerate(chosen):
+        if candidate.part is not None:
+            members.setdefault(candidate.place, []).append(i)
+    for own in members.values():
+        within = set(own)
+        sides: dict[str, list[int]] = {"inputs": [], "outputs": []}
+        for group, number in number_of.items():
+            part = chosen[group[0]].part if group[0] < len(chosen) else None
+            if part is not None and group[0] in within:
+                sides[part.side].append(number)
+        products = Products(session, tuple(sides["inputs"]), tuple(sides["outputs"]))
+        replace_experts([chosen[i] for i in own], [infos[i] for i in own], products, device)
 
 
 def restore(model: ModelT) -> ModelT:
@@ -241,6 +296,10 @@ def restore(model: ModelT) -> ModelT:
             if (session := _session(module)) is not None:
                 weight = LayerWeight(held[session][module.name], module.info.scale)
                 restorer.take_back(parent, attribute, module, weight.dequantize())
+            elif isinstance(module, OutsourcedExperts):
+                codes = held[module.products.session]
+                whole = [LayerWeight(codes[info.name], info.scale).dequantize() for info in module.infos]
+                restore_experts(parent, attribute, module, whole, restorer.frozen)
     _base(model).__dict__.pop("save_pretrained", None)
     for session in sessions:
         session.close()
@@ -269,7 +328,8 @@ class Share:
         outsourced: weights of outsourced layers.
         at_client: parameters that stay, adapters included.
         trainable: those of them that are trained.
-        layers: number of outsourced layers, a token embedding with a table of its own among them.
+        layers: number of outsourced layers, a token embedding with a table of its own among them, and each expert's of
+            a mixture.
     """
 
     outsourced: int
@@ -286,6 +346,8 @@ class Share:
 def share(model: nn.Module) -> Share:
     """Count what is at the workers and what stays. Libraries that count parameters miss outsourced weights."""
     layers = {(_session(each) or id(each.group), each.name): each.info for each in _outsourced(model)}
+    for experts in outsourced_experts(model):
+        layers |= {(experts.products.session, info.name): info for info in experts.infos}
     parameters = list(model.parameters())
     return Share(
         outsourced=sum(info.in_features * info.out_features for info in layers.values()),
@@ -296,13 +358,14 @@ def share(model: nn.Module) -> Share:
 
 
 def validate(model: nn.Module) -> dict[str, str]:
-    """Linear layers that cannot be outsourced, by dotted path, each with the reason."""
+    """Linear layers, and stacked weights, that cannot be outsourced, by dotted path, each with the reason."""
     return {c.name: c.obstacle for c in linear_layers(model) if c.obstacle is not None}
 
 
 def sessions_of(model: nn.Module) -> list[Session]:
     """The sessions that a model's outsourced layers use; none for a model that has none."""
     found = [_session(layer) for layer in _outsourced(model)]
+    found += [each.products.session for each in outsourced_experts(model)]
     return list(dict.fromkeys(session for session in found if session is not None))
 
 

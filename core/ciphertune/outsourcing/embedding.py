@@ -22,13 +22,13 @@ _VALUES_AT_ONCE = 1 << 26
 _TOKENS_STEP = 256
 
 
-def tokens_at_once(rows: int) -> int:
-    """Tokens of one request at most, of lookups in a table of so many rows: their input takes 256 MB of memory.
+def tokens_at_once(features: int) -> int:
+    """Tokens of one request at most, of products with so many features on one side: their values take 256 MB of memory.
 
     >>> tokens_at_once(49152)
     1280
     """
-    return max(1, _VALUES_AT_ONCE // rows // _TOKENS_STEP) * _TOKENS_STEP
+    return max(1, _VALUES_AT_ONCE // features // _TOKENS_STEP) * _TOKENS_STEP
 
 
 @dataclasses.dataclass(frozen=True)

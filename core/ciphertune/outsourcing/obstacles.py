@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ciphertune.outsourcing.probe import is_plain_linear_map
+from ciphertune.outsourcing.stacked import Layout
+from ciphertune.outsourcing.walk import peft_types
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -46,6 +48,26 @@ def obstacle(module: nn.Module, parent: nn.Module, mixed: bool, allow_meta: bool
         return "its weight is being trained, so it has to stay here: freeze it first"
     if weight.numel() == 0:
         return "its weight is empty"
+    return None
+
+
+def stacked_obstacle(module: nn.Module, parent: nn.Module, layout: Layout, mixed: bool, allow_meta: bool) -> str | None:
+    """Why a module of experts with stacked weights cannot be outsourced, None if it can; see ``obstacle``."""
+    if isinstance(parent, peft_types()[0]):
+        return "peft trains adapters of the experts' parameters, which are added to the weights before each call"
+    if "forward" in vars(module):
+        return "its forward was replaced on this instance, as accelerate's hooks do: remove the hook first"
+    for path in layout.parameters:
+        holder = module.get_submodule(path.rpartition(".")[0])
+        weight = holder._parameters.get(path.rpartition(".")[2])
+        if weight is None:
+            return f"its parameter {path} is computed from others"
+        if weight.is_meta and not allow_meta:
+            return "its weight is on the meta device: load the model first"
+        if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+            return f"its weight has dtype {weight.dtype}"
+        if mixed and weight.requires_grad:
+            return "its weight is being trained, so it has to stay here: freeze it first"
     return None
 
 

@@ -68,7 +68,7 @@ class Original:
 
 def originals(model: nn.Module, chosen: Sequence[Candidate]) -> list[Original]:
     """What ``take_back`` will need of each chosen layer. The model is not changed."""
-    goes = {id(candidate.module) for candidate in chosen}
+    goes = {id(candidate.module) for candidate in chosen if candidate.part is None}
     places: dict[int, list[str]] = {}
     counts: dict[int, int] = {}
     for path, module in _modules(model):
@@ -85,7 +85,7 @@ def originals(model: nn.Module, chosen: Sequence[Candidate]) -> list[Original]:
         if key not in weights:
             weights[key] = Weight(parameter.requires_grad, tuple(places.get(key, ())), counts.get(key, 0) > 1)
         if id(candidate.module) not in shells:
-            shells[id(candidate.module)] = Original(_shell(candidate.module), weights[key])
+            shells[id(candidate.module)] = Original(shell_of(candidate.module, "weight"), weights[key])
     return [shells[id(candidate.module)] for candidate in chosen]
 
 
@@ -120,7 +120,7 @@ def replace_embedding(
 def _put(candidate: Candidate, original: Original, new: Outsourced) -> None:
     old = candidate.module
     new.original = original
-    _move_hooks(old, new)
+    move_hooks(old, new)
     for attribute, value in vars(old).items():
         vars(new).setdefault(attribute, value)
     setattr(candidate.parent, candidate.attribute, new.train(old.training))
@@ -135,7 +135,7 @@ class Restorer:
     """
 
     def __init__(self, model: nn.Module, frozen: bool) -> None:
-        self._frozen = frozen
+        self.frozen = frozen
         self._stay = {
             f"{path}.{attribute}" if path else attribute: parameter
             for path, module in _modules(model)
@@ -178,7 +178,7 @@ class Restorer:
         module._parameters["weight"] = self._weight(original.weight, value, layer)
         if "bias" in module._parameters:
             module._parameters["bias"] = layer._parameters["bias"]
-        _move_hooks(layer, module)
+        move_hooks(layer, module)
         return module.train(layer.training)
 
     def _weight(self, kept: Weight, value: Tensor, layer: nn.Module) -> nn.Parameter:
@@ -189,7 +189,7 @@ class Restorer:
         if id(kept) not in self._weights:
             like: Any = layer.weight
             value = value.to(device=like.device, dtype=like.dtype)
-            self._weights[id(kept)] = nn.Parameter(value, requires_grad=kept.requires_grad and not self._frozen)
+            self._weights[id(kept)] = nn.Parameter(value, requires_grad=kept.requires_grad and not self.frozen)
         return self._weights[id(kept)]
 
 
@@ -198,17 +198,19 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [("", model), *((bare_name(model, path), module) for path, _, _, module in walk(model))]
 
 
-def _shell(module: nn.Module) -> nn.Module:
-    """A module like this one, that holds its hooks and everything else but the weight."""
+def shell_of(module: nn.Module, *weights: str) -> nn.Module:
+    """A module like this one, that holds its hooks and everything else but the parameters of these names."""
     shell: nn.Module = object.__new__(type(module))
     vars(shell).update(vars(module))
     for name in ("_parameters", "_buffers", "_modules"):
         vars(shell)[name] = dict(vars(module)[name])
-    shell._parameters["weight"] = None
+    for weight in weights:
+        shell._parameters[weight] = None
     return shell
 
 
-def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Have a module hold the hooks of another."""
     # The dicts themselves, so that the handles which registering gave go on removing.
     for name in _HOOKS:
         if name in vars(old):

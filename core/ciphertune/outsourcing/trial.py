@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
+import math
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from ciphertune._support.absent_tensor import only_metadata
 from ciphertune.outsourcing.heads import transformers_models
 from ciphertune.outsourcing.obstacles import is_conv1d
 from ciphertune.outsourcing.walk import walk
+
+_TOKENS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,7 @@ def frozen_from_birth(model: nn.Module) -> set[int]:
 def weights_read(model: nn.Module) -> set[int]:
     """Identities of linear layers whose weights a transformers model's own code reads.
 
-    Found by a forward pass on token ids, so what it does for other inputs is missed.
+    Found by a forward pass on small inputs, so what it does for others is missed.
     """
     found: set[int] = set()
     for part in transformers_models(model):
@@ -78,6 +82,66 @@ def _try(kind: Any, config: str) -> Trial:
     return Trial(frozen, frozenset(watch.read))
 
 
+def inputs_for(model: Any, device: torch.device, everything: bool = False) -> dict[str, Tensor]:
+    """Small inputs of the kind that a transformers model takes: token ids, pixels, sound, or several of them.
+
+    Args:
+        model: says by its signature and its configuration what it takes.
+        device: of the inputs.
+        everything: whether to make all that it takes, and not the main input alone.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = min(int(getattr(text, "vocab_size", None) or 32), 32)
+    ids = torch.arange(2 * _TOKENS, device=device).reshape(2, _TOKENS) % max(1, most - 20) + min(20, most // 2)
+    main = getattr(model, "main_input_name", "input_ids")
+    found: dict[str, Tensor] = {}
+    if "input_ids" in parameters and main in ("input_ids", "pixel_values"):
+        found["input_ids"] = ids
+    for name in dict.fromkeys((main, *(parameters if everything else ()))):
+        if name not in found and name in parameters:
+            made = ids if name == "input_ids" else _sound_or_picture(name, config, device)
+            found |= {} if made is None else {name: made}
+    if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", False):
+        found["decoder_input_ids"] = ids
+    if "bbox" in parameters:
+        found["bbox"] = torch.zeros(2, _TOKENS, 4, dtype=torch.int64, device=device)
+    if not found:
+        found = {name: value.to(device) for name, value in model.dummy_inputs.items()}
+    return found
+
+
+def _sound_or_picture(name: str, config: Any, device: torch.device) -> Tensor | None:
+    within = ("vision_config", "audio_config", "backbone_config")
+    parts = [config, *(getattr(config, part, None) for part in within)]
+
+    def stated(*names: str, default: int) -> int:
+        values = [getattr(part, each, None) for part in parts for each in names]
+        listed = [value[0] if isinstance(value, (list, tuple)) and value else value for value in values]
+        return next((value for value in listed if isinstance(value, int)), default)
+
+    codec = hasattr(config, "codebook_size")
+    if name in ("pixel_values", "pixel_values_videos"):
+        side = stated("image_size", default=224)
+        shape: tuple[int, ...] = (2, stated("num_channels", "in_channels", "in_chans", default=3), side, side)
+        if frames := stated("num_frames", default=0):
+            shape = (2, frames, *shape[1:])
+    elif name == "input_features":
+        bins = stated("num_mel_bins", "feature_size", "input_feat_per_channel", default=80)
+        positions = stated("max_source_positions", default=0)
+        shape = (2, bins, 2 * positions) if positions and hasattr(config, "num_mel_bins") else (2, 100, bins)
+    elif name in ("input_values", "input_audio", "audio_values"):
+        channels = stated("audio_channels", default=0 if hasattr(config, "conv_dim") or not codec else 1)
+        shape = (2, channels, 4000) if channels else (2, 4000)
+        if hasattr(config, "max_length") and hasattr(config, "num_mel_bins"):
+            shape = (2, stated("max_length", default=100), stated("num_mel_bins", default=80))
+    else:
+        return None
+    values = torch.linspace(0, 40, math.prod(shape), device=device).sin()
+    return values.reshape(shape)
+
+
 class _Watch(TorchFunctionMode):
     """Notes which linear layers' weights are used while none of these layers' own forward runs."""
 
@@ -97,10 +161,11 @@ class _Watch(TorchFunctionMode):
         """Call the model on token ids; whether it came to its end."""
         self._running = 0
         self._weights = {id(layer._parameters["weight"]): name for name, layer in self._layers.items()}
-        inputs = {name: value.to(device) for name, value in self._model.dummy_inputs.items()}
-        if self._model.config.is_encoder_decoder:
-            inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+        return self._called(device, everything=False) or self._called(device, everything=True)
+
+    def _called(self, device: str, everything: bool) -> bool:
         try:
+            inputs = inputs_for(self._model, torch.device(device), everything)
             with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device(device), self:
                 self._model(**inputs)
         except Exception:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ciphertune.backend import DIRECTIONS, Direction
 from ciphertune.linear import OutsourcedLinear
+from ciphertune.outsourcing.convert import put_experts
 from ciphertune.outsourcing.group import LayerGroup
-from ciphertune.outsourcing.layers import Candidate, sibling_groups
+from ciphertune.outsourcing.layers import Candidate, group_name, sibling_groups
 from ciphertune.planning.speeds import ClientCompute, Line, product_name
+from ciphertune.selection import SessionOptions
 from ciphertune.training.lora import add_lora
 from ciphertune.weights import LayerInfo
 
@@ -26,7 +28,7 @@ _ROUNDS = 3
 
 
 class Mark(NamedTuple):
-    """A product that was asked for, and the client's seconds since the one before."""
+    """A product that was asked for in the pass of this direction, and the client's seconds since the one before."""
 
     layers: str
     direction: Direction
@@ -34,11 +36,20 @@ class Mark(NamedTuple):
 
 
 class InstantSession:
-    """Stand-in for a session that answers every product at once and notes the time between products."""
+    """Stand-in for a session that answers every product at once and notes the time between products.
 
-    def __init__(self, members: Sequence[Sequence[LayerInfo]], names: Sequence[str]) -> None:
+    Args:
+        members: layers of each group.
+        names: of the groups.
+        transposed: numbers of the groups whose products of the forward pass have the direction backward.
+    """
+
+    def __init__(
+        self, members: Sequence[Sequence[LayerInfo]], names: Sequence[str], transposed: Collection[int] = ()
+    ) -> None:
         self._members = members
         self._names = names
+        self._transposed = transposed
         self.marks: list[Mark] = []
         self._since = time.perf_counter()
 
@@ -58,7 +69,10 @@ class InstantSession:
     def product(self, group: int, direction: Direction, x: Tensor, owners: object = None) -> Tensor:
         """See ``Session.product``; a session checks what it sends, too."""
         torch.isfinite(x.sum()).item()
-        self.marks.append(Mark(self._names[group], direction, self.end()))
+        of_pass: Direction = direction
+        if group in self._transposed:
+            of_pass = "backward" if direction == "forward" else "forward"
+        self.marks.append(Mark(self._names[group], of_pass, self.end()))
         members = self._members[group]
         width = sum(m.out_features for m in members) if direction == "forward" else members[0].in_features
         # Written to, so that its memory is there when the model reads it, as that of a decrypted product is.
@@ -68,14 +82,19 @@ class InstantSession:
 
 
 def measure_client_compute(
-    model: nn.Module, chosen: Sequence[Candidate], share: bool, targets: Sequence[str], tokens: int, length: int
+    model: nn.Module,
+    chosen: Sequence[Candidate],
+    options: SessionOptions,
+    targets: Sequence[str],
+    tokens: int,
+    length: int,
 ) -> ClientCompute:
     """Measure what a client computes itself, by running steps of a small model.
 
     Args:
         model: a causal language model of ``BLOCKS`` blocks, its parameters on the meta device; it is changed.
         chosen: its layers that are outsourced.
-        share: whether siblings are one product.
+        options: of the session.
         targets: ends of the names of layers that get LoRA adapters of rank 8; the empty end for all.
         tokens: of a micro-batch.
         length: tokens of a sequence.
@@ -83,7 +102,7 @@ def measure_client_compute(
     Returns:
         Seconds of a step's parts; ``head`` and ``end`` those of this small model.
     """
-    session = attach_instant_session(model, chosen, share)
+    session = attach_instant_session(model, chosen, options)
     adapted: Any = add_lora(model, seed=0, rank=8, targets="all-linear" if "" in targets else list(targets)).train()
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
@@ -141,23 +160,27 @@ def _batch(vocabulary: int, tokens: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def attach_instant_session(model: nn.Module, chosen: Sequence[Candidate], share: bool) -> InstantSession:
+def attach_instant_session(model: nn.Module, chosen: Sequence[Candidate], options: SessionOptions) -> InstantSession:
     """Outsource layers to an ``InstantSession``, and fill what is left of a model on the meta device with zeros."""
     infos = [_info(candidate) for candidate in chosen]
-    groups = (
-        sibling_groups(chosen, [info.in_features for info in infos]) if share else [(i,) for i in range(len(infos))]
-    )
+    sizes = [info.in_features for info in infos]
+    groups = sibling_groups(chosen, sizes, share=options.share_inputs, experts=options.experts)
     members = [[infos[i] for i in group] for group in groups]
-    names = ["+".join(info.name.rpartition(".")[2] for info in of) for of in members]
-    session = InstantSession(members, names)
+    names = [group_name([info.name for info in of]) for of in members]
+    leading_back = [number for number, group in enumerate(groups) if _leads_back(chosen[group[0]])]
+    session = InstantSession(members, names, leading_back)
     like = torch.empty(0, dtype=chosen[0].weight().dtype)
     for index, group in enumerate(groups):
+        if chosen[group[0]].part is not None:
+            continue
         handle = LayerGroup(cast(Any, session), index, [index] * len(group))
         for member, index in enumerate(group):
             candidate = chosen[index]
             bias = candidate.module._parameters.get("bias")
             new = OutsourcedLinear(infos[index], bias, handle, member, like)
             setattr(candidate.parent, candidate.attribute, new)
+    numbers = {group: number for number, group in enumerate(groups)}
+    put_experts(chosen, infos, numbers, cast(Any, session), torch.device("cpu"))
     filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -167,6 +190,10 @@ def attach_instant_session(model: nn.Module, chosen: Sequence[Candidate], share:
                     filled[id(parameter)] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
                 module._parameters[name] = filled[id(parameter)]
     return session
+
+
+def _leads_back(candidate: Candidate) -> bool:
+    return candidate.part is not None and candidate.part.side == "outputs"
 
 
 def _info(candidate: Candidate) -> LayerInfo:

@@ -127,7 +127,11 @@ class Costs:
                     for i, group in enumerate(groups)
                     for j, part in enumerate(group.parts(tokens))
                 ),
-                *(self._backward(group, tokens, first=i == 0) for i, group in enumerate(back)),
+                *(
+                    self._backward(group, part, first=i == j == 0)
+                    for i, group in enumerate(back)
+                    for j, part in enumerate(group.parts(tokens))
+                ),
             ],
             end,
         )
@@ -138,14 +142,14 @@ class Costs:
             return Product(rest, self._requests(group, "backward", tokens))
         if group.cut:
             rest += group.forward.out_features * tokens * self._client.copy
-        return Product(rest, self._requests(group, "forward", tokens))
+        return Product(rest, self._requests(group, group.directions[0], tokens))
 
     def _backward(self, group: PlannedGroup, tokens: int, first: bool) -> Product:
         rest = self._compute.head.at(tokens) if first else self._before(group, "backward", tokens)
         if group.cut:
             added = (len(group.pieces) - 1) * group.forward.in_features
             rest += (group.forward.out_features + added) * tokens * self._client.copy
-        return Product(rest, self._requests(group, "backward", tokens))
+        return Product(rest, self._requests(group, group.directions[-1], tokens))
 
     def _requests(self, group: PlannedGroup, direction: Direction, tokens: int) -> tuple[Request, ...]:
         requests: list[Request] = []

@@ -30,6 +30,7 @@ from ciphertune.planning.placing import compare, fitting
 from ciphertune.planning.products import PlannedGroup, PlannedModel, Products
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import ClientCompute, Line, Speeds, check_backend, product_name
+from ciphertune.selection import SessionOptions
 
 _ROUNDS = 5
 
@@ -296,7 +297,7 @@ def _client_compute(
     if found is None:
         return _forward_compute(guess_client_compute(planned))
     small, chosen, head_share = found
-    computed = _measure_passes(small, chosen, planned.choice.options.share_inputs, tokens, sequences, head_share)
+    computed = _measure_passes(small, chosen, planned.choice.options, tokens, sequences, head_share)
     if (
         not {product_name(group.layers, "forward") for group in planned.groups if not group.lookup}
         <= computed.before.keys()
@@ -308,7 +309,7 @@ def _client_compute(
 def _measure_passes(
     small: nn.Module,
     chosen: Sequence[Candidate],
-    share: bool,
+    options: SessionOptions,
     tokens: Sequence[int],
     sequences: int,
     head_share: float,
@@ -316,7 +317,7 @@ def _measure_passes(
     """Run passes of a small model, whose products cost nothing, as generation does: cached, without gradients."""
     from transformers import DynamicCache
 
-    session = attach_instant_session(small, chosen, share)
+    session = attach_instant_session(small, chosen, options)
     model = small.eval()
     width, prompt = (max(1, count // sequences) for count in tokens)
     runs: dict[str, list[list[float]]] = {"later": [], "prompt": []}

@@ -250,8 +250,8 @@ def _client_compute(
     if cut is None:
         return guess_client_compute(planned)
     small, chosen, share = cut
-    found = measure_client_compute(small, chosen, planned.choice.options.share_inputs, targets, tokens, length)
-    needed = {product_name(u.layers, d) for u in planned.groups for d in u.directions if not u.lookup}
+    found = measure_client_compute(small, chosen, planned.choice.options, targets, tokens, length)
+    needed = {product_name(u.layers, d) for u in planned.groups for d in DIRECTIONS[: 1 + u.backward] if not u.lookup}
     if not needed <= found.before.keys():
         return guess_client_compute(planned)  # Blocks are not all alike.
     blocks = getattr(planned.model.config, "num_hidden_layers", 0)
@@ -281,7 +281,8 @@ def small_model(
     specials = ("pad_token_id", "bos_token_id", "eos_token_id")
     small = skeleton(model, **changes, **dict.fromkeys(specials))
     names = {candidate.name for candidate in planned.chosen}
-    chosen = choose_layers(small, "all", plugin_manager(), allow_meta=True)
+    experts = planned.choice.options.experts
+    chosen = choose_layers(small, "all", plugin_manager(), allow_meta=True, experts=experts)
     chosen = [candidate for candidate in chosen if candidate.name in names]
     blocks = getattr(config, "num_hidden_layers", 0)
     if not chosen or (blocks > BLOCKS and len(chosen) >= len(names)):

@@ -320,7 +320,7 @@ def make_plan(
         evaluation=evaluated,
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
-            for c in linear_layers(planned.model, allow_meta=True)
+            for c in linear_layers(planned.model, allow_meta=True, experts=planned.choice.options.experts)
             if c.name not in planned.named
         },
         refused=planned.refused,

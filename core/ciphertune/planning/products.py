@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -17,9 +18,13 @@ from ciphertune.client.placement import Piece, place
 from ciphertune.errors import ConfigError
 from ciphertune.models.known import skeleton
 from ciphertune.outsourcing.embedding import Table, choose_table, tokens_at_once
-from ciphertune.outsourcing.layers import Candidate, choose_layers, linear_layers, sibling_groups
+from ciphertune.outsourcing.layers import Candidate, choose_layers, group_name, linear_layers, sibling_groups
+from ciphertune.outsourcing.stacked import layout_of
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.weights import LayerInfo, Shard, group_map, lookup_map
+
+_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
+"""What configurations call the number of experts that a token uses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,10 @@ class PlannedGroup:
         lookup: whether it is a table, whose products are lookups: of the direction backward, in the forward pass.
         tied: whether its weight is that of another group, too.
         most: tokens of a pass that reach it at most; None for all of them.
+        transposed: whether it leads from experts back to tokens: its products of the forward pass have the direction
+            backward, and the others forward.
+        at_once: tokens of one product at most; None for no limit.
+        share: of a pass' tokens that reach it, where routing is sent.
     """
 
     layers: str
@@ -44,16 +53,23 @@ class PlannedGroup:
     lookup: bool = False
     tied: bool = False
     most: int | None = None
+    transposed: bool = False
+    at_once: int | None = None
+    share: float = 1.0
 
     @property
     def directions(self) -> tuple[Direction, ...]:
-        """Directions of its products in a step."""
-        return ("backward",) if self.lookup else DIRECTIONS[: 1 + self.backward]
+        """Directions of its products in a step, that of the forward pass first."""
+        if self.lookup:
+            return ("backward",)
+        ways: tuple[Direction, Direction] = ("backward", "forward") if self.transposed else ("forward", "backward")
+        return ways[: 1 + self.backward]
 
     def parts(self, tokens: int) -> list[int]:
         """Tokens of each product, for so many in all."""
         tokens = tokens if self.most is None else min(tokens, self.most)
-        most = tokens_at_once(self.forward.out_features) if self.lookup else tokens
+        tokens = math.ceil(tokens * self.share)
+        most = self.at_once or (tokens_at_once(self.forward.out_features) if self.lookup else tokens)
         return [min(most, tokens - done) for done in range(0, tokens, most)]
 
     @property
@@ -118,22 +134,24 @@ class Products:
     ) -> None:
         self._choice = choice = choose(to)
         self._model = built = skeleton(model) if isinstance(model, str) else model
-        chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True)
+        options = choice.options
+        chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True, experts=options.experts)
         table = None
         if embeddings:
             chosen, table = choose_table(built, chosen, allow_meta=True)
         own = table.places[:1] if table is not None and table.tied is None else ()
         self._chosen = chosen
         self._infos = infos = [_info(candidate, choice.backend) for candidate in (*chosen, *own)]
-        groups = sibling_groups(chosen, [info.in_features for info in infos[: len(chosen)]])
+        sizes = [info.in_features for info in infos[: len(chosen)]]
+        groups = sibling_groups(chosen, sizes)
         self._blocks = [*groups, *((i,) for i in range(len(chosen), len(infos)))]
-        order = [candidate.name for candidate in linear_layers(built, allow_meta=True)]
-        first = next((i for i, name in enumerate(order) if name.endswith(tuple(targets))), len(order))
+        order = {candidate.name: i for i, candidate in enumerate(linear_layers(built, allow_meta=True))}
+        first = next((i for name, i in order.items() if name.endswith(tuple(targets))), len(order))
         # Nothing is asked for the gradient of an input that comes before the first adapter.
-        self._ahead = {i for group in groups if order.index(infos[min(group)].name) <= first for i in group}
+        self._ahead = {i for group in groups if order[infos[min(group)].name] <= first for i in group}
         self._refused: dict[str, str] = {}
         self._groups: list[tuple[int, ...]] = []
-        for group in groups if choice.options.share_inputs else [(i,) for i in range(len(chosen))]:
+        for group in sibling_groups(chosen, sizes, share=options.share_inputs, experts=options.experts):
             why = _refusal([infos[i] for i in group], choice.backend)
             if why is None:
                 self._groups.append(group)
@@ -144,6 +162,7 @@ class Products:
             self._refused[f"{infos[self._row].name} (lookup)"] = why
             table = self._row = None
         self._table = table
+        self._routed = _routed_share(built) if options.experts == "routed" else 1.0
 
     def placed(self, placement: Placement) -> PlannedModel:
         """The products with the workers that evaluate them."""
@@ -152,7 +171,13 @@ class Products:
         lookups = [] if self._row is None else [placed.lookup(self._row, tied=tied)]
 
         def planned(of: Sequence[tuple[int, ...]]) -> list[PlannedGroup]:
-            return [*lookups, *(placed.planned(group, backward=group[0] not in self._ahead) for group in of)]
+            own = [
+                placed.planned(group, group[0] not in self._ahead, self._chosen[group[0]], self._routed) for group in of
+            ]
+            return [*lookups, *own]
+
+        apart = [(i,) for group in self._groups for i in group if self._chosen[i].part is None]
+        together = [group for group in self._groups if self._chosen[group[0]].part is not None]
 
         return PlannedModel(
             model=self._model,
@@ -160,7 +185,7 @@ class Products:
             chosen=[self._chosen[i] for group in self._groups for i in group],
             table=self._table,
             groups=planned(self._groups),
-            singles=planned([(i,) for group in self._groups for i in group]),
+            singles=planned(sorted([*apart, *together])),
             refused=self._refused,
             worker_bytes=max(placed.weights) * (self._choice.backend.weight_bits or 32) // 8,
             named={info.name for info in self._infos},
@@ -189,16 +214,32 @@ class _Placed:
         # Groups of the same sizes are cut alike.
         self._pieces = functools.lru_cache(None)(self._pieces_of)
 
-    def planned(self, group: tuple[int, ...], backward: bool) -> PlannedGroup:
-        """Layers of a group, or one of them alone."""
+    def planned(
+        self, group: tuple[int, ...], backward: bool, first: Candidate | None = None, routed: float = 1.0
+    ) -> PlannedGroup:
+        """Layers of a group, or one of them alone.
+
+        Args:
+            group: the layers.
+            backward: whether a gradient of its input is asked for.
+            first: the first of them.
+            routed: share of the tokens that routing sends to an expert; 1 where every token goes to every expert.
+        """
         members = tuple(self._infos[i] for i in group)
-        name = "+".join(info.name.rpartition(".")[2] for info in members)
+        name = group_name([info.name for info in members])
         siblings = self._group_of[group[0]]
         sizes = tuple((self._infos[i].in_features, self._infos[i].out_features) for i in siblings)
         part = int(self._places[siblings] * self._placement.layers)
         pieces = self._pieces(sizes, tuple(siblings.index(i) for i in group), part)
         forward, whole_backward = (group_map(members, direction) for direction in DIRECTIONS)
-        return PlannedGroup(name, forward, whole_backward, pieces, backward)
+        found = PlannedGroup(name, forward, whole_backward, pieces, backward)
+        if first is None or first.part is None or first.part.layout is None:
+            return found
+        layout = first.part.layout
+        routed = 1.0 if layout.apart else routed
+        at_once = tokens_at_once(layout.widest) if routed == 1.0 and not layout.apart else None
+        transposed = first.part.side == "outputs"
+        return dataclasses.replace(found, transposed=transposed, at_once=at_once, share=routed)
 
     def lookup(self, row: int, tied: bool) -> PlannedGroup:
         """Lookups in the table that stands at this place."""
@@ -236,8 +277,17 @@ def kept_parameters(planned: PlannedModel) -> list[nn.Parameter]:
 def parameters_without(model: nn.Module, outsourced: Sequence[Candidate]) -> list[nn.Parameter]:
     """Parameters that stay where these layers are outsourced: a tied weight goes once all its places do."""
     places = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    places.subtract(id(candidate.module.weight) for candidate in outsourced)
+    places.subtract(id(p) for p in {candidate.tensor: candidate.parameter() for candidate in outsourced}.values())
     return [p for p in model.parameters() if places[id(p)] > 0]
+
+
+def _routed_share(model: nn.Module) -> float:
+    """Share of the tokens that an expert gets on average, as far as the configuration says it."""
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "ffn_config", None) or config
+    used = next((getattr(config, name) for name in _USED if isinstance(getattr(config, name, None), int)), None)
+    counts = [layout.experts for layout in map(layout_of, model.modules()) if layout is not None]
+    return min(1.0, used / counts[0]) if used and counts else 1.0
 
 
 def _info(candidate: Candidate, backend: Backend) -> LayerInfo:

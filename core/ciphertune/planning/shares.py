@@ -74,6 +74,6 @@ def _chosen(model: nn.Module, layers: str | None) -> list[Candidate]:
 
 
 def _fraction(model: nn.Module, outsourced: Sequence[Candidate]) -> float:
-    weights = {id(candidate.module.weight): candidate.weight().numel() for candidate in outsourced}
+    weights = {(id(candidate.parameter()), candidate.part): candidate.weight().numel() for candidate in outsourced}
     away = sum(weights.values())
     return away / (away + sum(p.numel() for p in parameters_without(model, outsourced)))

@@ -35,6 +35,7 @@ class RunCosts:
         outsourced_weights, client_weights: numbers of them, adapters at the client included.
         outsourced_operations, client_operations: multiply-adds of the first step; both 0 where they are not known.
         remote: whether products were computed in other processes.
+        routing_sent: whether workers saw how many tokens each expert of a mixture got (``experts=routed``).
         encrypted, assumption: of the backend's security statement.
         versions, machine: as ``ciphertune._support.environment`` finds them.
     """
@@ -50,6 +51,7 @@ class RunCosts:
     outsourced_operations: int
     client_operations: int
     remote: bool
+    routing_sent: bool
     encrypted: bool
     assumption: str
     versions: dict[str, str | None]
@@ -116,6 +118,7 @@ class CostMeter:
             outsourced_operations=self._operations.at_workers,
             client_operations=self._operations.at_client,
             remote=self._session.choice.transport.remote,
+            routing_sent=self._session.choice.options.experts == "routed",
             encrypted=security.encrypted,
             assumption=security.assumption,
             versions=environment.versions(),

@@ -111,7 +111,9 @@ def all_linear(model: nn.Module) -> list[str]:
     if callable(getter):
         outside |= {id(getter())}
     modules = dict(model.named_modules())
-    names = [c.name for c in linear_layers(model, allow_meta=True)] + [each.name for each in outsourced_layers(model)]
+    names = [c.name for c in linear_layers(model, allow_meta=True) if c.part is None] + [
+        each.name for each in outsourced_layers(model)
+    ]
     found = sorted(name for name in names if id(modules.get(name)) not in outside)
     if not found:
         raise ConfigError("lora.target_modules: the model has no linear layer that could have an adapter")
@@ -136,7 +138,7 @@ def _check(model: nn.Module, targets: Sequence[str]) -> None:
     named = {name for name, module in model.named_modules() if hasattr(module, "weight")}
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in named):
-            linear = {c.name.rpartition(".")[2] for c in linear_layers(model, allow_meta=True)}
+            linear = {c.name.rpartition(".")[2] for c in linear_layers(model, allow_meta=True) if c.part is None}
             linear |= {layer.name.rpartition(".")[2] for layer in outsourced_layers(model)}
             raise ConfigError(f"lora.target_modules: no layer is called {target!r}; {closest(target, linear)}")
 
