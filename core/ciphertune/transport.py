@@ -150,6 +150,54 @@ CHAIN = "::"
 """Stands between a transport and the one that it wraps."""
 
 
+class Link(abc.ABC):
+    """An open connection to one worker. Safe to use from several threads.
+
+    Attributes:
+        name: of the worker in errors and logs, usually its address.
+        identity: what the connection proves the worker to be, such as its public key; empty where it proves nothing.
+            A worker that gave a wrong answer is known again by it, whatever its address.
+    """
+
+    name: str = ""
+    identity: str = ""
+
+    @abc.abstractmethod
+    def submit(self, request: Message) -> Future[Message]:
+        """Send a request; the future resolves to its reply.
+
+        The future raises ``TransportError`` as soon as it is known that no reply will come over this connection: the
+        worker is gone, or was never there. It has no deadline: the caller sets one, and cancels the future to give the
+        request up. A reply of kind ``error`` is a result, not an exception. After a failure the link connects again by
+        itself, and later requests may succeed.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Drop the connection; pending futures fail with ``TransportError``. Idempotent."""
+
+
+class Listener(abc.ABC):
+    """A worker's side of a transport: takes requests at an address until it is closed.
+
+    Attributes:
+        address: that of the worker in a selection string, after ``://``.
+    """
+
+    address: str = ""
+
+    @abc.abstractmethod
+    def close(self, linger: float = 0.0) -> None:
+        """Stop taking requests, send replies that are ready for up to ``linger`` seconds, and release the address.
+
+        Idempotent.
+        """
+
+
+Reply = Callable[[list[Frame], Callable[[], None]], None]
+"""Sends a reply: takes its frames, and a function to call once they have left this process, or never will."""
+
+
 class WrappingTransport(Transport):
     """A transport around another, which is named after it: ``flaky::zmq``.
 
@@ -261,54 +309,6 @@ def _fields(options: type, names: Mapping[str, str] | None = None) -> list[tuple
         default: Any = dataclasses.field(default=field.default, default_factory=field.default_factory)
         found.append((field.name if names is None else names[field.name], hints[field.name], default))
     return found
-
-
-class Link(abc.ABC):
-    """An open connection to one worker. Safe to use from several threads.
-
-    Attributes:
-        name: of the worker in errors and logs, usually its address.
-        identity: what the connection proves the worker to be, such as its public key; empty where it proves nothing.
-            A worker that gave a wrong answer is known again by it, whatever its address.
-    """
-
-    name: str = ""
-    identity: str = ""
-
-    @abc.abstractmethod
-    def submit(self, request: Message) -> Future[Message]:
-        """Send a request; the future resolves to its reply.
-
-        The future raises ``TransportError`` as soon as it is known that no reply will come over this connection: the
-        worker is gone, or was never there. It has no deadline: the caller sets one, and cancels the future to give the
-        request up. A reply of kind ``error`` is a result, not an exception. After a failure the link connects again by
-        itself, and later requests may succeed.
-        """
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Drop the connection; pending futures fail with ``TransportError``. Idempotent."""
-
-
-class Listener(abc.ABC):
-    """A worker's side of a transport: takes requests at an address until it is closed.
-
-    Attributes:
-        address: that of the worker in a selection string, after ``://``.
-    """
-
-    address: str = ""
-
-    @abc.abstractmethod
-    def close(self, linger: float = 0.0) -> None:
-        """Stop taking requests, send replies that are ready for up to ``linger`` seconds, and release the address.
-
-        Idempotent.
-        """
-
-
-Reply = Callable[[list[Frame], Callable[[], None]], None]
-"""Sends a reply: takes its frames, and a function to call once they have left this process, or never will."""
 
 
 class RequestHandler(Protocol):

@@ -220,8 +220,8 @@ Worker.handle = lambda self, request, peer="": time.sleep(600)
 config = WorkerConfig(
     (sys.argv[1],), bind=(BindSection("tcp://127.0.0.1:*", insecure=True),), drain=float(sys.argv[2]),
 )
-log_to_stderr("json", "info")
-serve_worker(config, lambda at: print("ready", at, flush=True), lambda: config)
+with log_to_stderr("json", "info"):
+    serve_worker(config, lambda at: print("ready", at, flush=True), lambda: config)
 """
 
 

@@ -23,7 +23,7 @@ MOST = {
     ("ciphertune.linear",): 13,
     ("ciphertune.backend",): 9,
     ("ciphertune.transport",): 10,
-    ("ciphertune.bundle.worker", "ciphertune.worker.service"): 36,
+    ("ciphertune.bundle.worker", "ciphertune.worker.service"): 42,
 }
 IMPORT = """
 import importlib, importlib.util, json, sys

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
+from collections.abc import Iterator, Sequence
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
@@ -43,10 +45,25 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry)
 
 
-def log_to_stderr(form: str, level: str) -> None:
-    """Have the process write its log to standard error, in the form ``text`` or ``json``."""
+@contextlib.contextmanager
+def log_to_stderr(form: str, level: str, names: Sequence[str] = ("",)) -> Iterator[None]:
+    """Have loggers write to standard error alone, within the context.
+
+    Args:
+        form: ``text`` or ``json``.
+        level: the least that is written.
+        names: of the loggers; that of the root for what every package says.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(list(each.handlers), each.level) for each in loggers]
+    for each in loggers:
+        each.handlers[:] = [handler]
+        each.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        for each, (handlers, least) in zip(loggers, before, strict=True):
+            each.handlers[:] = handlers
+            each.setLevel(least)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ciphertune._support.logs import log_to_stderr
 from ciphertune.cli.using import PAD_TOKENS, model_options, opened
 
 log = logging.getLogger("ciphertune.serve")
@@ -99,7 +98,8 @@ def serve(
     from ciphertune.serving.server import Server, refuse_missing
 
     refuse_missing()
-    with _log_to_stderr():
+    # Other packages could quote what they were given.
+    with log_to_stderr("text", "info", ("ciphertune",)), log_to_stderr("text", "warning", ("uvicorn",)):
         if not settings.loopback and certificate is None:
             log.warning("prompts, answers and keys travel in the clear to %s: use --certificate, or a TLS proxy", host)
         with opened(model, source) as found:
@@ -119,19 +119,3 @@ def _read_keys(file: Path | None) -> list[str]:
         return file.read_text(encoding="ascii").split()
     except UnicodeDecodeError:
         raise KeyFileError(f"{file} holds other characters than letters, digits and signs") from None
-
-
-@contextlib.contextmanager
-def _log_to_stderr() -> Iterator[None]:
-    """What this project and the web server have to say: other packages could quote what they were given."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("ciphertune", "uvicorn")]
-    for each in loggers:
-        each.addHandler(handler)
-    loggers[0].setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for each in loggers:
-            each.removeHandler(handler)

@@ -178,8 +178,7 @@ def worker(
         return build_section(WorkerConfig, {**content, "backends": ["all"] if offered is None else offered})
 
     config = read()
-    log_to_stderr(config.log.format, config.log.level)
+    with log_to_stderr(config.log.format, config.log.level):
+        from ciphertune.runs.worker import serve_worker
 
-    from ciphertune.runs.worker import serve_worker
-
-    serve_worker(config, lambda at: click.echo(f"ready {at}"), read)
+        serve_worker(config, lambda at: click.echo(f"ready {at}"), read)

@@ -291,11 +291,10 @@ def restore(model: ModelT) -> ModelT:
     restorer = Restorer(model, frozen=bool(frozen) and not frozen <= frozen_from_birth(model))
     for parent in list(model.modules()):
         for attribute, module in list(parent._modules.items()):
-            if not isinstance(module, (OutsourcedLinear, OutsourcedEmbedding, OutsourcedConv)):
-                continue
-            if (session := _session(module)) is not None:
-                weight = LayerWeight(held[session][module.name], module.info.scale)
-                restorer.take_back(parent, attribute, module, weight.dequantize())
+            if isinstance(module, (OutsourcedLinear, OutsourcedEmbedding, OutsourcedConv)):
+                if (session := _session(module)) is not None:
+                    weight = LayerWeight(held[session][module.name], module.info.scale)
+                    restorer.take_back(parent, attribute, module, weight.dequantize())
             elif isinstance(module, OutsourcedExperts):
                 codes = held[module.products.session]
                 whole = [LayerWeight(codes[info.name], info.scale).dequantize() for info in module.infos]
