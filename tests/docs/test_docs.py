@@ -76,6 +76,7 @@ EXCLUDED = {
     ("CONTRIBUTING.md", "make browser-test"): "needs a browser; for people",
     ("CONTRIBUTING.md", "make soak MINUTES=10"): "ten minutes; for people",
     ("CONTRIBUTING.md", "make fuzz RUNS=100000"): "minutes; for people",
+    ("CONTRIBUTING.md", "make zoo"): "half an hour; for people",
     ("CONTRIBUTING.md", "make concrete-ml"): _MAKE,
     ("README.md", 'pip install ".[demo]"   # the core is `pip install .`'): _INSTALL,
     ("README.md", "make demo"): "minutes; tests/runs/test_demo.py runs it small",
