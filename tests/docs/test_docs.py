@@ -77,6 +77,10 @@ EXCLUDED = {
     ("CONTRIBUTING.md", "make soak MINUTES=10"): "ten minutes; for people",
     ("CONTRIBUTING.md", "make fuzz RUNS=100000"): "minutes; for people",
     ("CONTRIBUTING.md", "make zoo"): "half an hour; for people",
+    (
+        "remote.md",
+        'model = sentence_transformers.SentenceTransformer("bundle/client")',
+    ): "of another bundle; tests/bundle/test_parts.py does it",
     ("CONTRIBUTING.md", "make concrete-ml"): _MAKE,
     ("README.md", 'pip install ".[demo]"   # the core is `pip install .`'): _INSTALL,
     ("README.md", "make demo"): "minutes; tests/runs/test_demo.py runs it small",
