@@ -144,12 +144,13 @@ def main() -> None:
         alone = measured(to, opened, product, 1, 0.0, arguments.seconds / 4)
         overhead = max(0.0, alone["median_s"] - evaluate)
         print(f"evaluation {1000 * evaluate:.2f} ms, the rest of a round trip {1000 * overhead:.2f} ms")
-        request = Request((0,), 0.0, 0, evaluate, 0, 0.0)
+        # What a message takes is the worker's time: its processor encrypts, checks and copies.
+        request = Request((0,), 0.0, 0, evaluate + overhead, 0, 0.0)
         cycle = (Pass(MicroBatch([Product(0.0, (request,))]), 1),)
-        lines = Lines(1e12, 1e12, 0.0, 1e12, overhead)
+        lines = Lines(1e12, 1e12, 0.0, 1e12)
         for load in arguments.load:
             for clients in arguments.clients:
-                pause = clients * evaluate / load
+                pause = clients * (evaluate + overhead) / load
                 real = measured(to, opened, product, clients, pause, arguments.seconds)
                 told = simulate_clients([Kind("one", clients, cycle, think=pause)], 1, lines, 20_000).kinds["one"]
                 row = {

@@ -18,7 +18,7 @@ from ciphertune.errors import CipherTuneError, ConfigError
 from ciphertune.planning.capacity import CHATS, TRAINING, CapacityPlan, ClientMix, Prices, plan_capacity
 from ciphertune.planning.queueing import Kind, Lines, Load, Pass, simulate_clients
 from ciphertune.planning.simulation import MicroBatch, Product, Request
-from ciphertune.planning.speeds import ClientCompute, Line, ProductSpeed, Speeds, write_speeds
+from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, write_speeds
 
 KINDS = ("q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj")
 FAST = Lines(up=1e12, down=1e12, latency=0.0, worker=1e12)
@@ -119,6 +119,16 @@ def test_chats_and_training_are_both_served(folder: Path) -> None:
     assert set(found.asked.kinds) == {TRAINING, CHATS}
     assert found.asked.kinds[CHATS].alone < found.asked.kinds[TRAINING].alone
     assert all(one.median >= one.alone * 0.99 for one in found.asked.kinds.values())
+
+
+def test_a_transport_takes_the_workers_time(folder: Path) -> None:
+    linked = dataclasses.replace(speeds(), link=LinkSpeed(rate=1e9, overhead=0.02))
+    without, found = (plan(folder, 8, workers=1, client=client).asked for client in (speeds(), linked))
+    assert without is not None
+    assert found is not None
+    # A saturated worker: each of the 15 products of a step takes 20 ms more of it.
+    steps = [one.tokens_per_second / 24 for one in (without, found)]
+    assert 1 / steps[1] - 1 / steps[0] == pytest.approx(15 * 0.02, rel=0.1)
 
 
 def test_memory_decides_how_many_workers_hold_a_copy(folder: Path) -> None:

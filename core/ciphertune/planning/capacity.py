@@ -18,7 +18,8 @@ from ciphertune.planning.generating import (
 from ciphertune.planning.measure import local_selection, measure_speeds
 from ciphertune.planning.products import PlannedModel, Products
 from ciphertune.planning.queueing import Kind, Lines, Load, Pass, Waiting, simulate_clients
-from ciphertune.planning.speeds import Speeds, check_backend
+from ciphertune.planning.simulation import MicroBatch, Product, Request
+from ciphertune.planning.speeds import LinkSpeed, Speeds, check_backend
 
 TRAINING, CHATS = "training", "chats"
 """Names of kinds of clients."""
@@ -74,7 +75,8 @@ class Capacity:
         workers: how many.
         copies: of the model; clients are divided over them.
         kinds: seconds and tokens of ``TRAINING`` (a step) and ``CHATS`` (a token of an answer), of those there are.
-        evaluating, receiving, sending: share of the time that the busiest worker, and the card of one, is at it.
+        evaluating, receiving, sending: share of the time that the busiest worker, and the card of one, is at it;
+            evaluating counts what the transport takes of the worker's processor.
         busiest: the largest of them, by name.
         bytes_per_second: up and down, of all clients and workers together.
         tokens_per_second: trained and generated, of all clients together.
@@ -195,8 +197,8 @@ def plan_capacity(
     assert of_client is not None
     assert of_worker is not None
     passes = _passes(planned, asked, of_client, of_worker)
-    overhead = 0.0 if of_client.link is None else of_client.link.overhead
-    lines = Lines(bandwidth, down, latency, worker_bandwidth, overhead)
+    passes = {name: tuple(_carried(one, of_client.link) for one in cycle) for name, cycle in passes.items()}
+    lines = Lines(bandwidth, down, latency, worker_bandwidth)
 
     def capacity(copies: int) -> Capacity:
         return _capacity(passes, asked, placed.workers, copies, lines, prices, requests)
@@ -283,6 +285,19 @@ def _passes(planned: PlannedModel, mix: ClientMix, client: Speeds, worker: Speed
         token = Pass(costs.micro_batch(forward_groups(planned), 1), 1, times=mix.new_tokens - 1)
         found[CHATS] = (prompt, token) if mix.new_tokens > 1 else (prompt,)
     return found
+
+
+def _carried(one: Pass, link: LinkSpeed | None) -> Pass:
+    """A pass whose messages take the worker's time as well: its processor encrypts, checks and copies them."""
+    if link is None:
+        return one
+
+    def carried(request: Request) -> Request:
+        took = link.overhead + (request.up + request.down) / link.rate
+        return dataclasses.replace(request, evaluate=request.evaluate + took)
+
+    products = [Product(each.rest, tuple(map(carried, each.requests))) for each in one.batch.products]
+    return dataclasses.replace(one, batch=MicroBatch(products, one.batch.rest))
 
 
 def _capacity(

@@ -64,14 +64,12 @@ class Lines:
         up, down: bytes a second of each client's line.
         latency: seconds one way.
         worker: bytes a second of each worker's card, each way.
-        overhead: seconds that the transport adds to the way of a request and its reply together.
     """
 
     up: float
     down: float
     latency: float
     worker: float
-    overhead: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +147,7 @@ def _idle(product: Product, lines: Lines) -> float:
         default=0.0,
     )
     own = product.rest + sum(request.encrypt + request.decrypt for request in product.requests)
-    return own + slowest + 2 * lines.latency + lines.overhead
+    return own + slowest + 2 * lines.latency
 
 
 class _Client:
@@ -266,7 +264,7 @@ class _Run:
             client.uplink = max(time, client.uplink) + request.up / self._lines.up
             worker = min(request.workers, key=self._under_way.__getitem__)
             self._under_way[worker] += 1
-            self._at(client.uplink + self._lines.latency + self._lines.overhead / 2, 0, client, request, worker)
+            self._at(client.uplink + self._lines.latency, 0, client, request, worker)
 
     def _use(self, what: str, time: float, seconds: float, client: _Client, request: Request, worker: int) -> None:
         free = self._free[what]
@@ -274,7 +272,7 @@ class _Run:
         self._busy[what][worker] += seconds
         if what == "sending":
             self._under_way[worker] -= 1
-            end += self._lines.latency + self._lines.overhead / 2
+            end += self._lines.latency
         self._at(end, {"receiving": 1, "evaluating": 2, "sending": 3}[what], client, request, worker)
 
     def _answered(self, client: _Client, request: Request, worker: int, time: float) -> None:
