@@ -14,7 +14,7 @@ from ciphertune._support.torch_compat import autocast_dtype
 from ciphertune.errors import InputError, NothingOutsourcedError
 from ciphertune.linear import Evaluator
 from ciphertune.outsourcing.layers import Candidate, LayerChoice, matching, meant_to_train
-from ciphertune.outsourcing.obstacles import something_of_its_own
+from ciphertune.outsourcing.obstacles import something_of_its_own, weight_obstacle
 from ciphertune.outsourcing.walk import bare_name, walk
 from ciphertune.weights import LayerInfo
 
@@ -84,13 +84,7 @@ def _obstacle(module: nn.Conv1d | nn.Conv2d, mixed: bool, allow_meta: bool) -> s
         return f"{type(module).__name__} is a convolution with a behaviour of its own"
     if module.groups != 1:
         return f"its channels are in {module.groups} groups, and a product is of one"
-    if weight.is_meta and not allow_meta:
-        return "its weight is on the meta device: load the model first"
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        return f"its weight has dtype {weight.dtype}"
-    if mixed and weight.requires_grad:
-        return "its weight is being trained, so it has to stay here: freeze it first"
-    return None
+    return weight_obstacle(weight, mixed, allow_meta)
 
 
 class OutsourcedConv(WithoutWeight, nn.Module):

@@ -15,6 +15,7 @@ from ciphertune.callers import Owners, owners_of
 from ciphertune.errors import InputError, NothingOutsourcedError, UnsupportedLayerError
 from ciphertune.outsourcing.group import LayerGroup
 from ciphertune.outsourcing.layers import Candidate, linear_layers, meant_to_train
+from ciphertune.outsourcing.obstacles import weight_obstacle
 from ciphertune.outsourcing.walk import bare_name, walk
 from ciphertune.weights import LayerInfo
 
@@ -190,10 +191,4 @@ def _obstacle(module: nn.Embedding, mixed: bool, allow_meta: bool) -> str | None
         return f"{type(module).__name__} is an embedding with a behaviour of its own"
     if module.max_norm is not None:
         return "it renormalises its rows (max_norm)"
-    if weight.is_meta and not allow_meta:
-        return "its weight is on the meta device: load the model first"
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        return f"its weight has dtype {weight.dtype}"
-    if mixed and weight.requires_grad:
-        return "its weight is being trained, so it has to stay here: freeze it first"
-    return None
+    return weight_obstacle(weight, mixed, allow_meta)
