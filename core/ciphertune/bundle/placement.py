@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 
 from ciphertune.errors import ConfigError
@@ -112,5 +111,4 @@ def halved(workers: int) -> list[int]:
     >>> halved(12)
     [1, 3, 6, 12]
     """
-    counts = {max(1, math.floor(workers / 2**i)) for i in range(workers.bit_length())}
-    return sorted(counts)
+    return sorted({workers >> i for i in range(workers.bit_length())})

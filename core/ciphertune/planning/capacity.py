@@ -186,8 +186,7 @@ def plan_capacity(
     placed, planned = _copy_of(products, placement, worker_memory)
     if not planned.groups:
         raise ConfigError("nothing is outsourced, so clients need no worker")
-    given = [(f"the {name}'s speeds", one) for name, one in (("client", client), ("worker", worker)) if one is not None]
-    check_backend(given, local_selection(planned.choice))
+    check_backend(client, worker, local_selection(planned.choice))
     speeds = None
     if client is None or worker is None:
         if not measure:
@@ -236,17 +235,17 @@ def _copy_of(
     if placement is not None:
         placed = Placement.read(str(placement))
         return placed, products.placed(placed)
-    whole = products.placed(Placement())
-    parts = 1
-    while memory is not None and (found := products.placed(Placement(layers=parts))).worker_bytes > memory:
-        if parts > len(whole.groups):
+    placed, planned = Placement(), products.placed(Placement())
+    most = len(planned.groups) + 1
+    while memory is not None and planned.worker_bytes > memory:
+        if placed.layers >= most:
             raise ConfigError(
-                f"the largest group of layers is {found.worker_bytes / 1e9:.3g} GB, more than a worker may hold: name "
-                f"a placement with rows, as layers:{parts},rows:2"
+                f"the largest group of layers is {planned.worker_bytes / 1e9:.3g} GB, more than a worker may hold: "
+                f"name a placement with rows, as {placed},rows:2"
             )
-        parts += 1
-    placed = Placement(layers=parts)
-    return placed, products.placed(placed)
+        placed = Placement(layers=placed.layers + 1)
+        planned = products.placed(placed)
+    return placed, planned
 
 
 def _measure(model: str, planned: PlannedModel, mix: ClientMix, as_client: bool) -> Speeds:

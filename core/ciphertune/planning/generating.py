@@ -26,7 +26,7 @@ from ciphertune.planning.measure import (
     sizes_to_measure,
     small_model,
 )
-from ciphertune.planning.placing import compare, fitting
+from ciphertune.planning.placing import candidates, compare, to_measure
 from ciphertune.planning.products import PlannedGroup, PlannedModel, Products
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import ClientCompute, Line, Speeds, check_backend, product_name
@@ -156,15 +156,10 @@ def plan_generation(
         raise ConfigError(f"a pass over {drafted} drafted tokens yields from 1 to {drafted + 1}, not {accepted:g}")
     products = Products(model, to, layers, (), embeddings)
     whole = products.placed(Placement())
-    if placement is None:
-        fit = fitting(products, workers, worker_memory)
-    else:
-        placed = Placement.read(str(placement), workers)
-        fit = [(placed, products.placed(placed))]
+    fit = candidates(products, workers, placement, worker_memory)
     placed, planned = fit[0]
     backend = planned.choice.backend
-    given = [(f"the {name}'s speeds", one) for name, one in (("client", client), ("worker", worker)) if one is not None]
-    check_backend(given, local_selection(planned.choice))
+    check_backend(client, worker, local_selection(planned.choice))
     head, width = output_head(planned.model), sequences * (1 + drafted)
 
     def traffic(groups: Sequence[PlannedGroup], tokens: int) -> list[tuple[int, int]]:
@@ -178,8 +173,7 @@ def plan_generation(
 
     speeds = None
     if measure and planned.groups and (client is None or worker is None):
-        # Products as one worker has them, and as those have them that divide a layer.
-        parts = dataclasses.replace(planned, groups=[*whole.groups, *planned.groups] if workers > 1 else whole.groups)
+        parts = to_measure(whole, planned)
         speeds = measure_generation(model, parts, (width, sequences * prompt_tokens), sequences, client is None)
     client, worker = client or speeds, worker or speeds
     network = Network(bandwidth, latency, processors=processors, down=down)

@@ -38,6 +38,25 @@ class Tried:
     worker_bytes: int
 
 
+def candidates(
+    products: Products, workers: int, placement: Placement | str | None, memory: float | None
+) -> list[tuple[Placement, PlannedModel]]:
+    """The placement that was asked for, or all that fit where None was; with their products.
+
+    Raises:
+        ConfigError: it cannot be read, is of another number of workers, or nothing fits.
+    """
+    if placement is None:
+        return fitting(products, workers, memory)
+    placed = Placement.read(str(placement), workers)
+    return [(placed, products.placed(placed))]
+
+
+def to_measure(whole: PlannedModel, placed: PlannedModel) -> PlannedModel:
+    """Products as one worker has them, and as those have them that divide a layer."""
+    return dataclasses.replace(whole, groups=[*whole.groups, *placed.groups])
+
+
 def fitting(products: Products, workers: int, memory: float | None) -> list[tuple[Placement, PlannedModel]]:
     """Placements on a number of workers in whose memory the weights fit, with their products; fewest parts first.
 

@@ -12,7 +12,7 @@ from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import linear_layers
 from ciphertune.planning.estimate import Estimate, estimate_step
 from ciphertune.planning.measure import local_selection, measure_preparing, measure_speeds
-from ciphertune.planning.placing import Tried, compare, fitting
+from ciphertune.planning.placing import Tried, candidates, compare, fitting, to_measure
 from ciphertune.planning.products import PlannedGroup, PlannedModel, Products, kept_parameters
 from ciphertune.planning.shares import shares_of
 from ciphertune.planning.simulation import Network, Processors
@@ -236,31 +236,23 @@ def make_plan(
         raise ConfigError(f"interleave={interleave} must be between 1 and the number of micro-batches, {micro_batches}")
     products = Products(model, to, layers, targets, embeddings)
     whole = products.placed(Placement())
-    if placement is None:
-        fit = fitting(products, workers, worker_memory)
-    else:
-        placed = Placement.read(str(placement), workers)
-        fit = [(placed, products.placed(placed))]
+    fit = candidates(products, workers, placement, worker_memory)
     placed, planned = fit[0]
     backend = planned.choice.backend
     sizes = [tokens // micro_batches + (i < tokens % micro_batches) for i in range(micro_batches)]
     local = local_selection(planned.choice)
-    given = [(f"the {name}'s speeds", one) for name, one in (("client", client), ("worker", worker)) if one is not None]
-    check_backend(given, local)
-    shared = _kinds(planned.groups, backend, sizes)
-    alone = _kinds(planned.singles, backend, sizes)
+    check_backend(client, worker, local)
     speeds, preparing = None, None
-    if measure and shared and client is None and backend.prepares:
+    if measure and planned.groups and client is None and backend.prepares:
         preparing = measure_preparing(local)
-    if measure and shared and (client is None or worker is None):
-        # Products as one worker has them, and as those have them that divide a layer.
-        parts = dataclasses.replace(planned, groups=[*whole.groups, *planned.groups] if workers > 1 else whole.groups)
+    if measure and planned.groups and (client is None or worker is None):
+        parts = to_measure(whole, planned)
         speeds = measure_speeds(model, parts, targets, max(sizes), length, as_client=client is None)
     client, worker = client or speeds, worker or speeds
     network, estimate = Network(bandwidth, latency, processors=processors, down=down), None
     tried: list[Tried] = []
     fewer: list[Tried] = []
-    if shared and client is not None and worker is not None:
+    if planned.groups and client is not None and worker is not None:
         of_client, of_worker = client, worker
 
         def estimates(model: PlannedModel, placed: Placement, at_once: int) -> Estimate:
@@ -275,8 +267,8 @@ def make_plan(
             for count in halved(workers)[:-1]:
                 fewer += compare(fitting(products, count, None), estimates, at_once)[:1]
         estimate = estimates(planned, placed, interleave or 1)
-        shared, alone = _kinds(planned.groups, backend, sizes), _kinds(planned.singles, backend, sizes)
     interleave = interleave or 1
+    shared, alone = _kinds(planned.groups, backend, sizes), _kinds(planned.singles, backend, sizes)
     evaluated = None
     if evaluation:
         ahead = [dataclasses.replace(group, backward=False) for group in planned.groups]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,15 +202,17 @@ def _number(row: Mapping[str, Any], name: str, least: float = 0.0) -> float:
     return float(value)
 
 
-def check_backend(speeds: Sequence[tuple[str, Speeds]], to: str) -> None:
+def check_backend(client: Speeds | None, worker: Speeds | None, to: str) -> None:
     """Refuse speeds of another backend or of other options. Raises ``ConfigError``.
 
     Args:
-        speeds: what each is called, and the speeds.
+        client: speeds of the client, where they were given.
+        worker: the same of workers.
         to: the backend and its options that are planned with.
     """
-    for name, one in speeds:
-        if one.to != to:
+    for name, one in (("client", client), ("worker", worker)):
+        if one is not None and one.to != to:
             raise ConfigError(
-                f"{name} was measured with {one.to}, and this plan is for {to}: measure again with --to {to}"
+                f"the {name}'s speeds was measured with {one.to}, and this plan is for {to}: "
+                f"measure again with --to {to}"
             )
