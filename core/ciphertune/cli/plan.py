@@ -176,6 +176,17 @@ def plan(
         name, selection = model, to or "mlwe"
     from_client, to_client = bytes_per_second(up or bandwidth), bytes_per_second(down or bandwidth)
     client, worker = (None if file is None else read_speeds(file) for file in (client_speeds, worker_speeds))
+    layers_asked = "all" if layers == ("all",) else (layers or None)
+    common: dict[str, Any] = {
+        "bandwidth": from_client,
+        "down": to_client,
+        "latency": seconds(latency),
+        "placement": placement,
+        "worker_memory": None if worker_memory_gb is None else 1e9 * worker_memory_gb,
+        "measure": measure,
+        "client": client,
+        "worker": worker,
+    }
     if clients is not None:
         from ciphertune.cli.plan_capacity import show_capacity
         from ciphertune.planning.capacity import ClientMix, Prices, plan_capacity
@@ -184,20 +195,13 @@ def plan(
             name,
             selection,
             ClientMix(clients, chats, tokens, targets, length, prompt_tokens, new_tokens, seconds(think)),
-            layers="all" if layers == ("all",) else (layers or None),
+            layers=layers_asked,
             embeddings=embeddings,
             workers=workers if context.get_parameter_source("workers") is not ParameterSource.DEFAULT else None,
-            placement=placement,
-            worker_memory=None if worker_memory_gb is None else 1e9 * worker_memory_gb,
-            bandwidth=from_client,
-            down=to_client,
-            latency=seconds(latency),
             worker_bandwidth=bytes_per_second(worker_bandwidth),
             prices=Prices(worker_price, traffic_price),
             slowdown=slowdown,
-            measure=measure,
-            client=client,
-            worker=worker,
+            **common,
         )
         _save(capacity.speeds, save_speeds)
         if as_json:
@@ -205,23 +209,12 @@ def plan(
         else:
             show_capacity(name, capacity)
         return
-    common: dict[str, Any] = {
-        "bandwidth": from_client,
-        "down": to_client,
-        "latency": seconds(latency),
-        "workers": workers,
-        "placement": placement,
-        "worker_memory": None if worker_memory_gb is None else 1e9 * worker_memory_gb,
-        "processors": "one" if one_machine else "own",
-        "measure": measure,
-        "client": client,
-        "worker": worker,
-    }
+    common |= {"workers": workers, "processors": "one" if one_machine else "own"}
     if generate:
         generation = plan_generation(
             name,
             selection,
-            layers="all" if layers == ("all",) else (layers or None),
+            layers=layers_asked,
             embeddings=embeddings,
             sequences=sequences,
             prompt_tokens=prompt_tokens,
