@@ -159,7 +159,7 @@ def right(vectors: Vectors, request: Tensor, reply: Tensor) -> bool:
     chosen = slice(None)
     if request.shape[2] > FEW_TOKENS:
         chosen = torch.tensor(_draw.sample(range(VECTORS), DRAWN), device=request.device)  # type: ignore[assignment]
-    left = vectors.left[chosen].to(torch.int32)
+    left = vectors.left[chosen]
     answers = reply.tensor_split(len(vectors.right))
     sums = weighted_sums([(left, answer) for answer in answers] + [(digit[chosen], request) for digit in vectors.right])
     return all(map(torch.equal, sums[: len(answers)], sums[len(answers) :]))
@@ -169,16 +169,19 @@ def weighted_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """``weights · values``, mod 2^8P and lifted to the top of 32 bits, for several pairs of as many tokens.
 
     Args:
-        pairs: (count, rows) int32, and planes (rows, P, tokens) uint8, P of 3 or 4, lowest first.
+        pairs: (count, rows) int32 or int8, and planes (rows, P, tokens) uint8, P of 3 or 4, lowest first.
 
     Returns:
         (count, tokens) int32 of each.
     """
     library = native.library_for(pairs[0][1])
     if library is None:
-        return [_portable_sums(weights, lifted(planes)) for weights, planes in pairs]
-    pairs = [(weights.contiguous(), native.packed(planes)) for weights, planes in pairs]
+        return [_portable_sums(weights.to(torch.int32), lifted(planes)) for weights, planes in pairs]
     tokens = pairs[0][1].shape[2]
+    few = tokens <= FEW_TOKENS
+    pairs = [
+        ((weights if few else weights.to(torch.int32)).contiguous(), native.packed(planes)) for weights, planes in pairs
+    ]
     out = [torch.empty(len(weights), tokens, dtype=torch.int32) for weights, _ in pairs]
 
     def task(first: int, last: int) -> None:
@@ -191,12 +194,13 @@ def weighted_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
                 len(planes),
                 last - first,
                 native.pointer(weights),
+                weights.element_size(),
                 len(weights),
                 native.pointer(sums) + 4 * first,
                 tokens,
             )
 
-    native.over_rows(tokens, _TILE, task)
+    native.over_rows(tokens, _TILE, task, tokens * sum(len(planes) for _, planes in pairs))
     return out
 
 

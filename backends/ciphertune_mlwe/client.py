@@ -168,18 +168,19 @@ class MLWEClient(ClientHalf[EncryptionState]):
         values = x.detach().to(self._device, torch.float32)
         if sent > tokens:
             values = torch.cat([values, values.new_zeros(sent - tokens, values.shape[1])])
-        scale = product.parameters.noise(self._digits).token_scale(values, whole)
+        scale = product.noise.token_scale(values, whole)
         runs = [count for _, count in owners]
         # What fills up the last tokens is zeros, which may be anyone's.
         runs[-1] += sent - tokens
+        parts = _cut(values, runs)
         masks = tuple(
             self._stock.take(whole.identity, len(own), caller, functools.partial(_hash, own))
-            for own, (caller, _) in zip(torch.split(values, runs), owners, strict=True)
+            for own, (caller, _) in zip(parts, owners, strict=True)
         )
         planes = product.parameters.planes
         b = _side_by_side(
             mask.take(lambda body, own=own, unit=unit: self._transforms.encrypt(body, own, unit, planes))  # type: ignore[misc]
-            for mask, own, unit in zip(masks, torch.split(values, runs), torch.split(scale, runs), strict=True)
+            for mask, own, unit in zip(masks, parts, _cut(scale, runs), strict=True)
         )
         found = []
         for piece, each in zip(pieces, vectors, strict=True):
@@ -345,7 +346,9 @@ class MLWEClient(ClientHalf[EncryptionState]):
             self._add(linear_map, rows, self._store.keep(linear_map.identity, rows, parameters, hints))
 
     def _add(self, linear_map: LinearMap, rows: int, hints: Hints) -> None:
-        prepared = Prepared(self._parameters(linear_map), linear_map.in_features, rows, hints)
+        parameters = self._parameters(linear_map)
+        noise = parameters.noise(self._digits)
+        prepared = Prepared(parameters, linear_map.in_features, rows, noise, hints)
         with self._lock:
             self._prepared[linear_map.identity] = prepared
             self._bank_columns.clear()
@@ -388,6 +391,11 @@ class MLWEClient(ClientHalf[EncryptionState]):
                     columns //= 2
                 self._bank_columns[callers] = columns
             return self._bank_columns[callers]
+
+
+def _cut(values: Tensor, runs: Sequence[int]) -> Sequence[Tensor]:
+    """The tensor in runs of its first dimension; a single one as it is."""
+    return [values] if len(runs) == 1 else torch.split(values, list(runs))
 
 
 def _side_by_side(parts: Iterable[Tensor]) -> Tensor:

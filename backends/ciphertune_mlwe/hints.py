@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ciphertune.backend import LinearMap, Preparation
+from ciphertune.backend import LinearMap, NoiseModel, Preparation
 from ciphertune_mlwe.checks import CheckVectors
 from ciphertune_mlwe.hint_store import Hints
 from ciphertune_mlwe.kernels import Kernel
@@ -26,12 +26,14 @@ class Prepared:
         parameters: of its ciphertexts.
         features: K, rows of the public matrix that its requests use.
         rows: outputs, once for each digit of the weight.
+        noise: the errors of its ciphertexts.
         hints: H = M · A.
     """
 
     parameters: ParameterSet
     features: int
     rows: int
+    noise: NoiseModel
     hints: Hints = dataclasses.field(repr=False)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import sys
+import threading
 
 import numpy as np
 import torch
@@ -32,10 +33,11 @@ class MaskMemory:
 
     Args:
         rows, columns: of the matrix.
+        by_columns: whether values of a column stand side by side, and not those of a row.
         device: where it lives; memory of other devices is mapped in no fork.
     """
 
-    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+    def __init__(self, rows: int, columns: int, device: torch.device, *, by_columns: bool = False) -> None:
         self._process = os.getpid()
         self._tag = b"\1" + os.urandom(31)
         on_host = device.type == "cpu"
@@ -45,9 +47,9 @@ class MaskMemory:
         self.matrix: Tensor
         if on_host:
             flat = torch.frombuffer(mapping, dtype=torch.int32, offset=_TAG_BYTES, count=rows * columns)
-            self.matrix = flat.view(rows, columns)
         else:
-            self.matrix = torch.empty(rows, columns, dtype=torch.int32, device=device)
+            flat = torch.empty(rows * columns, dtype=torch.int32, device=device)
+        self.matrix = flat.view(columns, rows).t() if by_columns else flat.view(rows, columns)
 
     @property
     def intact(self) -> bool:
@@ -66,6 +68,17 @@ class MaskMemory:
         self.matrix = self.matrix.new_empty(0)
         self._map = None
 
+    def by_columns(self) -> MaskMemory:
+        """A copy with the values of each column side by side; this one is forgotten."""
+        if not self.intact:
+            raise SecurityError("masks of another process or a closed session cannot be used")
+        copy = MaskMemory(*self.matrix.shape, self.matrix.device, by_columns=True)
+        copy.matrix.copy_(self.matrix)
+        if not self.intact:
+            raise SecurityError("masks of another process or a closed session cannot be used")
+        self.free()
+        return copy
+
     def overwrite(self, columns: slice) -> None:
         """Put random bytes in the place of some columns, from a generator of their own.
 
@@ -76,11 +89,23 @@ class MaskMemory:
         part = self.matrix[:, columns]
         size = 4 * part.numel()
         try:
-            noise = Keystream(fresh_seed()).fill(np.empty(room(size), dtype=np.uint8), size)
+            noise = _own_noise().fill(np.empty(room(size), dtype=np.uint8), size)
         except SecurityError:
             self.spoil()
             raise
-        part.copy_(torch.from_numpy(noise.view("<i4")).view(part.shape))
+        part.t().copy_(torch.from_numpy(noise.view("<i4")).view(part.shape[::-1]))
+
+
+_here = threading.local()
+
+
+def _own_noise() -> Keystream:
+    """The calling thread's stream of bytes to overwrite masks with, in this process."""
+    process, stream = getattr(_here, "noise", (0, None))
+    if stream is None or process != os.getpid():
+        stream = Keystream(fresh_seed())
+        _here.noise = os.getpid(), stream
+    return stream
 
 
 def _mapping(nbytes: int) -> mmap.mmap:

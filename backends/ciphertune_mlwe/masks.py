@@ -55,6 +55,11 @@ class Block:
         self.made = 0.0
         self.copies = 0
 
+    def as_bank(self) -> Block:
+        """The same masks, with those of each token side by side: a request that takes one token reads no others'."""
+        self.body, self.hint = self.body.by_columns(), self.hint.by_columns()
+        return self
+
     @property
     def nbytes(self) -> int:
         """Memory of both."""
@@ -276,7 +281,7 @@ class MaskStock:
                     bank.used += tokens
                     return self._hand(bank.block, columns)
             order = Order(product, size)
-            block = self._find(order) or self._made(order, message())
+            block = (self._find(order) or self._made(order, message())).as_bank()
             with self._lock:
                 self._check()
                 self._banks.setdefault(caller, {})[product] = _Bank(block)

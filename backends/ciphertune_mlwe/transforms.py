@@ -299,7 +299,7 @@ class NativeTransforms(Transforms):
 
     def encrypt(self, mask: Tensor, x: Tensor, scale: Tensor, planes: int) -> Tensor:
         """See ``Transforms.encrypt``."""
-        x, scale, mask = x.contiguous(), scale.contiguous(), native.packed(mask)
+        x, scale = x.contiguous(), scale.contiguous()
         tokens, features = x.shape
         b = torch.empty(features, planes, tokens, dtype=torch.uint8)
 
@@ -307,6 +307,7 @@ class NativeTransforms(Transforms):
             self._library.ct_encrypt(
                 native.pointer(mask) + start * mask.stride(0) * 4,
                 mask.stride(0),
+                mask.stride(1),
                 native.pointer(x) + start * 4,
                 features,
                 native.pointer(scale),
@@ -317,12 +318,12 @@ class NativeTransforms(Transforms):
                 tokens,
             )
 
-        native.over_rows(features, LANES, task)
+        native.over_rows(features, LANES, task, tokens * features)
         return b
 
     def decrypt(self, reply: Tensor, mask: Tensor, unit: Tensor, out: Tensor) -> None:
         """See ``Transforms.decrypt``."""
-        reply, unit, mask = reply.contiguous(), unit.contiguous(), native.packed(mask)
+        reply, unit = reply.contiguous(), unit.contiguous()
         rows, planes, tokens = reply.shape
 
         def task(start: int, stop: int) -> None:
@@ -331,6 +332,7 @@ class NativeTransforms(Transforms):
                 tokens,
                 native.pointer(mask) + start * mask.stride(0) * 4,
                 mask.stride(0),
+                mask.stride(1),
                 native.pointer(unit),
                 tokens,
                 stop - start,
@@ -339,7 +341,7 @@ class NativeTransforms(Transforms):
                 out.stride(0),
             )
 
-        native.over_rows(rows, LANES, task)
+        native.over_rows(rows, LANES, task, tokens * rows)
 
 
 def make_transforms(device: torch.device) -> Transforms:

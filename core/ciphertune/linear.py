@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ciphertune._support.absent_tensor import AbsentTensor, WithoutWeight
-from ciphertune._support.torch_compat import autocast_dtype
+from ciphertune._support.torch_compat import autocast_dtype, without_autocast
 from ciphertune.errors import InputError
 from ciphertune.weights import LayerInfo
 
@@ -99,7 +99,7 @@ class OutsourcedLinear(WithoutWeight, nn.Linear):
         kind = x.device.type
         dtype = autocast_dtype(kind) or x.dtype
         half = torch.float16 in (dtype, x.dtype)
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(kind):
             y = self.group.output(self.member, x, half)
             if self.bias is not None:
                 y = y + self.bias.to(torch.float32)

@@ -8,6 +8,7 @@ against ``Limits`` before memory is allocated for it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 import warnings
@@ -120,8 +121,13 @@ class Message:
         """What the reply to this request may be."""
         if self.reply_bytes is None:
             return DEFAULT_LIMITS
-        most = min(self.reply_bytes, DEFAULT_LIMITS.total_bytes)
-        return dataclasses.replace(DEFAULT_LIMITS, buffer_bytes=most, total_bytes=most)
+        return _limited(min(self.reply_bytes, DEFAULT_LIMITS.total_bytes))
+
+
+@functools.lru_cache(maxsize=1024)
+def _limited(nbytes: int) -> Limits:
+    """Limits for a message with so many bytes of buffers."""
+    return dataclasses.replace(DEFAULT_LIMITS, buffer_bytes=nbytes, total_bytes=nbytes)
 
 
 def buffers_fault(buffers: object) -> str | None:

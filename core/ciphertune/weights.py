@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -48,6 +49,19 @@ class KeptChannels:
     columns: LayerWeight
     outputs: Tensor
     rows: LayerWeight
+
+    @functools.cached_property
+    def column_values(self) -> Tensor:
+        """What ``columns`` stands for, (A, N) float32."""
+        with torch.inference_mode(False):
+            return self.columns.dequantize()
+
+    @functools.cached_property
+    def sent_inputs(self) -> Tensor:
+        """(K,) float32: zeros for ``inputs`` and ones for all other channels."""
+        with torch.inference_mode(False):
+            factors = torch.ones(self.rows.codes.shape[1], dtype=torch.float32, device=self.inputs.device)
+            return factors.index_fill_(0, self.inputs, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,11 +193,15 @@ def test_few_tokens_are_held_against_all_vectors(monkeypatch: pytest.MonkeyPatch
     count=st.sampled_from([1, 8, 64]),
     tokens=st.integers(1, 200),
     planes=st.sampled_from([3, 4]),
+    dtype=st.sampled_from([torch.int8, torch.int32]),
     seed=st.integers(0, 99),
 )
-def test_weighted_sums_are_exact(rows: int, count: int, tokens: int, planes: int, seed: int) -> None:
+def test_weighted_sums_are_exact(
+    rows: int, count: int, tokens: int, planes: int, dtype: torch.dtype, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.randint(-(2**31), 2**31, (count, rows), dtype=torch.int32, generator=generator)
+    ends = torch.iinfo(dtype)
+    weights = torch.randint(ends.min, ends.max + 1, (count, rows), dtype=dtype, generator=generator)
     values = torch.randint(0, 256, (rows, planes, tokens), dtype=torch.uint8, generator=generator)
     strided = torch.randint(0, 256, (rows, planes, 2 * tokens), dtype=torch.uint8, generator=generator)[:, :, ::2]
     for sums, of in zip(weighted_sums([(weights, values), (weights, strided)]), (values, strided), strict=True):

@@ -101,7 +101,8 @@ def test_tokens_that_reach_the_bound_do_not_wrap() -> None:
 def test_tokens_of_any_magnitude_keep_their_precision(scale: float) -> None:
     halves = Halves(random_codes(32, 64))
     x = torch.randn(5, 64) * scale
-    assert error_of(halves.product(x), halves.exact(x)) <= 4e-3
+    # Norms under 1e-30 are scaled as if they were that large.
+    assert error_of(halves.product(x), halves.exact(x)) <= (1e-2 if scale < 1e-30 else 1e-3)
 
 
 @pytest.mark.usefixtures("code")

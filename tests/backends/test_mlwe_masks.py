@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,9 @@ from mask_bench import FEATURES, OUTPUTS, Bench, at_once, read
 from mlwe_halves import CPU, Halves, error_of, random_codes
 
 from ciphertune.errors import SecurityError
-from ciphertune_mlwe import native
+from ciphertune_mlwe import mask_memory, native
 from ciphertune_mlwe.mask_memory import MaskMemory
-from ciphertune_mlwe.masks import Mask, Order
+from ciphertune_mlwe.masks import Block, Mask, Order
 
 BANK, WHOLE = 4, 200
 """Tokens of a request that shares a bank, and of one that does not."""
@@ -171,6 +172,7 @@ def test_columns_that_cannot_be_overwritten_make_the_bank_unusable(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "urandom", broken)
+        patch.setattr(mask_memory, "_here", threading.local())
         with pytest.raises(SecurityError, match="no randomness"):
             read(first)
     with pytest.raises(SecurityError):
@@ -365,3 +367,21 @@ def test_a_closed_client_neither_encrypts_nor_decrypts() -> None:
         halves.client.encrypt(torch.ones(2, 16), halves.maps["forward"])
     with pytest.raises(SecurityError, match="closed"):
         halves.client.decrypt(reply, sent.state, halves.maps["forward"])
+
+
+def test_a_bank_has_the_masks_of_its_block_token_by_token() -> None:
+    block = Block(6, 4, 8, CPU)
+    block.body.matrix.random_()
+    block.hint.matrix.random_()
+    body, hint, first = block.body.matrix.clone(), block.hint.matrix.clone(), block.body
+    bank = block.as_bank()
+    assert torch.equal(bank.body.matrix, body)
+    assert torch.equal(bank.hint.matrix, hint)
+    assert bank.body.matrix[:, 3].is_contiguous()
+    assert not first.intact, "what it was copied from is forgotten"
+    bank.body.overwrite(slice(2, 5))
+    assert not torch.equal(bank.body.matrix[:, 2:5], body[:, 2:5])
+    assert torch.equal(bank.body.matrix[:, 5:], body[:, 5:])
+    first.spoil()
+    with pytest.raises(SecurityError):
+        first.by_columns()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ciphertune
-from ciphertune._support.denormals import flushes, flushing
+from ciphertune._support.denormals import _openmp, flushes, flushing
 from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.training.inference import InferenceModel
@@ -124,3 +124,37 @@ def test_nested(callers: bool) -> None:
             assert flushes()
         assert flushes()
     assert flushes() == callers
+
+
+def test_what_is_too_small_for_helpers_is_computed_by_the_calling_thread() -> None:
+    """Below the size at which helpers are told nobody helps: else their results would be denormal numbers still."""
+    probe = """
+import torch
+from ciphertune._support.denormals import ALONE, flushing
+torch.set_num_threads(2)
+x = torch.full((1 << 21,), 1e-20)
+assert int((x * 1e-20).count_nonzero()) == 1 << 21  # the pool is there
+small = torch.full((ALONE - 1,), 1e-20)
+left, right = torch.full((1, 8), 1e-20), torch.full((8, ALONE // 8 - 1), 1e-20)
+with flushing(ALONE - 1):
+    kept = [(small * 1e-20).count_nonzero(), (left @ right).count_nonzero()]
+    kept.append(torch.zeros(1, right.shape[1]).addmm_(left, right).count_nonzero())
+print([int(each) for each in kept])
+"""
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[0, 0, 0]"
+
+
+@pytest.mark.skipif(_openmp() is None, reason="torch uses another OpenMP library here")
+def test_helpers_are_told_from_the_size_on() -> None:
+    probe = """
+import torch
+from ciphertune._support.denormals import ALONE, flushing
+torch.set_num_threads(2)
+x = torch.full((1 << 21,), 1e-20)
+(x * 1e-20).count_nonzero()
+with flushing(ALONE):
+    print(int((x * 1e-20).count_nonzero()))
+"""
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "0"

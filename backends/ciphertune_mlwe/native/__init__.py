@@ -30,9 +30,9 @@ _SIGNATURES = {
     "pack_hints": "piiip",
     "masks": "pipiiipiip",
     "hint_masks": "ppiiip",
-    "encrypt": "pipipiiipi",
-    "decrypt": "pipipiiipi",
-    "weighted_sums": "piiiiipipi",
+    "encrypt": "piipipiiipi",
+    "decrypt": "pipiipiiipi",
+    "weighted_sums": "piiiiipiipi",
     "split": "piiipii",
     "join": "piiiiip",
     "low_bits": "piip",
@@ -122,15 +122,20 @@ def step_back() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-def over_rows(rows: int, multiple: int, task: Callable[[int, int], None]) -> None:
+ALONE = 1 << 15
+"""Values below which another thread is reached later than a loop ends."""
+
+
+def over_rows(rows: int, multiple: int, task: Callable[[int, int], None], values: int = ALONE) -> None:
     """Run ``task(start, stop)`` over all rows, on as many threads as ``thread_count`` says.
 
     Args:
         rows: number of rows.
         multiple: parts start at multiples of this.
         task: releases the interpreter lock for most of its time; its errors are raised here.
+        values: that it handles in all; fewer than ``ALONE`` are left to the calling thread.
     """
-    if getattr(_here, "alone", False):
+    if values < ALONE or getattr(_here, "alone", False):
         task(0, rows)
         return
     threads = thread_count()

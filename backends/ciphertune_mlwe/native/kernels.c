@@ -320,13 +320,14 @@ CLONES int ct_hint_masks(const uint8_t *hints, const complex64x2 *secrets, int64
 
 /* b = floor((mask + round(scale * x)) / 2^shift) as byte planes, for `rows` features.
  *
- * mask     (rows, mask_stride) int32, of which `tokens` columns count
+ * mask     (rows, tokens) int32, the values of a row and of a token so many apart
  * x        first feature's column of (tokens, x_stride) float; scale (tokens) double
  * out      (rows, planes, out_stride) bytes, lowest plane first, of which `tokens` columns are written; shift is
  *          32 - 8 * planes
  */
-CLONES void ct_encrypt(const int32_t *mask, int64_t mask_stride, const float *x, int64_t x_stride, const double *scale,
-                       int64_t tokens, int64_t rows, int64_t planes, uint8_t *out, int64_t out_stride) {
+CLONES void ct_encrypt(const int32_t *mask, int64_t row_step, int64_t token_step, const float *x, int64_t x_stride,
+                       const double *scale, int64_t tokens, int64_t rows, int64_t planes, uint8_t *out,
+                       int64_t out_stride) {
     int shift = 32 - 8 * (int)planes;
     /* Some tokens at a time, so that lines of the input that several packs of features share are still in the cache. */
     for (int64_t first = 0; first < tokens; first += TOKENS) {
@@ -351,11 +352,15 @@ CLONES void ct_encrypt(const int32_t *mask, int64_t mask_stride, const float *x,
                 EACH_LANE memcpy(turned[l] + t, m + l, sizeof *m);
             }
             for (int64_t lane = 0; lane < count; lane++) {
-                const int32_t *masks = mask + (row + lane) * mask_stride + first, *in = turned[lane];
+                const int32_t *masks = mask + (row + lane) * row_step + first * token_step, *in = turned[lane];
                 uint8_t *to = out + (row + lane) * planes * out_stride + first;
                 uint32_t value[TOKENS];
-                for (int64_t t = 0; t < width; t++)
-                    value[t] = ((uint32_t)in[t] + (uint32_t)masks[t]) >> shift;
+                if (token_step == 1)
+                    for (int64_t t = 0; t < width; t++)
+                        value[t] = ((uint32_t)in[t] + (uint32_t)masks[t]) >> shift;
+                else
+                    for (int64_t t = 0; t < width; t++)
+                        value[t] = ((uint32_t)in[t] + (uint32_t)masks[t * token_step]) >> shift;
                 for (int64_t p = 0; p < planes; p++, to += out_stride)
                     for (int64_t t = 0; t < width; t++)
                         to[t] = (uint8_t)(value[t] >> (8 * p));
@@ -366,15 +371,20 @@ CLONES void ct_encrypt(const int32_t *mask, int64_t mask_stride, const float *x,
 
 /* y = centred(2^shift * reply - mask) * unit, for `rows` outputs, counted in units of 2^-32 of the modulus.
  *
- * reply (rows, planes, tokens_stride) bytes; mask (rows, mask_stride) int32; unit (tokens) float; y (rows, y_stride)
+ * reply (rows, planes, tokens_stride) bytes; mask as in ct_encrypt; unit (tokens) float; y (rows, y_stride)
  */
-CLONES void ct_decrypt(const uint8_t *reply, int64_t reply_stride, const int32_t *mask, int64_t mask_stride,
-                       const float *unit, int64_t tokens, int64_t rows, int64_t planes, float *y, int64_t y_stride) {
+CLONES void ct_decrypt(const uint8_t *reply, int64_t reply_stride, const int32_t *mask, int64_t row_step,
+                       int64_t token_step, const float *unit, int64_t tokens, int64_t rows, int64_t planes, float *y,
+                       int64_t y_stride) {
     for (int64_t row = 0; row < rows; row++) {
         const uint8_t *in = reply + row * planes * reply_stride;
-        const int32_t *masks = mask + row * mask_stride;
+        const int32_t *masks = mask + row * row_step;
         float *out = y + row * y_stride;
-        if (planes == 3)
+        if (token_step != 1)
+            for (int64_t t = 0; t < tokens; t++)
+                out[t] = (float)(int32_t)(lifted(in + t, reply_stride, (int)planes) - (uint32_t)masks[t * token_step]) *
+                         unit[t];
+        else if (planes == 3)
             for (int64_t t = 0; t < tokens; t++)
                 out[t] = (float)(int32_t)(lifted(in + t, reply_stride, 3) - (uint32_t)masks[t]) * unit[t];
         else
@@ -406,9 +416,10 @@ INLINE void add_weighted(const uint32_t (*value)[TOKENS], const int32_t *weights
 #define FEW 16 /* tokens up to which loops run over rows */
 #define LINE 256 /* rows of such a loop */
 
-/* out (count, out_stride) = weights (count, rows) times values, of a few tokens. */
+/* out (count, out_stride) = weights (count, rows), of one byte or four, times values, of a few tokens. */
 INLINE void few_weighted(const uint8_t *in, int64_t in_stride, int64_t plane_stride, int64_t planes, int64_t rows,
-                         int64_t tokens, const int32_t *weights, int64_t count, int32_t *out, int64_t out_stride) {
+                         int64_t tokens, const void *weights, int64_t weight_bytes, int64_t count, int32_t *out,
+                         int64_t out_stride) {
     uint32_t line[FEW][LINE];
     for (int64_t j = 0; j < count; j++)
         memset(out + j * out_stride, 0, tokens * sizeof *out);
@@ -421,10 +432,15 @@ INLINE void few_weighted(const uint8_t *in, int64_t in_stride, int64_t plane_str
         }
         for (int64_t j = 0; j < count; j++)
             for (int64_t t = 0; t < tokens; t++) {
-                const int32_t *w = weights + j * rows + start;
+                const int8_t *narrow = (const int8_t *)weights + j * rows + start;
+                const int32_t *wide = (const int32_t *)weights + j * rows + start;
                 uint32_t sum = 0;
-                for (int64_t row = 0; row < deep; row++)
-                    sum += line[t][row] * (uint32_t)w[row];
+                if (weight_bytes == 1)
+                    for (int64_t row = 0; row < deep; row++)
+                        sum += line[t][row] * (uint32_t)(int32_t)narrow[row];
+                else
+                    for (int64_t row = 0; row < deep; row++)
+                        sum += line[t][row] * (uint32_t)wide[row];
                 out[j * out_stride + t] = (int32_t)((uint32_t)out[j * out_stride + t] + sum);
             }
     }
@@ -432,14 +448,15 @@ INLINE void few_weighted(const uint8_t *in, int64_t in_stride, int64_t plane_str
 
 /* out = sum over rows of weight x value, mod 2^32, values lifted to the top of 32 bits: check vectors times ciphertext.
  *
- * in (rows, planes, tokens) bytes; weights (count, rows) int32; out (count, out_stride) int32
+ * in (rows, planes, tokens) bytes; weights (count, rows) int32, or up to FEW tokens int8; out (count, out_stride) int32
  */
 CLONES void ct_weighted_sums(const uint8_t *in, int64_t in_stride, int64_t plane_stride, int64_t planes, int64_t rows,
-                             int64_t tokens, const int32_t *weights, int64_t count, int32_t *out, int64_t out_stride) {
+                             int64_t tokens, const void *weights, int64_t weight_bytes, int64_t count, int32_t *out,
+                             int64_t out_stride) {
     if (count != DRAWN || tokens <= FEW) {
         for (int64_t first = 0; first < tokens; first += FEW)
             few_weighted(in + first, in_stride, plane_stride, planes, rows, tokens - first < FEW ? tokens - first : FEW,
-                         weights, count, out + first, out_stride);
+                         weights, weight_bytes, count, out + first, out_stride);
         return;
     }
     for (int64_t first = 0; first < tokens; first += TOKENS) {
@@ -457,7 +474,7 @@ CLONES void ct_weighted_sums(const uint8_t *in, int64_t in_stride, int64_t plane
                         value[row][t] = lifted(from + t, plane_stride, 4);
             }
             for (int64_t t = 0; t < width; t += 8)
-                add_weighted((const uint32_t(*)[TOKENS])(value[0] + t), weights + start, rows, deep,
+                add_weighted((const uint32_t(*)[TOKENS])(value[0] + t), (const int32_t *)weights + start, rows, deep,
                              (uint32_t(*)[TOKENS])(sums[0] + t));
         }
         for (int64_t j = 0; j < DRAWN; j++)

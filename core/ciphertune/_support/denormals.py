@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 
 _SMALLEST = [5e-324]
+
+ALONE = 1 << 15
+"""Numbers, and multiply-adds of a product, below which torch computes in the calling thread alone (its grain size)."""
 
 
 def flushes() -> bool:
@@ -18,21 +22,34 @@ def flushes() -> bool:
     return _SMALLEST[0] * 1.0 == 0.0
 
 
-@contextlib.contextmanager
-def flushing() -> Iterator[None]:
+class flushing(contextlib.ContextDecorator):  # noqa: N801 - read as a verb
     """Flush denormals in the calling thread and in torch's threads that help it; also a decorator.
 
     Afterwards they are as the caller had them. Where the processor cannot do it, nothing changes.
+
+    Args:
+        work: numbers or multiply-adds of the largest operation; below ``ALONE`` nobody helps, and helpers, which take
+            as long to reach as such an operation takes, are left alone. None where it is not known.
     """
-    if flushes() or not torch.set_flush_denormal(True):
-        yield
-        return
-    _tell_helpers(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-        _tell_helpers(False)
+
+    def __init__(self, work: int | None = None) -> None:
+        self._work = work
+        self._changed = self._told = False
+
+    def _recreate_cm(self) -> flushing:
+        return flushing(self._work)
+
+    def __enter__(self) -> None:
+        self._changed = not flushes() and torch.set_flush_denormal(True)
+        self._told = self._changed and (self._work is None or self._work >= ALONE)
+        if self._told:
+            _tell_helpers()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._changed:
+            torch.set_flush_denormal(False)
+        if self._told:
+            _tell_helpers()
 
 
 def flush_here() -> None:
@@ -40,27 +57,34 @@ def flush_here() -> None:
     torch.set_flush_denormal(True)
 
 
-_Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-def _tell_helpers(flush: bool) -> None:
-    """Set it in the threads of torch's OpenMP pool, which took it over from their maker when they were made."""
-    library, threads = _openmp(), torch.get_num_threads()
-    if library is not None and threads > 1:
-        task = _Task(lambda _: torch.set_flush_denormal(flush))
-        library.GOMP_parallel(task, None, threads, 0)
+def _tell_helpers() -> None:
+    """Give the calling thread's mode to the threads of torch's OpenMP pool, which took it over when they were made."""
+    found, threads = _openmp(), torch.get_num_threads()
+    if found is not None and threads > 1:
+        run_in_team, get_mode, set_mode, mode = found
+        here = mode()
+        if get_mode(here) == 0:
+            run_in_team(set_mode, here, threads, 0)
 
 
 @functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    """GNU's OpenMP library as torch has loaded it; None where torch uses another one."""
+def _openmp() -> tuple[Any, Any, Any, Any] | None:
+    """What gives a thread's floating-point mode to the team of GNU's OpenMP library, as torch has loaded it.
+
+    The mode is C's ``fenv_t``, of which flushing is a part, and ``fesetenv`` has the form of a task: no Python runs in
+    the helpers. None where torch uses another library.
+    """
     try:
         with Path("/proc/self/maps").open(encoding="utf-8") as maps:
             files = {line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}
         (file,) = files
-        library = ctypes.CDLL(file)
-        library.GOMP_parallel.argtypes = [_Task, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        library.GOMP_parallel.restype = None
+        run_in_team = ctypes.CDLL(file).GOMP_parallel
+        run_in_team.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        run_in_team.restype = None
+        mathematics = ctypes.CDLL(None)
+        get_mode = mathematics.fegetenv
+        set_mode = ctypes.cast(mathematics.fesetenv, ctypes.c_void_p)
     except (OSError, ValueError, AttributeError):
         return None
-    return library
+    # Larger than a fenv_t of any C library.
+    return run_in_team, get_mode, set_mode, ctypes.c_uint64 * 16

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from types import TracebackType
 
 import torch
 from torch.utils import _python_dispatch
 
-from ciphertune._support.torch_compat import autocast_dtype
+from ciphertune._support.torch_compat import without_autocast
 
 
-@contextlib.contextmanager
-def own_modes() -> Iterator[None]:
+class own_modes(contextlib.ContextDecorator):  # noqa: N801 - read as a possessive
     """Compute without gradients and without any mode of the caller's; also a decorator.
 
     Left out are inference mode, autocast, and function and dispatch modes, a default device among them. Tensors made
@@ -21,13 +20,27 @@ def own_modes() -> Iterator[None]:
 
     The default dtype is the whole process's, so it is left alone: whatever is made here states its dtype.
     """
-    with contextlib.ExitStack() as stack:
+
+    def _recreate_cm(self) -> own_modes:
+        return own_modes()
+
+    def __enter__(self) -> None:
+        # Entered for every product, so that modes which are as they should be cost nothing.
+        self._stack = contextlib.ExitStack()
         for kind in ("cpu", "cuda"):
-            if autocast_dtype(kind) is not None:
-                stack.enter_context(torch.autocast(kind, enabled=False))
+            self._stack.enter_context(without_autocast(kind))
         if _python_dispatch._get_current_dispatch_mode_stack():
-            stack.enter_context(_python_dispatch._disable_current_modes())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch._C.DisableTorchFunction())
-        yield
+            self._stack.enter_context(_python_dispatch._disable_current_modes())
+        if torch.is_inference_mode_enabled():
+            self._stack.enter_context(torch.inference_mode(False))
+        self._gradients = torch.is_grad_enabled()
+        if self._gradients:
+            torch._C._set_grad_enabled(False)
+        self._functions = torch._C.DisableTorchFunction()
+        self._functions.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._functions.__exit__(kind, error, at)
+        if self._gradients:
+            torch._C._set_grad_enabled(True)
+        self._stack.__exit__(kind, error, at)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.optim.lr_scheduler import LRScheduler
 
+_NOTHING = contextlib.nullcontext()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -23,6 +26,9 @@ def uncompiled(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
+        # Where nothing is compiled, the function itself: what keeps the compiler out costs as much as a small product.
+        if not torch.compiler.is_compiling() and _nothing_compiles():
+            return function(*args, **kwargs)
         if not disabled:
             disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
         return disabled[0](*args, **kwargs)
@@ -30,9 +36,25 @@ def uncompiled(function: _Function) -> _Function:
     return called  # type: ignore[return-value]
 
 
+def _nothing_compiles() -> bool:
+    """Whether the calling thread is in no compiled code, by which what is called from there would be compiled too."""
+    found = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+    return found is not None and found() is None
+
+
 def transformed(tensor: Tensor) -> bool:
     """Whether a tensor is one that a transform of ``torch.func`` (``grad``, ``vmap``, ``jvp`` …) computes with."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def in_forward_ad() -> bool:
+    """Whether tensors may carry tangents, within ``torch.autograd.forward_ad.dual_level``."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast on this type of device; one that does nothing, which costs less, where it is off."""
+    return _NOTHING if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.denormals import flushing
+from ciphertune._support.finite import all_finite
 from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import DIRECTIONS, ClientHalf, Direction, LinearMap, SecurityStatement
 from ciphertune.callers import Owners, owners_of
@@ -578,9 +579,7 @@ def _check_input(x: Tensor, linear_map: LinearMap) -> None:
         raise InputError(f"{linear_map.label}: expected (tokens, {linear_map.in_features}), got shape {tuple(x.shape)}")
     if len(x) == 0:
         raise InputError(f"{linear_map.label}: the input has no tokens")
-    # Both ends in one pass, whatever the values are: what was decrypted must not show in how long it takes.
-    ends = torch.stack(torch.aminmax(x))
-    if not bool(torch.isfinite(ends).all()):
+    if not all_finite(x):
         bad = int((~torch.isfinite(x)).sum())
         raise InputError(
             f"{linear_map.label}: {bad} of {x.numel()} values are NaN or infinite; nothing was sent. "

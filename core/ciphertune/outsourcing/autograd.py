@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.denormals import flushing
-from ciphertune._support.torch_compat import uncompiled
+from ciphertune._support.torch_compat import uncompiled, without_autocast
 from ciphertune.callers import Owners
 from ciphertune.client.session import Session
 from ciphertune.errors import InputError
 from ciphertune.outsourcing.outliers import add_inputs, add_outputs, set_inputs_aside, set_outputs_aside
+from ciphertune.weights import MOST_CHANNELS
 
 
 class OutsourcedProduct(torch.autograd.Function):
@@ -29,8 +30,10 @@ class OutsourcedProduct(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """See the class; ``half`` as in ``OutsourcedGradient``, ``owners`` as in ``Session.product``."""
         # A backward pass started under autocast runs under it too, and may come back here.
-        with flushing(), torch.autocast(x.device.type, enabled=False):
-            layers = session.members(group)
+        layers = session.members(group)
+        # What is set aside counts as many multiply-adds as any operation here.
+        width = max(sum(layer.out_features for layer in layers), x.shape[1])
+        with flushing(MOST_CHANNELS * width * len(x)), without_autocast(x.device.type):
             sent, aside = set_inputs_aside(x, layers)
             stacked = session.product(group, "forward", sent, owners)
             outputs = []
@@ -98,7 +101,7 @@ class OutsourcedGradient(torch.autograd.Function):
         layers = session.members(group)
         device = next(grad.device for grad in grads if grad is not None)
         width = sum(layer.out_features for layer in layers)
-        with flushing(), torch.autocast(device.type, enabled=False):
+        with flushing(), without_autocast(device.type):
             stacked = torch.empty(tokens, width, dtype=torch.float32, device=device)
             column = 0
             for layer, grad in zip(layers, grads, strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ciphertune._support.absent_tensor import AbsentTensor, WithoutWeight
-from ciphertune._support.torch_compat import autocast_dtype
+from ciphertune._support.torch_compat import autocast_dtype, without_autocast
 from ciphertune.errors import InputError, NothingOutsourcedError
 from ciphertune.linear import Evaluator
 from ciphertune.outsourcing.layers import Candidate, LayerChoice, matching, meant_to_train
@@ -145,7 +145,7 @@ class OutsourcedConv(WithoutWeight, nn.Module):
         kind = x.device.type
         dtype = autocast_dtype(kind) or x.dtype
         half = torch.float16 in (dtype, x.dtype)
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(kind):
             batched = x if x.dim() == places + 2 else x.unsqueeze(0)
             patches, sizes = self._patches(batched.to(torch.float32))
             y = self.group.output(0, patches, half)

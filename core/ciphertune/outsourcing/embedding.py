@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ciphertune._support.absent_tensor import AbsentTensor, WithoutWeight
-from ciphertune._support.torch_compat import uncompiled
+from ciphertune._support.torch_compat import uncompiled, without_autocast
 from ciphertune.callers import Owners, owners_of
 from ciphertune.errors import InputError, NothingOutsourcedError, UnsupportedLayerError
 from ciphertune.outsourcing.group import LayerGroup
@@ -132,7 +132,7 @@ class OutsourcedEmbedding(WithoutWeight, nn.Embedding):
         owners = owners_of((*ids.shape, self.embedding_dim))
         flat = ids.detach().reshape(-1, 1).long()
         most = tokens_at_once(self.num_embeddings)
-        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(ids.device.type):
             parts = [
                 self._rows(flat[start : start + most], None if owners is None else _part(owners, start, start + most))
                 for start in range(0, len(flat), most)

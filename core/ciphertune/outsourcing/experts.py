@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ciphertune._support.absent_tensor import AbsentTensor, refuse
 from ciphertune._support.own_modes import own_modes
-from ciphertune._support.torch_compat import autocast_dtype, uncompiled
+from ciphertune._support.torch_compat import autocast_dtype, uncompiled, without_autocast
 from ciphertune.callers import Owners, has_several, owners_of
 from ciphertune.client.session import Session
 from ciphertune.errors import InputError, OutsourcedWeightError
@@ -161,7 +161,7 @@ class OutsourcedExperts(nn.Module):
         present = (chosen >= 0) & (chosen < self.layout.experts)
         weights = top_k_weights.reshape(chosen.shape).to(torch.float32).masked_fill(~present, 0.0)
         chosen = chosen.clamp(0, self.layout.experts - 1)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             if len(self.products.inputs) > 1:
                 y = self._routed(flat, chosen, weights, present, dtype, half)
             else:
@@ -204,7 +204,7 @@ class OutsourcedExperts(nn.Module):
             return torch.zeros_like(x)
         alone = torch.zeros(inputs.shape[1], 1, dtype=torch.int64, device=x.device)
         outputs = []
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for expert, own in enumerate(inputs):
                 owners = owners_of(own.shape)
                 first, last = (self._stack(side, expert, half) for side in ("inputs", "outputs"))

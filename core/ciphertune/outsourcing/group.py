@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ciphertune._support.torch_compat import transformed, uncompiled
+from ciphertune._support.torch_compat import in_forward_ad, transformed, uncompiled
 from ciphertune.callers import Owners, owners_of
 from ciphertune.client.session import Session
 from ciphertune.errors import OutsourcedWeightError
@@ -115,5 +115,8 @@ class LayerGroup:
             outputs = tuple(flat[:, :1].expand(0, layer.out_features) for layer in members)
         else:
             owners = owners_of(x.shape)
-            outputs = OutsourcedProduct.apply(flat, self.session, group, half, owners)  # type: ignore[no-untyped-call]
+            # Nobody will ask for a derivative: what autograd keeps for that costs as much as a small product.
+            plain = not (_differentiable(flat) or transformed(flat) or in_forward_ad())
+            product = OutsourcedProduct.forward if plain else OutsourcedProduct.apply
+            outputs = product(flat, self.session, group, half, owners)
         return tuple(output.reshape(*x.shape[:-1], output.shape[-1]) for output in outputs)

@@ -76,7 +76,10 @@ def set_inputs_aside(x: Tensor, layers: Sequence[LayerInfo]) -> tuple[Tensor, Te
         x with zeros in its kept channels, and these channels, (tokens, A); x itself and None where none is kept.
     """
     kept = layers[0].kept
-    return _set_aside(x, None if kept is None else kept.inputs)
+    if kept is None or len(kept.inputs) == 0:
+        return x, None
+    # Times zero and not zeros: NaN and infinity must be seen where products are refused for them.
+    return x * kept.sent_inputs.to(x.device), x.index_select(1, kept.inputs.to(x.device))
 
 
 def set_outputs_aside(stacked: Tensor, layers: Sequence[LayerInfo]) -> Tensor:
@@ -87,13 +90,19 @@ def set_outputs_aside(stacked: Tensor, layers: Sequence[LayerInfo]) -> Tensor:
         if layer.kept is not None:
             kept.append(layer.kept.outputs + row)
         row += layer.out_features
-    return _set_aside(stacked, torch.cat(kept) if kept else None)[0]
+    channels = torch.cat(kept).to(stacked.device) if kept else None
+    if channels is None or len(channels) == 0:
+        return stacked
+    sent = stacked.clone()
+    # Times zero, as above.
+    sent[:, channels] = sent[:, channels] * 0
+    return sent
 
 
 def add_inputs(output: Tensor, aside: Tensor | None, layer: LayerInfo) -> Tensor:
     """Add to a layer's output, (tokens, N), in place, the part of the channels that stayed."""
     if aside is not None and layer.kept is not None:
-        output.addmm_(aside, layer.kept.columns.dequantize().to(output.device))
+        output.addmm_(aside, layer.kept.column_values.to(output.device))
     return output
 
 
@@ -110,17 +119,6 @@ def add_outputs(product: Tensor, gradients: Sequence[Tensor | None], layers: Seq
             aside = gradient[:, layer.kept.outputs.to(gradient.device)]
             product = torch.addmm(product, aside, layer.kept.rows.dequantize().to(product.device))
     return product
-
-
-def _set_aside(x: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if channels is None or len(channels) == 0:
-        return x, None
-    channels = channels.to(x.device)
-    aside = x[:, channels]
-    sent = x.clone()
-    # Times zero and not zeros: NaN and infinity must be seen where products are refused for them.
-    sent[:, channels] = aside * 0
-    return sent, aside
 
 
 def _sent(layer: LayerInfo, calibration: Calibration) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.denormals import flushing
-from ciphertune._support.torch_compat import uncompiled
+from ciphertune._support.torch_compat import uncompiled, without_autocast
 from ciphertune.callers import Owners
 from ciphertune.client.session import Session
 
@@ -68,7 +68,7 @@ class FromInputs(torch.autograd.Function):
         ctx.stack = stack
         ctx.save_for_backward(chosen)
         ctx.set_materialize_grads(False)
-        with flushing(), torch.autocast(x.device.type, enabled=False):
+        with flushing(), without_autocast(x.device.type):
             sent, overflown = _finite(x, lenient)
             stacked = stack.session.product(stack.group, "forward", sent, owners)
             wide: Tensor = stacked.unflatten(1, (stack.parameters, stack.experts, stack.width))  # type: ignore[no-untyped-call]
@@ -105,7 +105,7 @@ class FromOutputs(torch.autograd.Function):
         ctx.stack = stack
         ctx.save_for_backward(chosen)
         ctx.set_materialize_grads(False)
-        with flushing(), torch.autocast(h.device.type, enabled=False):
+        with flushing(), without_autocast(h.device.type):
             finite, overflown = _finite(h.flatten(1), lenient)
             values = finite.view(len(h), chosen.shape[1], stack.parameters, stack.width)
             scale = stack.scale(h.device)
