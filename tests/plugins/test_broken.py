@@ -111,10 +111,7 @@ BROKEN = {
     ("backends", "leaving"): "cannot be imported: SystemExit: 3",
     ("backends", "clear"): "'clear' is the name of CipherTune's own backend",
     ("backends", "greedy"): "Greedy.__init__ cannot be called as the framework does: leave it out",
-    (
-        "transports",
-        "narrow",
-    ): "or write 'def __init__(self, options=None, inner=None)' and call super().__init__(options",
+    ("transports", "narrow"): "or write 'def __init__(self, options=None, inner=None)' and call super()",
     ("transports", "taken"): "Taken.Options has timeout, an option of every selection string",
     ("transports", "mute"): "Mute has ServeOptions and no 'serve'",
     ("plugins", "misspelt"): "there is no hook ciphertune_after_replie; did you mean ciphertune_after_reply?",

@@ -24,8 +24,8 @@ _LARGEST_CODE = {8: 127, 16: 32639}
 _ABOVE = 1.0 + 1e-9
 _SMALL = 1 << 18
 """Whole numbers up to this are in any configuration: sizes of pictures, rates of sound, numbers of tokens."""
-_LONG = ("position", "window", "length", "seq", "ctx", "context", "theta", "base")
-"""Parts of names of numbers that follow from no tensor: lengths of texts, bases of rotary frequencies."""
+_LONG = ("position", "window", "length", "seq", "ctx", "context", "chunk", "theta", "base")
+"""Parts of names of numbers that follow from no tensor: lengths of texts and sound, bases of rotary frequencies."""
 _TABLES_IN_PYTHON = frozenset(
     {
         "autoformer",

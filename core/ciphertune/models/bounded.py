@@ -86,7 +86,7 @@ class _Room(TorchDispatchMode):
             return shapes
         made = func(*args, **given)
         for tensor in _tensors(made):
-            if tensor.device.type != "meta":
+            if tensor.device.type != "meta" and tensor.layout is torch.strided:
                 storage = tensor.untyped_storage()
                 self._alive.append((StorageWeakRef(storage), storage.nbytes()))
                 self._taken += storage.nbytes()
@@ -109,10 +109,7 @@ def _on_meta(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         shadow[1]["device"] = torch.device("meta")
     try:
         return func(*shadow[0], **shadow[1])
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ):  # of a size that numbers decide, or an error that is to be raised anyway
+    except Exception:  # a size that numbers decide, a function that has no such form, an error that comes anyway
         return None
 
 
