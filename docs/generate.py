@@ -63,6 +63,15 @@ def hooks() -> str:
             parts.append(f"\n## `{name}({arguments})`\n{_sections(_dedented(function))}\n")
     parts.append("\n## What a hook gets\nA session is a `ciphertune.Session`, of which a hook relies on this.\n\n")
     parts.append(reference.module("hookspecs.py", _sections, ("SessionView", "INTERFACE_VERSION"), level=3))
+    for path, names in (
+        ("traffic.py", ("Exchange", "Traffic", "SetUp")),
+        ("weights.py", ("LayerInfo",)),
+        ("backend.py", ("SecurityStatement",)),
+        ("selection.py", ("Selection",)),
+    ):
+        home = path.removesuffix(".py")
+        parts.append(f"\n`from ciphertune.{home} import {', '.join(names)}`\n\n")
+        parts.append(reference.module(path, _sections, names, level=3))
     parts.append(
         "\n## Trackers\n`from ciphertune.tracker import Tracker`: the base of plugins that record runs elsewhere. It "
         "implements the hooks of training, tells runs apart and keeps figures together; a tracker writes them.\n\n"

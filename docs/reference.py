@@ -55,8 +55,17 @@ def _class(node: ast.ClassDef, render: Render, level: int) -> str:
             name = part.name if "property" not in kinds else ""
             returns = "" if part.returns is None else ast.unparse(part.returns)
             title = _signature(part, name) if name else f"{part.name}: {returns}"
-            parts.append(f"{'#' * (level + 1)} `{node.name}.{title}`\n{note}{render(_doc(part))}\n")
+            given = "" if "abstractmethod" in kinds else _given(part)
+            parts.append(f"{'#' * (level + 1)} `{node.name}.{title}`\n{note}{render(_doc(part))}{given}\n")
     return "\n".join(parts)
+
+
+def _given(node: ast.FunctionDef) -> str:
+    """What a method gives that nobody overrides, where that is a value."""
+    last = node.body[-1]
+    if len(node.body) == 2 and isinstance(last, ast.Return) and isinstance(last.value, (ast.Constant, ast.Dict)):
+        return f"\n\nNot overridden: `{ast.unparse(last.value)}`."
+    return ""
 
 
 def _field(node: ast.stmt, told: str) -> str:

@@ -32,8 +32,11 @@ Buffers = dict[str, Tensor]
 """Named buffers of one request or reply: tensors of fixed-size numbers, any device."""
 
 Direction = Literal["forward", "backward"]
+"""``forward`` is ``x Wᵀ``, ``backward`` is ``g W``."""
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+"""Both of them."""
 WeightBits = Literal[8, 16]
+"""Bits of a code, by which weights are stored as integers."""
 
 WORST_RELATIVE_ERROR = 0.25
 """Expected error over signal above which a product is refused rather than returned as noise."""
@@ -457,6 +460,13 @@ class Backend(abc.ABC):
 
     Subclasses set ``name`` and ``Options`` (a frozen dataclass whose fields are the options that the selection
     string may carry) and keep imports that only one half needs inside ``client`` and ``worker``.
+
+    Args:
+        options: an instance of ``Options``; one with all defaults if not given. A subclass needs no ``__init__``. One
+            that has its own takes ``options=None`` and hands it to ``super().__init__``.
+
+    Attributes:
+        options: as above, defaults filled in.
     """
 
     name: ClassVar[str]

@@ -29,6 +29,7 @@ HELLO_VERSION = 1
 """In which ``hello``, its reply and errors about versions are always written, so that any two ends can read them."""
 
 KINDS = ("hello", "manifest", "weights", "open", "evaluate", "close", "stats", "ok", "error")
+"""Of messages: the last two are replies."""
 ERROR_CODES = (
     "protocol",
     "version",
@@ -56,6 +57,8 @@ _DTYPES: dict[str, torch.dtype] = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 Frame = bytes | bytearray | memoryview
+"""A part of a message on the wire. ``unpack`` makes tensors that share its memory, so give it bytes that stay as they
+are."""
 
 if sys.byteorder != "little":
     raise ImportError("CipherTune's wire format is little-endian; this machine is not")
@@ -86,6 +89,7 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+"""Those that hold where nobody says others. A client's link holds a reply to ``Message.reply_limits``."""
 
 
 @dataclasses.dataclass

@@ -28,7 +28,8 @@ class Timeouts:
         timeout: seconds without an answer after which a request is sent again, to a replica where there is one.
         deadline: seconds that one product may take in all, restarts of workers included.
         hedge: seconds after which an unanswered request is also sent to a replica; 0 for never.
-        connect_timeout: seconds to wait for the workers when a session opens.
+        connect_timeout: seconds to wait for the workers when a session opens. A transport that takes longer to open its
+            links is named in the log, and waited for.
 
     Raises:
         SelectionError: one of them is no number of seconds above 0.

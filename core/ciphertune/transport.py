@@ -38,6 +38,13 @@ class Transport(abc.ABC):
 
     It knows nothing of encryption or layers. Subclasses set ``name``, ``Options`` (a frozen dataclass), ``remote`` and,
     if workers can be served over it, ``ServeOptions`` and ``serve``.
+
+    Args:
+        options: an instance of ``Options``; one with all defaults if not given. A subclass needs no ``__init__``. One
+            that has its own takes ``options=None`` and hands it to ``super().__init__``.
+
+    Attributes:
+        options: as above, defaults filled in.
     """
 
     name: ClassVar[str]
@@ -206,9 +213,11 @@ class WrappingTransport(Transport):
 
     Args:
         options: of this transport alone.
-        inner: the transport that it wraps.
+        inner: the transport that it wraps. A subclass with an ``__init__`` of its own takes ``options=None`` and
+            ``inner=None``, and hands both to ``super().__init__`` first, which refuses to do without an inner one.
 
     Attributes:
+        options: of this transport alone.
         inner: as above; ``remote``, ``elastic`` and ``joining_seconds`` are this one's.
 
     Raises:

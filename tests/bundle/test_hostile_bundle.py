@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ciphertune
-from ciphertune.bundle.manifest import check_model_config, read_client
+from ciphertune.bundle.client import check_client
+from ciphertune.bundle.manifest import check_model_config, read_client, sizes_of
 from ciphertune.bundle.worker import load_worker
 from ciphertune.errors import ConfigError
 from ciphertune.worker import Worker
@@ -185,22 +187,96 @@ def test_links_out_of_the_folder_and_pipes(bundle: Path) -> None:
     ("path", "value"),
     [
         (("num_hidden_layers",), 10**6),
+        (("num_hidden_layers",), 11),
         (("vocab_size",), 1 << 40),
+        (("vocab_size",), 1 << 30),
+        (("num_labels",), 1 << 30),
         (("text_config", "hidden_size"), -(1 << 40)),
+        (("text_config", "num_experts"), 1 << 28),
+        (("text_config", "attention_types"), [[["global"], 1 << 30]]),
         (("rope_theta",), math.nan),
         (("sizes", 1), 1 << 70),
+        (("max_position_embeddings",), 1 << 31),
     ],
 )
 def test_numbers_of_a_configuration_are_looked_at_before_anything_is_built(
     tmp_path: Path, path: tuple[Any, ...], value: Any
 ) -> None:
-    content = {"num_hidden_layers": 2, "text_config": {}, "sizes": [1, 2]}
-    check_model_config(tmp_path, 10)
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    check_model_config(tmp_path, 10)
+    content = {"num_hidden_layers": 2, "text_config": {}, "sizes": [1, 2], "max_position_embeddings": 10_485_760}
+    sizes = sizes_of([(300_000, 8), *[(8, 8)] * 9])
+    check_model_config(tmp_path, sizes)
+    (tmp_path / "config.json").write_text(json.dumps(content | {"vocab_size": 300_000, "rope_theta": 100_000_000}))
+    check_model_config(tmp_path, sizes)
     (tmp_path / "config.json").write_text(json.dumps(altered(content, path, value)))
     with pytest.raises(ConfigError, match=str(next(key for key in reversed(path) if isinstance(key, str)))):
-        check_model_config(tmp_path, 10)
+        check_model_config(tmp_path, sizes)
+
+
+def test_tables_that_python_computes_are_no_larger_than_the_model(tmp_path: Path) -> None:
+    content = {"model_type": "distilbert", "dim": 8, "max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    check_model_config(tmp_path, sizes_of([(512, 8)]))
+    (tmp_path / "config.json").write_text(json.dumps(content | {"max_position_embeddings": 1 << 20}))
+    with pytest.raises(ConfigError, match="max_position_embeddings: expected a table of positions"):
+        check_model_config(tmp_path, sizes_of([(512, 8)]))
+
+
+def test_settings_are_no_large_files(ciphertune_bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(ciphertune_bundle / "client", tmp_path / "client")
+    check_client(tmp_path / "client")
+    for name, said in (
+        ("tokenizer_config.json", "holds settings"),
+        ("config.json", "size"),
+        ("model.safetensors.index.json", "too large to be a table"),
+    ):
+        shutil.copytree(ciphertune_bundle / "client", tmp_path / name)
+        with (tmp_path / name / name).open("r+b" if (tmp_path / name / name).exists() else "wb") as file:
+            file.truncate(1 << 29)  # takes no room on the disk
+        with pytest.raises(ConfigError, match=said):
+            check_client(tmp_path / name)
+
+
+HARMLESS = ("max_position_embeddings", "architectures")  # numbers that this model makes nothing of
+HOSTILE: list[tuple[str, Any]] = [
+    ("vocab_size", 1 << 31),
+    ("vocab_size", 200_000),
+    ("hidden_size", 1 << 18),
+    ("intermediate_size", 1 << 30),
+    ("num_hidden_layers", 1 << 20),
+    ("num_attention_heads", 1 << 25),
+    ("num_key_value_heads", 0),
+    ("head_dim", 1 << 18),
+    ("max_position_embeddings", -1),
+    ("rope_theta", math.nan),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": "x"}),
+    ("num_labels", 1 << 30),
+    ("torch_dtype", "float1"),
+    ("architectures", ["Ghost"]),
+    ("layer_types", ["full_attention"] * (1 << 20)),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), HOSTILE, ids=[f"{key}-{str(value)[:20]}" for key, value in HOSTILE])
+def test_a_hostile_configuration_is_refused_without_memory(
+    ciphertune_bundle: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    """What cannot be the model of these tensors ends in an error of ours; what changes nothing ends in the model."""
+    import shutil
+
+    shutil.copytree(ciphertune_bundle, tmp_path / "bundle")
+    client = tmp_path / "bundle" / "client"
+    content = json.loads((client / "config.json").read_text())
+    (client / "config.json").write_text(json.dumps(content | {key: value}))
+    worker = Worker(load_worker(tmp_path / "bundle" / "worker"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if key in HARMLESS:
+        ciphertune.session_of(ciphertune.load_client(client, "clear?weight_bits=8", worker=worker)).close()
+    else:
+        with pytest.raises(ConfigError):
+            ciphertune.load_client(client, "clear?weight_bits=8", worker=worker)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB
 
 
 def test_code_that_comes_with_a_model_is_not_run(ciphertune_bundle: Path, tmp_path: Path) -> None:

@@ -56,6 +56,14 @@ def test_a_good_plugin_passes_and_says_what_was_left_out() -> None:
     assert result.output.splitlines()[-1] == "1 passed, 0 failed, 3 skipped"
 
 
+@pytest.mark.parametrize(("name", "only"), [("flaky", "needs or belongs"), ("flaky::zmq", "interface or without")])
+def test_a_transport_around_others_has_a_suite_of_its_own(name: str, only: str) -> None:
+    result = invoke(name, "--only", only)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"transport {name} of ciphertune ")
+    assert ("it needs another" in result.output) == (name == "flaky")
+
+
 def test_results_for_programs() -> None:
     result = invoke("progress", "--only", "hooks", "--json")
     (report,) = json.loads(result.output)
@@ -92,6 +100,11 @@ def test_nothing_that_passes_is_no_pass() -> None:
         (["mlew"], SelectionError, "no plugin named 'mlew' is installed; did you mean 'mlwe'?"),
         (["zmq", "--kind", "backend"], SelectionError, "no plugin named 'zmq' is installed"),
         (["local"], SelectionError, "'local' serves none"),
+        (["flaky::local"], SelectionError, "'flaky::local' serves none"),
+        (["zmq::local"], SelectionError, "the transport 'zmq' wraps no other"),
+        (["history"], SelectionError, "'history' needs options: ciphertune check 'history?path=…'"),
+        (["clear?weight_bit=8"], SelectionError, "weight_bits"),
+        (["progress?a=1"], SelectionError, "'progress?a=1': this plugin takes no options"),
         (["clear", "--set", "tolerence=1"], ConfigError, "BackendSuite has no attribute 'tolerence'; did you mean"),
         (["a b"], SelectionError, "cannot read the plugin"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from ciphertune.cli import cli
-from ciphertune.cli.scaffold import Kind, new_project
+from ciphertune.cli.scaffold import GROUPS, Kind, new_project
 from ciphertune.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-KINDS: list[Kind] = ["transport", "backend", "plugin"]
+KINDS: list[Kind] = ["transport", "wrapping", "backend", "plugin"]
 PAGES = Path(__file__).parents[2] / "docs"
 
 
@@ -45,7 +45,7 @@ def test_a_project(kind: Kind, tmp_path: Path) -> None:
     project: dict[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text())
     assert project["project"]["name"] == "ciphertune-two-words"
     assert project["project"]["dependencies"] == ["ciphertune>=0.1.0,<0.2"]
-    (entry,) = project["project"]["entry-points"][f"ciphertune.{kind}s"].items()
+    (entry,) = project["project"]["entry-points"][GROUPS[kind]].items()
     assert entry[0] == "two-words"
     module, _, name = entry[1].partition(":")
     tree = ast.parse((folder / module / "__init__.py").read_text())
@@ -57,6 +57,13 @@ def test_a_project(kind: Kind, tmp_path: Path) -> None:
 def test_names_that_are_none(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no name"):
         new_project("backend", name, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "name"), [("backend", "mlwe"), ("wrapping", "zmq"), ("plugin", "history")])
+def test_names_that_are_ciphertune_s_own(kind: Kind, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' is the name of CipherTune's own"):
+        new_project(kind, name, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,7 +24,7 @@ from ciphertune.errors import PluginError, SelectionError, TransportError, Worke
 from ciphertune.hookspecs import hookimpl
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
-from ciphertune.transport import Link
+from ciphertune.transport import Link, WrappingTransport
 
 Register = Callable[[str, Any], None]
 
@@ -78,6 +78,14 @@ class Exploding(Clear):
     name = "exploding"
     def __init__(self, *_): raise ZeroDivisionError("no such device")
 
+class Greedy(Clear):
+    name = "greedy"
+    def __init__(self, options): super().__init__(options)
+
+class Narrow(get_transport("flaky")):
+    name = "narrow"
+    def __init__(self, options, inner): super().__init__(options, inner)
+
 class Mute(Local): name, ServeOptions = "mute", Local.Options
 
 class Misspelt:
@@ -102,6 +110,8 @@ BROKEN = {
     ("backends", "gone"): "cannot be imported: AttributeError: module 'broken_plugins' has no attribute 'Gone'",
     ("backends", "leaving"): "cannot be imported: SystemExit: 3",
     ("backends", "clear"): "'clear' is the name of CipherTune's own backend",
+    ("backends", "greedy"): "Greedy.__init__ cannot be called as the framework does: leave it out",
+    ("transports", "narrow"): "or write 'def __init__(self, options=None, inner=None)' and call super()",
     ("transports", "taken"): "Taken.Options has timeout, an option of every selection string",
     ("transports", "mute"): "Mute has ServeOptions and no 'serve'",
     ("plugins", "misspelt"): "there is no hook ciphertune_after_replie; did you mean ciphertune_after_reply?",
@@ -318,6 +328,11 @@ def test_infinity_that_comes_of_the_input_is_not_the_backend_s_fault() -> None:
     ciphertune.session_of(model).close()
 
 
+@dataclasses.dataclass(frozen=True)
+class Empty:
+    """No options."""
+
+
 class Wired(Link):
     name = "wire"
 
@@ -356,6 +371,26 @@ def test_a_transport_s_faults_are_not_the_network_s(register: Register, connect:
     assert said in str(caught.value).replace("tests.plugins.", "")
     assert "fault of the plugin" in str(caught.value)
     assert "0.73" not in str(caught.value)
+
+
+WRAPPED = [
+    (fail, "failed in 'connect': KeyError"),
+    (lambda *_: None, "'connect' gave a list, and must give a sequence of ciphertune.transport.Link"),
+    (lambda *_: Wired(lambda request: None), "'submit' returned a NoneType and no Future"),
+]
+
+
+@pytest.mark.parametrize(("wrap", "said"), WRAPPED)
+def test_faults_of_one_around_another_name_both(register: Register, wrap: Callable[..., Any], said: str) -> None:
+    register(
+        registry.TRANSPORTS, type("Outer", (WrappingTransport,), {"name": "outer", "Options": Empty, "wrap": wrap})
+    )
+    with pytest.raises(PluginError) as caught:
+        product(transport="outer::local")
+    assert said in str(caught.value)
+    assert "fault of the plugin" in str(caught.value)
+    if "'connect'" in said:
+        assert "'outer::local' (test:Outer, from test 1.0 around ciphertune_local:" in str(caught.value)
 
 
 def test_what_the_network_does_is_the_network_s(register: Register) -> None:

@@ -14,7 +14,14 @@ from ciphertune._support.bundle_names import CLIENT_MANIFEST
 from ciphertune._support.own_modes import own_modes
 from ciphertune.bundle.codes import FolderCodes
 from ciphertune.bundle.files import CLIENT_FORMAT, OUTSOURCED, floating, read_manifest_file
-from ciphertune.bundle.manifest import ClientManifest, check_model_config, read_client, refuse_strange_files
+from ciphertune.bundle.manifest import (
+    ClientManifest,
+    check_model_config,
+    read_client,
+    refuse_large_settings,
+    refuse_strange_files,
+    sizes_of,
+)
 from ciphertune.bundle.outliers import check_kept, read_kept
 from ciphertune.checkpoints.files import TensorFiles, checkpoint_files, open_tensors, read_tensor, tensor_shape
 from ciphertune.client.choice import choose
@@ -68,9 +75,7 @@ def load_client(
         TransportError, UnknownLayerError, WorkerError: the workers cannot be reached, or do not hold these layers.
     """
     place = Path(folder)
-    content = read_manifest_file(place / CLIENT_MANIFEST, CLIENT_FORMAT)
-    refuse_strange_files(place)
-    manifest = read_client(place, content)
+    manifest = check_client(place)
     choice = choose(to)
     codes = None if weights is None else FolderCodes(weights)
     if not choice.transport.remote and worker is None:
@@ -89,7 +94,6 @@ def load_client(
         stored = floating(manifest.dtype)
         if manifest.architecture is None:
             raise ConfigError(f"{place} is not of a transformers model: pass its modules with skeleton=")
-        check_model_config(place, len(checkpoint_files(place)) + len(infos))
         skeleton = build(place, manifest.architecture, name=manifest.model, dtype=dtype or stored)
         # peft asks a hub for any name, and for an empty one nobody; what is no hub's is this machine's.
         setattr(skeleton, "name_or_path", manifest.model if "/" in manifest.model else "")  # noqa: B010
@@ -104,6 +108,26 @@ def load_client(
         groups = sibling_groups(chosen, sizes, share=options.share_inputs, experts=options.experts)
     manager = plugins if plugins is not None else plugin_manager()
     return attach(skeleton, chosen, infos, groups, choice, worker, torch.device(device), manager, codes, table)
+
+
+def check_client(folder: Path) -> ClientManifest:
+    """Look at a client's part of a bundle with distrust, before anything is made of it.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        ConfigError: it is no client's folder, or a field, a number or a file of it is out of range; it is named.
+    """
+    content = read_manifest_file(folder / CLIENT_MANIFEST, CLIENT_FORMAT)
+    refuse_strange_files(folder)
+    manifest = read_client(folder, content)
+    kept = TensorFiles(checkpoint_files(folder)).headers()
+    # Of an outsourced layer the file has a scale for each row, and nothing that its inputs could be counted by.
+    shapes = [header.shape for header in kept.values()] + [(layer.out_features,) for layer in manifest.layers]
+    check_model_config(folder, sizes_of(shapes))
+    refuse_large_settings(folder)
+    return manifest
 
 
 def is_client_folder(folder: str | os.PathLike[str]) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from ciphertune._support.bundle_names import CLIENT_MANIFEST
 from ciphertune.errors import ConfigError
@@ -21,6 +22,25 @@ _LONGEST_NAME = 512
 _LARGEST_CONFIG = 1 << 24
 _LARGEST_CODE = {8: 127, 16: 32639}
 _ABOVE = 1.0 + 1e-9
+_SMALL = 1 << 18
+"""Whole numbers up to this are in any configuration: sizes of pictures, rates of sound, numbers of tokens."""
+_LONG = ("position", "window", "length", "seq", "ctx", "context", "chunk", "theta", "base")
+"""Parts of names of numbers that follow from no tensor: lengths of texts and sound, bases of rotary frequencies."""
+_TABLES_IN_PYTHON = frozenset(
+    {
+        "autoformer",
+        "distilbert",
+        "flaubert",
+        "informer",
+        "marian",
+        "pegasus",
+        "roformer",
+        "time_series_transformer",
+        "xlm",
+    }
+)
+_POSITIONS = ("max_position_embeddings", "context_length", "prediction_length")
+_WIDTHS = ("d_model", "dim", "emb_dim", "hidden_size")
 _COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers"})
 
 
@@ -188,12 +208,48 @@ def refuse_strange_files(folder: Path) -> None:
             raise ConfigError(f"{folder} holds more than {_MOST_FILES} files: it is no client's part of a bundle")
 
 
-def check_model_config(folder: Path, tensors: int) -> None:
+class Sizes(NamedTuple):
+    """Of the tensors of a model, those at the workers included, as files say them before anything is read.
+
+    Attributes:
+        tensors: their number.
+        dimension: the largest of any of them.
+        numbers: in all of them together.
+    """
+
+    tensors: int
+    dimension: int
+    numbers: int
+
+
+def sizes_of(shapes: Iterable[Sequence[int]]) -> Sizes:
+    """The sizes of tensors of these shapes."""
+    known = [tuple(shape) for shape in shapes]
+    return Sizes(len(known), max(itertools.chain(*known), default=0), sum(map(math.prod, known)))
+
+
+def refuse_large_settings(folder: Path) -> None:
+    """Refuse files of settings that are read whole, and are too large to hold settings.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        file = folder / name
+        if file.is_file() and file.stat().st_size > _LARGEST_CONFIG:
+            raise ConfigError(f"{file} is damaged: it is larger than {_LARGEST_CONFIG} bytes, and holds settings")
+
+
+def check_model_config(folder: Path, sizes: Sizes) -> None:
     """Look at a model's ``config.json`` before anything is built of it.
+
+    Numbers in it become lists and loops of Python, which nothing else bounds. So none may be larger than the tensors of
+    the model give reason for, but lengths of texts and bases of rotary frequencies, of which ``models.bounded`` bounds
+    what is made.
 
     Args:
         folder: of the model; one without the file is left to transformers.
-        tensors: in the client's part and at the workers. A model has no more layers than tensors.
+        sizes: of the model's tensors. A model has no more layers than tensors.
 
     Raises:
         ConfigError: the file is no JSON object, or a number in it is none or out of range; the message names it.
@@ -210,6 +266,8 @@ def check_model_config(folder: Path, tensors: int) -> None:
         raise ConfigError(f"{file} is damaged: it is not JSON") from error
     if not isinstance(content, dict):
         reader.fail("content", "an object", content)
+    _check_tables(reader, content, sizes)
+    largest = max(sizes.dimension, sizes.tensors, _SMALL)
     waiting: list[tuple[str, Any]] = list(content.items())
     while waiting:
         where, value = waiting.pop()
@@ -220,7 +278,22 @@ def check_model_config(folder: Path, tensors: int) -> None:
             waiting += [(f"{where}[{number}]", each) for number, each in enumerate(value)]
         elif isinstance(value, float) and math.isnan(value):
             reader.fail(where, "a number", value)
-        elif isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        elif not isinstance(value, int):
+            continue
+        elif not -_LARGEST <= value <= _LARGEST:
             reader.fail(where, f"a whole number up to {_LARGEST}", value)
-        elif isinstance(value, int) and key in _COUNTS and value > tensors:
-            reader.fail(where, f"no more layers than the {tensors} tensors of this model", value)
+        elif key in _COUNTS and value > sizes.tensors:
+            reader.fail(where, f"no more layers than the {sizes.tensors} tensors of this model", value)
+        elif value > largest and not any(word in key for word in _LONG):
+            reader.fail(where, f"at most {largest}, as large as anything in this model", value)
+
+
+def _check_tables(reader: _Reader, content: Mapping[str, Any], sizes: Sizes) -> None:
+    """Bound the tables of positions that some families of models compute number by number in Python."""
+    if content.get("model_type") not in _TABLES_IN_PYTHON:
+        return
+    for key in _POSITIONS:
+        for width in _WIDTHS:
+            rows, columns = content.get(key), content.get(width)
+            if type(rows) is int and type(columns) is int and rows * columns > max(sizes.numbers, _SMALL):
+                reader.fail(key, f"a table of positions no larger than the model's {sizes.numbers} numbers", rows)

@@ -16,6 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _INDICES = (INDEX, "diffusion_pytorch_model.safetensors.index.json")
+_LARGEST_INDEX = 1 << 28
 
 
 class Header(NamedTuple):
@@ -90,6 +91,8 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     """
     for index in (folder / name for name in _INDICES):
         if index.exists():
+            if index.stat().st_size > _LARGEST_INDEX:
+                raise ConfigError(f"{index} is too large to be a table of tensors")
             try:
                 table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 return {str(name): inside(folder, file) for name, file in table.items()}

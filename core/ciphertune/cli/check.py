@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import ast
 import collections
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ciphertune._support.builders import required
+from ciphertune._support.options import build_options
 from ciphertune._support.suggestions import closest
 from ciphertune.cli.output import print_json
 from ciphertune.cli.pairs import name_values
 from ciphertune.errors import ConfigError, PluginError, SelectionError
 from ciphertune.plugins import registry
-from ciphertune.selection import parse_use
+from ciphertune.plugins.manager import options_of
+from ciphertune.selection import SessionOptions, parse_use
 
-# Entry-point group → the suite, and its attribute that names the plugin.
-_SUITES = {
-    registry.BACKENDS: ("BackendSuite", "selection"),
-    registry.TRANSPORTS: ("TransportSuite", "name"),
-    registry.PLUGINS: ("PluginSuite", "use"),
+_ATTRIBUTES = {
+    "BackendSuite": "selection",
+    "TransportSuite": "name",
+    "WrappingSuite": "name",
+    "PluginSuite": "use",
 }
+"""Of each suite the attribute that names the plugin."""
 _GROUPS = {kind: group for group, kind in registry.KINDS.items()}
 
 
@@ -47,17 +52,18 @@ _GROUPS = {kind: group for group, kind in registry.KINDS.items()}
 def check(name: str, kind: str | None, settings: tuple[str, ...], only: str | None, as_json: bool) -> None:
     """Run the conformance suite of its kind against the installed plugin NAME, and report.
 
-    NAME may carry options: 'mlwe?weight_bits=16', 'zmq?insecure=1', 'history?path=run.csv'. Exit status 1 if a test
-    fails.
+    NAME may carry options: 'mlwe?weight_bits=16', 'zmq?insecure=1', 'history?path=run.csv'. A transport that wraps
+    others is named alone, as 'flaky', for the suite of such transports, and as 'flaky::zmq' for that of transports.
+    Exit status 1 if a test fails.
     """
     if importlib.util.find_spec("pytest") is None:
         raise PluginError('the suites need pytest: pip install "ciphertune[testing]"')
-    plain = parse_use(name)[0]
+    plain, options = _parsed(name)
     failed = False
     reports = []
     for group in _groups(plain, kind):
-        row = registry.installed(group)[plain]
-        _refuse_unchecked(group, row.load())
+        row = registry.installed(group)[plain.partition("::")[0]]
+        _refuse_options(group, name, registry.load(group, plain), options)
         about = {"kind": registry.KINDS[group], "name": plain, "package": row.distribution, "mismatch": row.mismatch}
         if not as_json:
             click.echo(
@@ -138,25 +144,64 @@ def run_suite(
 def _groups(name: str, kind: str | None) -> Sequence[str]:
     """Groups in which a plugin has this name."""
     wanted = registry.KINDS if kind is None else {_GROUPS[kind]: kind}
-    found = [group for group in wanted if name in registry.installed(group)]
+    outer, chain, _ = name.partition("::")
+    if chain:
+        wanted = {group: kind for group, kind in wanted.items() if group == registry.TRANSPORTS}
+    found = [group for group in wanted if outer in registry.installed(group)]
     if not found:
         known = {each for group in wanted for each in registry.installed(group)}
         raise SelectionError(f"no plugin named {name!r} is installed; {closest(name, known)}")
     return found
 
 
-def _refuse_unchecked(group: str, plugin: Any) -> None:
-    if group == registry.TRANSPORTS and plugin.ServeOptions is None:
+def _parsed(use: str) -> tuple[str, dict[str, str]]:
+    """The name, which may be of a transport around another, and the options."""
+    outer, chain, rest = use.strip().partition("::")
+    if not chain:
+        return parse_use(use)
+    inner, options = _parsed(rest)
+    return f"{parse_use(outer)[0]}::{inner}", options
+
+
+def _refuse_options(group: str, use: str, plugin: Any, options: Mapping[str, str]) -> None:
+    """Raise ``SelectionError`` for options that the plugin does not take, once and before any test."""
+    if group == registry.BACKENDS:
+        cls = plugin.options_class(options)
+    else:
+        cls = options_of(plugin) if group == registry.PLUGINS else plugin.Options
+    if cls is None and options:
+        raise SelectionError(f"{use!r}: this plugin takes no options")
+    missing = [] if cls is None else [f.name for f in dataclasses.fields(cls) if required(f) and f.name not in options]
+    if missing:
+        asked = "&".join(f"{name}=…" for name in missing)
+        raise SelectionError(f"{use!r} needs options: ciphertune check '{use}{'&' if options else '?'}{asked}'")
+    common = {field.name for field in dataclasses.fields(SessionOptions)}
+    if cls is not None:
+        build_options(cls, {option: text for option, text in options.items() if option not in common})
+
+
+def _suite(group: str, name: str) -> str:
+    """The suite for a plugin. Raises ``SelectionError`` for a transport that there is none for."""
+    if group != registry.TRANSPORTS:
+        return "BackendSuite" if group == registry.BACKENDS else "PluginSuite"
+    from ciphertune.transport import WrappingTransport
+
+    plugin = registry.load(group, name)
+    if "::" not in name and issubclass(plugin, WrappingTransport):
+        return "WrappingSuite"
+    if plugin.ServeOptions is None:
         raise SelectionError(
-            f"the suite of transports is for those that serve workers elsewhere, and {plugin.name!r} serves none"
+            f"the suite of transports is for those that serve workers elsewhere, and {name!r} serves none"
         )
+    return "TransportSuite"
 
 
 def _module(group: str, use: str, settings: dict[str, str]) -> str:
     """A test module with the suite of a group."""
     from ciphertune import testing
 
-    suite, attribute = _SUITES[group]
+    suite = _suite(group, _parsed(use)[0])
+    attribute = _ATTRIBUTES[suite]
     annotated = [vars(base).get("__annotations__", ()) for base in getattr(testing, suite).__mro__]
     known = {name for names in annotated for name in names} - {attribute}
     values: dict[str, Any] = {attribute: use}

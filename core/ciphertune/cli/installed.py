@@ -73,9 +73,12 @@ def _described(found: registry.Registered, plugin: Any) -> Row:
     if found.group == registry.BACKENDS:
         row |= {"licence": plugin.licence, "problem": plugin.problem()}
     if found.group == registry.TRANSPORTS:
+        from ciphertune.transport import WrappingTransport
+
         serving = plugin.ServeOptions
         worker = None if serving is None else options_with_defaults(serving)
         remote = plugin.remote if isinstance(plugin.remote, bool) else None  # else of each instance
+        row["wraps"] = issubclass(plugin, WrappingTransport)
         return row | {"state": "usable", "remote": remote, "worker_options": worker}
     if any(option["required"] for option in row["options"].values()):
         return row | {"state": "usable", "encrypted": None, "security_level": "depends on its options"}

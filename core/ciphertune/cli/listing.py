@@ -67,7 +67,7 @@ def _backend(row: Row) -> list[str]:
 
 def _transport(row: Row) -> list[str]:
     places = {True: "in other processes", False: "in this process", None: "where its options say"}
-    where = f"workers are {places[row['remote']]}"
+    where = "around another transport" if row["wraps"] else f"workers are {places[row['remote']]}"
     worker = row["worker_options"]
     served = "" if worker is None else f"options of its workers: {_options(worker)}"
     return [where, f"options: {_options(row['options'])}", served]

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["transport", "backend", "plugin"]))
+@click.argument("kind", type=click.Choice(["transport", "wrapping", "backend", "plugin"]))
 @click.argument("name")
 @click.option(
     "--output", type=click.Path(path_type=Path), default=None, help="Folder to make.  [default: ciphertune-NAME]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the files as JSON.")
 def new(kind: Kind, name: str, output: Path | None, as_json: bool) -> None:
-    """Start a project for a plugin: a transport, a backend, or a hook plugin called NAME.
+    """Start a project for a plugin called NAME: a transport, one that wraps others, a backend, or a hook plugin.
 
     It has an entry point, a skeleton, a README, a workflow for its tests, and the conformance suite, which fails until
     the skeleton is filled in.

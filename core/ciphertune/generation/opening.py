@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ciphertune.bundle.client import is_client_folder, load_client
+from ciphertune.bundle.client import check_client, is_client_folder, load_client
 from ciphertune.client.choice import choose
 from ciphertune.client.session import Session
 from ciphertune.data.render import use_template
@@ -115,6 +115,7 @@ def _load_model(source: ModelSource) -> tuple[Any, Any]:
 
 
 def _load_bundle(source: ModelSource) -> tuple[Any, Any]:
+    check_client(Path(source.name))
     tokenizer = load_tokenizer(source.name)
     skeleton: nn.Module | None = None if source.adapter is None else build(Path(source.name))
     _prepare_tokenizer(tokenizer, source, skeleton)

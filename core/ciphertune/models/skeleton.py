@@ -13,6 +13,7 @@ from torch import nn
 
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
+from ciphertune.models.bounded import bounded, refuse_meta_buffers
 from ciphertune.models.folders import refuse_folder
 
 _EXTRA = 'pip install "ciphertune[hf]"'
@@ -21,7 +22,8 @@ _EXTRA = 'pip install "ciphertune[hf]"'
 def build(folder: Path, architecture: str | None = None, *, name: str = "", **changes: Any) -> nn.Module:
     """The model that a folder's ``config.json`` describes.
 
-    Parameters are on the meta device and take no memory; buffers, such as rotary frequencies, are real.
+    Parameters are on the meta device and take no memory; buffers, such as rotary frequencies, are real, and take
+    ``bounded.ROOM`` at most.
 
     Args:
         folder: of a transformers model, or of a part of a pipeline of diffusers.
@@ -30,7 +32,7 @@ def build(folder: Path, architecture: str | None = None, *, name: str = "", **ch
         changes: attributes of the config to set first.
 
     Raises:
-        ConfigError: transformers is missing, or cannot make this model.
+        ConfigError: transformers is missing, or cannot make this model, or its buffers would be too large.
     """
     refuse_folder(str(folder), weights=False)
     if is_diffusers(folder):
@@ -82,13 +84,16 @@ def _build_part(folder: Path, architecture: str | None) -> nn.Module:
     if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
         raise ConfigError(f"the configuration in {folder} names no model class that diffusers has: {chosen!r}")
     try:
-        with _default_dtype(None), accelerate.init_empty_weights(include_buffers=False):
+        with _default_dtype(None), accelerate.init_empty_weights(include_buffers=False), bounded():
             made: nn.Module = model_class.from_config(content)  # type: ignore[attr-defined]
+    except ConfigError:
+        raise
     except Exception as error:  # as for models of transformers
         raise ConfigError(
             f"diffusers cannot make the model that {folder / 'config.json'} describes: "
             f"{type(error).__name__}: {str(error)[:300]}"
         ) from error
+    refuse_meta_buffers(made)
     return made.eval()
 
 
@@ -101,11 +106,16 @@ def unpacked_config(config: Any) -> None:
 
 
 def assemble(config: Any, model_class: type[nn.Module]) -> nn.Module:
-    """The model of a configuration, as ``build`` makes it. Raises ``ConfigError`` where accelerate is missing."""
+    """The model of a configuration, as ``build`` makes it.
+
+    Raises:
+        ConfigError: accelerate is missing, or the model's buffers or the number of its modules would be too large.
+    """
     accelerate = import_optional("accelerate", _EXTRA)
     dtype = getattr(config, "dtype", None)
-    with _default_dtype(dtype), accelerate.init_empty_weights(include_buffers=False):
+    with _default_dtype(dtype), accelerate.init_empty_weights(include_buffers=False), bounded():
         model: Any = model_class(config)
+    refuse_meta_buffers(model)
     # Tying inside that context made copies.
     model.tie_weights()
     return model.eval()  # type: ignore[no-any-return]

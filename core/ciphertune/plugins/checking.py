@@ -50,7 +50,27 @@ def _class_unfit(name: str, plugin: Any, base: type, version: int) -> str | None
     own = getattr(plugin, "name", None)
     if own != name:
         return f"{plugin.__name__} calls itself {own!r}: its attribute 'name' must be the entry point's, {name!r}"
-    return _version_unfit(plugin, version) or _options_unfit(plugin, "Options", taken=True)
+    return _version_unfit(plugin, version) or _options_unfit(plugin, "Options", taken=True) or _set_up_unfit(plugin)
+
+
+def _set_up_unfit(plugin: type) -> str | None:
+    """The framework makes objects of the options, of a transport around another also of that, and lists of nothing."""
+    from ciphertune.transport import WrappingTransport
+
+    wraps = issubclass(plugin, WrappingTransport)
+    for given in ((), (None,), (None, None)) if wraps else ((), (None,)):
+        try:
+            inspect.signature(plugin).bind(*given)
+        except TypeError:
+            wanted = "self, options=None, inner=None" if wraps else "self, options=None"
+            handed = "options, inner" if wraps else "options"
+            return (
+                f"{plugin.__name__}.__init__ cannot be called as the framework does: leave it out, as options are in "
+                f"self.options, or write 'def __init__({wanted})' and call super().__init__({handed})"
+            )
+        except ValueError:  # one without a signature, as of C
+            break
+    return None
 
 
 def _version_unfit(plugin: Any, version: int) -> str | None:

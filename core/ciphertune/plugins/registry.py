@@ -180,10 +180,21 @@ def _chained(name: str) -> Any:
     return wrapping.around(load(TRANSPORTS, inner))
 
 
+def own_names(group: str) -> frozenset[str]:
+    """Names in an entry-point group that are CipherTune's own, and that no other package may take."""
+    return frozenset(row.name for row in _found(group) if _package(row) == _OWN)
+
+
 def title(group: str, name: str) -> str:
-    """A plugin in words, with the package that it is from where one is installed under this name."""
-    row = installed(group).get(name)
-    return f"{KINDS[group]} {name!r}" if row is None else row.title
+    """A plugin in words, with the package that it is from where one is installed under this name.
+
+    Of a transport around another, both packages: the fault may be in either.
+    """
+    rows = [row for part in name.split("::") if (row := installed(group).get(part)) is not None]
+    if not rows:
+        return f"{KINDS[group]} {name!r}"
+    homes = " around ".join(f"{row.target}, from {row.distribution}" for row in rows)
+    return f"{KINDS[group]} {name!r} ({homes})"
 
 
 def get_backend(name: str) -> type[Backend]:

@@ -22,6 +22,7 @@ from ciphertune.backend import (
     Direction,
     Encrypted,
     LinearMap,
+    Preparation,
     WorkerHalf,
 )
 from ciphertune.client.choice import choose
@@ -30,7 +31,7 @@ from ciphertune.errors import InputError, NotPreparedError, ProtocolError, Reply
 from ciphertune.protocol import Message, pack, unpack
 from ciphertune.testing.lies import LIES, LyingWorker
 from ciphertune.testing.served import ServedWorker
-from ciphertune.weights import DIGEST_ROWS, LayerWeight, describe, group_map, quantize
+from ciphertune.weights import DIGEST_ROWS, LayerWeight, describe, group_map, lookup_map, quantize
 
 _CPU = torch.device("cpu")
 
@@ -68,7 +69,13 @@ class Pair:
 
     def prepare(self, pieces: Sequence[LinearMap] = ()) -> None:
         """Let the client half prepare itself for products that are cut into pieces, by forward maps of these."""
-        preparation = self.client.preparation(self.map("forward"), self.map("backward"), pieces)
+        self._absorbed(self.client.preparation(self.map("forward"), self.map("backward"), pieces))
+
+    def prepare_lookups(self) -> None:
+        """Let the client half prepare itself for lookups in the weight as a table."""
+        self._absorbed(self.client.preparation(None, self.lookups(), ()))
+
+    def _absorbed(self, preparation: Preparation | None) -> None:
         if preparation is not None:
             for row in range(0, len(self.weight.codes), DIGEST_ROWS):
                 preparation.absorb(row, self.weight.codes[row : row + DIGEST_ROWS])
@@ -77,6 +84,10 @@ class Pair:
     def map(self, direction: Direction) -> LinearMap:
         """The map of a direction, as a session knows it."""
         return group_map([describe("layer", self.weight)], direction)
+
+    def lookups(self) -> LinearMap:
+        """The map of lookups in the weight as a table of embeddings, as a session knows it."""
+        return lookup_map(describe("table", self.weight))
 
     def matrix(self, direction: Direction) -> Tensor:
         """The matrix of a direction in float64, as the worker stores it, without scales."""
@@ -88,16 +99,19 @@ class Pair:
         try:
             return self.client.encrypt(x, linear_map)
         except NotPreparedError:
-            self.prepare()
+            if linear_map.identity == self.lookups().identity:
+                self.prepare_lookups()
+            else:
+                self.prepare()
             return self.client.encrypt(x, linear_map)
 
     def evaluate(self, direction: Direction, request: Buffers) -> Buffers:
         """A request's reply, through the wire both ways."""
         return _carried(self.worker.evaluate(self.prepared, direction, _carried(request)))
 
-    def product(self, direction: Direction, x: Tensor) -> Tensor:
-        """Encrypt, evaluate, decrypt."""
-        linear_map = self.map(direction)
+    def product(self, direction: Direction, x: Tensor, linear_map: LinearMap | None = None) -> Tensor:
+        """Encrypt, evaluate, decrypt; of another map than the direction's if one is given."""
+        linear_map = self.map(direction) if linear_map is None else linear_map
         encrypted = self.encrypt(x, linear_map)
         return self.client.decrypt(self.evaluate(direction, encrypted.buffers), encrypted.state, linear_map)
 
@@ -143,10 +157,11 @@ class BackendSuite:
         for each in made:
             each.close()
 
-    def check(self, pair: Pair, direction: Direction, x: Tensor) -> None:
+    def check(self, pair: Pair, direction: Direction, x: Tensor, linear_map: LinearMap | None = None) -> None:
         """Hold a product against float64, within the error that the backend declares."""
-        y = pair.product(direction, x)
-        linear_map, expected = pair.map(direction), x.double() @ pair.matrix(direction).t()
+        linear_map = pair.map(direction) if linear_map is None else linear_map
+        y = pair.product(direction, x, linear_map)
+        expected = x.double() @ pair.matrix(direction).t()
         assert y.dtype == torch.float32, f"outputs are {y.dtype}, not float32"
         assert y.shape == expected.shape
         assert torch.isfinite(y).all()
@@ -230,6 +245,54 @@ class BackendSuite:
         y = pair(24, 40).product("forward", x)
         assert float(y[::2].abs().max()) < 1e-20
         assert float(y[1::2].abs().max()) > 1e-2
+
+    def test_lookups_are_rows_of_the_table(self) -> None:
+        """Tokens are looked up as backward products of one value each, also of a table that nothing else is made of."""
+        both = Pair.make(self.selection, 40, 24, prepared=False)
+        try:
+            both.prepare_lookups()
+            x = torch.zeros(6, 40)
+            x[range(5), [0, 39, 7, 7, 20]] = torch.tensor([0.02, 1.0, 3e-4, 3e-4, 5.0])
+            self.check(both, "backward", x, both.lookups())
+            y = both.product("backward", x, both.lookups())
+            assert float(y[5].abs().max()) < 1e-20, "a token without a row is not zeros"
+        finally:
+            both.close()
+
+    def test_wrong_lookups_are_found(self) -> None:
+        """Answers to lookups are held against the table as those to other products are against their weights."""
+        both = Pair.make(self.selection, 16, 8, prepared=False)
+        linear_map, checks = both.lookups(), NoiseChecks(both.backend, _CPU)
+        try:
+            if not both.backend.checks_answers:
+                if not checkable(both.backend, {"backward": linear_map}):
+                    pytest.skip("this backend states no bound of its answers' errors")
+                preparation = checks.preparation(None, linear_map)
+                assert preparation is not None
+                preparation.absorb(0, both.weight.codes)
+                preparation.finish()
+            both.prepare_lookups()
+
+            def passes(worker: WorkerHalf, prepared: Any, row: int) -> bool:
+                x = torch.zeros(1, 16)
+                x[0, row] = 0.5
+                encrypted = both.encrypt(x, linear_map)
+                reply = _carried(worker.evaluate(prepared, "backward", _carried(encrypted.buffers)))
+                try:
+                    if both.backend.checks_answers:
+                        both.client.check_reply(reply, encrypted.state, linear_map)
+                        return True
+                    y = both.client.decrypt(reply, encrypted.state, linear_map)
+                except (ReplyError, WrongReplyError):
+                    return False
+                return checks.right(linear_map, linear_map, x, y, linear_map, x)
+
+            assert passes(both.worker, both.prepared, 3), "an honest answer was refused"
+            other = both.weight.codes.roll(1, 0).contiguous()  # each token gets its neighbour's row
+            assert not passes(both.worker, both.worker.prepare(other), 3), "another row of the table was not noticed"
+            assert passes(both.worker, both.prepared, 5), "an honest answer was refused"
+        finally:
+            both.close()
 
     def test_a_part_of_the_rows(self, pair: Callable[..., Pair]) -> None:
         """A request encrypted for a whole map is answered by a worker that holds some rows of it."""

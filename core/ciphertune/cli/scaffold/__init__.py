@@ -10,8 +10,18 @@ from typing import Literal
 from ciphertune._support.atomic import atomic_directory
 from ciphertune._support.version import __version__
 from ciphertune.errors import ConfigError
+from ciphertune.plugins import registry
 
-Kind = Literal["transport", "backend", "plugin"]
+Kind = Literal["transport", "wrapping", "backend", "plugin"]
+"""A ``wrapping`` is a transport around another."""
+
+GROUPS: dict[Kind, str] = {
+    "transport": registry.TRANSPORTS,
+    "wrapping": registry.TRANSPORTS,
+    "backend": registry.BACKENDS,
+    "plugin": registry.PLUGINS,
+}
+"""Entry-point group of each kind."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*\Z")
 _SUFFIX = ".tmpl"
@@ -30,10 +40,14 @@ def new_project(kind: Kind, name: str, target: Path | None = None) -> list[Path]
         The files, relative to ``target``.
 
     Raises:
-        ConfigError: the name is none, or the folder exists or cannot be written.
+        ConfigError: the name is none, or CipherTune's own, or the folder exists or cannot be written.
     """
     if not _NAME.match(name):
         raise ConfigError(f"{name!r} is no name for a plugin: lower-case letters and digits, with single hyphens")
+    if name in registry.own_names(GROUPS[kind]):
+        raise ConfigError(
+            f"{name!r} is the name of CipherTune's own {registry.KINDS[GROUPS[kind]]}, which no other package may take"
+        )
     folder = target if target is not None else Path(f"ciphertune-{name}")
     if folder.exists():
         raise ConfigError(f"{folder} exists already")
