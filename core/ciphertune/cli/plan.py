@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _file: Any = click.Path(dir_okay=False, path_type=Path)
 _OF_TRAINING = ("tokens", "targets", "first_block", "micro_batches", "interleave", "length")
 _OF_GENERATION = ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "draft_time")
-_OF_CAPACITY = ("chats", "think", "worker_bandwidth", "worker_price", "traffic_price", "slowdown")
+_OF_CAPACITY = ("chats", "think", "worker_bandwidth", "client_processors", "worker_price", "traffic_price", "slowdown")
 _SHADES = " ▁▂▃▄▅▆▇█"
 _SHOWN = 6
 """Placements that are printed."""
@@ -93,6 +93,12 @@ _SHOWN = 6
 )
 @click.option("--think", default="30s", show_default=True, help="From an answer to the next question, on average.")
 @click.option("--worker-bandwidth", default="10Gbit/s", show_default=True, help="Of a worker's card, each way.")
+@click.option(
+    "--client-processors",
+    type=click.IntRange(1),
+    default=None,
+    help="Processors that all clients share.  [default: each has its own]",
+)
 @click.option("--worker-price", type=click.FloatRange(0), default=0.0, help="Of a worker, an hour.")
 @click.option("--traffic-price", type=click.FloatRange(0), default=0.0, help="Of a gigabyte, either way.")
 @click.option(
@@ -135,6 +141,7 @@ def plan(
     chats: float,
     think: str,
     worker_bandwidth: str,
+    client_processors: int | None,
     worker_price: float,
     traffic_price: float,
     slowdown: float,
@@ -209,6 +216,7 @@ def plan(
             embeddings=embeddings,
             workers=workers if context.get_parameter_source("workers") is not ParameterSource.DEFAULT else None,
             worker_bandwidth=bytes_per_second(worker_bandwidth),
+            client_processors=client_processors,
             prices=Prices(worker_price, traffic_price),
             slowdown=slowdown,
             **common,
