@@ -58,12 +58,15 @@ def cases(losses: list[float]) -> list[Case]:
 
 
 def small_model(folder: Path) -> None:
-    """A Llama of two blocks with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A Llama of two blocks with random weights, and a tokenizer, which folders of models have."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2}
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))  # noqa: S106
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)  # noqa: S106
 
 
 @contextlib.contextmanager
@@ -160,7 +163,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small_model(folder / "model")
-        ciphertune.split(str(folder / "model"), folder / "bundle", calibration=None)
+        ciphertune.split(str(folder / "model"), folder / "bundle", calibration="off")
         ZmqTransport.make_keys(folder / "keys", ("client",), worker=True)
         speeds = speeds_here(arguments, folder)
         for case in [chosen[i] for i in arguments.only] if arguments.only else chosen:
