@@ -37,8 +37,12 @@ PORT = 5555
 START_SECONDS = 120
 GO_ON = {"net.ipv4.tcp_slow_start_after_idle": "0"}
 BBR = {**GO_ON, "net.ipv4.tcp_congestion_control": "bbr"}
-CUBIC = {**GO_ON, "net.ipv4.tcp_congestion_control": "cubic"}
-SYSTEMS: dict[str, dict[str, str]] = {"as they are": {}, "no slow start after idle": CUBIC, "the same, bbr": BBR}
+RENO = {**GO_ON, "net.ipv4.tcp_congestion_control": "reno"}
+SYSTEMS: dict[str, dict[str, str]] = {
+    "reno": {"net.ipv4.tcp_congestion_control": "reno"},
+    "reno, no slow start after idle": RENO,
+    "bbr, no slow start after idle": BBR,
+}
 """Settings of both ends' systems."""
 
 
@@ -54,7 +58,7 @@ class Case:
 
 def cases(losses: list[float]) -> list[Case]:
     found = [Case(loss, system) for system in SYSTEMS for loss in sorted({0.0, *losses})]
-    return [*found, Case(0.0, "no slow start after idle", 2, 1), Case(0.0, "no slow start after idle", 2, 2)]
+    return [*found, Case(0.0, "bbr, no slow start after idle", 2, 1), Case(0.0, "bbr, no slow start after idle", 2, 2)]
 
 
 def small_model(folder: Path) -> None:

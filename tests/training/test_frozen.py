@@ -289,3 +289,39 @@ def test_the_plan_counts_what_later_epochs_send():
     assert plan.later.kept_bytes == 4 * 576
     assert make_plan("smollm2", "mlwe", measure=False).later is None
     assert dataclasses.asdict(plan)["later"]["bytes_up"] == plan.later.bytes_up
+
+
+def test_a_runs_file_says_which_blocks_and_how_much_is_kept():
+    from ciphertune.errors import ConfigError
+    from ciphertune.runs.config import parse_config
+
+    least = {"model": {"name": "m"}, "data": {"source": "s"}, "training": {"output": "o", "frozen_cache": 64}}
+    config = parse_config({**least, "lora": {"layers_to_transform": [2, 3]}})
+    assert config.lora.layers_to_transform == (2, 3)
+    assert config.training.frozen_cache == 64
+    for wrong in ([-1], ["2"], [], 2):
+        with pytest.raises(ConfigError, match="layers_to_transform"):
+            parse_config({**least, "lora": {"layers_to_transform": wrong}})
+
+
+@pytest.mark.parametrize(("limit", "again"), [(0, 0), (1 << 30, 20), (50_000, 10)])
+def test_a_plan_of_a_run_counts_later_epochs_as_far_as_rows_fit(limit, again):
+    from types import SimpleNamespace
+
+    from ciphertune.planning.run import Run, totals
+
+    judged = {0: 0, 20: 2, 10: 1}[again]
+    less = SimpleNamespace(bytes_up=4, bytes_down=8, seconds=None)
+    later = SimpleNamespace(bytes_up=30, bytes_down=40, seconds=None, evaluation=less, kept_bytes=100)
+    once = SimpleNamespace(bytes_up=10, bytes_down=20, seconds=None)
+    plan = SimpleNamespace(
+        evaluation=once, later=later, bytes_up=100, bytes_down=200, estimate=None, set_up_seconds=None, set_up_bytes=7
+    )
+    sizes = {"steps": 30, "tokens": 1, "micro_batches": 1, "interleave": 1, "length": 1, "per_epoch": 10}
+    run = Run(
+        **sizes, targets=("q",), first_block=2, evaluations=3, held=1, evaluation=(1,), all_tokens=1000,
+        frozen_cache=limit,
+    )  # fmt: skip
+    found = totals(plan, run)
+    assert found.bytes_up == (30 - again) * 100 + again * 30 + (3 - judged) * 10 + judged * 4
+    assert found.bytes_down == (30 - again) * 200 + again * 40 + (3 - judged) * 20 + judged * 8 + 7
