@@ -1,8 +1,8 @@
 """Builders that make dataclasses from texts or from TOML values; annotations say how each value is read.
 
 Supported annotations: bool, int, float, str, Path, Literal of ints or strings, unions of these, and ``| None``. In TOML
-also sections, which are dataclasses, lists of sections, strings or numbers, which are ``tuple[X, ...]``, and sections with
-keys of any name, which are ``dict[str, Any]``.
+also sections, which are dataclasses, lists of sections, strings or numbers, which are ``tuple[X, ...]``, and sections
+with keys of any name, which are ``dict[str, Any]``.
 """
 
 from __future__ import annotations
