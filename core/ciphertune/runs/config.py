@@ -73,7 +73,7 @@ class LoraSection:
             layers_to_transform=NOT_EMPTY,
         )
         if min(self.layers_to_transform or (0,)) < 0:
-            raise ConfigError("lora.layers_to_transform: transformer blocks are numbered from 0")
+            raise ConfigError("layers_to_transform must be numbers of transformer blocks, from 0")
 
 
 @dataclasses.dataclass(frozen=True)
