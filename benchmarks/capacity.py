@@ -1,9 +1,10 @@
 """Many clients at one worker as ``ciphertune plan --clients`` simulates them, held against runs on this machine.
 
 ``python benchmarks/capacity.py`` takes some three minutes on a quiet machine of two cores or more. The worker has a
-core, and the clients another. A client replays a recorded request over a connection and a session of its own, pauses,
-and does so again: what it would compute for itself takes no time, so that many fit one core. Seconds of an evaluation
-and of a round trip are measured with one client that does not pause. It writes ``capacity.json`` beside this file.
+core, and the clients share another. A client replays a recorded request over a connection and a session of its own,
+pauses, and does so again: what it would compute for itself takes no time, so that many fit one core. Seconds of an
+evaluation, of a round trip, and of the clients' core for one are measured with one client that does not pause. It
+writes ``capacity.json`` beside this file.
 """
 
 from __future__ import annotations
@@ -109,20 +110,20 @@ class Replaying:
 def measured(
     to: str, opened: Message, product: Message, clients: int, pause: float, seconds: float
 ) -> dict[str, float]:
-    """Products a second of all clients, and the seconds that one takes: median and 99th percentile."""
+    """Products a second of all clients, seconds of their core for one, and what one takes, median and p99."""
     everyone = [Replaying(to, opened, product) for _ in range(clients)]
     until = time.monotonic() + seconds
     threads = [threading.Thread(target=one.run, args=(pause, until, i)) for i, one in enumerate(everyone)]
-    begun = time.monotonic()
+    begun, used = time.monotonic(), time.process_time()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    took = time.monotonic() - begun
+    took, used = time.monotonic() - begun, time.process_time() - used
     found = sorted(value for one in everyone for value in one.seconds)
     for one in everyone:
         one.close()
-    return {"products_per_second": len(found) / took, **shown(found)}
+    return {"products_per_second": len(found) / took, "client_s": used / len(found), **shown(found)}
 
 
 def shown(seconds: Sequence[float]) -> dict[str, float]:
@@ -143,11 +144,16 @@ def main() -> None:
         opened, product, evaluate = record(to, model)
         alone = measured(to, opened, product, 1, 0.0, arguments.seconds / 4)
         overhead = max(0.0, alone["median_s"] - evaluate)
-        print(f"evaluation {1000 * evaluate:.2f} ms, the rest of a round trip {1000 * overhead:.2f} ms")
-        # What a message takes is the worker's time: its processor encrypts, checks and copies.
-        request = Request((0,), 0.0, 0, evaluate + overhead, 0, 0.0)
+        own = min(overhead, alone["client_s"])
+        print(
+            f"evaluation {1000 * evaluate:.2f} ms, the rest of a round trip {1000 * overhead:.2f} ms, of it "
+            f"{1000 * own:.2f} ms of the clients' core"
+        )
+        # What a message takes beside that is the worker's time: its processor encrypts, checks and copies. Sending and
+        # receiving are alike.
+        request = Request((0,), own / 2, 0, evaluate + overhead - own, 0, own / 2)
         cycle = (Pass(MicroBatch([Product(0.0, (request,))]), 1),)
-        lines = Lines(1e12, 1e12, 0.0, 1e12)
+        lines = Lines(1e12, 1e12, 0.0, 1e12, processors=1)
         for load in arguments.load:
             for clients in arguments.clients:
                 pause = clients * (evaluate + overhead) / load
@@ -171,7 +177,7 @@ def main() -> None:
                     f"and {1000 * told.median:.1f} ms, p99 {1000 * real['p99_s']:.1f} and {1000 * told.p99:.1f} ms",
                     flush=True,
                 )
-    found = {"machine": machine(before), "evaluate_s": evaluate, "overhead_s": overhead, "rows": rows}
+    found = {"machine": machine(before), "evaluate_s": evaluate, "overhead_s": overhead, "client_s": own, "rows": rows}
     arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -56,7 +56,19 @@ _CONCRETE_ML = "an environment of its own, of gigabytes: make concrete-ml"
 _CLUSTER = "needs a cluster of several machines; tests/transports/test_ray.py makes one"
 _OTHERS = "a program of others; tests/runs/test_export.py reads what it is given"
 _UNIT = "needs systemd, and rights; tests/whole/test_deploy.py has the unit checked"
+_MANY = "minutes of simulation; tests/planning/test_capacity.py plans for as many"
+
 EXCLUDED = {
+    (
+        "planning.md",
+        "ciphertune plan smollm2 --clients 1000 --chats 0.9 --client-speeds client.json --worker-speeds worker.json "
+        "--worker-price 0.8 --traffic-price 0.05",
+    ): _MANY,
+    (
+        "planning.md",
+        "ciphertune plan smollm2 --clients 100000 --chats 0.9 --client-speeds client.json --worker-speeds worker.json "
+        "--worker-price 0.8 --traffic-price 0.05",
+    ): _MANY,
     ("concrete.md", "ciphertune worker BUNDLE --backends mlwe,concrete-glwe"): "serves until it is stopped",
     ("cluster.md", 'pip install "ciphertune[ray]"'): _INSTALL,
     ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8"): _CLUSTER,

@@ -84,6 +84,19 @@ def test_a_card_is_a_queue_as_well() -> None:
     assert found.bytes_per_second == pytest.approx(1020, rel=0.01)
 
 
+def test_processors_that_clients_share_are_a_queue_as_well() -> None:
+    request = Request(workers=(0,), encrypt=0.03, up=0, evaluate=0.01, down=0, decrypt=0.02)
+    cycle = (Pass(MicroBatch([Product(0.05, (request,))]), tokens=1),)
+    own, one, two, together = (
+        load(10, cycle, dataclasses.replace(FAST, processors=count, with_workers=count == 1 and shared))
+        for count, shared in ((0, False), (1, False), (2, False), (1, True))
+    )
+    rates = [each.kinds["one"].tokens_per_second for each in (own, one, two, together)]
+    # Ten clients of 0.11 s each; one processor with 0.1 s for each product, or two; or with the evaluation on top.
+    assert rates == pytest.approx([10 / 0.11, 10, 20, 1 / 0.11], rel=0.03)
+    assert {each.kinds["one"].alone for each in (own, one, two, together)} == {pytest.approx(0.11)}
+
+
 def test_two_workers_of_a_copy_share_what_either_can_do() -> None:
     request = Request(workers=(0, 1), encrypt=0.0, up=0, evaluate=0.1, down=0, decrypt=0.0)
     cycle = (Pass(MicroBatch([Product(0.0, (request,))]), tokens=1),)

@@ -90,7 +90,7 @@ def test_the_file_has_every_setting() -> None:
     values = {"schedule": "linear", "steps": 4, "accumulation": 2, "interleave": 2, "eval_every": 1}
     values |= {"checkpoint_dir": "c", "checkpoint_every": 1, "keep_checkpoints": 3, "max_grad_norm": 2.0}
     values |= {"learning_rate": 0.5, "weight_decay": 0.1, "epochs": 2, "warmup_steps": 2.0, "eval_on_start": False}
-    values |= {"gradient_norms": True}
+    values |= {"gradient_norms": True, "frozen_cache": 64}
     assert values.keys() == {field.name for field in dataclasses.fields(TrainingSettings)}
     training = parse_config(
         {"model": {"name": "m"}, "data": {"source": "d"}, "training": {"output": "o", **values}}

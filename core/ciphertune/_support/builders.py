@@ -1,8 +1,8 @@
 """Builders that make dataclasses from texts or from TOML values; annotations say how each value is read.
 
 Supported annotations: bool, int, float, str, Path, Literal of ints or strings, unions of these, and ``| None``. In TOML
-also sections, which are dataclasses, lists of sections or of strings, which are ``tuple[X, ...]``, and sections with
-keys of any name, which are ``dict[str, Any]``.
+also sections, which are dataclasses, lists of sections, strings or numbers, which are ``tuple[X, ...]``, and sections
+with keys of any name, which are ``dict[str, Any]``.
 """
 
 from __future__ import annotations
@@ -98,6 +98,10 @@ class Builder(abc.ABC):
             if isinstance(value, Mapping) and all(isinstance(each, (str, int, float)) for each in value.values()):
                 return dict(value)
             raise self.mismatch(value, "a section of texts, numbers and switches", place)
+        if origin is tuple and arguments[0] is int:
+            if isinstance(value, (list, tuple)) and all(type(part) is int for part in value):
+                return tuple(value)
+            raise self.mismatch(value, "a list of whole numbers", place)
         if origin is tuple:
             if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
                 return tuple(value)

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from ciphertune.runs.config import TrainConfig
 
 _file: Any = click.Path(dir_okay=False, path_type=Path)
-_OF_TRAINING = ("tokens", "targets", "micro_batches", "interleave", "length")
+_OF_TRAINING = ("tokens", "targets", "first_block", "micro_batches", "interleave", "length")
 _OF_GENERATION = ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "draft_time")
-_OF_CAPACITY = ("chats", "think", "worker_bandwidth", "worker_price", "traffic_price", "slowdown")
+_OF_CAPACITY = ("chats", "think", "worker_bandwidth", "client_processors", "worker_price", "traffic_price", "slowdown")
 _SHADES = " ▁▂▃▄▅▆▇█"
 _SHOWN = 6
 """Placements that are printed."""
@@ -45,6 +45,9 @@ _SHOWN = 6
     multiple=True,
     default=("q_proj", "v_proj"),
     help="Ends of names of layers with adapters; may be repeated.",
+)
+@click.option(
+    "--first-block", type=click.IntRange(0), default=0, show_default=True, help="First transformer block with adapters."
 )
 @click.option(
     "--bandwidth", default="1Gbit/s", show_default=True, help="Bandwidth between client and workers, each way."
@@ -90,6 +93,12 @@ _SHOWN = 6
 )
 @click.option("--think", default="30s", show_default=True, help="From an answer to the next question, on average.")
 @click.option("--worker-bandwidth", default="10Gbit/s", show_default=True, help="Of a worker's card, each way.")
+@click.option(
+    "--client-processors",
+    type=click.IntRange(1),
+    default=None,
+    help="Processors that all clients share.  [default: each has its own]",
+)
 @click.option("--worker-price", type=click.FloatRange(0), default=0.0, help="Of a worker, an hour.")
 @click.option("--traffic-price", type=click.FloatRange(0), default=0.0, help="Of a gigabyte, either way.")
 @click.option(
@@ -110,6 +119,7 @@ def plan(
     layers: tuple[str, ...],
     embeddings: bool,
     targets: tuple[str, ...],
+    first_block: int,
     bandwidth: str,
     up: str | None,
     down: str | None,
@@ -131,6 +141,7 @@ def plan(
     chats: float,
     think: str,
     worker_bandwidth: str,
+    client_processors: int | None,
     worker_price: float,
     traffic_price: float,
     slowdown: float,
@@ -158,20 +169,26 @@ def plan(
         for option in _OF_CAPACITY:
             if context.get_parameter_source(option) is not ParameterSource.DEFAULT:
                 raise ConfigError(f"--{option.replace('_', '-')} is of a plan for many clients: add --clients")
-    elif generate or is_run(model) or one_machine or micro_batches > 1 or interleave is not None:
-        raise ConfigError("--clients plans for a model, and takes none of --generate, --one-machine, --micro-batches")
+    elif generate or is_run(model) or one_machine or micro_batches > 1 or interleave is not None or first_block:
+        raise ConfigError(
+            "--clients plans for a model, and takes none of --generate, --one-machine, --micro-batches, --first-block"
+        )
     run = None
     if generate:
         name, selection = model, to or "mlwe"
     elif is_run(model):
-        refuse_given("tokens", "layers", "embeddings", "targets", "micro_batches", "interleave", "length")
+        refuse_given(
+            "tokens", "layers", "embeddings", "targets", "first_block", "micro_batches", "interleave", "length"
+        )
         config, run = run_of(Path(model))
         asked: dict[str, Any] = {"layers": config.layers, "embeddings": config.embeddings, "targets": run.targets}
+        asked |= {"first_block": run.first_block}
         asked |= {"tokens": run.tokens, "micro_batches": run.micro_batches, "interleave": run.interleave}
         asked |= {"length": run.length, "evaluation": run.evaluation}
         name, selection = config.model.name, to or config.to
     else:
         asked = {"layers": layers or None, "embeddings": embeddings, "targets": targets, "tokens": tokens}
+        asked |= {"first_block": first_block}
         asked |= {"micro_batches": micro_batches, "interleave": interleave, "length": length}
         name, selection = model, to or "mlwe"
     from_client, to_client = bytes_per_second(up or bandwidth), bytes_per_second(down or bandwidth)
@@ -199,6 +216,7 @@ def plan(
             embeddings=embeddings,
             workers=workers if context.get_parameter_source("workers") is not ParameterSource.DEFAULT else None,
             worker_bandwidth=bytes_per_second(worker_bandwidth),
+            client_processors=client_processors,
             prices=Prices(worker_price, traffic_price),
             slowdown=slowdown,
             **common,

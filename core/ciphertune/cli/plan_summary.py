@@ -38,6 +38,12 @@ def summary(plan: Plan, run: Run | None, client: Speeds | None, worker: Speeds |
         facts |= _run(plan, run)
     seconds = f"about {duration(plan.estimate.total)}; " if plan.estimate is not None else ""
     facts["a step"] = f"{seconds}{megabytes(plan.bytes_up)} up, {megabytes(plan.bytes_down)} down"
+    if plan.later is not None:
+        took = f"about {duration(plan.later.seconds)}; " if plan.later.seconds is not None else ""
+        facts["a step, later epochs"] = (
+            f"{took}{megabytes(plan.later.bytes_up)} up, {megabytes(plan.later.bytes_down)} down with frozen_cache, "
+            f"which keeps {plan.later.kept_bytes:,} bytes a token on the client's disk"
+        )
     if plan.prepared_codes:
         took = "" if plan.set_up_seconds is None else f", about {duration(plan.set_up_seconds)}"
         facts["set-up, once a model"] = (

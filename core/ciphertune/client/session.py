@@ -21,7 +21,7 @@ from ciphertune._support.own_modes import own_modes
 from ciphertune.backend import DIRECTIONS, ClientHalf, Direction, LinearMap, SecurityStatement
 from ciphertune.callers import Owners, owners_of
 from ciphertune.client.choice import Choice
-from ciphertune.client.clear import ClearProducts
+from ciphertune.client.clear import ClearProducts, stand_ins
 from ciphertune.client.connecting import connect
 from ciphertune.client.connection import Opening
 from ciphertune.client.noise_checks import NoiseChecks, checkable, decrypts_pieces
@@ -235,8 +235,8 @@ class Session:
         _check_input(x, linear_map)
         if self.closed:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
-        if (clear := self._clear) is not None:
-            return clear.product(self.members(group), direction, x)
+        if (here := stand_ins() or self._clear) is not None:
+            return here.product(self.members(group), direction, x)
         if self._apart:
             owners = self._owners(linear_map, x, owners)
         self._refuse_imprecise(self._groups[group], direction)

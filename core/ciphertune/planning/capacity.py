@@ -142,6 +142,7 @@ def plan_capacity(
     down: float | None = None,
     latency: float = 1e-3,
     worker_bandwidth: float = 1.25e9,
+    client_processors: int | None = None,
     prices: Prices | None = None,
     slowdown: float = 1.5,
     requests: int = 30_000,
@@ -151,8 +152,8 @@ def plan_capacity(
 ) -> CapacityPlan:
     """Plan how many clients are served by how many workers. No weight is loaded.
 
-    Every client has a processor and a line of its own. Clients are divided over copies of the model, and those of one
-    copy are simulated (``ciphertune.planning.queueing``): thousands of copies are as one.
+    Every client has a line of its own, and a processor unless they share some. Clients are divided over copies of the
+    model, and those of one copy are simulated (``ciphertune.planning.queueing``): thousands of copies are as one.
 
     Args:
         model: as of ``ciphertune.planning.plan.make_plan``.
@@ -168,6 +169,8 @@ def plan_capacity(
         down: bytes a second to it; as ``bandwidth`` if None.
         latency: seconds one way.
         worker_bandwidth: bytes a second of each worker's card, each way.
+        client_processors: processors that all clients share; each has one of its own if None. They are divided over
+            copies of the model as clients are.
         prices: of machines and traffic.
         slowdown: how much longer than alone half of the clients may wait.
         requests: to simulate at each number of workers, or a 100th of that for each client; more are more exact.
@@ -197,9 +200,12 @@ def plan_capacity(
     assert of_worker is not None
     passes = _passes(planned, asked, of_client, of_worker)
     passes = {name: tuple(_carried(one, of_client.link) for one in cycle) for name, cycle in passes.items()}
-    lines = Lines(bandwidth, down, latency, worker_bandwidth)
+    if client_processors is not None and client_processors < 1:
+        raise ConfigError("clients need a processor at least")
 
     def capacity(copies: int) -> Capacity:
+        shared = 0 if client_processors is None else max(1, client_processors // copies)
+        lines = Lines(bandwidth, down, latency, worker_bandwidth, shared)
         return _capacity(passes, asked, placed.workers, copies, lines, prices, requests)
 
     named = None

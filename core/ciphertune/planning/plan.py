@@ -112,6 +112,24 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Later:
+    """Costs once the outputs of the blocks below the first adapter are kept (``frozen_cache``).
+
+    Attributes:
+        bytes_up, bytes_down: of a step.
+        seconds: of a step; None without speeds.
+        evaluation: of held-out data; None where none was asked for.
+        kept_bytes: on disk, of one token.
+    """
+
+    bytes_up: int
+    bytes_down: int
+    seconds: float | None
+    evaluation: Evaluation | None
+    kept_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Costs of a training step of an outsourced model; made by ``make_plan``.
 
@@ -132,6 +150,7 @@ class Plan:
         set_up_bytes: that a client without the whole model reads from workers to prepare itself, once a model.
         set_up_seconds: of reading them and preparing; None where this was not measured here.
         evaluation: of held-out data; None where none was asked for.
+        later: of steps and evaluations of examples that came before; None where nothing lies below the first adapter.
         stays: layers that stay and why, by name.
         refused: layers, or groups of them, that the backend cannot evaluate, and why: outsourcing stops at them. The
             other figures are of the rest.
@@ -162,6 +181,7 @@ class Plan:
     set_up_bytes: int
     set_up_seconds: float | None
     evaluation: Evaluation | None
+    later: Later | None
     stays: dict[str, str]
     refused: dict[str, str]
     estimate: Estimate | None
@@ -181,6 +201,7 @@ def make_plan(
     layers: Sequence[str] | str | None = None,
     embeddings: bool = False,
     targets: Sequence[str] = ("q_proj", "v_proj"),
+    first_block: int = 0,
     bandwidth: float = 125e6,
     down: float | None = None,
     latency: float = 1e-3,
@@ -207,6 +228,7 @@ def make_plan(
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
         embeddings: whether the token embedding is outsourced, too; see ``ciphertune.outsource``.
         targets: ends of names of the layers with adapters: no gradient is asked for before the first of them.
+        first_block: number of the first transformer block with adapters.
         bandwidth: bytes a second that the client's network card sends, and each worker's.
         down: bytes a second that the client's receives; as ``bandwidth`` if None.
         latency: seconds one way.
@@ -234,7 +256,7 @@ def make_plan(
         raise ConfigError(f"{tokens} tokens cannot be divided into {micro_batches} micro-batches")
     if interleave is not None and not 1 <= interleave <= micro_batches:
         raise ConfigError(f"interleave={interleave} must be between 1 and the number of micro-batches, {micro_batches}")
-    products = Products(model, to, layers, targets, embeddings)
+    products = Products(model, to, layers, targets, embeddings, first_block)
     whole = products.placed(Placement())
     fit = candidates(products, workers, placement, worker_memory)
     placed, planned = fit[0]
@@ -269,9 +291,11 @@ def make_plan(
         estimate = estimates(planned, placed, interleave or 1)
     interleave = interleave or 1
     shared, alone = _kinds(planned.groups, backend, sizes), _kinds(planned.singles, backend, sizes)
-    evaluated = None
-    if evaluation:
-        ahead = [dataclasses.replace(group, backward=False) for group in planned.groups]
+
+    def evaluating(groups: Sequence[PlannedGroup]) -> Evaluation | None:
+        if not evaluation:
+            return None
+        ahead = [dataclasses.replace(group, backward=False) for group in groups]
         once, took = _kinds(ahead, backend, evaluation), None
         if estimate is not None and client is not None and worker is not None:
             times = {
@@ -279,7 +303,21 @@ def make_plan(
                 for size in set(evaluation)
             }
             took = sum(times[size] for size in evaluation)
-        evaluated = Evaluation(sum(kind.bytes_up for kind in once), sum(kind.bytes_down for kind in once), took)
+        return Evaluation(sum(kind.bytes_up for kind in once), sum(kind.bytes_down for kind in once), took)
+
+    later = None
+    above = [group for group in planned.groups if not group.below]
+    if above and len(above) < len(planned.groups):
+        again, took = _kinds(above, backend, sizes), None
+        if estimate is not None and client is not None and worker is not None:
+            took = estimate_step(above, backend, sizes, interleave, placed.workers, network, client, worker).total
+        later = Later(
+            sum(kind.bytes_up for kind in again),
+            sum(kind.bytes_down for kind in again),
+            took,
+            evaluating(above),
+            4 * above[0].forward.in_features,
+        )
     kept = kept_parameters(planned)
     codes = sum(kind.codes for kind in shared) if backend.prepares else 0
     read = codes * (backend.weight_bits or 32) // 8
@@ -309,7 +347,8 @@ def make_plan(
         ),
         set_up_bytes=read,
         set_up_seconds=None if preparing is None else read / down + codes * preparing,
-        evaluation=evaluated,
+        evaluation=evaluating(planned.groups),
+        later=later,
         stays={
             c.name: c.obstacle or c.stays or "it was not chosen"
             for c in linear_layers(planned.model, allow_meta=True, experts=planned.choice.options.experts)

@@ -43,6 +43,7 @@ class PlannedGroup:
             backward, and the others forward.
         at_once: tokens of one product at most; None for no limit.
         share: of a pass' tokens that reach it, where routing is sent.
+        below: whether it is below the first block with adapters, so that its outputs need not be computed again.
     """
 
     layers: str
@@ -56,6 +57,7 @@ class PlannedGroup:
     transposed: bool = False
     at_once: int | None = None
     share: float = 1.0
+    below: bool = False
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -131,6 +133,7 @@ class Products:
         layers: Sequence[str] | str | None,
         targets: Sequence[str],
         embeddings: bool = False,
+        first_block: int = 0,
     ) -> None:
         self._choice = choice = choose(to)
         self._model = built = skeleton(model) if isinstance(model, str) else model
@@ -146,9 +149,15 @@ class Products:
         groups = sibling_groups(chosen, sizes)
         self._blocks = [*groups, *((i,) for i in range(len(chosen), len(infos)))]
         order = {candidate.name: i for i, candidate in enumerate(linear_layers(built, allow_meta=True))}
-        first = next((i for name, i in order.items() if name.endswith(tuple(targets))), len(order))
+        adapted = [n for n in order if n.endswith(tuple(targets)) and (_block(n)[1] or 0) >= first_block]
+        if first_block and not adapted:
+            raise ConfigError(f"there is no layer for adapters in transformer block {first_block} or above it")
+        first = order[adapted[0]] if adapted else len(order)
+        prefix, number = _block(adapted[0]) if adapted else ("", None)
+        start = 0 if number is None else min(i for n, i in order.items() if n.startswith(prefix))
         # Nothing is asked for the gradient of an input that comes before the first adapter.
         self._ahead = {i for group in groups if order[infos[min(group)].name] <= first for i in group}
+        self._below = {i for i, info in enumerate(infos[: len(chosen)]) if order[info.name] < start}
         self._refused: dict[str, str] = {}
         self._groups: list[tuple[int, ...]] = []
         for group in sibling_groups(chosen, sizes, share=options.share_inputs, experts=options.experts):
@@ -169,10 +178,14 @@ class Products:
         placed = _Placed(self._infos, self._blocks, placement)
         tied = self._table is not None and self._table.tied is not None
         lookups = [] if self._row is None else [placed.lookup(self._row, tied=tied)]
+        lookups = [dataclasses.replace(each, below=bool(self._below)) for each in lookups]
 
         def planned(of: Sequence[tuple[int, ...]]) -> list[PlannedGroup]:
             own = [
                 placed.planned(group, group[0] not in self._ahead, self._chosen[group[0]], self._routed) for group in of
+            ]
+            own = [
+                dataclasses.replace(each, below=group[0] in self._below) for each, group in zip(own, of, strict=True)
             ]
             return [*lookups, *own]
 
@@ -265,6 +278,17 @@ class _Placed:
             if block:
                 holdings[worker] = [block]
         return place([[infos[i] for i in members]], holdings, {w: str(w) for w in holdings})[0]
+
+
+def _block(name: str) -> tuple[str, int | None]:
+    """The path of the transformer block that a layer is in, with a dot behind it, and its number.
+
+    >>> _block("model.layers.22.mlp.up_proj"), _block("lm_head")
+    (('model.layers.22.', 22), ('', None))
+    """
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ("", None) if at is None else (".".join(parts[: at + 1]) + ".", int(parts[at]))
 
 
 def kept_parameters(planned: PlannedModel) -> list[nn.Parameter]:

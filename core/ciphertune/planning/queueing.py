@@ -1,9 +1,10 @@
 """Many clients at the workers of one model as a discrete-event model: a function of plain numbers.
 
-Every client computes by itself and has a line of its own. Workers are shared: a worker's card takes one message in and
-one out at a time, and it evaluates one product at a time, each in the order of arrival. It is a closed network of
-queues (Lazowska, Zahorjan, Graham and Sevcik: Quantitative System Performance, 1984, chapter 4): clients send their
-next request when the last is answered, so load follows speed, and no queue grows without bound.
+Every client has a line of its own, and a processor of its own unless they share some. Workers are shared: a worker's
+card takes one message in and one out at a time, and it evaluates one product at a time, each in the order of arrival.
+It is a closed network of queues (Lazowska, Zahorjan, Graham and Sevcik: Quantitative System Performance, 1984, chapter
+4): clients send their next request when the last is answered, so load follows speed, and no queue grows without
+bound.
 """
 
 from __future__ import annotations
@@ -64,12 +65,16 @@ class Lines:
         up, down: bytes a second of each client's line.
         latency: seconds one way.
         worker: bytes a second of each worker's card, each way.
+        processors: that all clients share, each computing for one client at a time; 0 where each has one of its own.
+        with_workers: whether workers evaluate on the same ones.
     """
 
     up: float
     down: float
     latency: float
     worker: float
+    processors: int = 0
+    with_workers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +193,8 @@ class _Run:
         self.now = 0.0
         self.passes: dict[str, list[float]] = {kind.name: [] for kind in kinds}
         self._kinds, self._lines, self._chance = kinds, lines, chance
-        self._events: list[tuple[float, int, int, _Client, Request, int]] = []
+        self._events: list[tuple[float, int, int, _Client, Request | None, int]] = []
+        self._processors = [0.0] * lines.processors
         self._count = self._served = 0
         self._free = {what: [0.0] * workers for what in ("receiving", "evaluating", "sending")}
         self._under_way = [0] * workers
@@ -218,14 +224,19 @@ class _Run:
         while self._served < requests and self._events:
             time, _, stage, client, request, worker = heapq.heappop(self._events)
             self.now = time
-            if stage == 0:
+            if request is None:
+                self._send(client, time)
+            elif stage == 0:
                 self._use("receiving", time, request.up / self._lines.worker, client, request, worker)
             elif stage == 1:
                 self._use("evaluating", time, request.evaluate, client, request, worker)
             elif stage == 2:
                 self._use("sending", time, request.down / self._lines.worker, client, request, worker)
+            elif stage == 3:
+                client.downlink = max(time, client.downlink) + request.down / self._lines.down
+                self._at(client.downlink, 4, client, request, worker)
             else:
-                self._answered(client, request, worker, time)
+                self._answered(client, request, time)
 
     def load(self, alone: dict[str, float]) -> Load:
         """The load since ``forget``."""
@@ -257,8 +268,14 @@ class _Run:
         if first:
             client.began, client.whole = now, True
         client.current = one, product, last, client.whole
-        client.missing, client.ready = len(product.requests), now + product.rest
-        time = now + product.rest
+        self._at(now, -1, client, None, -1)
+
+    def _send(self, client: _Client, now: float) -> None:
+        """Compute up to a product, and send its requests."""
+        product = client.current[1]
+        own = product.rest + sum(request.encrypt for request in product.requests)
+        time = self._compute(client, now, own) - own + product.rest
+        client.missing = len(product.requests)
         for request in product.requests:
             time += request.encrypt
             client.uplink = max(time, client.uplink) + request.up / self._lines.up
@@ -266,18 +283,33 @@ class _Run:
             self._under_way[worker] += 1
             self._at(client.uplink + self._lines.latency, 0, client, request, worker)
 
+    def _compute(self, client: _Client, now: float, seconds: float) -> float:
+        """When a client has computed for some seconds, on its own processor or on the first that is free."""
+        client.ready = max(now, client.ready)
+        if not self._processors:
+            client.ready += seconds
+        elif seconds:
+            client.ready = self._on_one(client.ready, seconds)
+        return client.ready
+
+    def _on_one(self, now: float, seconds: float) -> float:
+        first = min(range(len(self._processors)), key=self._processors.__getitem__)
+        end = self._processors[first] = max(now, self._processors[first]) + seconds
+        return end
+
     def _use(self, what: str, time: float, seconds: float, client: _Client, request: Request, worker: int) -> None:
         free = self._free[what]
-        end = free[worker] = max(time, free[worker]) + seconds
+        begin = max(time, free[worker])
+        shared = what == "evaluating" and self._lines.with_workers and self._processors
+        end = free[worker] = self._on_one(begin, seconds) if shared else begin + seconds
         self._busy[what][worker] += seconds
         if what == "sending":
             self._under_way[worker] -= 1
             end += self._lines.latency
         self._at(end, {"receiving": 1, "evaluating": 2, "sending": 3}[what], client, request, worker)
 
-    def _answered(self, client: _Client, request: Request, worker: int, time: float) -> None:
-        client.downlink = max(time, client.downlink) + request.down / self._lines.down
-        client.ready = max(client.ready, client.downlink) + request.decrypt
+    def _answered(self, client: _Client, request: Request, time: float) -> None:
+        self._compute(client, time, request.decrypt)
         self._served += 1
         self._bytes += request.up + request.down
         client.missing -= 1
@@ -289,11 +321,11 @@ class _Run:
             self._done[id(client)] = self._done.get(id(client), 0.0) + _idle(product, self._lines)
         end = client.ready
         if last:
-            end += one.batch.rest
+            end = self._compute(client, end, one.batch.rest)
             if whole and one.counted:
                 self.passes[client.kind.name].append(end - client.began)
         self._next(client, end)
 
-    def _at(self, time: float, stage: int, client: _Client, request: Request, worker: int) -> None:
+    def _at(self, time: float, stage: int, client: _Client, request: Request | None, worker: int) -> None:
         self._count += 1
         heapq.heappush(self._events, (time, self._count, stage, client, request, worker))

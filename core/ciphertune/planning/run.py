@@ -26,9 +26,13 @@ class Run:
         micro_batches, interleave: as of ``make_plan``.
         length: tokens of a sequence, on average.
         targets: ends of names of the layers with adapters.
+        first_block: number of the first transformer block with adapters.
         evaluations: number of them.
         held: sequences held out.
         evaluation: tokens of each batch of one evaluation.
+        per_epoch: steps of an epoch.
+        all_tokens: of the data, held-out ones included.
+        frozen_cache: bytes for what the blocks below the first adapter give.
     """
 
     steps: int
@@ -37,9 +41,13 @@ class Run:
     interleave: int
     length: int
     targets: tuple[str, ...]
+    first_block: int
     evaluations: int
     held: int
     evaluation: tuple[int, ...]
+    per_epoch: int
+    all_tokens: int
+    frozen_cache: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,22 +92,43 @@ def read_run(config: TrainConfig) -> Run:
         length=max(1, round(length)),
         # Every name ends in nothing: the first linear layer has an adapter.
         targets=("",) if targets == "all-linear" else tuple(targets or _DEFAULT_TARGETS),
+        first_block=min(config.lora.layers_to_transform or (0,)),
         evaluations=(math.ceil(steps / (t.eval_every or per_epoch)) + t.eval_on_start) if data.held else 0,
         held=len(data.held),
         evaluation=(*[_EVALUATION_TOKENS] * whole, *([rest] if rest else [])),
+        per_epoch=per_epoch,
+        all_tokens=held + sum(len(sequence.ids) for sequence in data.train),
+        frozen_cache=t.frozen_cache << 20,
     )
 
 
 def totals(plan: Plan, run: Run) -> RunTotals:
     """Sums over a run, of the plan of its step."""
-    each = plan.evaluation
-    up = run.steps * plan.bytes_up + (run.evaluations * each.bytes_up if each else 0)
-    down = run.steps * plan.bytes_down + (run.evaluations * each.bytes_down if each else 0)
+    each, later = plan.evaluation, plan.later
+    # Steps and evaluations of examples that came before, as far as what is kept of them fits.
+    again = judged = 0.0
+    if later is not None and run.frozen_cache:
+        fits = min(1.0, run.frozen_cache / max(1, later.kept_bytes * run.all_tokens))
+        again = fits * max(0, run.steps - run.per_epoch)
+        judged = fits * max(0, run.evaluations - 1)
+
+    def whole(step: float, after: float, evaluation: float, evaluation_after: float) -> float:
+        return (run.steps - again) * step + again * after + evaluated(evaluation, evaluation_after)
+
+    def evaluated(evaluation: float, after: float) -> float:
+        return (run.evaluations - judged) * evaluation + judged * after
+
+    once = (each.bytes_up, each.bytes_down, each.seconds or 0.0) if each else (0, 0, 0.0)
+    less = later.evaluation if later is not None else None
+    once_more = (less.bytes_up, less.bytes_down, less.seconds or 0.0) if less else once
+    up = whole(plan.bytes_up, later.bytes_up if later else 0, once[0], once_more[0])
+    down = whole(plan.bytes_down, later.bytes_down if later else 0, once[1], once_more[1])
     seconds = evaluating = None
     if plan.estimate is not None:
-        evaluating = run.evaluations * each.seconds if each and each.seconds is not None else 0.0
-        seconds = run.steps * plan.estimate.total + evaluating + (plan.set_up_seconds or 0.0)
-    return RunTotals(up, down + plan.set_up_bytes, seconds, evaluating)
+        evaluating = evaluated(once[2], once_more[2])
+        after = later.seconds if later is not None and later.seconds is not None else 0.0
+        seconds = whole(plan.estimate.total, after, once[2], once_more[2]) + (plan.set_up_seconds or 0.0)
+    return RunTotals(round(up), round(down) + plan.set_up_bytes, seconds, evaluating)
 
 
 def _mean(values: Sequence[int]) -> float:

@@ -53,15 +53,27 @@ class LoraSection:
         dropout: probability of dropping an adapter's input, in training.
         target_modules: names of the layers that get adapters, or ``all-linear``; if not given, those that peft takes
             for the model's architecture, ``["q_proj", "v_proj"]`` for most.
+        layers_to_transform: numbers of the transformer blocks that get adapters, from 0; all if not given.
     """
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, ConfigError, r=AT_LEAST_ONE, alpha=POSITIVE, dropout=BELOW_ONE, target_modules=NOT_EMPTY)
+        check_fields(
+            self,
+            ConfigError,
+            r=AT_LEAST_ONE,
+            alpha=POSITIVE,
+            dropout=BELOW_ONE,
+            target_modules=NOT_EMPTY,
+            layers_to_transform=NOT_EMPTY,
+        )
+        if min(self.layers_to_transform or (0,)) < 0:
+            raise ConfigError("layers_to_transform must be numbers of transformer blocks, from 0")
 
 
 @dataclasses.dataclass(frozen=True)

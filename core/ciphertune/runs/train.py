@@ -250,6 +250,7 @@ def _adapted(base: Any, config: TrainConfig, task: RunTask) -> nn.Module:
         targets=lora.target_modules if isinstance(lora.target_modules, str | None) else list(lora.target_modules),
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        layers_to_transform=None if lora.layers_to_transform is None else list(lora.layers_to_transform),
         task_type=task.peft_task,
         modules_to_save=task.trained_whole() or None,
     )

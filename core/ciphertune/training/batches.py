@@ -87,10 +87,15 @@ def language_model(model: nn.Module) -> LanguageModel | None:
 
 def digest(batch: Any) -> str:
     """Eight hex digits that distinguish batches; too few to reveal their content."""
+    return content(batch).hex()[:8]
+
+
+def content(value: Any) -> bytes:
+    """SHA-256 of a batch, or of what is in one: dtypes, shapes and values of tensors, keys, texts and numbers."""
     state = hashlib.sha256()
-    for part in _parts(batch):
+    for part in _parts(value):
         state.update(part)
-    return state.hexdigest()[:8]
+    return state.digest()
 
 
 def count_targets(targets: Any, shifted: bool) -> int | None:

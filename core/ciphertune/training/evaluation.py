@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from ciphertune.errors import NonFiniteLossError, TrainingError
 from ciphertune.training import rng
 from ciphertune.training.batches import language_model
+from ciphertune.training.frozen import FrozenCache
 from ciphertune.training.inference import evaluating
 from ciphertune.training.losses import Loss, batch_loss
 from ciphertune.training.metrics import Metric, MetricFunction
@@ -33,7 +35,11 @@ def measure(model: nn.Module, data: Iterable[Any], function: MetricFunction) -> 
 
 
 def evaluate(
-    model: nn.Module, data: Iterable[Any], loss_fn: Loss | None, metric: Metric | None = None
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: Loss | None,
+    metric: Metric | None = None,
+    frozen: FrozenCache | None = None,
 ) -> dict[str, float]:
     """Compute the mean loss over data in evaluation mode, with every target counting the same.
 
@@ -44,6 +50,7 @@ def evaluate(
         data: batches.
         loss_fn: as for ``batch_loss``.
         metric: a fresh one, which sees every batch.
+        frozen: keeps what frozen blocks give; None for nothing that does.
 
     Returns:
         ``eval_loss``; for a language model with its own loss ``perplexity``; and what the metric gives.
@@ -53,9 +60,12 @@ def evaluate(
         TrainingError: there is no target in the data, or a batch has the wrong form.
     """
     total, weight = 0.0, 0
+    if frozen is not None:
+        frozen.begin("evaluation")
     with rng.preserved(), evaluating(model):
         for index, batch in enumerate(data):
-            result = batch_loss(model, batch, loss_fn, None if metric is None else metric.add)
+            with contextlib.nullcontext() if frozen is None else frozen.going_on("evaluation", batch):
+                result = batch_loss(model, batch, loss_fn, None if metric is None else metric.add)
             if result.weight == 0:  # a mean over no target is NaN by definition
                 continue
             loss = float(result.loss)

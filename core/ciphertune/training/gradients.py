@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ciphertune.errors import NonFiniteLossError, TrainingError
 from ciphertune.interleaving.interleaver import Interleaver
+from ciphertune.training.frozen import FrozenCache
 from ciphertune.training.losses import Loss, batch_loss
 from ciphertune.training.optimization import trainable_parameters
 
@@ -23,6 +25,7 @@ def accumulate_gradients(
     *,
     where: str,
     interleaver: Interleaver | None = None,
+    frozen: FrozenCache | None = None,
 ) -> float:
     """Add the gradients of the micro-batches' mean loss to the trainable parameters.
 
@@ -32,6 +35,7 @@ def accumulate_gradients(
         loss_fn: as for ``batch_loss``.
         where: the step, for error messages.
         interleaver: threads to compute the micro-batches on; None for one after the other.
+        frozen: keeps what frozen blocks give; None for nothing that does.
 
     Returns:
         The mean loss.
@@ -42,7 +46,7 @@ def accumulate_gradients(
     """
     count = len(micro_batches)
     tasks = [
-        functools.partial(_backward, model, batch, loss_fn, count, f"{where}: the loss of micro-batch {number}")
+        functools.partial(_backward, model, batch, loss_fn, count, f"{where}: the loss of micro-batch {number}", frozen)
         for number, batch in enumerate(micro_batches, 1)
     ]
     total = 0.0
@@ -106,9 +110,12 @@ def refuse_gradient_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def _backward(model: nn.Module, batch: Any, loss_fn: Loss | None, count: int, what: str) -> float:
+def _backward(
+    model: nn.Module, batch: Any, loss_fn: Loss | None, count: int, what: str, frozen: FrozenCache | None
+) -> float:
     """Go backward from the loss of one of ``count`` micro-batches; returns the loss."""
-    result = batch_loss(model, batch, loss_fn)
+    with contextlib.nullcontext() if frozen is None else frozen.going_on("training", batch):
+        result = batch_loss(model, batch, loss_fn)
     loss = float(result.loss.detach())
     if not math.isfinite(loss):
         why = "every label of it is -100" if result.weight == 0 else "lower the learning rate or look at it"

@@ -122,32 +122,48 @@ def batch_loss(
     Raises:
         TrainingError: the batch has another form, or no scalar loss comes out.
     """
-    device = next(model.parameters()).device
+    batch = on_device(model, batch)
     if isinstance(batch, Mapping):
-        batch = to_device(batch, device)
-        outputs = model(**_arguments(model, batch, loss))
+        outputs = outputs_of(model, batch, loss)
         if seen is not None:
             seen(outputs, batch)
         value = _of_mapping(outputs, batch, loss)
         weight = count_targets(batch.get("labels"), loss is None and language_model(model) == "shifted")
-    elif isinstance(batch, (tuple, list)):
-        if len(batch) < 2:
-            raise TrainingError(f"a tuple batch must be (inputs…, targets), but this one has {len(batch)} elements")
-        batch = to_device(batch, device)
-        *inputs, targets = batch
-        outputs = model(*inputs) if loss is not None else _with_labels(model, inputs, targets)
+    else:
+        targets = batch[-1]
+        outputs = outputs_of(model, batch, loss)
         if seen is not None:
             seen(outputs, targets)
         value = _of_tuple(outputs, batch, loss)
         weight = count_targets(targets, loss is None and language_model(model) == "shifted")
-    else:
-        raise TrainingError(
-            f"a batch must be a tuple (inputs…, targets) or a mapping of model arguments, not a {type(batch).__name__}"
-        )
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise TrainingError(f"the loss must be a tensor of one number, got {got}: average it over the batch")
     return BatchLoss(value.reshape(()), samples(batch) if weight is None else weight)
+
+
+def on_device(model: nn.Module, batch: Any) -> dict[str, Any] | list[Any]:
+    """A batch on the device of the model's first parameter: a mapping as a dict, a tuple as a list.
+
+    Raises:
+        TrainingError: it is neither, or a tuple without targets.
+    """
+    if not isinstance(batch, (Mapping, tuple, list)):
+        raise TrainingError(
+            f"a batch must be a tuple (inputs…, targets) or a mapping of model arguments, not a {type(batch).__name__}"
+        )
+    if not isinstance(batch, Mapping) and len(batch) < 2:
+        raise TrainingError(f"a tuple batch must be (inputs…, targets), but this one has {len(batch)} elements")
+    moved: dict[str, Any] | list[Any] = to_device(batch, next(model.parameters()).device)
+    return moved
+
+
+def outputs_of(model: nn.Module, batch: Any, loss: Loss | None) -> Any:
+    """What the model returns for a batch that ``on_device`` gave; arguments as of ``batch_loss``."""
+    if isinstance(batch, Mapping):
+        return model(**_arguments(model, batch, loss))
+    *inputs, targets = batch
+    return model(*inputs) if loss is not None else _with_labels(model, inputs, targets)
 
 
 def _arguments(model: nn.Module, batch: Mapping[str, Any], loss: Loss | None) -> Mapping[str, Any]:

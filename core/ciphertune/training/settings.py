@@ -30,6 +30,9 @@ class TrainingSettings:
         interleave: micro-batches of a step that are under way at once, from 1 to ``accumulation``: while one waits for
             a worker, another is computed. Losses and gradients are the same but for dropout, where each micro-batch
             draws from a random stream of its own. Memory grows with it, as with larger batches.
+        frozen_cache: megabytes on the client's disk for what the blocks below the first adapter give, encrypted; 0 for
+            none. Epochs after the first then compute and send nothing for these blocks. Refused where the blocks give
+            something else every time.
         max_grad_norm: Euclidean norm that gradients are scaled down to; None to leave them.
         gradient_norms: whether to keep the norm of every trainable parameter's gradient in the history, of every step.
         eval_every: optimizer steps between evaluations; by default there is one at the end of each epoch.
@@ -51,6 +54,7 @@ class TrainingSettings:
     steps: int | None = None
     accumulation: int = 1
     interleave: int = 1
+    frozen_cache: int = 0
     max_grad_norm: float | None = 1.0
     gradient_norms: bool = False
     eval_every: int | None = None
@@ -70,6 +74,7 @@ class TrainingSettings:
             steps=AT_LEAST_ONE,
             accumulation=AT_LEAST_ONE,
             interleave=AT_LEAST_ONE,
+            frozen_cache=NOT_NEGATIVE,
             max_grad_norm=ABOVE_ZERO,
             eval_every=AT_LEAST_ONE,
             checkpoint_every=AT_LEAST_ONE,
@@ -112,6 +117,7 @@ class SettingsArguments(TypedDict, total=False):
     steps: int | None
     accumulation: int
     interleave: int
+    frozen_cache: int
     max_grad_norm: float | None
     gradient_norms: bool
     eval_every: int | None

@@ -22,6 +22,7 @@ from ciphertune.outsourcing.convert import outsourced_layers
 from ciphertune.plugins.manager import PluginManager, plugin_manager
 from ciphertune.training import adapter, batches, evaluation
 from ciphertune.training.arguments import settings_of
+from ciphertune.training.frozen import FrozenCache
 from ciphertune.training.gradients import accumulate_gradients, refuse_gradient_hooks
 from ciphertune.training.history import History
 from ciphertune.training.inference import InferenceModel
@@ -146,6 +147,7 @@ class LoraTrainer:
         if device is not None:
             model.to(device)
         self._interleaver: Interleaver | None = None  # while training
+        self._frozen: FrozenCache | None = None  # likewise
         self._compared = self.settings.compared_at_resume(own_optimizer=optimizer is None)
         self.optimizer = make_optimizer(optimizer, trainable, self.settings)
         self.scheduler = scheduler if isinstance(scheduler, LRScheduler) else None
@@ -231,7 +233,7 @@ class LoraTrainer:
             self.plugins.observe("ciphertune_training_start", trainer=self, total_steps=total, start_step=self.step)
             if random_states is not None:
                 loader.restore(random_states)
-            with self._interleaving():
+            with self._interleaving(), self._freezing():
                 self._run(state, eval_data)
             reason = "interrupted" if self.stopped else "finished"
         except (KeyboardInterrupt, SystemExit):
@@ -262,7 +264,8 @@ class LoraTrainer:
 
     def _measured(self, data: Iterable[Any], whole: Iterable[Any]) -> dict[str, float]:
         """Evaluate on data, which is read once, and by ``eval_metric_fn`` on the whole of it."""
-        metrics = evaluation.evaluate(self.model, data, self.loss_fn, None if self.metric is None else self.metric())
+        metric = None if self.metric is None else self.metric()
+        metrics = evaluation.evaluate(self.model, data, self.loss_fn, metric, self._frozen)
         if self.eval_metric_fn is not None:
             if self._stop_asked.is_set() and data is not whole:
                 raise _Stopping
@@ -314,6 +317,18 @@ class LoraTrainer:
             finally:
                 self._interleaver = None
 
+    @contextlib.contextmanager
+    def _freezing(self) -> Iterator[None]:
+        """Keep what frozen blocks give, where that is asked for."""
+        if self.settings.frozen_cache == 0:
+            yield
+            return
+        with FrozenCache(self.model, self.loss_fn, self.settings.frozen_cache << 20) as self._frozen:
+            try:
+                yield
+            finally:
+                self._frozen = None
+
     def _run(self, state: RunState, eval_data: Iterable[Any] | None) -> None:
         """Step until the end, with evaluations and checkpoints where they are due."""
         settings, loader, directory = self.settings, state.loader, self._checkpoint_dir
@@ -357,7 +372,11 @@ class LoraTrainer:
         begin = time.perf_counter()
         group = loader.next_step()
         where = f"step {self.step + 1} (epoch {loader.epoch})"
-        loss = accumulate_gradients(self.model, group, self.loss_fn, where=where, interleaver=self._interleaver)
+        if self._frozen is not None and (first or loader.consumed == len(group)):
+            self._frozen.begin("training")
+        loss = accumulate_gradients(
+            self.model, group, self.loss_fn, where=where, interleaver=self._interleaver, frozen=self._frozen
+        )
         trainable = trainable_parameters(self.model)
         if first and not self.allow_unused:
             check_gradients(trainable)
