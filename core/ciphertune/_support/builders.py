@@ -2,7 +2,7 @@
 
 Supported annotations: bool, int, float, str, Path, Literal of ints or strings, unions of these, and ``| None``. In TOML
 also sections, which are dataclasses, lists of sections or of strings, which are ``tuple[X, ...]``, and sections with
-keys of any name, which are ``dict[str, Any]``.
+keys of any name, which are ``dict[str, Any]``, or ``dict[str, str | float]`` for texts, numbers and switches.
 """
 
 from __future__ import annotations
@@ -95,9 +95,10 @@ class Builder(abc.ABC):
             parts = enumerate(value, 1)
             return tuple(self.value(part, arguments[0], f"{place}[{number}]") for number, part in parts)
         if origin is dict:
-            if isinstance(value, Mapping) and all(isinstance(each, (str, int, float)) for each in value.values()):
+            scalars = arguments[1] is not Any
+            if isinstance(value, Mapping) and not (scalars and any(map(_not_scalar, value.values()))):
                 return dict(value)
-            raise self.mismatch(value, "a section of texts, numbers and switches", place)
+            raise self.mismatch(value, f"a section{' of texts, numbers and switches' * scalars}", place)
         if origin is tuple:
             if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
                 return tuple(value)
@@ -148,6 +149,10 @@ class Builder(abc.ABC):
     def make(self, cls: type[BuiltT], values: Mapping[str, Any], place: str) -> BuiltT:
         """Make the dataclass, which may refuse the values."""
         return cls(**values)
+
+
+def _not_scalar(value: Any) -> bool:
+    return not isinstance(value, (str, int, float))
 
 
 def _read_switch(value: Any) -> bool:
