@@ -208,6 +208,13 @@ def _read_exactly(kind: type) -> Callable[[Any], Any]:
     return read
 
 
+def _read_whole(value: Any) -> int:
+    whole: int = _read_exactly(int)(value)
+    if not -(1 << 63) <= whole < 1 << 63:  # as TOML has them, and all that counts with them
+        raise OverflowError(value)
+    return whole
+
+
 def _read_real(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(value)
@@ -225,7 +232,7 @@ class TomlBuilder(Builder):
 
     kinds: ClassVar[Mapping[type, tuple[Callable[[Any], Any], str]]] = {
         bool: (_read_exactly(bool), "true or false"),
-        int: (_read_exactly(int), "a whole number"),
+        int: (_read_whole, "a whole number"),
         float: (_read_real, "a number"),
         str: (_read_exactly(str), "text"),
         Path: (_read_path, "a path"),

@@ -136,8 +136,10 @@ def text_in(row: Row, name: str, key: str) -> str:
     """
     value = row.fields.get(name)
     if not isinstance(value, str):
-        what = "holds no text" if name in row.fields else "is missing"
-        raise ConfigError(f"{row.place}: the field {name!r} {what}; it has {named(row.fields)}: set data.{key}")
+        if name in row.fields:
+            what = "is empty" if value is None else f"holds a {type(value).__name__} and no text"
+            raise ConfigError(f"{row.place}: the field {name!r} {what}: leave the row out, or set data.{key}")
+        raise ConfigError(f"{row.place}: the field {name!r} is missing; it has {named(row.fields)}: set data.{key}")
     check_letters(value, row.place)
     return value
 

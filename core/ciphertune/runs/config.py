@@ -44,6 +44,9 @@ class ModelSection:
     weights: str | None = None
     adapter: str | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self, ConfigError, name=NOT_EMPTY)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraSection:
@@ -139,6 +142,7 @@ class DataSection:
         check_fields(
             self,
             ConfigError,
+            source=NOT_EMPTY,
             length=AT_LEAST_TWO,
             batch_size=AT_LEAST_ONE,
             held_out=BELOW_ONE,
@@ -159,6 +163,10 @@ class TrainingSection(TrainingSettings):
     output: str
     seed: int = 0
     eval_on_start: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, ConfigError, output=NOT_EMPTY)
 
 
 @dataclasses.dataclass(frozen=True)
