@@ -24,9 +24,9 @@ CHATS = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
             "a.jsonl",
             b'{"text": null}\n',
             "language",
-            r"line 1 of .*a\.jsonl: the field 'text' is empty: leave the row out",
+            r"line 1 of .*a\.jsonl: the field 'text' holds no text \(null\): leave the row out",
         ),
-        ("a.jsonl", b'{"text": 3}\n', "language", "'text' holds a int and no text"),
+        ("a.jsonl", b'{"text": 3}\n', "language", r"'text' holds no text \(int\)"),
         ("a.jsonl", json.dumps(CHATS).encode(), "language", "but a list.*if the file is one list, name it .json"),
         ("a.jsonl", json.dumps(CHATS, indent=1).encode(), "language", "if the file is one list, name it .json"),
         ("a.txt", "the fox".encode("utf-16"), "language", "is UTF-16, not UTF-8 text: save it as UTF-8"),
@@ -38,7 +38,7 @@ CHATS = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
             "classification",
             "each of the 9 rows has a label of its own",
         ),
-        ("a.csv", b"text,label\na,b\nc,b\n", "classification", "the labels that differ are 1 in 2 rows"),
+        ("a.csv", b"text,label\na,b\nc,b\n", "classification", "there are 1 different labels in 2 rows"),
     ],
 )
 def test_data_as_people_have_it(project: Path, name: str, content: bytes, task: str, said: str) -> None:

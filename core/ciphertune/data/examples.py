@@ -137,8 +137,10 @@ def text_in(row: Row, name: str, key: str) -> str:
     value = row.fields.get(name)
     if not isinstance(value, str):
         if name in row.fields:
-            what = "is empty" if value is None else f"holds a {type(value).__name__} and no text"
-            raise ConfigError(f"{row.place}: the field {name!r} {what}: leave the row out, or set data.{key}")
+            what = "null" if value is None else type(value).__name__
+            raise ConfigError(
+                f"{row.place}: the field {name!r} holds no text ({what}): leave the row out, or set data.{key}"
+            )
         raise ConfigError(f"{row.place}: the field {name!r} is missing; it has {named(row.fields)}: set data.{key}")
     check_letters(value, row.place)
     return value

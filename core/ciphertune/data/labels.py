@@ -16,6 +16,8 @@ from ciphertune.data.rows import Row
 from ciphertune.data.sequences import Cut, padded
 from ciphertune.errors import ConfigError
 
+_FEW = 8
+"""Rows that are data enough to tell that no label comes back."""
 _MOST = 1000
 """Labels that a classifier may have; more are numbers, names or texts rather than labels."""
 
@@ -101,10 +103,10 @@ def label_names(examples: Sequence[Labelled], given: Sequence[str] | None) -> tu
         names = tuple(sorted(found, key=lambda name: (int(name), name)) if numbers else sorted(found))
     if len(names) < 2 or len(names) > _MOST or len(set(names)) < len(names):
         raise ConfigError(
-            f"data.label_field: the labels that differ are {len(names)} in {len(examples)} rows, and a classifier has "
+            f"data.label_field: there are {len(names)} different labels in {len(examples)} rows, and a classifier has "
             f"2 to {_MOST}: set data.label_field to the column that holds them"
         )
-    if given is None and len(names) == len(examples) > 2:
+    if given is None and len(names) == len(examples) >= _FEW:
         raise ConfigError(
             f"data.label_field: each of the {len(examples)} rows has a label of its own, so nothing could be learned "
             "of any: set data.label_field to a column with a few labels that come back"
