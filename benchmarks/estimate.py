@@ -7,6 +7,7 @@ Needs SageMath and the package ``estimator`` (github.com/malb/lattice-estimator)
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -39,6 +40,7 @@ def bits(parameters: ParameterSet) -> dict[str, float]:
 
 def main() -> int:
     """Print the table, beside the figures that are quoted."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{'set':12}{'cost model':22}{'estimated':>10}{'quoted':>8}")
     for parameters in PARAMETER_SETS:
         try:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from tempfile import TemporaryDirectory
@@ -53,6 +54,7 @@ def inputs(kind: str, features: int, generator: torch.Generator) -> Tensor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     parameters = library.MatmulCryptoParameters.deserialize(json.dumps(PARAMETERS))
     keys = (*library.cpu_create_private_key(parameters), parameters)
     with TemporaryDirectory() as folder:

@@ -33,13 +33,14 @@ from shaped import shaped
 from sweep import machine
 
 from ciphertune import split
-from ciphertune.bench.child import _cut
+from ciphertune.bench.batches import cut_batch
 from ciphertune.errors import ConfigError
 from ciphertune.interleaving.interleaver import Interleaver
 from ciphertune.outsourcing.convert import outsource, session_of
 from ciphertune.plugins import registry
 from ciphertune.selection import Selection
-from ciphertune.worker.process import _base_of, worker_process
+from ciphertune.worker.process import worker_process
+from ciphertune.workloads.base import base_of
 from ciphertune.workloads.named import load_workload
 
 HERE = Path(__file__).parent
@@ -67,7 +68,7 @@ def client(model_name: str, to: str, tokens: int, repeat: int) -> dict[str, Any]
             for way, (count, at_once) in WAYS.items():
                 before = copy.copy(session.traffic)
                 begin = time.perf_counter()
-                tasks = [functools.partial(part_of_step, part, count) for part in _cut(work.train[0], count)]
+                tasks = [functools.partial(part_of_step, part, count) for part in cut_batch(work.train[0], count)]
                 (one if at_once == 1 else two).run(tasks)
                 took = time.perf_counter() - begin
                 model.zero_grad()
@@ -110,7 +111,7 @@ def workers(model: str, count: int, pinned: bool) -> Iterator[tuple[list[str], d
         here = transport.loopback(folder, {})
         threads = torch.get_num_threads()
         torch.set_num_threads(1 if pinned else threads)  # the mlp's weights are trained, here as in the client
-        split(_base_of(model), folder / "bundle", workers=count, placement="rows")
+        split(base_of(model), folder / "bundle", workers=count, placement="rows")
         torch.set_num_threads(threads)
         parts = sorted((folder / "bundle").glob("worker*"))
         with on_cores({1} if pinned else None):
@@ -129,7 +130,7 @@ def cluster(model: str, count: int, pinned: bool) -> Iterator[tuple[list[str], d
     with tempfile.TemporaryDirectory() as folder:
         threads = torch.get_num_threads()
         torch.set_num_threads(1 if pinned else threads)
-        split(_base_of(model), f"{folder}/bundle", workers=count, placement="rows")
+        split(base_of(model), f"{folder}/bundle", workers=count, placement="rows")
         torch.set_num_threads(threads)
         with on_cores({1} if pinned else None):
             made = Cluster(initialize_head=True, head_node_args=head)

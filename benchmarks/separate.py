@@ -32,7 +32,7 @@ import json, sys
 from pathlib import Path
 import torch, transformers, peft, accelerate
 import ciphertune
-from ciphertune.plugins import plugin_manager
+from ciphertune.plugins.manager import plugin_manager
 def own():
     lines = Path("/proc/self/status").read_text().splitlines()
     return [int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")][0]

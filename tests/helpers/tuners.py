@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import ciphertune
 from ciphertune.errors import OutsourcedWeightError
+from ciphertune.training.tuners import refusal
 
 Order = Literal["before", "after"]
 
@@ -55,11 +56,13 @@ class Row:
         tuner: peft's name of it.
         before, after: "works", or what happens, for a tuner added before and after the model is outsourced; "not
             tried" for one that a small Llama does not take in the clear.
+        file: whether a run's file may name it.
     """
 
     tuner: str
     before: str
     after: str
+    file: str
 
 
 def tuners() -> list[str]:
@@ -78,8 +81,17 @@ def look(tuner: str) -> Row:
             wanted = _trained(plain)
             assert wanted[1]
         except Exception:
-            return Row(tuner, *["not tried"] * 2)
-        return Row(tuner, _tried(tuner, "before", wanted), _tried(tuner, "after", wanted))
+            return Row(tuner, *["not tried"] * 2, in_a_file(tuner))
+        return Row(tuner, _tried(tuner, "before", wanted), _tried(tuner, "after", wanted), in_a_file(tuner))
+
+
+def in_a_file(tuner: str) -> str:
+    """Whether a run's file may name a tuner."""
+    if tuner == "LORA":
+        return "`[lora]`"
+    if refusal(tuner, bundle=False) is not None:
+        return "no"
+    return "yes" if refusal(tuner, bundle=True) is None else "yes, with the whole model"
 
 
 def plain_model() -> Any:

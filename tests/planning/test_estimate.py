@@ -183,6 +183,11 @@ def test_a_narrow_line_and_small_memories_decide_the_placement(folder: Path) -> 
     assert "replicas" not in small.placement
     with pytest.raises(ConfigError, match="use more workers"):
         planned(folder, workers=2, worker_memory=0.2 * whole)
+    assert [each.workers for each in planned(folder, workers=4).fewer] == [1, 2]
+    assert small.fewer == (), "neither one nor two workers hold the weights"
+    halves = planned(folder, workers=4, worker_memory=0.6 * whole).fewer
+    assert [each.workers for each in halves] == [2]
+    assert all(each.worker_bytes <= 0.6 * whole for each in halves)
 
 
 def test_without_speeds_rows_are_planned(folder: Path) -> None:

@@ -292,16 +292,14 @@ def test_the_plan_counts_what_later_epochs_send():
 
 
 def test_a_runs_file_says_which_blocks_and_how_much_is_kept():
-    from ciphertune.errors import ConfigError
+    from ciphertune.runs.adapters import first_adapted_block
     from ciphertune.runs.config import parse_config
 
     least = {"model": {"name": "m"}, "data": {"source": "s"}, "training": {"output": "o", "frozen_cache": 64}}
-    config = parse_config({**least, "lora": {"layers_to_transform": [2, 3]}})
-    assert config.lora.layers_to_transform == (2, 3)
-    assert config.training.frozen_cache == 64
-    for wrong in ([-1], ["2"], [], 2):
-        with pytest.raises(ConfigError, match="layers_to_transform"):
-            parse_config({**least, "lora": {"layers_to_transform": wrong}})
+    for blocks, first in (([3, 2], 2), (5, 5), ([], 0)):
+        config = parse_config({**least, "lora": {"options": {"layers_to_transform": blocks}}})
+        assert first_adapted_block(config) == first
+        assert config.training.frozen_cache == 64
 
 
 @pytest.mark.parametrize(("limit", "again"), [(0, 0), (1 << 30, 20), (50_000, 10)])

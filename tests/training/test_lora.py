@@ -11,7 +11,8 @@ import torch
 
 import ciphertune
 from ciphertune.errors import ConfigError
-from ciphertune.training.lora import add_lora, all_linear, load_adapter
+from ciphertune.training.lora import add_lora, load_adapter
+from ciphertune.training.targets import all_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

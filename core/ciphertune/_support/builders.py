@@ -1,8 +1,8 @@
 """Builders that make dataclasses from texts or from TOML values; annotations say how each value is read.
 
 Supported annotations: bool, int, float, str, Path, Literal of ints or strings, unions of these, and ``| None``. In TOML
-also sections, which are dataclasses, lists of sections, strings or numbers, which are ``tuple[X, ...]``, and sections
-with keys of any name, which are ``dict[str, Any]``.
+also sections, which are dataclasses, lists of sections or of strings, which are ``tuple[X, ...]``, and sections with
+keys of any name, which are ``dict[str, Any]``, or ``dict[str, str | float]`` for texts, numbers and switches.
 """
 
 from __future__ import annotations
@@ -95,13 +95,10 @@ class Builder(abc.ABC):
             parts = enumerate(value, 1)
             return tuple(self.value(part, arguments[0], f"{place}[{number}]") for number, part in parts)
         if origin is dict:
-            if isinstance(value, Mapping) and all(isinstance(each, (str, int, float)) for each in value.values()):
+            scalars = arguments[1] is not Any
+            if isinstance(value, Mapping) and not (scalars and any(map(_not_scalar, value.values()))):
                 return dict(value)
-            raise self.mismatch(value, "a section of texts, numbers and switches", place)
-        if origin is tuple and arguments[0] is int:
-            if isinstance(value, (list, tuple)) and all(type(part) is int for part in value):
-                return tuple(value)
-            raise self.mismatch(value, "a list of whole numbers", place)
+            raise self.mismatch(value, f"a section{' of texts, numbers and switches' * scalars}", place)
         if origin is tuple:
             if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
                 return tuple(value)
@@ -152,6 +149,10 @@ class Builder(abc.ABC):
     def make(self, cls: type[BuiltT], values: Mapping[str, Any], place: str) -> BuiltT:
         """Make the dataclass, which may refuse the values."""
         return cls(**values)
+
+
+def _not_scalar(value: Any) -> bool:
+    return not isinstance(value, (str, int, float))
 
 
 def _read_switch(value: Any) -> bool:
@@ -207,6 +208,13 @@ def _read_exactly(kind: type) -> Callable[[Any], Any]:
     return read
 
 
+def _read_whole(value: Any) -> int:
+    whole: int = _read_exactly(int)(value)
+    if not -(1 << 63) <= whole < 1 << 63:  # as TOML has them, and all that counts with them
+        raise OverflowError(value)
+    return whole
+
+
 def _read_real(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(value)
@@ -224,7 +232,7 @@ class TomlBuilder(Builder):
 
     kinds: ClassVar[Mapping[type, tuple[Callable[[Any], Any], str]]] = {
         bool: (_read_exactly(bool), "true or false"),
-        int: (_read_exactly(int), "a whole number"),
+        int: (_read_whole, "a whole number"),
         float: (_read_real, "a number"),
         str: (_read_exactly(str), "text"),
         Path: (_read_path, "a path"),

@@ -9,14 +9,13 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ciphertune.bench.batches import cut_batch
 from ciphertune.bench.plaintext import kernel_of
-from ciphertune.errors import ConfigError
 from ciphertune.interleaving.interleaver import Interleaver
 from ciphertune.outsourcing.convert import outsource, session_of
 from ciphertune.workloads.named import load_workload
@@ -69,7 +68,7 @@ def steps(
 
     interleaver = Interleaver(interleave)
     for batch in work.train:
-        parts = _cut(batch, micro_batches)
+        parts = cut_batch(batch, micro_batches)
         before = None if session is None else copy.copy(session.traffic)
         start = time.perf_counter()
         loss = sum(interleaver.run([functools.partial(part_of_step, part) for part in parts]))
@@ -86,17 +85,6 @@ def steps(
         result["set_up"] = dataclasses.asdict(session.set_up)
         session.close()
     return result
-
-
-def _cut(batch: Any, count: int) -> list[Any]:
-    """A batch in equal parts, along its first dimension."""
-    names = list(batch) if isinstance(batch, Mapping) else None
-    tensors = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
-    rows = len(tensors[0])
-    if rows % count:
-        raise ConfigError(f"a step of {rows} sequences or samples cannot be cut into {count} micro-batches of one size")
-    parts = zip(*(tensor.split(rows // count) for tensor in tensors), strict=True)
-    return [part if names is None else dict(zip(names, part, strict=True)) for part in parts]
 
 
 def _peak_mb() -> float:

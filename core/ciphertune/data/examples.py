@@ -136,8 +136,12 @@ def text_in(row: Row, name: str, key: str) -> str:
     """
     value = row.fields.get(name)
     if not isinstance(value, str):
-        what = "holds no text" if name in row.fields else "is missing"
-        raise ConfigError(f"{row.place}: the field {name!r} {what}; it has {named(row.fields)}: set data.{key}")
+        if name in row.fields:
+            what = "null" if value is None else type(value).__name__
+            raise ConfigError(
+                f"{row.place}: the field {name!r} holds no text ({what}): leave the row out, or set data.{key}"
+            )
+        raise ConfigError(f"{row.place}: the field {name!r} is missing; it has {named(row.fields)}: set data.{key}")
     check_letters(value, row.place)
     return value
 

@@ -144,7 +144,8 @@ def decoded(path: Path) -> str:
             ) from error
     for mark, what in _MARKS.items():
         if content.startswith(mark):
-            raise ConfigError(f"cannot read data.source: {path} is {what}, not UTF-8 text")
+            how = ": save it as UTF-8" if what == "UTF-16" else ""
+            raise ConfigError(f"cannot read data.source: {path} is {what}, not UTF-8 text{how}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

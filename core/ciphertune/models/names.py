@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Collection
@@ -20,7 +21,8 @@ _FILES = (".toml", ".yaml", ".yml", ".json", ".jsonl", ".txt", ".gguf", ".safete
 def refuse_path(name: str, built_in: Collection[str] = ("smollm2",)) -> None:
     """Raise ``ConfigError`` for a name that was meant for something on this machine, where there is no such folder.
 
-    Names of folders can be private, so one that looks like a path, or like a built-in model, is not sent to a hub.
+    Names of folders can be private, so one that looks like a path, or like a model that is built in or here, is not
+    sent to a hub.
 
     Args:
         name: what the user gave.
@@ -37,6 +39,8 @@ def refuse_path(name: str, built_in: Collection[str] = ("smollm2",)) -> None:
         reason = "a path is"
     elif len(parts) == 1 and (meant := difflib.get_close_matches(name.lower(), built_in, n=1, cutoff=0.8)):
         reason = f"did you mean {meant[0]!r}? What is so close to a built-in name is"
+    elif len(parts) == 1 and (meant := difflib.get_close_matches(name, _models_here(), n=1, cutoff=0.8)):
+        reason = f"did you mean the folder {meant[0]!r}? What is so close to a model here is"
     else:
         return
     raise ConfigError(f"cannot load the model {name!r}: there is no such folder; {reason} not looked for on a hub")
@@ -60,6 +64,13 @@ def published_name(name: str) -> str:
     if not name or not (_path(parts) or Path(name).exists()):
         return name
     return Path(name).expanduser().resolve().name
+
+
+def _models_here() -> list[str]:
+    """Folders where the user is that hold a model."""
+    with contextlib.suppress(OSError):
+        return [each.parent.name for each in Path().glob("*/config.json")]
+    return []
 
 
 def _parts(name: str) -> list[str]:

@@ -63,14 +63,20 @@ def fitting(products: Products, workers: int, memory: float | None) -> list[tupl
     Raises:
         ConfigError: there is none.
     """
-    found = [(placement, products.placed(placement)) for placement in placements(workers)]
-    fit = [each for each in found if memory is None or each[1].worker_bytes <= memory]
+    fit = fits(products, workers, memory)
     if not fit:
-        least = min(planned.worker_bytes for _, planned in found)
+        least = min(products.placed(placement).worker_bytes for placement in placements(workers))
         raise ConfigError(
             f"the weights do not fit: {workers} workers would hold {least / 1e9:.3g} GB each at least, and "
             f"{(memory or 0) / 1e9:.3g} GB are what one may have: use more workers"
         )
+    return fit
+
+
+def fits(products: Products, workers: int, memory: float | None) -> list[tuple[Placement, PlannedModel]]:
+    """As ``fitting``, and nothing where no placement fits."""
+    found = [(placement, products.placed(placement)) for placement in placements(workers)]
+    fit = [each for each in found if memory is None or each[1].worker_bytes <= memory]
     return sorted(fit, key=lambda each: each[0].layers)
 
 

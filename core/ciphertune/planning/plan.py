@@ -12,7 +12,7 @@ from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import linear_layers
 from ciphertune.planning.estimate import Estimate, estimate_step
 from ciphertune.planning.measure import local_selection, measure_preparing, measure_speeds
-from ciphertune.planning.placing import Tried, candidates, compare, fitting, to_measure
+from ciphertune.planning.placing import Tried, candidates, compare, fits, to_measure
 from ciphertune.planning.products import PlannedGroup, PlannedModel, Products, kept_parameters
 from ciphertune.planning.shares import shares_of
 from ciphertune.planning.simulation import Network, Processors
@@ -137,7 +137,7 @@ class Plan:
         to, tokens, micro_batches, interleave, workers, placement: of the plan; placement and interleave are the fastest
             where none was asked for.
         tried: placements that were compared, the chosen one first; nothing where one was asked for, or without speeds.
-        fewer: the best placement of each smaller number of workers, by halves; likewise.
+        fewer: the best placement of each smaller number of workers that can hold the weights, by halves; likewise.
         kinds: what is outsourced.
         requests, bytes_up, bytes_down: of a step.
         bytes_without_sharing: up and down, if siblings did not share their input.
@@ -287,7 +287,8 @@ def make_plan(
             planned = next(model for one, model in fit if one == placed)
         if placement is None:
             for count in halved(workers)[:-1]:
-                fewer += compare(fitting(products, count, None), estimates, at_once)[:1]
+                fitted = fits(products, count, worker_memory)
+                fewer += compare(fitted, estimates, at_once)[:1] if fitted else []
         estimate = estimates(planned, placed, interleave or 1)
     interleave = interleave or 1
     shared, alone = _kinds(planned.groups, backend, sizes), _kinds(planned.singles, backend, sizes)

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from ciphertune.data.render import use_template
 from ciphertune.models.load import load_tokenizer
 from ciphertune.planning.plan import Plan
+from ciphertune.runs.adapters import adapted_layers, check_adapters, first_adapted_block
 from ciphertune.runs.config import TrainConfig
+from ciphertune.runs.sizes import steps_of
 from ciphertune.runs.train import TASKS
 
 _EVALUATION_TOKENS = 2048
-_DEFAULT_TARGETS = ("q_proj", "v_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +71,18 @@ def read_run(config: TrainConfig) -> Run:
     """Read the data of a run, and count steps and tokens. No weight is read.
 
     Raises:
-        ConfigError: the data or the tokenizer cannot be read.
+        ConfigError: the data or the tokenizer cannot be read, or the adapter cannot be trained.
     """
+    check_adapters(config)
     task = TASKS[config.task](config)
     tokenizer = load_tokenizer(config.model.name, config.model.gguf_file)
     if config.task == "language":
         use_template(tokenizer, config.data.chat_template_path)
     data, t, size = task.batches(tokenizer), config.training, config.data.batch_size
     per_epoch = math.ceil(math.ceil(len(data.train) / size) / t.accumulation)
-    steps = t.steps if t.steps is not None else t.epochs * per_epoch
+    steps = steps_of(t, len(data.train), size)
     length = _mean([len(sequence.ids) for sequence in data.train])
     in_step = min(size * t.accumulation, len(data.train))
-    targets = config.lora.target_modules
     held = sum(len(sequence.ids) for sequence in data.held)
     whole, rest = divmod(held, _EVALUATION_TOKENS)
     return Run(
@@ -90,9 +91,8 @@ def read_run(config: TrainConfig) -> Run:
         micro_batches=min(t.accumulation, math.ceil(in_step / size)),
         interleave=min(t.interleave, math.ceil(in_step / size)),
         length=max(1, round(length)),
-        # Every name ends in nothing: the first linear layer has an adapter.
-        targets=("",) if targets == "all-linear" else tuple(targets or _DEFAULT_TARGETS),
-        first_block=min(config.lora.layers_to_transform or (0,)),
+        targets=adapted_layers(config),
+        first_block=first_adapted_block(config),
         evaluations=(math.ceil(steps / (t.eval_every or per_epoch)) + t.eval_on_start) if data.held else 0,
         held=len(data.held),
         evaluation=(*[_EVALUATION_TOKENS] * whole, *([rest] if rest else [])),

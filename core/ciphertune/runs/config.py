@@ -23,6 +23,8 @@ else:
 Task = Literal["language", "classification"]
 _TRL_NAMES = {"max_length": "length", "dataset_text_field": "text_field"}
 """Keys of ``[data]`` by the names that TRL has for them."""
+_LORA_NAMES = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
+"""Keys of ``[lora]`` by the names that peft has for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +36,16 @@ class ModelSection:
         gguf_file: file within the folder, for models in GGUF form.
         weights: for the client's part of a bundle: a worker's folder to read codes in, where an encryption prepares
             itself from them; the workers are asked if not given.
-        adapter: a folder with a LoRA adapter of the model to train further, in place of a new one as in ``[lora]``.
+        adapter: a folder with an adapter of the model to train further, in place of a new one as in ``[lora]``.
     """
 
     name: str
     gguf_file: str | None = None
     weights: str | None = None
     adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, ConfigError, name=NOT_EMPTY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,27 +58,38 @@ class LoraSection:
         dropout: probability of dropping an adapter's input, in training.
         target_modules: names of the layers that get adapters, or ``all-linear``; if not given, those that peft takes
             for the model's architecture, ``["q_proj", "v_proj"]`` for most.
-        layers_to_transform: numbers of the transformer blocks that get adapters, from 0; all if not given.
+        options: any other option of ``peft.LoraConfig`` by its name there, such as ``{use_rslora = true}``.
     """
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
-    layers_to_transform: tuple[int, ...] | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            ConfigError,
-            r=AT_LEAST_ONE,
-            alpha=POSITIVE,
-            dropout=BELOW_ONE,
-            target_modules=NOT_EMPTY,
-            layers_to_transform=NOT_EMPTY,
-        )
-        if min(self.layers_to_transform or (0,)) < 0:
-            raise ConfigError("layers_to_transform must be numbers of transformer blocks, from 0")
+        check_fields(self, ConfigError, r=AT_LEAST_ONE, alpha=POSITIVE, dropout=BELOW_ONE, target_modules=NOT_EMPTY)
+        for theirs, ours in _LORA_NAMES.items():
+            if theirs in self.options:
+                raise ConfigError(f"options.{theirs} is lora.{ours} here: set that")
+
+
+@dataclasses.dataclass(frozen=True)
+class TunerSection:
+    """``[tuner]``: another tuner of peft in place of LoRA.
+
+    Attributes:
+        name: peft's name of it, such as ``ia3`` or ``prefix-tuning``.
+        options: for its configuration, by peft's own names, such as ``{target_modules = ["k_proj", "v_proj"]}``; each
+            has peft's default if not given.
+    """
+
+    name: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name.strip().lower() == "lora":
+            raise ConfigError("name: LoRA has a section of its own, [lora], with further options in lora.options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +142,7 @@ class DataSection:
         check_fields(
             self,
             ConfigError,
+            source=NOT_EMPTY,
             length=AT_LEAST_TWO,
             batch_size=AT_LEAST_ONE,
             held_out=BELOW_ONE,
@@ -146,6 +163,10 @@ class TrainingSection(TrainingSettings):
     output: str
     seed: int = 0
     eval_on_start: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, ConfigError, output=NOT_EMPTY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +189,7 @@ class TrainConfig:
     data: DataSection
     training: TrainingSection
     lora: LoraSection = dataclasses.field(default_factory=LoraSection)
+    tuner: TunerSection | None = None
     task: Task = "language"
     to: str = "mlwe"
     layers: tuple[str, ...] | None = None

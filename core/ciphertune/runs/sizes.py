@@ -42,6 +42,21 @@ def evaluation_size(held: Sequence[Any], model: Any, batch_size: int) -> int:
     return max(batch_size, int(min(_MOST_TOKENS, room / per_token)) // longest)
 
 
+def steps_of(training: TrainingSettings, train: int, batch_size: int) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        training: settings of the run.
+        train: sequences to train on.
+        batch_size: sequences of a batch.
+    """
+    return training.steps or training.epochs * _steps_per_epoch(training, train, batch_size)
+
+
+def _steps_per_epoch(training: TrainingSettings, train: int, batch_size: int) -> int:
+    return math.ceil(math.ceil(train / batch_size) / training.accumulation)
+
+
 def evaluations_told(training: TrainingSettings, train: int, held: int, batch_size: int) -> str | None:
     """A line that says beforehand that evaluations will take more than the training; None where they will not.
 
@@ -53,8 +68,8 @@ def evaluations_told(training: TrainingSettings, train: int, held: int, batch_si
         held: sequences held out.
         batch_size: sequences of a batch in training.
     """
-    per_epoch = math.ceil(math.ceil(train / batch_size) / training.accumulation)
-    steps = training.steps if training.steps is not None else training.epochs * per_epoch
+    per_epoch = _steps_per_epoch(training, train, batch_size)
+    steps = steps_of(training, train, batch_size)
     every = training.eval_every or per_epoch
     times = math.ceil(steps / every) + training.eval_on_start
     trained = 2 * min(steps * training.accumulation * batch_size, math.ceil(steps / per_epoch) * train)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ciphertune._support.atomic import remove_directory
 from ciphertune.bundle.client import is_client_folder
@@ -25,15 +24,15 @@ from ciphertune.outsourcing.calibration import calibration_under
 from ciphertune.outsourcing.convert import outsource, outsourced_layers, session_of, share
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.report.costs import CostMeter
+from ciphertune.runs.adapters import adapted, check_adapters
 from ciphertune.runs.classification import ClassificationTask
-from ciphertune.runs.config import LoraSection, TrainConfig, placed
+from ciphertune.runs.config import TrainConfig, placed
 from ciphertune.runs.language import LanguageTask
 from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
-from ciphertune.runs.sizes import evaluation_size, evaluations_told, judging_batches
+from ciphertune.runs.sizes import evaluation_size, evaluations_told, judging_batches, steps_of
 from ciphertune.runs.stopping import Asked, RunStopped, stopping_on_signals
 from ciphertune.runs.task import Batches, RunTask
 from ciphertune.training.checkpoint import list_checkpoints
-from ciphertune.training.lora import add_lora, check_adapter, load_adapter
 from ciphertune.training.trainer import LoraTrainer
 
 TASKS: dict[str, Callable[[TrainConfig], RunTask]] = {
@@ -129,11 +128,8 @@ def _run(
     # Before the model, which takes minutes: places and data are looked at quickly, and may be wrong.
     if not resume and not overwrite:
         _refuse_overwriting(output, checkpoints)
-    if config.model.adapter is not None and config.lora != LoraSection():
-        raise ConfigError("[lora] is for a new adapter, and model.adapter has its own settings: leave one of them out")
+    check_adapters(config)
     task = TASKS[config.task](config)
-    if config.model.adapter is not None:
-        check_adapter(config.model.adapter, task.peft_task)
     for name, folder in (("output", output.path), ("checkpoint_dir", checkpoints)):
         if folder is not None:
             check_writable(f"training.{name}", folder)
@@ -150,7 +146,8 @@ def _run(
     calibration = None
     if not outsourced_layers(base):
         calibration = calibration_under(choice.backend, base, tokenizer, config.calibration, progress)
-    model = _adapted(base, config, task)
+    steps = steps_of(t, len(data.train), config.data.batch_size)
+    model = adapted(base, config, task, steps)
     if not outsourced_layers(base):
         outsource(model, config.to, config.layers, embeddings=config.embeddings, calibration=calibration)
     session = session_of(model)
@@ -236,24 +233,6 @@ def _refuse_overwriting(output: OutputFolder, checkpoints: Path | None) -> None:
             f"{held[0]} is of an earlier run: write over it with --overwrite{further}, or choose another "
             f"training.{'checkpoint_dir' if held[0].name.startswith('checkpoint-') else 'output'}"
         )
-
-
-def _adapted(base: Any, config: TrainConfig, task: RunTask) -> nn.Module:
-    """The model with a new adapter, or with the one to go on with."""
-    if config.model.adapter is not None:
-        return load_adapter(base, config.model.adapter, task.peft_task)
-    lora = config.lora
-    return add_lora(
-        base,
-        seed=config.training.seed,
-        rank=lora.r,
-        targets=lora.target_modules if isinstance(lora.target_modules, str | None) else list(lora.target_modules),
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        layers_to_transform=None if lora.layers_to_transform is None else list(lora.layers_to_transform),
-        task_type=task.peft_task,
-        modules_to_save=task.trained_whole() or None,
-    )
 
 
 def _check_length(length: int, most: Any) -> None:

@@ -42,7 +42,7 @@ _SAME: dict[str, tuple[str, str, Any]] = {
 _READ = (
     *("dataset_name", "dataset_config", "datasets", "dataset_test_split", "lora_target_modules", "num_train_epochs"),
     *("max_steps", "lr_scheduler_type", "warmup_ratio", "save_strategy", "save_steps", "save_total_limit"),
-    *("eval_strategy", "eval_steps", "use_peft", "resume_from_checkpoint"),
+    *("eval_strategy", "eval_steps", "use_peft", "use_rslora", "resume_from_checkpoint"),
 )
 # Keys that would change what is learned, with the values that ask for what is done here anyway.
 _MATTERS: dict[str, tuple[Any, ...]] = {
@@ -76,7 +76,6 @@ _MATTERS: dict[str, tuple[Any, ...]] = {
     "train_sampling_strategy": ("random",),
     "truncation_mode": ("keep_start",),
     "use_dora": (False,),
-    "use_rslora": (False,),
 }
 # Keys that say how TRL is to compute, report or store, and change nothing that is learned.
 _ASIDE = (
@@ -171,6 +170,8 @@ def convert(content: Mapping[str, Any], folder: Path) -> tuple[dict[str, dict[st
         targets = targets.split()
     if targets:
         sections["lora"]["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
+    if content.get("use_rslora"):
+        sections["lora"]["options"] = {"use_rslora": True}
     _data(content, sections["data"], folder)
     _training(content, sections["training"])
     if not content.get("use_peft"):

@@ -40,7 +40,7 @@ class BindSection:
     curve: str | None = None
     insecure: bool = False
     no_authentication: bool = False
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, str | float] = dataclasses.field(default_factory=dict)
 
     @property
     def listen_options(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ciphertune.training.checkpoint import (
 )
 from ciphertune.training.history import History
 from ciphertune.training.loader import ResumableLoader
+from ciphertune.training.ranks import check_ranks, ranks_state, restore_ranks
 from ciphertune.training.rescheduling import ScheduleError, continued
 
 _TOTAL = "total steps"
@@ -94,6 +95,7 @@ class RunState:
             "position": self.loader.state(),
             "history": dataclasses.asdict(history),
             "parameters": self._parameter_names(),
+            "ranks": ranks_state(self.model),
             **self._optimization(),
         }
         tensors = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in _live_tensors(self.model).items()}
@@ -128,6 +130,7 @@ class RunState:
         with torch.no_grad():
             for name, tensor in _live_tensors(self.model).items():
                 tensor.copy_(checkpoint.trainable[name])
+        restore_ranks(self.model, checkpoint.state.get("ranks"))
         self.optimizer.load_state_dict(checkpoint.state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(scheduled)
@@ -210,6 +213,7 @@ class RunState:
                     "changed. Make model and optimizer as they were, or begin anew in another checkpoint_dir"
                 )
             _check_optimizer(state["optimizer"], self.optimizer)
+            check_ranks(self.model, state.get("ranks"))
             if self.scheduler is not None and not isinstance(state["scheduler"], dict):
                 raise TypeError("the scheduler state is no object")
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:

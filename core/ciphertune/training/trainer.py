@@ -41,6 +41,7 @@ from ciphertune.training.optimization import (
     scheduler_factory,
     trainable_parameters,
 )
+from ciphertune.training.ranks import divide_ranks
 from ciphertune.training.run_state import RunState
 from ciphertune.training.settings import SettingsArguments, TrainingSettings
 
@@ -393,6 +394,7 @@ class LoraTrainer:
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
+        divide_ranks(self.model, self.step + 1)
         self.optimizer.zero_grad()
         self.step += 1
         unit = batches.size(group[0])[0]

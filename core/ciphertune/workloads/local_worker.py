@@ -6,28 +6,13 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from ciphertune.plugins import registry
 from ciphertune.selection import Selection
 from ciphertune.worker.process import worker_process
-
-
-def _base_of(model: str | nn.Module) -> str | nn.Module:
-    if isinstance(model, str) and model != "smollm2" and model != "mlp":
-        from ciphertune.workloads.shapes import base_model
-
-        return base_model(model)
-    if model != "mlp":
-        return model
-    # Its weights come from a short training, always the same.
-    from ciphertune.workloads.named import load_workload
-
-    adapted: Any = load_workload("mlp", batches=1, tokens=1, held_out=1).model
-    base: nn.Module = adapted.unload()
-    return base
+from ciphertune.workloads.base import base_of
 
 
 @contextlib.contextmanager
@@ -51,7 +36,7 @@ def serving(model: str | nn.Module, to: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         here = transport.loopback(folder, selection.options)
-        split(_base_of(model), folder / "bundle")
+        split(base_of(model), folder / "bundle")
         process = worker_process(folder / "bundle" / "worker", selection.transport, here.address, here.serve)
         address, _ = stack.enter_context(process)
         options = {**selection.options, **here.connect}
