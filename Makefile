@@ -129,9 +129,9 @@ arm-test:
 	$(ARM_RUN) -cpu max build/arm-products neon portable
 	$(ARM_RUN) -cpu cortex-a53 build/arm-products portable
 
-# The oldest torch that is supported, and the backend on Concrete ML.
+# The oldest torch that is supported, and the backend on Concrete ML. Slow tests and emulated C code are for `make tests`.
 concrete-ml: $(CONCRETE_ML_STAMP)
-	OMP_NUM_THREADS=1 $(CONCRETE_ML_BIN)/python -m pytest $(CONCRETE_ML_TESTS)
+	OMP_NUM_THREADS=1 $(CONCRETE_ML_BIN)/python -m pytest -m "not slow" -k "not emulated" $(CONCRETE_ML_TESTS)
 
 $(CONCRETE_ML_STAMP): $(SOURCES)
 	$(PYTHON) -c "import sys; assert sys.version_info < (3, 13), 'Concrete ML needs Python 3.10 to 3.12: make concrete-ml PYTHON=python3.12'"
