@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,12 +192,10 @@ def test_the_command(here: None) -> None:
         assert text in shown.output
 
 
-@pytest.mark.slow
 def test_the_page_has_a_place_for_the_table() -> None:
-    page = (ROOT / "docs" / "concrete.md").read_text(encoding="utf-8")
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import compare; compare.PAGE\n"
-    code += "page = open(compare.PAGE, encoding='utf-8').read()\n"
-    code += "new = compare.replaced(page, 'TABLE\\n')\nassert new.count('TABLE') == 1\nprint(len(new))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0 < int(run.stdout) < len(page)
+    script = runpy.run_path(str(ROOT / "benchmarks" / "compare.py"))
+    page = script["PAGE"].read_text(encoding="utf-8")
+    new = script["replaced"](page, "TABLE\n")
+    assert new.count("TABLE") == 1
+    assert 0 < len(new) < len(page)
     assert "SCALED" in page

@@ -18,7 +18,7 @@ from ciphertune.bench import child, train
 from ciphertune.cache import Hold, cache_folder
 from ciphertune.cli import _COMMANDS, LazyGroup, cli, main
 from ciphertune.cli.output import print_table
-from ciphertune.errors import PluginError
+from ciphertune.errors import CipherTuneError, ConfigError, PluginError
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager
 from ciphertune.plugins.registry import Registered
@@ -261,6 +261,17 @@ def test_bench_train_interleaves_micro_batches(monkeypatch: pytest.MonkeyPatch) 
     result = json.loads(invoke("bench", "train", *arguments, "--interleave", "2", "--json").stdout)
     assert (result["micro_batches"], result["interleave"], result["requests"]) == (4, 2, 4 * 5)
     assert result["loss_encrypted"] == pytest.approx(result["loss_plaintext"], rel=1e-3)
+    with pytest.raises(ConfigError, match="cannot be cut into 2 micro-batches"):
+        child.steps("mlp", "clear", tokens=9, count=2, seed=0, micro_batches=2, interleave=1)
+
+
+def test_the_last_line_of_a_benchmarks_process_says_why_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\n  a line\nConfigError: no room\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(CipherTuneError, match="ended with status 1: ConfigError: no room"):
+        train.run_child({}, "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -272,10 +283,6 @@ def test_bench_train_interleaves_micro_batches(monkeypatch: pytest.MonkeyPatch) 
         (["bench", "train", "--steps", "1"], "steps must be 2 or more"),
         (["bench", "train", "--repeat", "0"], "repeat must be 1 or more"),
         (["bench", "train", "--interleave", "2"], "interleave must be from 1 to the number of micro-batches, 1, not 2"),
-        (
-            ["bench", "train", "--model", "mlp", "--to", "clear", "--tokens", "9", "--micro-batches", "2"],
-            "cannot be cut into 2 micro-batches",
-        ),
         (["train", "nowhere.toml"], "cannot read nowhere.toml"),
         (["demo", "--steps", "0", "--output", "{tmp}"], "steps must be 1 or more"),
         (["demo", "--quick", "--to", "mlwe+pigeon://x", "--output", "{tmp}"], "unknown transport 'pigeon'"),

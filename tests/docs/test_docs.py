@@ -30,6 +30,7 @@ from tiny import TEMPLATE, TEXT, save_words
 
 from ciphertune.bench import child, train
 from ciphertune.cli import cli
+from ciphertune.planning import measure
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.runs.config import load_config, parse_config, tomllib  # type: ignore[attr-defined]
 from ciphertune.runs.trl import convert
@@ -343,6 +344,7 @@ def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("CIPHERTUNE_CACHE", str(tmp_path / "cache"))
     # Processes of benchmarks would import everything again; tests/cli/test_cli.py starts them.
     monkeypatch.setattr(train, "run_child", lambda request, cache: json.loads(json.dumps(child.steps(**request))))
+    monkeypatch.setattr(measure, "_LINK_ROUNDS", 3)
     player = Player(page, port)
     try:
         with player.workers:

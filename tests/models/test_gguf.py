@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import tiny_gguf
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import ciphertune
+from ciphertune.errors import ConfigError
 from ciphertune.models.load import load_named_model
 from ciphertune.models.names import SMOLLM2, published_name
 
@@ -62,6 +64,36 @@ def test_the_trainer_of_transformers_takes_a_model_in_gguf_form(folder: Path, tm
     assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     ciphertune.restore(model)
     merged_and_loaded(model, tmp_path / "merged")
+
+
+def test_a_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    named: list[int] = []
+    names = gguf.get_tensor_name_map
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: Any, *arguments: Any) -> None:
+            read.append(Path(path).name)
+            super().__init__(path, *arguments)
+
+    def counted(architecture: Any, blocks: int) -> Any:
+        named.append(blocks)
+        return names(architecture, blocks)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", counted)
+    model, _ = load_named_model(str(folder), "tiny.gguf")
+    assert (read, named) == (["tiny.gguf"], [tiny_gguf.LAYERS])
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counted, counted)
+    (folder / "cut.gguf").write_bytes((folder / "tiny.gguf").read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="cannot load the model"):
+        load_named_model(str(folder), "cut.gguf")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counted, counted)
+    # The same weights as transformers reads by itself.
+    monkeypatch.undo()
+    alone = AutoModelForCausalLM.from_pretrained(folder, gguf_file="tiny.gguf", dtype=torch.float32)
+    for name, weight in alone.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
 
 
 @pytest.mark.slow

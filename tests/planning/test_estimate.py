@@ -341,6 +341,7 @@ def test_other_models_are_guessed(tmp_path: Path, tiny: Callable[[str], nn.Modul
 
 @pytest.mark.slow
 def test_a_transport_is_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(measure, "_LINK_ROUNDS", 3)  # the figures' spread is of no interest here
     found = measure.measure_link("zmq", {"insecure": "1"})
     assert 1e5 < found.rate < 1e12
     assert 0 <= found.overhead < 5

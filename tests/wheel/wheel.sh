@@ -9,10 +9,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
 "$python" -m venv "$work/env"
 export PATH="$work/env/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
+export MYPY_CACHE_DIR="$work/mypy"  # torch is checked once for all plugins
 unset PYTHONPATH
 constraints=${CONSTRAINTS:-}  # options of pip
 # shellcheck disable=SC2086
-install() { pip install -qq $constraints "$@"; }
+install() { pip install -qq --no-compile $constraints "$@"; }
 install "${TORCH:-torch}"
 wheel=$(ls -t "$root"/dist/*.whl | head -n 1)
 install "$wheel[demo,testing]"

@@ -25,6 +25,11 @@ MOST = {
     ("ciphertune.transport",): 10,
     ("ciphertune.bundle.worker", "ciphertune.worker.service"): 42,
 }
+# Each half of mlwe, and what of the other it must not load.
+HALVES = {
+    ("ciphertune_mlwe.worker",): ("client", "masks", "mask_memory", "hints", "public", "transforms"),
+    ("ciphertune_mlwe.client",): ("worker",),
+}
 IMPORT = """
 import importlib, importlib.util, json, sys
 import torch  # once for all
@@ -33,7 +38,7 @@ sets, optional = json.loads(sys.argv[1])
 missing = [name for name in optional if importlib.util.find_spec(name) is None]
 loaded = []
 for names in sets:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "ciphertune"]:
+    for name in [name for name in sys.modules if name.startswith("ciphertune")]:
         del sys.modules[name]
     for name in names:
         importlib.import_module(name)
@@ -82,10 +87,18 @@ def in_a_child(code: str, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def loaded() -> dict[tuple[str, ...], list[str]]:
     """All that is loaded once some modules are imported, in a process that imported torch and nothing else before."""
-    sets = [WORKER, *MOST]
+    sets = [WORKER, *MOST, *HALVES]
     missing, found = json.loads(in_a_child(IMPORT, json.dumps([sets, OPTIONAL])))
     assert missing == [], "what is not installed cannot be seen to be left alone"
     return dict(zip(sets, found, strict=True))
+
+
+@pytest.mark.parametrize("half", HALVES, ids=lambda names: names[-1])
+def test_the_halves_of_mlwe_do_not_load_each_other(
+    loaded: dict[tuple[str, ...], list[str]], half: tuple[str, ...]
+) -> None:
+    assert set(half) <= set(loaded[half])
+    assert {f"ciphertune_mlwe.{name}" for name in HALVES[half]} & set(loaded[half]) == set()
 
 
 @pytest.mark.parametrize("modules", [WORKER, *MOST], ids=lambda names: names[-1])
@@ -101,7 +114,7 @@ def test_a_worker_and_the_contracts_load_no_client_and_nothing_optional(
 
 @pytest.mark.parametrize("modules", MOST, ids=" ".join)
 def test_few_modules_are_loaded(loaded: dict[tuple[str, ...], list[str]], modules: tuple[str, ...]) -> None:
-    ours = [name for name in loaded[modules] if name.partition(".")[0] == "ciphertune"]
+    ours = [name for name in loaded[modules] if name.startswith("ciphertune")]
     assert len(ours) <= MOST[modules], ours
 
 

@@ -17,6 +17,7 @@ from ciphertune._support.optional_imports import import_optional
 from ciphertune.checkpoints.tensors import PlainTensors, packing
 from ciphertune.errors import ConfigError
 from ciphertune.models.folders import refuse_folder
+from ciphertune.models.gguf_reading import read_once
 from ciphertune.models.hub import download
 from ciphertune.models.known import BUILT_IN
 from ciphertune.models.names import SMOLLM2, SMOLLM2_PACKAGE, refuse_path
@@ -63,7 +64,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     refuse_adapter(Path(path))
     refuse_folder(path, tokenizer=True, gguf_file=gguf_file)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-    with _quiet(transformers, offline=Path(path).exists()), _loading(path):
+    with _quiet(transformers, offline=Path(path).exists()), read_once(gguf_file), _loading(path):
         model, info = _pretrained(transformers, transformers.AutoModelForCausalLM, path, gguf_file, torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, **extra)
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -105,7 +106,8 @@ def most_positions(name: str) -> int | None:
 
 def _config(transformers: Any, name: str, **extra: Any) -> Any:
     """A model's configuration, without its weights and without code that comes with it. Raises ``ConfigError``."""
-    with _quiet(transformers, offline=Path(name).exists()), _loading(name):
+    offline = Path(name).exists()
+    with _quiet(transformers, offline=offline), read_once(extra.get("gguf_file")), _loading(name):
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **extra)
 
 
@@ -136,7 +138,8 @@ def load_classifier(name: str, labels: Sequence[str], gguf_file: str | None = No
     name, extra = _found(name, gguf_file)
     refuse_adapter(Path(name))
     refuse_folder(name, tokenizer=True, gguf_file=extra.get("gguf_file"))
-    with _quiet(transformers, offline=Path(name).exists()), _loading(name):
+    offline = Path(name).exists()
+    with _quiet(transformers, offline=offline), read_once(extra.get("gguf_file")), _loading(name):
         model, info = _pretrained(
             transformers,
             transformers.AutoModelForSequenceClassification,
@@ -337,7 +340,7 @@ def load_tokenizer(folder: str, gguf_file: str | None = None) -> Any:
     transformers = import_optional("transformers", _EXTRA)
     folder, extra = _found(folder, gguf_file)
     refuse_folder(folder, weights=False, tokenizer=True, gguf_file=extra.get("gguf_file"))
-    with _quiet(transformers, offline=Path(folder).exists()):
+    with _quiet(transformers, offline=Path(folder).exists()), read_once(extra.get("gguf_file")):
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
         except (OSError, ValueError, KeyError, TypeError) as error:
