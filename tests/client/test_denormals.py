@@ -158,3 +158,22 @@ with flushing(ALONE):
 """
     run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "0"
+
+
+@pytest.mark.skipif(_openmp() is None, reason="torch uses another OpenMP library here")
+def test_helpers_are_told_within_a_context_that_did_not_need_them() -> None:
+    probe = """
+import torch
+from ciphertune._support.denormals import flushing
+torch.set_num_threads(2)
+x = torch.full((1 << 21,), 1e-20)
+kept = [int((x * 1e-20).count_nonzero())]
+with flushing(1):
+    with flushing():
+        kept.append(int((x * 1e-20).count_nonzero()))
+    kept.append(int((x * 1e-20).count_nonzero()))
+kept.append(int((x * 1e-20).count_nonzero()))
+print(kept)
+"""
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str([1 << 21, 0, 0, 1 << 21])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 _SMALLEST = [5e-324]
+_here = threading.local()
 
 ALONE = 1 << 15
 """Numbers, and multiply-adds of a product, below which torch computes in the calling thread alone (its grain size)."""
@@ -25,7 +27,8 @@ def flushes() -> bool:
 class flushing(contextlib.ContextDecorator):  # noqa: N801 - read as a verb
     """Flush denormals in the calling thread and in torch's threads that help it; also a decorator.
 
-    Afterwards they are as the caller had them. Where the processor cannot do it, nothing changes.
+    Afterwards they are as the caller had them. Where the processor cannot do it, nothing changes. One may stand within
+    another: the outer one gives back what either changed.
 
     Args:
         work: numbers or multiply-adds of the largest operation; below ``ALONE`` nobody helps, and helpers, which take
@@ -33,23 +36,27 @@ class flushing(contextlib.ContextDecorator):  # noqa: N801 - read as a verb
     """
 
     def __init__(self, work: int | None = None) -> None:
-        self._work = work
+        self._helped = work is None or work >= ALONE
         self._changed = self._told = False
 
     def _recreate_cm(self) -> flushing:
-        return flushing(self._work)
+        return flushing(None if self._helped else 0)
 
     def __enter__(self) -> None:
         self._changed = not flushes() and torch.set_flush_denormal(True)
-        self._told = self._changed and (self._work is None or self._work >= ALONE)
-        if self._told:
+        if self._changed:
+            _here.outer = self
+        outer: flushing | None = getattr(_here, "outer", None)
+        if self._helped and outer is not None and not outer._told:
+            outer._told = True
             _tell_helpers()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._changed:
+            _here.outer = None
             torch.set_flush_denormal(False)
-        if self._told:
-            _tell_helpers()
+            if self._told:
+                _tell_helpers()
 
 
 def flush_here() -> None:

@@ -200,7 +200,6 @@ class Session:
         return self._groups[group].layers
 
     @own_modes()
-    @flushing()
     def product(self, group: int, direction: Direction, x: Tensor, owners: Owners | None = None) -> Tensor:
         """Evaluate one product at the workers.
 
@@ -232,11 +231,17 @@ class Session:
                 f"the session was opened in another process, of which this is a fork; {linear_map.label} cannot be "
                 "evaluated here. Start processes by 'spawn', and outsource or load the model in each"
             )
+        with flushing(max(x.numel(), len(x) * linear_map.out_features)):
+            return self._product(group, direction, x, owners)
+
+    def _product(self, group: int, direction: Direction, x: Tensor, owners: Owners | None) -> Tensor:
+        linear_map = self._groups[group].maps[direction]
         _check_input(x, linear_map)
         if self.closed:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
         if (here := stand_ins() or self._clear) is not None:
-            return here.product(self.members(group), direction, x)
+            with flushing():
+                return here.product(self.members(group), direction, x)
         if self._apart:
             owners = self._owners(linear_map, x, owners)
         self._refuse_imprecise(self._groups[group], direction)
