@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import doctest
 import importlib
 import socket
@@ -23,6 +24,8 @@ from ciphertune.testing import EchoHandler
 from ciphertune.worker import WeightStore
 from ciphertune_ray.bundles import blocks_of, fetch_and_load, parts_of
 from ciphertune_ray.channel import Channel, socket_pair
+from ciphertune_ray.front import Front
+from ciphertune_ray.scaling import Scale, Scaler
 from ciphertune_ray.transport import RayTransport
 
 fsspec: Any = pytest.importorskip("fsspec", reason="the ray transport needs fsspec")
@@ -264,3 +267,86 @@ def test_a_relay_that_ends_in_the_middle(cut: int) -> None:
     channel = Channel(near)
     assert channel.receive() is None
     channel.close()
+
+
+async def echo(host: str, said: bytes, ended: list[bytes]) -> tuple[asyncio.Server, str]:
+    """A server that answers each line with what it is called, and notes the end of each connection."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            writer.write(said + line)
+        writer.close()
+        ended.append(said)
+
+    server = await asyncio.start_server(serve, host, 0)
+    return server, "{}:{}".format(*server.sockets[0].getsockname())
+
+
+def test_a_front_passes_connections_on_to_wherever_the_worker_is_now() -> None:
+    async def play() -> None:
+        ended: list[bytes] = []
+        servers = [await echo("127.0.0.1", said, ended) for said in (b"first ", b"second ")]
+        where = [address for _, address in servers][:1]
+
+        async def locate(index: int) -> str:
+            if index != 0 or not where:
+                raise LookupError("it does not listen")
+            return where[0]
+
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        front = Front("127.0.0.1", port, locate)
+        await front.listen([0])
+        await front.listen([0])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"x" * 30_000 + b"\n")
+        assert await reader.readline() == b"first " + b"x" * 30_000 + b"\n"
+        # The worker goes; its client is let go, finds nobody, and then the other one.
+        servers[0][0].close()
+        where.clear()
+        writer.write_eof()
+        assert await reader.read() == b""
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await reader.read() == b""
+        writer.close()
+        where.append(servers[1][1])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"y\n")
+        assert await reader.readline() == b"second y\n"
+        writer.close()
+        await front.listen([])
+        with pytest.raises(OSError, match=r"."):
+            await asyncio.open_connection("127.0.0.1", port)
+        servers[1][0].close()
+        while len(ended) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)  # until what was closed has ended
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+def load(queued: int, under_way: int = 0, count: int = 1) -> list[dict[str, int]]:
+    return [{"queued": queued, "under_way": under_way}] * count
+
+
+def test_workers_are_added_once_too_many_requests_wait_for_long_and_end_once_none_do() -> None:
+    scaler = Scaler(Scale(2, 6, queue=2, busy_seconds=10, idle_seconds=100, step=2))
+    assert scaler.wanted(load(9, count=1), 0) == 2, "fewer than at least"
+    assert [scaler.wanted(load(9, count=2), now) for now in (0, 9, 10)] == [2, 2, 4]
+    assert scaler.wanted(load(2, 5, count=4), 15) == 4, "a short while of fewer begins anew"
+    assert [scaler.wanted(load(9, count=4), now) for now in (16, 25, 26)] == [4, 4, 6]
+    assert [scaler.wanted(load(9, count=6), now) for now in (30, 60)] == [6, 6]
+    starting: list[dict[str, Any]] = [*load(9, count=4), {"state": "starting"}, {"state": "starting"}]
+    assert [scaler.wanted(starting, now) for now in (70, 90)] == [6, 6], "two are about to help"
+    assert [scaler.wanted(load(0, 0, count=6), now) for now in (100, 199, 200)] == [6, 6, 4]
+    assert [scaler.wanted(load(0, 1, count=4), now) for now in (210, 310)] == [4, 4], "none to spare"
+    assert [scaler.wanted(load(0, 0, count=2), now) for now in (400, 900)] == [2, 2]
+    assert scaler.wanted([], 1000) == 2
+
+
+def test_scales_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="3 workers at most are fewer than 4"):
+        Scale(4, 3)
+    with pytest.raises(ConfigError, match="2 workers cannot hold the 3 parts"):
+        Scale(2, 3, step=3)

@@ -75,6 +75,12 @@ def ray() -> None:
 @click.option(
     "--port", type=click.IntRange(1, 65000), default=5555, show_default=True, help="Of worker 0; then upwards."
 )
+@click.option(
+    "--front-port",
+    type=click.IntRange(1, 65000),
+    default=None,
+    help="Pass connections at this port of the head's node on to worker 0 wherever it runs; then upwards.",
+)
 @click.option("-o", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Of that transport, as curve=KEYS.")
 @click.option("--timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds to wait for room.")
 @_JSON
@@ -96,6 +102,7 @@ def up(
     backends: str,
     listen: str,
     port: int,
+    front_port: int | None,
     extra: tuple[str, ...],
     timeout: float,
     as_json: bool,
@@ -126,6 +133,8 @@ def up(
     }
     if listen:
         registry.load(registry.TRANSPORTS, listen)
+    elif front_port is not None:
+        raise SelectionError("--front-port is for workers that listen: say --listen too, as in --listen zmq")
     with _joined(address, name) as deployment:
         spec = deployment.plan(deployment.Wanted(absolute(bundle), **wanted))
         known = deployment.spec_of(name)
@@ -136,6 +145,8 @@ def up(
             )
         deployment.shrink(name, workers)
         deployment.grow(name, spec, workers, shared=True, seconds=timeout)
+        if front_port is not None:
+            deployment.put_front(name, front_port, timeout)
         found = {name: deployment.describe(name)}
     _show(address, found, as_json)
 
@@ -150,6 +161,52 @@ def status(address: str, name: str | None, as_json: bool) -> None:
         names = deployment.deployments() if name is None else [name]
         found = {each: deployment.describe(each) for each in names}
     _show(address, found, as_json)
+
+
+@ray.command()
+@_ADDRESS
+@_NAME
+@click.option("--min-workers", type=click.IntRange(1), default=1, show_default=True, help="At least.")
+@click.option("--max-workers", type=click.IntRange(1), required=True, help="At most.")
+@click.option(
+    "--queue",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    help="Requests that wait, of a worker on average, above which there are too few.",
+)
+@click.option(
+    "--busy", type=click.FloatRange(0), default=15.0, show_default=True, help="Seconds of that before one is added."
+)
+@click.option(
+    "--idle",
+    type=click.FloatRange(0),
+    default=300.0,
+    show_default=True,
+    help="Seconds without any that wait, and with a worker to spare, before one ends.",
+)
+@click.option("--interval", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Seconds between looks.")
+@click.option("--timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds to wait for room.")
+def scale(
+    address: str,
+    name: str,
+    min_workers: int,
+    max_workers: int,
+    queue: float,
+    busy: float,
+    idle: float,
+    interval: float,
+    timeout: float,
+) -> None:
+    """Add and end workers by the requests that wait at them, until interrupted.
+
+    Where the model is in parts, a worker for each part is added or ended at a time.
+    """
+    with _joined(address, name) as deployment:
+        from ciphertune_ray.scaling import Scale
+
+        wanted = Scale(min_workers, max_workers, queue, busy, idle)
+        deployment.keep_scaled(name, wanted, interval, timeout, lambda: False)
 
 
 @ray.command()
@@ -217,7 +274,7 @@ def _show(address: str, found: dict[str, list[dict[str, Any]]], as_json: bool) -
                 worker.get("layers", ""),
                 megabytes(worker["weight_bytes"]) if "weight_bytes" in worker else "",
                 worker.get("sessions", ""),
-                worker.get("address", ""),
+                worker.get("front", worker.get("address", "")),
             )
             for worker in workers
         ]

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -28,6 +28,8 @@ from ciphertune.errors import ConfigError, TransportError
 from ciphertune_ray.actors import WorkerActor
 from ciphertune_ray.address import actor_name
 from ciphertune_ray.bundles import Block, blocks_of, parts_of
+from ciphertune_ray.front import FrontActor
+from ciphertune_ray.scaling import Scale, Scaler
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ NAMESPACE = "ciphertune"
 _OVERHEAD = 512 << 20
 """Bytes that a worker needs beside its weights."""
 _ASK_SECONDS = 10.0
+_FRONT = "front"
+_HEAD = "node:__internal_head__"
+"""A resource of the head's node alone."""
 
 Part = tuple[str, list[str], tuple[int, int]]
 """A worker's folder, the layers of it that are served (all if none are listed), and which part of their rows, of how
@@ -215,12 +220,91 @@ def grow(name: str, spec: Spec, count: int, *, shared: bool, seconds: float) -> 
         raise
 
 
+def put_front(name: str, port: int, seconds: float) -> None:
+    """Have the head's node pass connections at ``port + i`` on to worker i, wherever that runs.
+
+    Raises:
+        ConfigError: there is a front at another port.
+        TransportError: it does not start within ``seconds``.
+    """
+    known = front_of(name)
+    if known is not None:
+        if known["port"] != port:
+            raise ConfigError(f"the front of {name!r} is at port {known['port']}, not {port}: end the deployment first")
+        return
+    actor = (
+        ray.remote(FrontActor)
+        .options(
+            name=f"{name}/{_FRONT}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=0,
+            resources={_HEAD: 0.001},
+            max_restarts=-1,
+        )
+        .remote(name, port)
+    )
+    try:
+        ray.get(actor.describe.remote(), timeout=seconds)
+    except ray.exceptions.RayError as error:
+        ray.kill(actor)
+        raise TransportError(f"the front of {name!r} did not start: {type(error).__name__}") from error
+
+
+def front_of(name: str) -> dict[str, Any] | None:
+    """Where the front of a deployment is, its ``host`` and ``port``; None where there is none that answers."""
+    try:
+        found = ray.get(ray.get_actor(f"{name}/{_FRONT}", NAMESPACE).describe.remote(), timeout=_ASK_SECONDS)
+    except (ValueError, ray.exceptions.RayError):
+        return None
+    return dict(found)
+
+
+def keep_scaled(name: str, scale: Scale, interval: float, seconds: float, stop: Callable[[], bool]) -> None:
+    """Add and end workers of a deployment by the requests that wait at them, until ``stop`` says so.
+
+    Args:
+        name: of the deployment, which is there.
+        scale: when; ``step`` is taken from the deployment.
+        interval: seconds between looks at the workers.
+        seconds: to wait for room in the cluster, and for new workers.
+        stop: asked between looks.
+
+    Raises:
+        TransportError: no worker of the deployment answers.
+        ConfigError: ``scale`` does not fit the parts of the model.
+    """
+    spec = spec_of(name)
+    if spec is None:
+        raise TransportError(f"the cluster has no deployment named {name!r} that answers: start it with 'ray up' first")
+    scaler = Scaler(dataclasses.replace(scale, step=len(spec.parts)))
+    while not stop():
+        count, wanted = len(members(name)), scaler.wanted(describe(name), time.monotonic())
+        if wanted != count:
+            log.warning("%s: %d workers, %d from now on", name, count, wanted)
+        try:
+            if wanted > count:
+                grow(name, spec, wanted, shared=True, seconds=seconds)
+            elif wanted < count:
+                shrink(name, wanted)
+        except (ConfigError, TransportError) as error:
+            # The cluster may have room later.
+            log.warning("%s stays at %d workers: %s", name, count, error)
+        time.sleep(interval)
+
+
 def shrink(name: str, count: int) -> list[int]:
-    """Stop workers until there are ``count``; the numbers of those. A reservation ends with its last worker."""
+    """Stop workers until there are ``count``; the numbers of those. A reservation ends with its last worker.
+
+    With the last worker, the front ends too.
+    """
     gone = members(name)[count:]
     for index in gone:
         with contextlib.suppress(ValueError):  # it is gone already
             ray.kill(ray.get_actor(actor_name(name, index), NAMESPACE))
+    if count == 0:
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(f"{name}/{_FRONT}", NAMESPACE))
     left = set(members(name)) - set(gone)
     for group in placement_group_table().values():
         held = _indices(group.get("name", ""), name)
@@ -230,7 +314,11 @@ def shrink(name: str, count: int) -> list[int]:
 
 
 def describe(name: str, indices: Iterable[int] | None = None) -> list[dict[str, Any]]:
-    """Ask the workers of a deployment to describe themselves; ``state`` tells of those that do not answer."""
+    """Ask the workers of a deployment to describe themselves; ``state`` tells of those that do not answer.
+
+    Where the deployment has a front, ``front`` is the address at which it listens for the worker.
+    """
+    front = front_of(name)
     found: list[dict[str, Any]] = []
     asked = []
     for index in members(name) if indices is None else indices:
@@ -247,6 +335,9 @@ def describe(name: str, indices: Iterable[int] | None = None) -> list[dict[str, 
             found.append({"index": index, "state": "starting"})
         except ray.exceptions.RayError:
             found.append({"index": index, "state": "starting again"})
+    if front is not None:
+        for worker in found:
+            worker["front"] = f"{front['host']}:{front['port'] + worker['index']}"
     return found
 
 
