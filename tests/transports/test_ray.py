@@ -213,38 +213,6 @@ def test_actors_and_a_node_that_are_killed_while_eight_clients_train(
     assert sum(run.session.traffic.retries for run in runs) > 0
 
 
-def test_a_worker_that_comes_back_on_another_node_is_the_same_to_its_clients(
-    cluster: Any, deployed: Any, expected: list[float], tmp_path: Path
-) -> None:
-    """Without a replica, over CURVE, at the address of the front."""
-    zmq: Any = registry.load(registry.TRANSPORTS, "zmq")
-    zmq.make_keys(tmp_path / "keys", ["client"], worker=True)
-    size = {"num_cpus": 8, "memory": clusters.MEMORY, "object_store_memory": 128 << 20}
-    node = cluster.add_node(**size)
-    port, front = clusters.free_port(), clusters.free_port()
-    options = {"curve": str(tmp_path / "keys")}
-    # The other nodes have fewer processors.
-    (worker,) = deployed("moved", cpus=6, listen="zmq", port=port, listen_options=options)
-    assert worker["node"] == node.node_id
-    other = cluster.add_node(**size)
-    deployment.put_front("moved", front, SECONDS)
-    deployment.put_front("moved", front, SECONDS)
-    (told,) = deployment.describe("moved")
-    assert told["front"].endswith(f":{front}")
-    to = f"clear+zmq://127.0.0.1:{front}?allow_insecure=1&weight_bits=8&curve={tmp_path / 'keys'}"
-    run = Training(to)
-    losses = [run.step(), run.step()]
-    losses += [run.step(lambda: cluster.remove_node(node, allow_graceful=False)), run.step()]
-    assert losses == expected[:4]
-    (again,) = deployment.describe("moved")
-    assert again["node"] == other.node_id
-    run.session.close()
-    with pytest.raises(ConfigError, match="end the deployment first"):
-        deployment.put_front("moved", front + 1, SECONDS)
-    deployment.shrink("moved", 0)
-    cluster.remove_node(other)
-
-
 def test_workers_are_added_and_ended_by_the_requests_that_wait(deployed: Any, training: Any) -> None:
     deployed("scaled")
     known = deployment.spec_of("scaled")

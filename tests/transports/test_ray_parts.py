@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import doctest
 import importlib
 import socket
@@ -24,7 +23,6 @@ from ciphertune.testing import EchoHandler
 from ciphertune.worker import WeightStore
 from ciphertune_ray.bundles import blocks_of, fetch_and_load, parts_of
 from ciphertune_ray.channel import Channel, socket_pair
-from ciphertune_ray.front import Front
 from ciphertune_ray.scaling import Scale, Scaler
 from ciphertune_ray.transport import RayTransport
 
@@ -267,63 +265,6 @@ def test_a_relay_that_ends_in_the_middle(cut: int) -> None:
     channel = Channel(near)
     assert channel.receive() is None
     channel.close()
-
-
-async def echo(host: str, said: bytes, ended: list[bytes]) -> tuple[asyncio.Server, str]:
-    """A server that answers each line with what it is called, and notes the end of each connection."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while line := await reader.readline():
-            writer.write(said + line)
-        writer.close()
-        ended.append(said)
-
-    server = await asyncio.start_server(serve, host, 0)
-    return server, "{}:{}".format(*server.sockets[0].getsockname())
-
-
-def test_a_front_passes_connections_on_to_wherever_the_worker_is_now() -> None:
-    async def play() -> None:
-        ended: list[bytes] = []
-        servers = [await echo("127.0.0.1", said, ended) for said in (b"first ", b"second ")]
-        where = [address for _, address in servers][:1]
-
-        async def locate(index: int) -> str:
-            if index != 0 or not where:
-                raise LookupError("it does not listen")
-            return where[0]
-
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        front = Front("127.0.0.1", port, locate)
-        await front.listen([0])
-        await front.listen([0])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"x" * 30_000 + b"\n")
-        assert await reader.readline() == b"first " + b"x" * 30_000 + b"\n"
-        # The worker goes; its client is let go, finds nobody, and then the other one.
-        servers[0][0].close()
-        where.clear()
-        writer.write_eof()
-        assert await reader.read() == b""
-        writer.close()
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        assert await reader.read() == b""
-        writer.close()
-        where.append(servers[1][1])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"y\n")
-        assert await reader.readline() == b"second y\n"
-        writer.close()
-        await front.listen([])
-        with pytest.raises(OSError, match=r"."):
-            await asyncio.open_connection("127.0.0.1", port)
-        servers[1][0].close()
-        while len(ended) < 2:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)  # until what was closed has ended
-
-    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 def load(queued: int, under_way: int = 0, count: int = 1) -> list[dict[str, int]]:

@@ -174,7 +174,7 @@ def test_the_image_is_built_from_what_the_package_needs() -> None:
     assert all(re.search(rf"^{extra} = \[", built, re.M) for extra in extras)
 
 
-RAY, JOB, SCALE, FRONT, RAY_POLICY = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+RAY, JOB, SCALE, RAY_POLICY = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
 
 
 def ray_command(pod: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
@@ -200,12 +200,12 @@ def test_the_ray_deployment_is_started_with_options_that_exist() -> None:
     assert all(labels.items() <= template["metadata"]["labels"].items() for template in templates)
     inside, anyone = RAY_POLICY["spec"]["ingress"]
     assert inside["from"] == [{"podSelector": {"matchLabels": labels}}]
-    for ports, first_port in zip(anyone["ports"], (found["port"], found["front_port"]), strict=True):
-        assert ports["port"] == first_port
-        assert ports["endPort"] == first_port + workers["maxReplicas"] - 1
+    (ports,) = anyone["ports"]
+    assert ports["port"] == found["port"]
+    assert ports["endPort"] == found["port"] + workers["maxReplicas"] - 1
 
 
-def test_the_ray_deployment_grows_as_far_as_its_front_and_its_nodes_do() -> None:
+def test_the_ray_deployment_grows_as_far_as_its_nodes_do() -> None:
     first, second, found = ray_command(SCALE)
     _, _, started = ray_command(JOB)
     workers = RAY["spec"]["workerGroupSpecs"][0]
@@ -214,9 +214,6 @@ def test_the_ray_deployment_grows_as_far_as_its_front_and_its_nodes_do() -> None
     assert found["min_workers"] == started["workers"]
     assert found["max_workers"] == workers["maxReplicas"]
     assert RAY["spec"]["enableInTreeAutoscaling"]
-    ports = [port["port"] for port in FRONT["spec"]["ports"]]
-    assert ports == [started["front_port"] + index for index in range(found["max_workers"])]
-    assert FRONT["spec"]["selector"]["ray.io/cluster"] == RAY["metadata"]["name"]
     assert SCALE["spec"]["selector"]["matchLabels"].items() <= SCALE["spec"]["template"]["metadata"]["labels"].items()
 
 

@@ -75,12 +75,6 @@ def ray() -> None:
 @click.option(
     "--port", type=click.IntRange(1, 65000), default=5555, show_default=True, help="Of worker 0; then upwards."
 )
-@click.option(
-    "--front-port",
-    type=click.IntRange(1, 65000),
-    default=None,
-    help="Pass connections at this port of the head's node on to worker 0 wherever it runs; then upwards.",
-)
 @click.option("-o", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Of that transport, as curve=KEYS.")
 @click.option("--timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds to wait for room.")
 @_JSON
@@ -102,7 +96,6 @@ def up(
     backends: str,
     listen: str,
     port: int,
-    front_port: int | None,
     extra: tuple[str, ...],
     timeout: float,
     as_json: bool,
@@ -133,8 +126,6 @@ def up(
     }
     if listen:
         registry.load(registry.TRANSPORTS, listen)
-    elif front_port is not None:
-        raise SelectionError("--front-port is for workers that listen: say --listen too, as in --listen zmq")
     with _joined(address, name) as deployment:
         spec = deployment.plan(deployment.Wanted(absolute(bundle), **wanted))
         known = deployment.spec_of(name)
@@ -145,8 +136,6 @@ def up(
             )
         deployment.shrink(name, workers)
         deployment.grow(name, spec, workers, shared=True, seconds=timeout)
-        if front_port is not None:
-            deployment.put_front(name, front_port, timeout)
         found = {name: deployment.describe(name)}
     _show(address, found, as_json)
 
@@ -274,7 +263,7 @@ def _show(address: str, found: dict[str, list[dict[str, Any]]], as_json: bool) -
                 worker.get("layers", ""),
                 megabytes(worker["weight_bytes"]) if "weight_bytes" in worker else "",
                 worker.get("sessions", ""),
-                worker.get("front", worker.get("address", "")),
+                worker.get("address", ""),
             )
             for worker in workers
         ]

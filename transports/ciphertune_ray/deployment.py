@@ -28,7 +28,6 @@ from ciphertune.errors import ConfigError, TransportError
 from ciphertune_ray.actors import WorkerActor
 from ciphertune_ray.address import actor_name
 from ciphertune_ray.bundles import Block, blocks_of, parts_of
-from ciphertune_ray.front import FrontActor
 from ciphertune_ray.scaling import Scale, Scaler
 
 log = logging.getLogger(__name__)
@@ -37,9 +36,6 @@ NAMESPACE = "ciphertune"
 _OVERHEAD = 512 << 20
 """Bytes that a worker needs beside its weights."""
 _ASK_SECONDS = 10.0
-_FRONT = "front"
-_HEAD = "node:__internal_head__"
-"""A resource of the head's node alone."""
 
 Part = tuple[str, list[str], tuple[int, int]]
 """A worker's folder, the layers of it that are served (all if none are listed), and which part of their rows, of how
@@ -220,46 +216,6 @@ def grow(name: str, spec: Spec, count: int, *, shared: bool, seconds: float) -> 
         raise
 
 
-def put_front(name: str, port: int, seconds: float) -> None:
-    """Have the head's node pass connections at ``port + i`` on to worker i, wherever that runs.
-
-    Raises:
-        ConfigError: there is a front at another port.
-        TransportError: it does not start within ``seconds``.
-    """
-    known = front_of(name)
-    if known is not None:
-        if known["port"] != port:
-            raise ConfigError(f"the front of {name!r} is at port {known['port']}, not {port}: end the deployment first")
-        return
-    actor = (
-        ray.remote(FrontActor)
-        .options(
-            name=f"{name}/{_FRONT}",
-            namespace=NAMESPACE,
-            lifetime="detached",
-            num_cpus=0,
-            resources={_HEAD: 0.001},
-            max_restarts=-1,
-        )
-        .remote(name, port)
-    )
-    try:
-        ray.get(actor.describe.remote(), timeout=seconds)
-    except ray.exceptions.RayError as error:
-        ray.kill(actor)
-        raise TransportError(f"the front of {name!r} did not start: {type(error).__name__}") from error
-
-
-def front_of(name: str) -> dict[str, Any] | None:
-    """Where the front of a deployment is, its ``host`` and ``port``; None where there is none that answers."""
-    try:
-        found = ray.get(ray.get_actor(f"{name}/{_FRONT}", NAMESPACE).describe.remote(), timeout=_ASK_SECONDS)
-    except (ValueError, ray.exceptions.RayError):
-        return None
-    return dict(found)
-
-
 def keep_scaled(name: str, scale: Scale, interval: float, seconds: float, stop: Callable[[], bool]) -> None:
     """Add and end workers of a deployment by the requests that wait at them, until ``stop`` says so.
 
@@ -294,17 +250,11 @@ def keep_scaled(name: str, scale: Scale, interval: float, seconds: float, stop: 
 
 
 def shrink(name: str, count: int) -> list[int]:
-    """Stop workers until there are ``count``; the numbers of those. A reservation ends with its last worker.
-
-    With the last worker, the front ends too.
-    """
+    """Stop workers until there are ``count``; the numbers of those. A reservation ends with its last worker."""
     gone = members(name)[count:]
     for index in gone:
         with contextlib.suppress(ValueError):  # it is gone already
             ray.kill(ray.get_actor(actor_name(name, index), NAMESPACE))
-    if count == 0:
-        with contextlib.suppress(ValueError):
-            ray.kill(ray.get_actor(f"{name}/{_FRONT}", NAMESPACE))
     left = set(members(name)) - set(gone)
     for group in placement_group_table().values():
         held = _indices(group.get("name", ""), name)
@@ -314,11 +264,7 @@ def shrink(name: str, count: int) -> list[int]:
 
 
 def describe(name: str, indices: Iterable[int] | None = None) -> list[dict[str, Any]]:
-    """Ask the workers of a deployment to describe themselves; ``state`` tells of those that do not answer.
-
-    Where the deployment has a front, ``front`` is the address at which it listens for the worker.
-    """
-    front = front_of(name)
+    """Ask the workers of a deployment to describe themselves; ``state`` tells of those that do not answer."""
     found: list[dict[str, Any]] = []
     asked = []
     for index in members(name) if indices is None else indices:
@@ -335,9 +281,6 @@ def describe(name: str, indices: Iterable[int] | None = None) -> list[dict[str, 
             found.append({"index": index, "state": "starting"})
         except ray.exceptions.RayError:
             found.append({"index": index, "state": "starting again"})
-    if front is not None:
-        for worker in found:
-            worker["front"] = f"{front['host']}:{front['port'] + worker['index']}"
     return found
 
 
