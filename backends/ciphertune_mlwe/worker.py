@@ -108,7 +108,7 @@ class MLWEWorker(WorkerHalf):
         tokens = [request["b"].shape[2] for request in requests]
         b = torch.cat([request["b"] for request in requests], dim=2)
         y = self.evaluate(prepared, direction, {"b": b})["y"]
-        return [{"y": part.contiguous()} for part in y.split(tokens, dim=2)]
+        return [{"y": part.contiguous()} for part in torch.split(y, tokens, dim=2)]
 
     def _read(self, request: Buffers, features: int) -> Tensor:
         b = request.get("b")

@@ -54,7 +54,7 @@ class Held:
                 self._gate.wait(60)
             return handle(request, peer, *rest)
 
-        worker.handle = gated  # type: ignore[method-assign]
+        worker.handle = gated  # type: ignore[method-assign, assignment]
         self._inbox = Inbox()
         self.submit("blocker", self._inbox, "none", 0, torch.zeros(1))
         assert self._begun.wait(60)
