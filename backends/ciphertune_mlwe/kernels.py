@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.errors import ConfigError
-from ciphertune_mlwe.native import library_for, over_rows, packed, pointer, products
+from ciphertune_mlwe.native import library_for, over_rows, packed, pointer, products, thread_count
 from ciphertune_mlwe.planes import join_bytes, low_bits, split_bytes
 
 _TRIAL_SECONDS = 0.05
@@ -20,6 +20,9 @@ _TRIAL_SECONDS = 0.05
 
 BLOCK_VALUES = 1 << 21
 """Sums held at once."""
+
+_PACKED = 1 << 21
+"""Bytes of packed values that the compiled code aims at (``VALUES`` of ``native/product.c``)."""
 
 _FEWEST = 2
 """The least that a size must be for a layout to be clear from strides."""
@@ -45,7 +48,7 @@ class Kernel(abc.ABC):
         Args:
             weight: as for ``multiply``.
             planes: as for ``multiply``.
-            out: (N, P, C) uint8, contiguous, to write to.
+            out: (N, P, C) uint8 to write to: contiguous, or some rows and columns of what is.
         """
         rows, columns = weight.shape[0], planes.shape[2]
         # One block of columns at a time, so that sums stay in the cache.
@@ -55,6 +58,17 @@ class Kernel(abc.ABC):
             sums = torch.empty(rows, min(step, columns - start), dtype=torch.int32, device=out.device)
             self.multiply(weight, planes[:, :, block], sums)
             split_bytes(sums, out[:, :, block])
+
+    def parts(self, rows: int, depth: int, columns: int, work: int) -> list[tuple[slice, slice]]:
+        """Rows and columns of a product that are computed at a time, where parts cost little; otherwise all of them.
+
+        Args:
+            rows: of the product, N.
+            depth: K.
+            columns: C.
+            work: multiply-adds of a part, about.
+        """
+        return [(slice(0, rows), slice(0, columns))]
 
 
 class NativeKernel(Kernel):
@@ -67,6 +81,8 @@ class NativeKernel(Kernel):
     _ALONE = 1 << 23
     """Multiply-adds below which waking another thread takes longer than it saves."""
     _MULTIPLE = 16
+    _ROWS = 512
+    """Rows of a part at least, for each of which all values are packed again: about 0.05 of its time."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -78,6 +94,17 @@ class NativeKernel(Kernel):
     def product(self, weight: Tensor, planes: Tensor, out: Tensor) -> None:
         """See ``Kernel.product``."""
         self._run(weight, planes, out, planes.shape[1], False)
+
+    def parts(self, rows: int, depth: int, columns: int, work: int) -> list[tuple[slice, slice]]:
+        """See ``Kernel.parts``: columns as the compiled code takes them at a time, then rows."""
+        wide = min(max(64, _PACKED // (4 * depth) // 16 * 16), 512) * thread_count()
+        width = max(1, work // (rows * depth * wide)) * wide
+        height = max(self._ROWS, work // (depth * min(width, columns)) // self._ROWS * self._ROWS)
+        return [
+            (slice(row, min(row + height, rows)), slice(column, min(column + width, columns)))
+            for column in range(0, columns, width)
+            for row in range(0, rows, height)
+        ]
 
     def _run(self, weight: Tensor, planes: Tensor, out: Tensor, out_planes: int, add: bool) -> None:
         """Write ``out`` as so many byte planes or, of none, as int32."""
@@ -105,9 +132,9 @@ class NativeKernel(Kernel):
                 count,
                 right - left,
                 target if out_planes else None,
-                columns,
+                out.stride(-2),
                 None if out_planes else target,
-                columns,
+                out.stride(-2),
                 add,
             )
             if status:

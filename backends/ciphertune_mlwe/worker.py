@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ciphertune.backend import Buffers, Direction, WorkerHalf
+from ciphertune.backend import Buffers, Direction, Joint, WorkerHalf
 from ciphertune.errors import ProtocolError
 from ciphertune_mlwe.kernels import KERNELS, Kernel, choose_kernel
 from ciphertune_mlwe.planes import digits_of
 
 PLANES = (3, 4)
 """Bytes that a value of a request may have."""
+PANEL = 16
+"""Tokens that are evaluated together at most: kernels multiply panels of so many columns, filled or not."""
+_PART_SECONDS = 0.002
+"""Of evaluation, about, between pauses."""
 
 
 class MLWEWorker(WorkerHalf):
@@ -34,7 +38,9 @@ class MLWEWorker(WorkerHalf):
         if fields:
             raise ProtocolError("the mlwe backend opens sessions without fields")
         self._device = device
-        self._kernel: Kernel = KERNELS[choose_kernel(device)[0]]
+        name, speed = choose_kernel(device)
+        self._kernel: Kernel = KERNELS[name]
+        self._part = int(speed * 1e9 * _PART_SECONDS)
 
     def prepare(self, weight: Tensor) -> tuple[Tensor, ...]:
         """See ``WorkerHalf.prepare``: int8 codes are used as they are, int16 codes are split into two digits."""
@@ -67,14 +73,42 @@ class MLWEWorker(WorkerHalf):
             ``y`` (rows, planes, tokens) uint8, as many planes as the request's; rows are the outputs, once for each
             digit of the weight.
         """
+        return self.evaluate_in_parts(prepared, direction, request, lambda: None)
+
+    def evaluate_in_parts(
+        self, prepared: tuple[Tensor, ...], direction: Direction, request: Buffers, pause: Callable[[], object]
+    ) -> Buffers:
+        """See ``WorkerHalf.evaluate_in_parts``: some rows of the map and some tokens at a time."""
         digits = prepared if direction == "forward" else tuple(digit.t() for digit in prepared)
         rows, features = digits[0].shape
         b = self._read(request, features)
         planes, tokens = b.shape[1:]
         y = torch.empty(len(digits) * rows, planes, tokens, dtype=torch.uint8, device=self._device)
+        parts = self._kernel.parts(rows, features, tokens, self._part)
         for index, digit in enumerate(digits):
-            self._kernel.product(digit, b, y[index * rows : (index + 1) * rows])
+            out = y[index * rows : (index + 1) * rows]
+            for number, (some, columns) in enumerate(parts):
+                if index or number:
+                    pause()
+                self._kernel.product(digit[some], b[:, :, columns], out[some, :, columns])
         return {"y": y}
+
+    def joint(self, prepared: tuple[Tensor, ...], direction: Direction, request: Buffers) -> Joint | None:
+        """See ``WorkerHalf.joint``: requests of as many planes, with a panel of tokens in all."""
+        b = request.get("b")
+        features = prepared[0].shape[1 if direction == "forward" else 0]
+        if b is None or b.dtype != torch.uint8 or b.dim() != 3 or b.shape[0] != features or b.shape[1] not in PLANES:
+            return None
+        return Joint(b.shape[1], b.shape[2], PANEL) if 1 <= b.shape[2] <= PANEL else None
+
+    def evaluate_together(
+        self, prepared: tuple[Tensor, ...], direction: Direction, requests: Sequence[Buffers]
+    ) -> list[Buffers]:
+        """See ``WorkerHalf.evaluate_together``: tokens side by side."""
+        tokens = [request["b"].shape[2] for request in requests]
+        b = torch.cat([request["b"] for request in requests], dim=2)
+        y = self.evaluate(prepared, direction, {"b": b})["y"]
+        return [{"y": part.contiguous()} for part in torch.split(y, tokens, dim=2)]
 
     def _read(self, request: Buffers, features: int) -> Tensor:
         b = request.get("b")

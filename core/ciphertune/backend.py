@@ -10,8 +10,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -399,6 +399,20 @@ def columns_of(x: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat([x[:, start:stop] for start, stop in rows], dim=1) if rows else x
 
 
+class Joint(NamedTuple):
+    """How a request can be evaluated together with others for the same piece and direction.
+
+    Attributes:
+        key: what all of them have in common, beside the piece and the direction.
+        size: of this request, in any unit: time is shared by it.
+        most: size of all of them.
+    """
+
+    key: Hashable
+    size: int
+    most: int
+
+
 class WorkerHalf(abc.ABC):
     """Evaluation on ciphertext. Runs at the worker; never sees a secret."""
 
@@ -421,6 +435,37 @@ class WorkerHalf(abc.ABC):
         Raises:
             ProtocolError: the request's buffers are not what this backend sends.
         """
+
+    def evaluate_in_parts(
+        self, prepared: Any, direction: Direction, request: Buffers, pause: Callable[[], object]
+    ) -> Buffers:
+        """Evaluate as ``evaluate`` does, and call ``pause`` after every few milliseconds.
+
+        A worker lets small products of other clients in between, which this half may be asked for within ``pause``, on
+        the same thread. As it stands all in one part.
+
+        Raises:
+            ProtocolError: as of ``evaluate``.
+        """
+        return self.evaluate(prepared, direction, request)
+
+    def joint(self, prepared: Any, direction: Direction, request: Buffers) -> Joint | None:
+        """How a request can be evaluated together with others; None for alone, as it stands, and for a bad request.
+
+        Asked from sizes alone, before anything is evaluated, and only of halves that are ``divisible``.
+        """
+        return None
+
+    def evaluate_together(self, prepared: Any, direction: Direction, requests: Sequence[Buffers]) -> list[Buffers]:
+        """Evaluate several requests at once, with the same bits as ``evaluate`` gives for each.
+
+        Args:
+            prepared: the piece that all of them are for.
+            direction: of all of them.
+            requests: for which ``joint`` gave one key, and sizes that are ``most`` at most in all. They may be of other
+                sessions of the same ``form``.
+        """
+        raise NotImplementedError
 
     @property
     def form(self) -> Hashable:

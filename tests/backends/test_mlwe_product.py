@@ -234,6 +234,34 @@ def test_products_of_torch_are_exact_for_any_sizes_and_strides(name: str, portab
         hold_exact(kernel, w, b)
 
 
+@pytest.mark.parametrize("name", NATIVE)
+@settings(max_examples=20)
+@given(st.data())
+def test_products_in_parts_are_those_of_the_whole(name: str, data: st.DataObject) -> None:
+    kernel = here(name)
+    w, b = some_product(data)
+    whole, found = (torch.full((len(w), *b.shape[1:]), 7, dtype=torch.uint8) for _ in range(2))
+    kernel.product(w, b, whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeKernel, "_ROWS", data.draw(st.sampled_from([1, 32])))
+        patch.setattr(NativeKernel, "_ALONE", data.draw(st.sampled_from([0, 1 << 23])))
+        parts = kernel.parts(len(w), w.shape[1], b.shape[2], data.draw(st.sampled_from([1, 1 << 16])))
+    for rows, columns in parts:
+        kernel.product(w[rows], b[:, :, columns], found[rows, :, columns])
+    assert torch.equal(found, whole)
+
+
+def test_long_products_pause() -> None:
+    half = worker.MLWEWorker({}, CPU)
+    half._kernel, half._part = KERNELS["portable"], 1
+    weight = torch.randint(-127, 128, (900, 8), dtype=torch.int8)
+    pauses: list[int] = []
+    b = torch.randint(0, 256, (8, 3, 1200), dtype=torch.uint8)
+    reply = half.evaluate_in_parts((weight,), "forward", {"b": b}, lambda: pauses.append(1))
+    assert torch.equal(reply["y"], half.evaluate((weight,), "forward", {"b": b})["y"])
+    assert len(pauses) == 5, "three blocks of rows, two of columns"
+
+
 @pytest.mark.parametrize("columns", [2, 17])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", KERNELS)

@@ -116,9 +116,9 @@ def test_both_ends_know_the_size_of_a_reply(name: str, monkeypatch: pytest.Monke
     found: list[tuple[int | None, int, int]] = []
     handle = Worker.handle
 
-    def watched(self: Worker, request: Message, peer: str = "") -> Message:
+    def watched(self: Worker, request: Message, peer: str = "", *rest: Any) -> Message:
         foretold = self.reply_bytes(request, peer)
-        reply = handle(self, request, peer)
+        reply = handle(self, request, peer, *rest)
         if request.kind == "evaluate":
             found.append((request.reply_bytes, foretold, reply.nbytes))
         return reply

@@ -12,9 +12,9 @@ def seen_by(worker: Any) -> list[Message]:
     requests: list[Message] = []
     answer = worker.handle
 
-    def handle(request: Message, peer: str = "") -> Message:
+    def handle(request: Message, peer: str = "", *rest: Any) -> Message:
         requests.append(request)
-        reply: Message = answer(request, peer)
+        reply: Message = answer(request, peer, *rest)
         return reply
 
     worker.handle = handle

@@ -1,7 +1,9 @@
-"""Many clients at one worker for a while: ``make soak``, or ``python tests/long/soak.py --minutes 10 --clients 32``.
+"""Many clients fill one worker for a while: ``make soak``, or ``python tests/long/soak.py --minutes 10 --clients 32``.
 
-Every product is held against the weights that the worker holds. Ends with status 1 if a result was wrong, a client got
-less than half of another's share, or the worker's memory grew after its warm-up.
+Each has a model of its own, and a key. Its products are held against its weights, forward and backward, then the same
+requests are sent again many times, and each answer held against the first bit for bit: what a client computes itself
+takes little, so that the worker always has requests of all clients. Ends with status 1 if a result was wrong, a
+client's share was less than 0.9 of another's, or the worker's memory grew after its warm-up.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import remote
 import torch
@@ -23,34 +27,95 @@ from torch import nn
 import ciphertune
 from ciphertune import session_of
 from ciphertune.plugins import registry
+from ciphertune.protocol import Message
 
 PROCESSES = 4
-FEATURES = (256, 512, 64)
+FEATURES = (512, 1024, 64)
+TOKENS = 64
+AGAIN = 50
+"""How often the requests of a step are sent again."""
 GROWTH = 40e6
 WARM_UP = 0.25
-
+SHARE = 0.9
 
 _MAKING = threading.Lock()
 
 
-def network() -> nn.Sequential:
+def network(number: int) -> nn.Sequential:
     """The same one at every call; the seed is the process's, so threads take turns."""
     with _MAKING:
-        torch.manual_seed(0)
+        torch.manual_seed(number)
         first, middle, last = FEATURES
         return nn.Sequential(nn.Linear(first, middle), nn.ReLU(), nn.Linear(middle, last))
 
 
-def client(address: str, keys: str, name: str, end: float, found: dict[str, int]) -> None:
-    """Forward and backward until ``end``, each held against a model that is evaluated here."""
-    here = ciphertune.outsource(network(), "clear?weight_bits=8")
-    there = ciphertune.outsource(network(), f"mlwe+zmq://{address}?curve={keys}&client={name}")
-    generator = torch.Generator().manual_seed(sum(name.encode()))
-    found[name] = 0
-    while time.time() < end:
-        x = torch.randn(16, FEATURES[0], generator=generator)
+class Recorded:
+    """The requests for products that a session sends over a link, and their answers, until they are taken."""
+
+    def __init__(self, session: Any) -> None:
+        (worker,) = session.pool.workers
+        self._link, self._submit = worker.link, worker.link.submit
+        self._seen: list[tuple[Message, Future[Message]]] = []
+        worker.link.submit = self._recording
+
+    def take(self) -> list[tuple[Message, Message]]:
+        seen, self._seen = self._seen, []
+        return [(request, reply.result(60)) for request, reply in seen]
+
+    def again(self, request: Message) -> Message:
+        return self._submit(request).result(60)
+
+    def _recording(self, request: Message) -> Future[Message]:
+        future: Future[Message] = self._submit(request)
+        if request.kind == "evaluate":
+            buffers = {name: buffer.clone() for name, buffer in request.buffers.items()}
+            kept = Message("evaluate", dict(request.fields), buffers, version=request.version)
+            kept.reply_bytes = request.reply_bytes
+            self._seen.append((kept, future))
+        return future
+
+
+class Client:
+    """A client of its own model.
+
+    Args:
+        address: of the worker.
+        keys: folder of keys.
+        number: of the client.
+        models: how many there are; more clients share them.
+    """
+
+    def __init__(self, address: str, keys: str, number: int, models: int) -> None:
+        to = f"mlwe+zmq://{address}?curve={keys}&client=client{number}"
+        self._here = ciphertune.outsource(network(number % models), "clear?weight_bits=8")
+        self._there = ciphertune.outsource(network(number % models), to)
+        self._recorded = Recorded(session_of(self._there))
+        self._generator = torch.Generator().manual_seed(number)
+        self.products = self.wrong = 0
+        self._asked = self._step()
+
+    def run(self, begin: float, end: float) -> None:
+        """Ask until ``end``; what is answered from ``begin`` on counts."""
+        while time.time() < end:
+            for _ in range(AGAIN):
+                for request, first in self._asked:
+                    reply = self._recorded.again(request)
+                    same = reply.buffers.keys() == first.buffers.keys() and all(
+                        torch.equal(buffer, first.buffers[name]) for name, buffer in reply.buffers.items()
+                    )
+                    self.wrong += not same or reply.kind != "ok"
+                    self.products += begin <= time.time() < end
+                if time.time() >= end:
+                    break
+            else:
+                self._asked = self._step()
+        session_of(self._there).close()
+
+    def _step(self) -> list[tuple[Message, Message]]:
+        """A step under encryption, held against one that is evaluated here; its requests and answers."""
+        x = torch.randn(TOKENS, FEATURES[0], generator=self._generator)
         outputs = []
-        for model in (here, there):
+        for model in (self._here, self._there):
             mine = x.clone().requires_grad_()
             y = model(mine)
             y.square().sum().backward()
@@ -58,22 +123,22 @@ def client(address: str, keys: str, name: str, end: float, found: dict[str, int]
             outputs.append((y.detach(), mine.grad))
         for a, b in zip(*outputs, strict=True):
             # A value near zero may fall on the other side of the ReLU, which gradients show.
-            if float((a - b).norm() / a.norm()) > 0.1:
-                found["wrong"] += 1
-        found[name] += 1
-    session_of(there).close()
+            self.wrong += float((a - b).norm() / a.norm()) > 0.1
+        return self._recorded.take()
 
 
-def clients(address: str, keys: str, names: list[str], end: float) -> None:
-    """Several clients in this process; prints what each got done."""
+def clients(address: str, keys: str, numbers: list[int], models: int) -> None:
+    """Several clients in this process: tells when they are ready, reads when to begin and end, prints what each got."""
     torch.set_num_threads(1)
-    found: dict[str, int] = {"wrong": 0}
-    threads = [threading.Thread(target=client, args=(address, keys, name, end, found)) for name in names]
+    made = [Client(address, keys, number, models) for number in numbers]
+    print("ready", flush=True)
+    begin, end = json.loads(sys.stdin.readline())
+    threads = [threading.Thread(target=each.run, args=(begin, end)) for each in made]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    print(json.dumps(found))
+    print(json.dumps([[each.products, each.wrong] for each in made]))
 
 
 def resident(pid: int) -> float:
@@ -85,49 +150,70 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--models", type=int, help="as many as clients if not given")
+    parser.add_argument("--evaluators", type=int, default=1)
     arguments = parser.parse_args()
-    names = [f"client{i}" for i in range(arguments.clients)]
+    count, models = arguments.clients, arguments.models or arguments.clients
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         keys = str(Path(folder) / "keys")
+        names = [f"client{number}" for number in range(count)]
         registry.load(registry.TRANSPORTS, "zmq").make_keys(Path(keys), names, worker=True)
-        ciphertune.split(network(), Path(folder) / "bundle")
-        worker = stack.enter_context(remote.worker(Path(folder) / "bundle" / "worker", "--curve", keys))
-        end = time.time() + 60 * arguments.minutes + 15
+        for number in range(models):
+            ciphertune.split(network(number), Path(folder) / f"bundle{number}")
+        bundles = json.dumps([f"bundle{number}/worker" for number in range(models)])
+        file = Path(folder) / "worker.toml"
+        file.write_text(
+            f"bundles = {bundles}\nthreads = 1\nevaluators = {arguments.evaluators}\n"
+            '[[bind]]\naddress = "tcp://127.0.0.1:*"\ncurve = "keys"\n[log]\nlevel = "warning"\n'
+        )
+        worker = stack.enter_context(remote.worker_of(file))
         children = []
-        for part in range(PROCESSES):
+        for part in range(min(PROCESSES, count)):
             code = "import sys, json, soak; soak.clients(*json.loads(sys.argv[1]))"
-            request = json.dumps([worker.address, keys, names[part::PROCESSES], end])
+            request = json.dumps([worker.address, keys, list(range(count))[part::PROCESSES], models])
             child = subprocess.Popen(
                 [sys.executable, "-c", code, request],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 cwd=Path(__file__).parent,
             )
+            stack.callback(child.wait)
             stack.callback(child.kill)
             children.append(child)
+        for child in children:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n", "a client did not start"
+        begin = time.time() + 2
+        end = begin + 60 * arguments.minutes
+        for child in children:
+            assert child.stdin is not None
+            child.stdin.write(json.dumps([begin, end]) + "\n")
+            child.stdin.flush()
         memory = []
         while time.time() < end:
             time.sleep(min(1.0, 0.6 * arguments.minutes))
             memory.append(resident(worker.process.pid))
-        found: dict[str, int] = {"wrong": 0}
+        got: list[list[int]] = []
         for child in children:
             output, _ = child.communicate(timeout=120)
-            got = json.loads(output.splitlines()[-1])
-            found |= {**got, "wrong": found["wrong"] + got["wrong"]}
-    wrong = found.pop("wrong", 0)
+            got += json.loads(output.splitlines()[-1])
+    products = [answered for answered, _ in got]
+    wrong = sum(each for _, each in got)
     warm = memory[int(len(memory) * WARM_UP) :]
     half = len(warm) // 2
     early, late = (sorted(part)[len(part) // 2] for part in (warm[:half], warm[half:]))
-    least, most = min(found.values()), max(found.values())
-    print(f"{len(found)} clients, {arguments.minutes:g} minutes, {2 * sum(found.values()) * 2} products, {wrong} wrong")
-    print(f"steps of a client: {least} to {most}")
+    least, most = min(products), max(products)
+    print(f"{count} clients, {models} models, {arguments.minutes:g} minutes, {sum(products)} products, {wrong} wrong")
+    print(f"{sum(products) / 60 / arguments.minutes:.0f} products a second; of a client {least} to {most}")
     print(f"worker's own memory after warm-up, medians of both halves: {early / 1e6:.1f} MB, {late / 1e6:.1f} MB")
-    fair = least * 2 >= most
+    fair = least >= SHARE * most
     flat = late - early < GROWTH
     print("results", "WRONG" if wrong else "right")
     print("shares", "fair" if fair else "UNFAIR")
     print("memory", "flat" if flat else "GROWING")
-    return 0 if not wrong and fair and flat and len(found) == arguments.clients else 1
+    return 0 if not wrong and fair and flat and len(got) == count else 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.time
 ray: Any = pytest.importorskip("ray", reason="the ray transport needs Ray")
 deployment: Any = pytest.importorskip("ciphertune_ray.deployment")
 relay: Any = pytest.importorskip("ciphertune_ray.relay")
+scaling: Any = pytest.importorskip("ciphertune_ray.scaling")
 
 SECONDS = 300.0
 CLIENT_PORT = clusters.free_port()
@@ -174,6 +176,65 @@ def test_a_node_that_is_gone_in_the_middle_of_a_step(
 
     until(up)
     assert run.step() == expected[4]
+
+
+def test_actors_and_a_node_that_are_killed_while_eight_clients_train(
+    cluster: Any, deployed: Any, training: Any, expected: list[float]
+) -> None:
+    node = cluster.add_node(num_cpus=4, memory=clusters.MEMORY, object_store_memory=128 << 20)
+    workers = deployed("eight", 3)
+    runs = [training("auto/eight") for _ in range(8)]
+    # All of them are within a step while something is killed.
+    within, killed = (threading.Barrier(len(runs) + 1, timeout=SECONDS) for _ in range(2))
+    losses: dict[int, list[float]] = {}
+
+    def hold() -> None:
+        within.wait()
+        killed.wait()
+
+    def train(number: int) -> None:
+        run = runs[number]
+        losses[number] = [run.step(hold) if step in (1, 3) else run.step() for step in range(6)]
+
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(len(runs))]
+    for thread in threads:
+        thread.start()
+    away = [worker for worker in workers if worker["node"] == node.node_id]
+    for kill in (
+        lambda: os.kill(next(worker["pid"] for worker in workers if worker not in away), signal.SIGKILL),
+        lambda: cluster.remove_node(node, allow_graceful=False),
+    ):
+        within.wait()
+        kill()
+        killed.wait()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert losses == dict.fromkeys(range(len(runs)), expected[:6])
+    assert sum(run.session.traffic.retries for run in runs) > 0
+
+
+def test_workers_are_added_and_ended_by_the_requests_that_wait(deployed: Any, training: Any) -> None:
+    deployed("scaled")
+    known = deployment.spec_of("scaled")
+    rounds: list[list[int]] = []
+    loads = [9, 9, 0, 0, 0]
+
+    def looked() -> bool:
+        rounds.append(deployment.members("scaled"))
+        return len(rounds) > len(loads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            deployment,
+            "describe",
+            lambda name: [{"queued": loads[len(rounds) - 1], "under_way": 0}] * len(deployment.members(name)),
+        )
+        patch.setattr(deployment, "spec_of", lambda name: known)
+        rule = scaling.Scale(1, 2, busy_seconds=0.0, idle_seconds=0.0)
+        deployment.keep_scaled("scaled", rule, 0.01, SECONDS, looked)
+    assert rounds == [[0], [0, 1], [0, 1], [0], [0], [0]]
+    with pytest.raises(TransportError, match="no deployment named 'nothing'"):
+        deployment.keep_scaled("nothing", rule, 0.01, SECONDS, looked)
 
 
 def test_growth_between_steps(

@@ -23,6 +23,7 @@ from ciphertune.testing import EchoHandler
 from ciphertune.worker import WeightStore
 from ciphertune_ray.bundles import blocks_of, fetch_and_load, parts_of
 from ciphertune_ray.channel import Channel, socket_pair
+from ciphertune_ray.scaling import Scale, Scaler
 from ciphertune_ray.transport import RayTransport
 
 fsspec: Any = pytest.importorskip("fsspec", reason="the ray transport needs fsspec")
@@ -264,3 +265,29 @@ def test_a_relay_that_ends_in_the_middle(cut: int) -> None:
     channel = Channel(near)
     assert channel.receive() is None
     channel.close()
+
+
+def load(queued: int, under_way: int = 0, count: int = 1) -> list[dict[str, int]]:
+    return [{"queued": queued, "under_way": under_way}] * count
+
+
+def test_workers_are_added_once_too_many_requests_wait_for_long_and_end_once_none_do() -> None:
+    scaler = Scaler(Scale(2, 6, queue=2, busy_seconds=10, idle_seconds=100, step=2))
+    assert scaler.wanted(load(9, count=1), 0) == 2, "fewer than at least"
+    assert [scaler.wanted(load(9, count=2), now) for now in (0, 9, 10)] == [2, 2, 4]
+    assert scaler.wanted(load(2, 5, count=4), 15) == 4, "a short while of fewer begins anew"
+    assert [scaler.wanted(load(9, count=4), now) for now in (16, 25, 26)] == [4, 4, 6]
+    assert [scaler.wanted(load(9, count=6), now) for now in (30, 60)] == [6, 6]
+    starting: list[dict[str, Any]] = [*load(9, count=4), {"state": "starting"}, {"state": "starting"}]
+    assert [scaler.wanted(starting, now) for now in (70, 90)] == [6, 6], "two are about to help"
+    assert [scaler.wanted(load(0, 0, count=6), now) for now in (100, 199, 200)] == [6, 6, 4]
+    assert [scaler.wanted(load(0, 1, count=4), now) for now in (210, 310)] == [4, 4], "none to spare"
+    assert [scaler.wanted(load(0, 0, count=2), now) for now in (400, 900)] == [2, 2]
+    assert scaler.wanted([], 1000) == 2
+
+
+def test_scales_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="3 workers at most are fewer than 4"):
+        Scale(4, 3)
+    with pytest.raises(ConfigError, match="2 workers cannot hold the 3 parts"):
+        Scale(2, 3, step=3)

@@ -174,15 +174,19 @@ def test_the_image_is_built_from_what_the_package_needs() -> None:
     assert all(re.search(rf"^{extra} = \[", built, re.M) for extra in extras)
 
 
-RAY, JOB, RAY_POLICY = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+RAY, JOB, SCALE, RAY_POLICY = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+
+
+def ray_command(pod: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """A group, its command, and the parameters that a pod gives it."""
+    first, second, *rest = pod["spec"]["template"]["spec"]["containers"][0]["args"]
+    group: Any = cli.get_command(click.Context(cli), first)
+    with group.get_command(click.Context(group), second).make_context(second, rest) as context:
+        return first, second, context.params
 
 
 def test_the_ray_deployment_is_started_with_options_that_exist() -> None:
-    pod = JOB["spec"]["template"]["spec"]
-    first, second, *rest = pod["containers"][0]["args"]
-    group: Any = cli.get_command(click.Context(cli), first)
-    with group.get_command(click.Context(group), second).make_context(second, rest) as context:
-        found = context.params
+    first, second, found = ray_command(JOB)
     workers = RAY["spec"]["workerGroupSpecs"][0]
     head = RAY["spec"]["headGroupSpec"]["template"]
     assert (first, second, found["bundle"]) == ("ray", "up", "/bundle")
@@ -192,13 +196,25 @@ def test_the_ray_deployment_is_started_with_options_that_exist() -> None:
     assert found["address"] == f"gcs://{RAY['metadata']['name']}-head-svc:6379"
     # Ray's ports are for the cluster's own pods, workers' own for others too.
     labels = RAY_POLICY["spec"]["podSelector"]["matchLabels"]
-    templates = (head, workers["template"], JOB["spec"]["template"])
+    templates = (head, workers["template"], JOB["spec"]["template"], SCALE["spec"]["template"])
     assert all(labels.items() <= template["metadata"]["labels"].items() for template in templates)
     inside, anyone = RAY_POLICY["spec"]["ingress"]
     assert inside["from"] == [{"podSelector": {"matchLabels": labels}}]
     (ports,) = anyone["ports"]
     assert ports["port"] == found["port"]
-    assert ports["endPort"] >= found["port"] + workers["maxReplicas"] - 1
+    assert ports["endPort"] == found["port"] + workers["maxReplicas"] - 1
+
+
+def test_the_ray_deployment_grows_as_far_as_its_nodes_do() -> None:
+    first, second, found = ray_command(SCALE)
+    _, _, started = ray_command(JOB)
+    workers = RAY["spec"]["workerGroupSpecs"][0]
+    assert (first, second) == ("ray", "scale")
+    assert found["address"] == started["address"]
+    assert found["min_workers"] == started["workers"]
+    assert found["max_workers"] == workers["maxReplicas"]
+    assert RAY["spec"]["enableInTreeAutoscaling"]
+    assert SCALE["spec"]["selector"]["matchLabels"].items() <= SCALE["spec"]["template"]["metadata"]["labels"].items()
 
 
 def test_pods_of_the_ray_cluster_mount_what_they_name() -> None:

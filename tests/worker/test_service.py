@@ -14,37 +14,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from inbox import Inbox
 
 from ciphertune.client.choice import choose
-from ciphertune.protocol import Frame, Limits, Message, pack, unpack
+from ciphertune.protocol import Limits, Message, pack
 from ciphertune.weights import describe, group_map, quantize
 from ciphertune.worker import Quota, Service, SessionLimits, WeightStore, Worker
 from ciphertune.worker.metrics import Monitor
 
 WEIGHT = quantize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), 8)
-
-
-class Inbox:
-    """Replies to one client, in the order in which they came."""
-
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-        self.releases: list[Callable[[], None]] = []
-        self.keep = False
-        self._arrived = threading.Condition()
-
-    def take(self, frames: list[Frame], release: Callable[[], None]) -> None:
-        with self._arrived:
-            self.messages.append(unpack(frames))
-            self.releases.append(release)
-            if not self.keep:
-                release()
-            self._arrived.notify_all()
-
-    def wait(self, count: int) -> list[Message]:
-        with self._arrived:
-            assert self._arrived.wait_for(lambda: len(self.messages) >= count, 60), self.messages
-            return self.messages
 
 
 class Scripted(Worker):
@@ -55,12 +33,18 @@ class Scripted(Worker):
         self.turns: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.begun, self.resume = threading.Event(), threading.Event()
         self.answers: list[Message] = []
 
-    def handle(self, request: Message, peer: str = "") -> Message:
+    def handle(self, request: Message, peer: str = "", pause: Callable[[], object] | None = None) -> Message:
         if request.kind != "evaluate":
             return super().handle(request, peer)
         self.gate.wait(60)
+        for _ in range(int(request.fields.get("pauses", 0))):
+            self.begun.set()
+            self.resume.wait(60)
+            assert pause is not None
+            pause()
         self.turns.append(peer)
         if self.answers:
             return self.answers.pop()
@@ -109,6 +93,44 @@ def test_evaluation_time_is_shared_evenly(scripted: tuple[Scripted, Service]) ->
     before_last_heavy = worker.turns[: len(worker.turns) - worker.turns[::-1].index("heavy")]
     assert 18 <= before_last_heavy.count("light") <= 40
     light.wait(40)
+
+
+def test_small_products_are_evaluated_in_the_pauses_of_a_large_one(scripted: tuple[Scripted, Service]) -> None:
+    worker, service = scripted
+    inboxes = {peer: Inbox() for peer in ("large", "small", "middle")}
+    ask(service, "small", inboxes["small"])
+    inboxes["small"].wait(1)
+    worker.turns.clear()
+    ask(service, "large", inboxes["large"], nbytes=40_000, pauses=2, cost=0.01)
+    assert worker.begun.wait(60)
+    ask(service, "large", inboxes["large"])
+    ask(service, "middle", inboxes["middle"], nbytes=20_000)
+    ask(service, "small", inboxes["small"], cost=0.01)
+    worker.resume.set()
+    assert inboxes["small"].wait(2)[1].kind == "ok"
+    for peer, count in (("large", 2), ("middle", 1)):
+        assert [message.kind for message in inboxes[peer].wait(count)] == ["ok"] * count
+    # One of half the size waits for its turn, and so does another one of the same client.
+    assert worker.turns[:2] == ["small", "large"]
+    spent = {peer: service.status(peer).own.evaluate_seconds or 0.0 for peer in inboxes}
+    assert spent["small"] >= 0.01
+    assert service.counters.evaluate_seconds == pytest.approx(sum(spent.values()))
+    assert service.load.under_way == 0
+    assert service.drain(5)
+
+
+def test_who_used_more_time_is_not_let_in_between(scripted: tuple[Scripted, Service]) -> None:
+    worker, service = scripted
+    large, small = Inbox(), Inbox()
+    worker.gate.clear()
+    ask(service, "small", small, cost=0.5)
+    ask(service, "small", small)
+    ask(service, "large", large, nbytes=40_000, pauses=1)
+    worker.resume.set()
+    worker.gate.set()
+    large.wait(1)
+    small.wait(2)
+    assert worker.turns == ["small", "large", "small"]
 
 
 def test_requests_beyond_the_quota_are_told_to_come_back(scripted: tuple[Scripted, Service]) -> None:

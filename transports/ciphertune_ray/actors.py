@@ -86,7 +86,7 @@ class WorkerActor:
         """Describe where it runs and which layers it holds, as plain data."""
         import ray
 
-        worker = self._service.worker
+        worker, load = self._service.worker, self._service.load
         return {
             "index": self._index,
             "host": socket.gethostname(),
@@ -97,6 +97,8 @@ class WorkerActor:
             "layers": len(worker.weights),
             "weight_bytes": worker.weights.nbytes,
             "sessions": worker.sessions,
+            "queued": load.queued,
+            "under_way": load.under_way,
             "address": self._address(),
             "spec": self._spec,
         }

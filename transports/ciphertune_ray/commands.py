@@ -155,6 +155,52 @@ def status(address: str, name: str | None, as_json: bool) -> None:
 @ray.command()
 @_ADDRESS
 @_NAME
+@click.option("--min-workers", type=click.IntRange(1), default=1, show_default=True, help="At least.")
+@click.option("--max-workers", type=click.IntRange(1), required=True, help="At most.")
+@click.option(
+    "--queue",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    help="Requests that wait, of a worker on average, above which there are too few.",
+)
+@click.option(
+    "--busy", type=click.FloatRange(0), default=15.0, show_default=True, help="Seconds of that before one is added."
+)
+@click.option(
+    "--idle",
+    type=click.FloatRange(0),
+    default=300.0,
+    show_default=True,
+    help="Seconds without any that wait, and with a worker to spare, before one ends.",
+)
+@click.option("--interval", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Seconds between looks.")
+@click.option("--timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds to wait for room.")
+def scale(
+    address: str,
+    name: str,
+    min_workers: int,
+    max_workers: int,
+    queue: float,
+    busy: float,
+    idle: float,
+    interval: float,
+    timeout: float,
+) -> None:
+    """Add and end workers by the requests that wait at them, until interrupted.
+
+    Where the model is in parts, a worker for each part is added or ended at a time.
+    """
+    with _joined(address, name) as deployment:
+        from ciphertune_ray.scaling import Scale
+
+        wanted = Scale(min_workers, max_workers, queue, busy, idle)
+        deployment.keep_scaled(name, wanted, interval, timeout, lambda: False)
+
+
+@ray.command()
+@_ADDRESS
+@_NAME
 @_JSON
 def down(address: str, name: str, as_json: bool) -> None:
     """End a deployment. Its clients' requests fail."""

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -28,6 +28,7 @@ from ciphertune.errors import ConfigError, TransportError
 from ciphertune_ray.actors import WorkerActor
 from ciphertune_ray.address import actor_name
 from ciphertune_ray.bundles import Block, blocks_of, parts_of
+from ciphertune_ray.scaling import Scale, Scaler
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +214,39 @@ def grow(name: str, spec: Spec, count: int, *, shared: bool, seconds: float) -> 
             ray.kill(actor)
         remove_placement_group(group)
         raise
+
+
+def keep_scaled(name: str, scale: Scale, interval: float, seconds: float, stop: Callable[[], bool]) -> None:
+    """Add and end workers of a deployment by the requests that wait at them, until ``stop`` says so.
+
+    Args:
+        name: of the deployment, which is there.
+        scale: when; ``step`` is taken from the deployment.
+        interval: seconds between looks at the workers.
+        seconds: to wait for room in the cluster, and for new workers.
+        stop: asked between looks.
+
+    Raises:
+        TransportError: no worker of the deployment answers.
+        ConfigError: ``scale`` does not fit the parts of the model.
+    """
+    spec = spec_of(name)
+    if spec is None:
+        raise TransportError(f"the cluster has no deployment named {name!r} that answers: start it with 'ray up' first")
+    scaler = Scaler(dataclasses.replace(scale, step=len(spec.parts)))
+    while not stop():
+        count, wanted = len(members(name)), scaler.wanted(describe(name), time.monotonic())
+        if wanted != count:
+            log.warning("%s: %d workers, %d from now on", name, count, wanted)
+        try:
+            if wanted > count:
+                grow(name, spec, wanted, shared=True, seconds=seconds)
+            elif wanted < count:
+                shrink(name, wanted)
+        except (ConfigError, TransportError) as error:
+            # The cluster may have room later.
+            log.warning("%s stays at %d workers: %s", name, count, error)
+        time.sleep(interval)
 
 
 def shrink(name: str, count: int) -> list[int]:

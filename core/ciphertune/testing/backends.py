@@ -347,6 +347,25 @@ class BackendSuite:
             expected = inputs[n].double() @ both.matrix("forward").t()
             assert float((y - expected).norm() / expected.norm()) < 0.5
 
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    def test_evaluated_in_parts_or_together(self, pair: Callable[..., Pair], direction: Direction) -> None:
+        """Replies have the same bits when a request is evaluated in parts, and with others where that is possible."""
+        both = pair(24, 40)
+        linear_map = both.map(direction)
+        sent = [both.encrypt(torch.ones(tokens, linear_map.in_features), linear_map).buffers for tokens in (1, 2, 1)]
+        alone = [both.worker.evaluate(both.prepared, direction, request) for request in sent]
+        ways = [[both.worker.evaluate_in_parts(both.prepared, direction, request, lambda: None) for request in sent]]
+        joint = [both.worker.joint(both.prepared, direction, request) for request in sent]
+        stated = [each for each in joint if each is not None]
+        if both.worker.divisible and len(stated) == len(joint) and len({each.key for each in stated}) == 1:
+            assert sum(each.size for each in stated) <= stated[0].most
+            ways.append(both.worker.evaluate_together(both.prepared, direction, sent))
+        for found in ways:
+            for one, other in zip(found, alone, strict=True):
+                assert one.keys() == other.keys()
+                for name, buffer in one.items():
+                    assert torch.equal(buffer, other[name]), "other bits than of ``evaluate``"
+
     @pytest.mark.parametrize("damage", ["missing", "shorter", "other type", "flat", "empty"])
     def test_requests_that_are_none(self, pair: Callable[..., Pair], damage: str) -> None:
         """A worker refuses what this backend does not send with ``ProtocolError``, whichever buffer it is.

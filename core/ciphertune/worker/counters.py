@@ -16,6 +16,7 @@ class Counters:
         requests, errors: answers by kind of request, and error replies by code.
         bytes_in, bytes_out: of messages, headers included.
         queue_seconds, evaluate_seconds, pack_seconds: time requests waited, were evaluated, and were made into frames.
+        joined: products that were evaluated together with another one.
         expired: sessions closed for idleness.
     """
 
@@ -26,6 +27,7 @@ class Counters:
     queue_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     pack_seconds: float = 0.0
+    joined: int = 0
     expired: int = 0
 
     @property

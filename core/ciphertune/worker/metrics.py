@@ -120,6 +120,9 @@ def _registry(service: Service) -> Any:
             for code, count in list(counters.errors.items()):
                 errors.add_metric([code], count)
             yield errors
+            yield CounterMetricFamily(
+                "ciphertune_joined_products", "Products that were evaluated together with another.", counters.joined
+            )
             seconds = CounterMetricFamily("ciphertune_seconds", "Time of products by phase.", labels=["phase"])
             for phase in ("queue", "evaluate", "pack"):
                 seconds.add_metric([phase], getattr(counters, f"{phase}_seconds"))

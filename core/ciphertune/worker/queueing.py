@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Hashable
 
+from ciphertune.backend import Joint
 from ciphertune.protocol import Message
 from ciphertune.transport import Reply
 from ciphertune.worker.counters import Counters
@@ -37,6 +38,7 @@ class Job:
         reserved: bytes counted against the quota, the reply's included, until there is a reply.
         connection: that it came over; None where that is not known.
         seconds: of evaluation.
+        joint: how it can be evaluated together with others; None for alone.
     """
 
     request: Message
@@ -46,6 +48,7 @@ class Job:
     reserved: int = 0
     connection: Hashable = None
     seconds: float = 0.0
+    joint: Joint | None = None
 
 
 @dataclasses.dataclass
@@ -70,11 +73,16 @@ class Client:
     counters: Counters = dataclasses.field(default_factory=Counters)
 
 
+_SMALLER = 4
+"""How many times as large as a product is another one that it is let into."""
+
+
 class FairQueue:
     """A queue of products whose next one is that of the client that used least evaluation time so far.
 
     Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996, section 2): a client with many requests, or large ones,
-    delays others by one product at most. Calls are not synchronized: the caller holds a lock.
+    delays others by one product at most, and small products of others by a part of one. Calls are not synchronized:
+    the caller holds a lock.
 
     Args:
         quota: of every client.
@@ -139,6 +147,35 @@ class FairQueue:
         client = min((c for c in self.clients.values() if c.jobs), key=lambda c: c.virtual_time)
         self._virtual_time = client.virtual_time
         return client, client.jobs.popleft()
+
+    def pop_joint(self, job: Job) -> list[tuple[Client, Job]]:
+        """Products that wait and can be evaluated together with one that was popped; whose turn it is comes first."""
+        if job.joint is None:
+            return []
+        taken, room = [], job.joint.most - job.joint.size
+        for client in sorted((c for c in self.clients.values() if c.jobs), key=lambda c: c.virtual_time):
+            while client.jobs and (joint := client.jobs[0].joint) and joint.key == job.joint.key and joint.size <= room:
+                room -= joint.size
+                taken.append((client, client.jobs.popleft()))
+        return taken
+
+    def pop_within(self, client: Client, job: Job) -> tuple[Client, Job] | None:
+        """A product that is to be evaluated in a pause of another one, ``job``; None where none is.
+
+        It is a quarter as large at most, and of another client, who used no more evaluation time.
+        """
+        small = [
+            other
+            for other in self.clients.values()
+            if other is not client
+            and other.jobs
+            and other.virtual_time <= client.virtual_time
+            and _SMALLER * other.jobs[0].reserved <= job.reserved
+        ]
+        if not small:
+            return None
+        chosen = min(small, key=lambda c: c.virtual_time)
+        return chosen, chosen.jobs.popleft()
 
     def charge(self, client: Client, seconds: float) -> None:
         """Add evaluation time to a client's share."""

@@ -49,7 +49,8 @@ class Service:
     """Request handler of a transport: takes requests of many clients and has a worker answer them in fair turns.
 
     Products are evaluated on threads of their own, one at a time unless told otherwise, since each uses every core;
-    ``FairQueue`` says which is next. Everything else is answered on another thread and never waits for a product.
+    ``FairQueue`` says which is next, which are evaluated together, and which in the pauses of a larger one. Everything
+    else is answered on another thread and never waits for a product.
 
     Args:
         worker: what answers.
@@ -87,7 +88,8 @@ class Service:
         self._idle = threading.Condition(self._lock)
         self._draining = False
         self._stopped = False
-        self._evaluating: dict[int, float] = {}  # by thread, since when
+        self._since: dict[int, float] = {}  # by thread, from when on its evaluation is not counted yet
+        self._evaluating = 0
         self._disclosure = Disclosure(evaluators, self._started)
         self._threads = [
             threading.Thread(target=self._evaluate_loop, name=f"ciphertune-evaluate-{i}", daemon=True)
@@ -249,6 +251,8 @@ class Service:
             text = f"the reply would have {reply_bytes} bytes, and this worker sends a client {most} at most"
             return error_message("quota", f"{text}: ask for fewer tokens at a time")
         job.reserved = job.nbytes + reply_bytes
+        if job.request.kind == "evaluate":
+            job.joint = self.worker.joint(job.request, peer)
         with self._lock:
             client = self._products.client(peer, job.arrived)
             if self._draining:
@@ -266,7 +270,7 @@ class Service:
 
     def _waiting(self, seconds: float) -> Waiting:
         """What a drain waits for; the caller holds the lock."""
-        queued, running = len(self._products) + len(self._quick), len(self._evaluating)
+        queued, running = len(self._products) + len(self._quick), self._evaluating
         clients = sum(client.requests > 0 for client in self._products.clients.values())
         under_way = self._products.under_way
         return Waiting(running, queued, max(0, under_way - queued - running), clients, max(0.0, seconds))
@@ -280,7 +284,7 @@ class Service:
     def _totals(self) -> Totals:
         """Sums up to this moment; the caller holds the lock."""
         now, sums = self._clock(), self.counters
-        running = sum(now - since for since in self._evaluating.values())
+        running = sum(now - since for since in self._since.values())
         return Totals(now, sums.evaluate_seconds + running, sums.bytes_in, sums.bytes_out)
 
     def _evaluate_loop(self) -> None:
@@ -289,19 +293,61 @@ class Service:
                 self._work.wait_for(lambda: self._stopped or bool(self._products))
                 if self._stopped:
                     return
-                client, job = self._products.pop()
-                start = self._clock()
-                self._evaluating[threading.get_ident()] = start
-            message = self.worker.handle(job.request, client.peer)
-            with self._lock:
-                del self._evaluating[threading.get_ident()]
-                seconds = self._clock() - start
-                self._products.charge(client, seconds)
-                for counters in (self.counters, client.counters):
-                    counters.queue_seconds += start - job.arrived
-                    counters.evaluate_seconds += seconds
-            job.seconds = seconds
+                turn = self._begin(self._products.pop())
+            self._evaluate(turn)
+
+    def _begin(self, first: tuple[Client, Job]) -> list[tuple[Client, Job]]:
+        """What is evaluated together with a product that was popped, itself first; the caller holds the lock."""
+        turn = [first, *self._products.pop_joint(first[1])]
+        now = self._since[threading.get_ident()] = self._clock()
+        self._evaluating += len(turn)
+        for client, job in turn:
+            for counters in (self.counters, client.counters):
+                counters.queue_seconds += now - job.arrived
+                counters.joined += len(turn) > 1
+        return turn
+
+    def _evaluate(self, turn: list[tuple[Client, Job]]) -> None:
+        """Evaluate products that were begun, and answer them."""
+        if len(turn) == 1:
+            ((client, job),) = turn
+            # Parts cost a little, for nothing where nobody else is there.
+            pause = (lambda: self._pause(client, job)) if len(self._products.clients) > 1 else None
+            messages = [self.worker.handle(job.request, client.peer, pause)]
+        else:
+            messages = self.worker.handle_together([(job.request, client.peer) for client, job in turn])
+        with self._lock:
+            self._account(turn)
+            del self._since[threading.get_ident()]
+            self._evaluating -= len(turn)
+        for (client, job), message in zip(turn, messages, strict=True):
             self._answer(client, job, message, "evaluate")
+
+    def _pause(self, client: Client, job: Job) -> None:
+        """Evaluate small products of others in the course of a large one."""
+        while True:
+            with self._lock:
+                self._account([(client, job)])
+                small = None if self._stopped else self._products.pop_within(client, job)
+                turn = None if small is None else self._begin(small)
+            if turn is None:
+                return
+            self._evaluate(turn)
+            with self._lock:
+                self._since[threading.get_ident()] = self._clock()
+
+    def _account(self, turn: list[tuple[Client, Job]]) -> None:
+        """Charge clients for what this thread evaluated since it did so last; the caller holds the lock."""
+        now = self._clock()
+        seconds = now - self._since[threading.get_ident()]
+        self._since[threading.get_ident()] = now
+        sizes = [job.joint.size if job.joint is not None else 1 for _, job in turn]
+        for (client, job), size in zip(turn, sizes, strict=True):
+            own = seconds * size / sum(sizes)
+            job.seconds += own
+            self._products.charge(client, own)
+            for counters in (self.counters, client.counters):
+                counters.evaluate_seconds += own
 
     def _quick_loop(self) -> None:
         expiry = self._clock() + _EXPIRY_SECONDS

@@ -7,14 +7,14 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ciphertune._support.own_modes import own_modes
-from ciphertune.backend import DIRECTIONS, Backend, Direction, WorkerHalf
+from ciphertune.backend import DIRECTIONS, Backend, Buffers, Direction, Joint, WorkerHalf
 from ciphertune.errors import (
     CipherTuneError,
     HoldingsError,
@@ -42,11 +42,22 @@ _ROWS: tuple[tuple[str, type], ...] = (("layer", str), ("start", int), ("stop", 
 
 @dataclasses.dataclass
 class _Group:
-    """A group of layers as its session evaluates it, and what holds its memory."""
+    """A group of layers as its session evaluates it, and what holds its memory.
+
+    Attributes:
+        prepared: by the backend's half.
+        owner: of its memory.
+        rows: of what the owner holds, where other sessions use it too; None where it is this session's own.
+    """
 
     prepared: Any
     owner: Prepared
-    shared: bool
+    rows: tuple[int, int] | None = None
+
+    @property
+    def piece(self) -> tuple[int, tuple[int, int] | None]:
+        """What sessions that evaluate the same rows have in common, as long as one of them is open."""
+        return id(self.owner), self.rows
 
 
 class Worker:
@@ -96,22 +107,57 @@ class Worker:
         }
 
     @own_modes()
-    def handle(self, request: Message, peer: str = "") -> Message:
+    def handle(self, request: Message, peer: str = "", pause: Callable[[], object] | None = None) -> Message:
         """Answer one request. Never raises; errors are replies of kind ``error``.
 
         Args:
             request: what was asked.
             peer: who asked, as the transport authenticated it. A session serves only the client that opened it.
+            pause: called in the course of a long product, to do something else meanwhile.
         """
         operation = self._operations.get(request.kind)
         try:
             if operation is None:
                 raise ProtocolError(f"{request.kind!r} is not a request")
-            reply = operation(request, peer)
+            if request.kind == "evaluate" and pause is not None:
+                reply = self._evaluate(request, peer, pause)
+            else:
+                reply = operation(request, peer)
         except (Exception, SystemExit) as error:
             reply = _error_reply(request.kind, error)
         reply.version = HELLO_VERSION if request.kind == "hello" else request.version
         return reply
+
+    @own_modes()
+    def handle_together(self, requests: Sequence[tuple[Message, str]]) -> list[Message]:
+        """Answer requests for products that ``joint`` gave one key for, at once, each to the client that asked.
+
+        Where that is not possible, or fails, each is answered by itself, so that a fault stays with whoever sent it.
+        """
+        try:
+            results, seconds = self._evaluate_together(requests)
+        except (Exception, SystemExit) as error:
+            log.info("products that were to be evaluated together are evaluated one by one", exc_info=error)
+            return [self.handle(request, peer) for request, peer in requests]
+        replies = [Message("ok", {"seconds": seconds}, buffers) for buffers in results]
+        for reply, (request, _) in zip(replies, requests, strict=True):
+            reply.version = request.version
+        return replies
+
+    def joint(self, request: Message, peer: str) -> Joint | None:
+        """How a request for a product can be evaluated together with others that wait; None for alone."""
+        try:
+            session, group, direction = self._asked(request, peer)
+            # What is prepared for one session alone may hold something of it.
+            stated = session.half.joint(group.prepared, direction, request.buffers) if group.rows is not None else None
+        except CipherTuneError:
+            return None  # which is refused
+        except Exception as error:
+            log.error("a backend cannot state how a product can be evaluated", exc_info=error)
+            return None
+        if stated is None:
+            return None
+        return stated._replace(key=(session.record.backend, session.half.form, group.piece, direction, stated.key))
 
     def offer(self, backends: Collection[str] | None) -> None:
         """Let clients ask for these backends from now on, None for all that are installed. Raises ``PluginError``."""
@@ -233,7 +279,7 @@ class Worker:
             with _blamed(name, "preparing weights"):
                 prepared = [self._prepare(half, name, held, tuple(group)) for group in groups]
             # What one session alone uses counts as its own.
-            own = {id(group.owner): group.owner.nbytes for group in prepared if not group.shared}
+            own = {id(group.owner): group.owner.nbytes for group in prepared if group.rows is None}
             nbytes = max(request.nbytes, half.nbytes) + sum(own.values())
             record = SessionRecord(peer, held.name, name, time.time(), time.time())
             return Message("ok", {"session": self.opened.add(WorkerSession(half, prepared, nbytes, record))})
@@ -247,9 +293,9 @@ class Worker:
             if half.divisible:
                 block, start, stop = held.weights.place(layers)
                 whole = self._once(half, held, (backend, half.form, block), held.weights.block(block))
-                return _Group(half.part(whole.value, start, stop), whole, shared=True)
+                return _Group(half.part(whole.value, start, stop), whole, (start, stop))
             alone = self._once(half, held, (backend, half.form, layers), matrix)
-            return _Group(alone.value, alone, shared=False)
+            return _Group(alone.value, alone)
 
     @staticmethod
     def _once(half: WorkerHalf, held: Holding, key: tuple[str, Hashable, Hashable], weight: Tensor) -> Prepared:
@@ -260,7 +306,53 @@ class Worker:
             held.prepared[key] = prepared
         return prepared
 
-    def _evaluate(self, request: Message, peer: str) -> Message:
+    def _evaluate(self, request: Message, peer: str, pause: Callable[[], object] | None = None) -> Message:
+        session, group, direction = self._asked(request, peer)
+        paused = 0.0
+
+        def pausing() -> None:
+            nonlocal paused
+            begun = time.perf_counter()
+            assert pause is not None
+            pause()
+            paused += time.perf_counter() - begun
+
+        with self.opened.using(session):
+            start = time.perf_counter()
+            with _blamed(session.record.backend, "evaluation"):
+                if pause is None:
+                    buffers = session.half.evaluate(group.prepared, direction, request.buffers)
+                else:
+                    buffers = session.half.evaluate_in_parts(group.prepared, direction, request.buffers, pausing)
+            seconds = time.perf_counter() - start - paused
+        if why := buffers_fault(buffers):
+            raise _BackendFaultError(session.record.backend, f"the result of its evaluation {why}")
+        return Message("ok", {"seconds": seconds}, buffers)
+
+    def _evaluate_together(self, requests: Sequence[tuple[Message, str]]) -> tuple[list[Buffers], float]:
+        """The results of several requests, and the seconds that all of them took."""
+        places = [self._asked(request, peer) for request, peer in requests]
+        first, group, direction = places[0]
+        # The queue's keys say so as well, but for a piece that is gone meanwhile.
+        if any(
+            (other.record.backend, other.half.form, its.piece, way)
+            != (first.record.backend, first.half.form, group.piece, direction)
+            for other, its, way in places
+        ):
+            raise ProtocolError("the requests are not for the same piece")
+        with contextlib.ExitStack() as stack:
+            for session, _, _ in places:
+                stack.enter_context(self.opened.using(session))
+            start = time.perf_counter()
+            buffers = [request.buffers for request, _ in requests]
+            results = first.half.evaluate_together(group.prepared, direction, buffers)
+            seconds = time.perf_counter() - start
+        if len(results) != len(requests) or any(buffers_fault(result) for result in results):
+            raise _BackendFaultError(first.record.backend, "a result of an evaluation cannot be sent")
+        return results, seconds
+
+    def _asked(self, request: Message, peer: str) -> tuple[WorkerSession, _Group, Direction]:
+        """The session of a request for a product, the group, and the direction."""
         session = self.opened.find(_field(request, "session", str), peer)
         index = _field(request, "group", int)
         direction: Direction = _field(request, "direction", str)
@@ -268,14 +360,7 @@ class Worker:
             raise ProtocolError(f"group {index} is not one of the {len(session.groups)} that the session opened")
         if direction not in DIRECTIONS:
             raise ProtocolError("the direction is neither forward nor backward")
-        with self.opened.using(session):
-            start = time.perf_counter()
-            with _blamed(session.record.backend, "evaluation"):
-                buffers = session.half.evaluate(session.groups[index].prepared, direction, request.buffers)
-            seconds = time.perf_counter() - start
-        if why := buffers_fault(buffers):
-            raise _BackendFaultError(session.record.backend, f"the result of its evaluation {why}")
-        return Message("ok", {"seconds": seconds}, buffers)
+        return session, session.groups[index], direction
 
     def _close(self, request: Message, peer: str) -> Message:
         self.opened.close(_field(request, "session", str), peer)
