@@ -231,7 +231,8 @@ class Session:
                 f"the session was opened in another process, of which this is a fork; {linear_map.label} cannot be "
                 "evaluated here. Start processes by 'spawn', and outsource or load the model in each"
             )
-        with flushing(max(x.numel(), len(x) * linear_map.out_features)):
+        larger = max(linear_map.in_features, linear_map.out_features)
+        with flushing(x.numel() * larger // linear_map.in_features):
             return self._product(group, direction, x, owners)
 
     def _product(self, group: int, direction: Direction, x: Tensor, owners: Owners | None) -> Tensor:
