@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +34,49 @@ def uncompiled(function: _Function) -> _Function:
 def transformed(tensor: Tensor) -> bool:
     """Whether a tensor is one that a transform of ``torch.func`` (``grad``, ``vmap``, ``jvp`` …) computes with."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def batched_by_autograd(*tensors: Tensor | None) -> bool:
+    """Whether autograd computes with tensors of several examples at once: ``is_grads_batched``, a vectorized jacobian.
+
+    It has a ``vmap`` of its own for this, which asks no rule of an ``autograd.Function``.
+    """
+    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+
+
+def rows_of_all(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+    """Call a function with the rows of all examples of such a batch, one example after the other.
+
+    Args:
+        function: of tensors (rows, …); gives one or a tuple of them, with as many rows.
+        tensors: what it is called with, some of them batched; None is handed on.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1  # type: ignore[attr-defined]
+    torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined]
+    first = next(each for each in tensors if batched_by_autograd(each))
+    assert first is not None
+    batch = len(torch._remove_batch_dim(first, level, 1, 0))
+
+    def flat(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch._remove_batch_dim(tensor, level, batch, 0).flatten(0, 1)
+
+    def batched(rows: Tensor) -> Tensor:
+        return torch._add_batch_dim(rows.unflatten(0, (batch, -1)), 0, level)
+
+    rows = [flat(tensor) for tensor in tensors]
+    with _outside_of_batches():
+        result = function(*rows)
+    return tuple(map(batched, result)) if isinstance(result, tuple) else batched(result)
+
+
+@contextlib.contextmanager
+def _outside_of_batches() -> Iterator[None]:
+    """Randomness is refused within a batch."""
+    torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._vmapmode_increment_nesting()  # type: ignore[attr-defined]
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

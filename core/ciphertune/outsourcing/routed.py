@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.denormals import flushing
-from ciphertune._support.torch_compat import uncompiled
+from ciphertune._support.torch_compat import batched_by_autograd, rows_of_all, uncompiled
 from ciphertune.callers import Owners
 from ciphertune.client.session import Session
+from ciphertune.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +53,19 @@ class FromInputs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, chosen: Tensor, stack: Stack, lenient: bool = False, owners: Owners | None = None
-    ) -> Tensor:
+    def forward(x: Tensor, chosen: Tensor, stack: Stack, lenient: bool = False, owners: Owners | None = None) -> Tensor:
         """See the class.
 
         Args:
-            ctx: of autograd.
             x: (tokens, K).
             chosen: (tokens, k) int64, below E.
             stack: of the layers.
             lenient: whether rows that are not finite are sent as zeros, and their outputs are NaN.
             owners: as in ``Session.product``.
         """
-        ctx.stack = stack
-        ctx.save_for_backward(chosen)
-        ctx.set_materialize_grads(False)
+        if batched_by_autograd(x, chosen):
+            found: Tensor = rows_of_all(lambda *rows: FromInputs.forward(*rows, stack, lenient), x, chosen)
+            return found
         with flushing(), torch.autocast(x.device.type, enabled=False):
             sent, overflown = _finite(x, lenient)
             stacked = stack.session.product(stack.group, "forward", sent, owners)
@@ -78,6 +76,21 @@ class FromInputs(torch.autograd.Function):
             if scale is not None:
                 picked = picked * scale[:, chosen].permute(1, 2, 0, 3)
             return _marked(picked.flatten(2), overflown)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what ``backward`` and ``jvp`` need."""
+        _keep(ctx, inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
+        """The tangent of the outputs."""
+        return None if tangent is None else FromInputs.apply(tangent, *ctx.saved_tensors, ctx.stack, ctx.stack.half)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """One product for the rows of all examples."""
+        return _of_all(FromInputs, info.batch_size, in_dims, inputs), 0
 
     @staticmethod
     @uncompiled
@@ -98,13 +111,11 @@ class FromOutputs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, chosen: Tensor, stack: Stack, lenient: bool = False, owners: Owners | None = None
-    ) -> Tensor:
+    def forward(h: Tensor, chosen: Tensor, stack: Stack, lenient: bool = False, owners: Owners | None = None) -> Tensor:
         """See the class and ``FromInputs.forward``."""
-        ctx.stack = stack
-        ctx.save_for_backward(chosen)
-        ctx.set_materialize_grads(False)
+        if batched_by_autograd(h, chosen):
+            found: Tensor = rows_of_all(lambda *rows: FromOutputs.forward(*rows, stack, lenient), h, chosen)
+            return found
         with flushing(), torch.autocast(h.device.type, enabled=False):
             finite, overflown = _finite(h.flatten(1), lenient)
             values = finite.view(len(h), chosen.shape[1], stack.parameters, stack.width)
@@ -118,6 +129,21 @@ class FromOutputs(torch.autograd.Function):
             return _marked(product.to(torch.float32).contiguous(), overflown)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what ``backward`` and ``jvp`` need."""
+        _keep(ctx, inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
+        """The tangent of the outputs."""
+        return None if tangent is None else FromOutputs.apply(tangent, *ctx.saved_tensors, ctx.stack, ctx.stack.half)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """One product for the rows of all examples."""
+        return _of_all(FromOutputs, info.batch_size, in_dims, inputs), 0
+
+    @staticmethod
     @uncompiled
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """See the class."""
@@ -126,6 +152,26 @@ class FromOutputs(torch.autograd.Function):
             return (None,) * 5
         gradient: Tensor = FromInputs.apply(grad, chosen, ctx.stack, ctx.stack.half)  # type: ignore[no-untyped-call]
         return gradient, None, None, None, None
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    _, chosen, ctx.stack, *_ = inputs
+    ctx.save_for_backward(chosen)
+    ctx.save_for_forward(chosen)
+    ctx.set_materialize_grads(False)
+
+
+def _of_all(function: Any, batch: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> Tensor:
+    """A function of tokens and experts' numbers, with the tokens of all examples one after the other."""
+    stack, lenient, owners = inputs[2:]
+    if owners is not None:
+        raise InputError("tokens of several callers cannot be told apart under vmap: call the model without it")
+    rows = [
+        each.expand(batch, *each.shape) if at is None else each.movedim(at, 0)
+        for each, at in zip(inputs[:2], in_dims[:2], strict=True)
+    ]
+    result: Tensor = function.apply(*(each.flatten(0, 1) for each in rows), stack, lenient, None)
+    return result.unflatten(0, (batch, -1))  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _finite(x: Tensor, lenient: bool) -> tuple[Tensor, Tensor | None]:
