@@ -1,8 +1,8 @@
 """HQQ: ``W_q`` uint8 with 8, 4, 2 or 1 bits a value, ``scale`` and ``zero`` of its groups, sizes in tensors beside it.
 
-A matrix is reshaped to groups, along rows of ``W_q`` or along its columns; a byte holds values from as many equal parts of
-the rows, that of the first part in its highest bits. See Badri and Shaji, "Half-Quadratic Quantization" (2023), and the
-package ``hqq``.
+A matrix is reshaped to groups, along rows of ``W_q`` or along its columns; a byte holds values from as many equal parts
+of the rows, that of the first part in its highest bits. See Badri and Shaji, "Half-Quadratic Quantization" (2023), and
+the package ``hqq``.
 """
 
 from __future__ import annotations

@@ -43,8 +43,9 @@ PLAIN = ("F64", "F32", "F16", "BF16")
 _NEVER_PLAIN = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U16", "U32", "U64")
 """What no model of transformers keeps anything in that is not packed."""
 _BESIDE = (
-    "W_q", "_data", "_scale", "_shift", "_weight_qdata", "_weight_scale", "absmax", "qweight", "qzeros", "quant_map", "SCB", "scale_weight", "weight_global_scale", "weight_packed",
-    "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_zero_point", "weight_g_idx",
+    "W_q", "_data", "_scale", "_shift", "_weight_qdata", "_weight_scale", "absmax", "qweight", "qzeros", "quant_map",
+    "SCB", "scale_weight", "weight_global_scale", "weight_packed", "weight_scale", "weight_scale_2",
+    "weight_scale_inv", "weight_zero_point", "weight_g_idx",
 )  # fmt: skip
 """Names of what stands beside packed weights, in formats that are known and in others."""
 _LARGEST_CONFIG = 1 << 24

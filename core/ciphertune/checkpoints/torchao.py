@@ -1,7 +1,7 @@
 """torchao and quanto: int8 numbers, and 8-bit floating point, with scales by row or group of a row's columns.
 
-torchao has ``_weight_qdata`` (N, K), ``_weight_scale`` (N, G) and perhaps ``_weight_zero_point`` (N, G), quanto ``weight._data``
-(N, K) and ``weight._scale`` (N, 1). Their packed forms, for kernels of some processor, are refused.
+torchao has ``_weight_qdata`` (N, K), ``_weight_scale`` (N, G) and perhaps ``_weight_zero_point`` (N, G), quanto
+``weight._data`` (N, K) and ``weight._scale`` (N, 1). Their packed forms, for kernels of some processor, are refused.
 """
 
 from __future__ import annotations
