@@ -205,8 +205,8 @@ def fours() -> None:
     # In float32: what the packer itself gives is rounded to bfloat16.
     values = unpack(packed["weight_packed"], N, K, torch.float32)
     expected = dequantize(values, packed["weight_scale"].float(), args=scheme.weights, global_scale=whole)
-    settings = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": given}}}
-    write("compressed-nvfp4", packed, expected, {"quant_method": "compressed-tensors", **settings})
+    groups_of = {"group_0": {"targets": ["Linear"], "weights": given}}
+    write("compressed-nvfp4", packed, expected, {"quant_method": "compressed-tensors", "config_groups": groups_of})
     other = {"weight": packed["weight_packed"], "weight_scale": packed["weight_scale"]}
     number = 1 / packed["weight_global_scale"].reshape(())
     settings = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
@@ -216,7 +216,7 @@ def fours() -> None:
 def torchao() -> None:
     quantization = importlib.import_module("torchao.quantization")
     support = importlib.import_module("torchao.prototype.safetensors.safetensors_support")
-    by_group = {"weight_dtype": torch.int4, "granularity": quantization.granularity.PerGroup(32)}
+    by_group = {"weight_dtype": getattr(torch, "int4"), "granularity": quantization.granularity.PerGroup(32)}  # noqa: B009
     for name, given in (
         ("int8", quantization.Int8WeightOnlyConfig(version=2)),
         ("float8", quantization.Float8WeightOnlyConfig()),

@@ -216,6 +216,27 @@ def test_transforms(transform: Any) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("to", ["clear?weight_bits=8", "clear?weight_bits=8&experts=routed", "mlwe"])
+def test_channels_with_outliers_stay(kind: str, to: str) -> None:
+    plain = nn.Sequential(mixture(kind, experts_implementation="eager").model.layers[0].mlp)
+    x = torch.linspace(-1, 1, 512).mul(99).sin().reshape(1, 16, 32)
+    x[..., 5] *= 300
+    calibration = ciphertune.calibrate(plain, [x])
+    errors = []
+    for known in (None, calibration):
+        y = x.clone().requires_grad_()
+        model = ciphertune.outsource(copy.deepcopy(plain), to, calibration=known)
+        found, wanted = model(y), plain(x)
+        found, wanted = (each[0] if isinstance(each, tuple) else each for each in (found, wanted))
+        errors.append(float((found - wanted).norm() / wanted.norm()))
+        found.sum().backward()
+        assert y.grad is not None
+    kept = {info.kept.inputs.tolist() == [5] for info in outsourced_experts(model)[0].infos if info.kept is not None}
+    assert kept == {True}
+    assert errors[1] < 0.5 * errors[0]
+
+
 def test_tokens_that_are_not_finite() -> None:
     model = ciphertune.outsource(mixture(), "clear")
     experts = outsourced_experts(model)[0]

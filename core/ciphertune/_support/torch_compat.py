@@ -51,8 +51,8 @@ def rows_of_all(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
         function: of tensors (rows, …); gives one or a tuple of them, with as many rows.
         tensors: what it is called with, some of them batched; None is handed on.
     """
-    level = torch._C._vmapmode_increment_nesting() - 1  # type: ignore[attr-defined]
-    torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined]
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
     first = next(each for each in tensors if batched_by_autograd(each))
     assert first is not None
     batch = len(torch._remove_batch_dim(first, level, 1, 0))
@@ -61,7 +61,7 @@ def rows_of_all(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
         return None if tensor is None else torch._remove_batch_dim(tensor, level, batch, 0).flatten(0, 1)
 
     def batched(rows: Tensor) -> Tensor:
-        return torch._add_batch_dim(rows.unflatten(0, (batch, -1)), 0, level)
+        return torch._add_batch_dim(rows.reshape(batch, -1, *rows.shape[1:]), 0, level)
 
     rows = [flat(tensor) for tensor in tensors]
     with _outside_of_batches():
@@ -72,11 +72,11 @@ def rows_of_all(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
 @contextlib.contextmanager
 def _outside_of_batches() -> Iterator[None]:
     """Randomness is refused within a batch."""
-    torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined]
+    torch._C._vmapmode_decrement_nesting()
     try:
         yield
     finally:
-        torch._C._vmapmode_increment_nesting()  # type: ignore[attr-defined]
+        torch._C._vmapmode_increment_nesting()
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

@@ -13,6 +13,7 @@ from ciphertune._support.torch_compat import batched_by_autograd, rows_of_all, u
 from ciphertune.callers import Owners
 from ciphertune.client.session import Session
 from ciphertune.errors import InputError
+from ciphertune.outsourcing.outliers import set_inputs_aside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,12 @@ class FromInputs(torch.autograd.Function):
             owners: as in ``Session.product``.
         """
         if batched_by_autograd(x, chosen):
-            found: Tensor = rows_of_all(lambda *rows: FromInputs.forward(*rows, stack, lenient), x, chosen)
+            found: Tensor = rows_of_all(lambda rows, of: FromInputs.forward(rows, of, stack, lenient), x, chosen)
             return found
         with flushing(), torch.autocast(x.device.type, enabled=False):
-            sent, overflown = _finite(x, lenient)
+            finite, overflown = _finite(x, lenient)
+            layers = stack.session.members(stack.group)
+            sent, aside = set_inputs_aside(finite, layers)
             stacked = stack.session.product(stack.group, "forward", sent, owners)
             wide: Tensor = stacked.unflatten(1, (stack.parameters, stack.experts, stack.width))  # type: ignore[no-untyped-call]
             rows = torch.arange(len(x), device=x.device)[:, None]
@@ -75,6 +78,12 @@ class FromInputs(torch.autograd.Function):
             scale = stack.scale(picked.device)
             if scale is not None:
                 picked = picked * scale[:, chosen].permute(1, 2, 0, 3)
+            if aside is not None:
+                # With all experts, as the product is: how long it takes must not follow from routing.
+                columns = [layer.kept.columns.dequantize() for layer in layers if layer.kept is not None]
+                part = aside @ torch.cat(columns, dim=1).to(aside.device)
+                shape = (stack.parameters, stack.experts, stack.width)
+                picked = picked + part.unflatten(1, shape)[rows, :, chosen]  # type: ignore[no-untyped-call]
             return _marked(picked.flatten(2), overflown)
 
     @staticmethod
@@ -114,7 +123,7 @@ class FromOutputs(torch.autograd.Function):
     def forward(h: Tensor, chosen: Tensor, stack: Stack, lenient: bool = False, owners: Owners | None = None) -> Tensor:
         """See the class and ``FromInputs.forward``."""
         if batched_by_autograd(h, chosen):
-            found: Tensor = rows_of_all(lambda *rows: FromOutputs.forward(*rows, stack, lenient), h, chosen)
+            found: Tensor = rows_of_all(lambda rows, of: FromOutputs.forward(rows, of, stack, lenient), h, chosen)
             return found
         with flushing(), torch.autocast(h.device.type, enabled=False):
             finite, overflown = _finite(h.flatten(1), lenient)

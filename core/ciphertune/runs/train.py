@@ -152,7 +152,14 @@ def _run(
         calibration = calibration_under(choice.backend, base, tokenizer, config.calibration, progress)
     model = _adapted(base, config, task)
     if not outsourced_layers(base):
-        outsource(model, config.to, config.layers, embeddings=config.embeddings, calibration=calibration)
+        outsource(
+            model,
+            config.to,
+            config.layers,
+            embeddings=config.embeddings,
+            convolutions=config.convolutions,
+            calibration=calibration,
+        )
     session = session_of(model)
     part = share(model)
     progress(
@@ -261,7 +268,10 @@ def _check_length(length: int, most: Any) -> None:
 
 
 def _check_vocabulary(data: Batches, model: Any, name: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # transformers' way to say that there is no table: CANINE hashes letters
+        return
     most = max(max(sequence.ids, default=0) for sequence in (*data.train, *data.held))
     if most >= rows:
         raise ConfigError(
