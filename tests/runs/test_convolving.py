@@ -40,7 +40,8 @@ def run(project: Path, line: str) -> Any:
     file = project / "run.toml"
     file.write_text(
         f'task = "classification"\nto = "clear"\n{line}\n[model]\nname = "model"\n[data]\nsource = "notes.jsonl"\n'
-        'length = 128\nheld_out = 0\nbatch_size = 2\n[lora]\ntarget_modules = ["query"]\n'
+        "length = 128\nheld_out = 0\nbatch_size = 2\n[lora]\n"
+        'target_modules = ["initial_char_encoder.layer.0.attention.self.query"]\n'
         '[training]\noutput = "out"\nsteps = 1\n'
     )
     return run_training(load_config(file), overwrite=True)
