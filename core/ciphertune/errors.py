@@ -73,7 +73,7 @@ class OutsourcedWeightError(LayerError):
 
 
 class InputError(CipherTuneError, ValueError):
-    """Activations or gradients that must not be sent: wrong shape, empty, NaN or infinity."""
+    """What must not be sent: of a wrong shape, empty, or beyond float32; gradients with NaN or infinity."""
 
 
 class PrecisionError(CipherTuneError, ValueError):

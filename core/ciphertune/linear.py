@@ -12,7 +12,8 @@ from ciphertune._support.torch_compat import autocast_dtype, without_autocast
 from ciphertune.errors import InputError
 from ciphertune.weights import LayerInfo
 
-_ANCHOR = "anchor_of_device"
+ANCHOR = "anchor_of_device"
+"""Name of a parameter without elements."""
 
 
 class Evaluator(Protocol):
@@ -34,6 +35,19 @@ class Evaluator(Protocol):
             half: whether the output becomes float16, whose gradients may overflow: these are NaN and no error.
         """
         ...
+
+
+def refuse_layout(x: Tensor, name: str) -> None:
+    """Raise ``InputError`` for an input whose rows are not in one block of memory.
+
+    Args:
+        x: input of a layer.
+        name: of the layer.
+    """
+    if x.is_nested:
+        raise InputError(f"{name}: nested tensors are not taken: call the layer with their values, or pad them")
+    if x.layout != torch.strided:
+        raise InputError(f"{name}: the input has the layout {x.layout}: make it dense first (to_dense)")
 
 
 class OutsourcedLinear(WithoutWeight, nn.Linear):
@@ -74,6 +88,7 @@ class OutsourcedLinear(WithoutWeight, nn.Linear):
         nn.Module.__init__(self)
         self.info = info
         self.name = info.name
+        self.keep_parameters()
         self.in_features = info.in_features
         self.out_features = info.out_features
         self.group = group
@@ -87,11 +102,14 @@ class OutsourcedLinear(WithoutWeight, nn.Linear):
         """``input Wᵀ + bias``, input of shape (…, K); the result has its dtype, or autocast's where that is on.
 
         Raises:
-            InputError: the last dimension is not K, it is not floating point, or is not finite.
-            OutsourcedWeightError: the call is traced by ``torch.jit`` or ``torch.fx``.
+            InputError: the last dimension is not K, or it is not floating point, or is nested or sparse.
+            OutsourcedWeightError: the call is traced by ``torch.jit`` or ``torch.fx``, or is to compute with another
+                weight.
         """
         x = input
         self.refuse_tracing(x)
+        self.refuse_other_weight()
+        refuse_layout(x, self.name)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise InputError(f"{self.name}: expected an input of shape (…, {self.in_features}), got {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -105,23 +123,29 @@ class OutsourcedLinear(WithoutWeight, nn.Linear):
                 y = y + self.bias.to(torch.float32)
             return y.to(dtype)
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether this is the weight at the workers, in the form that the layer before stored it in."""
+        shell = getattr(self.original, "shell", None)
+        stored_as_columns = shell is not None and not isinstance(shell, nn.Linear)  # transformers' Conv1D
+        return weight.dim() == 2 and self.info.describes(weight.t() if stored_as_columns else weight)
+
     def anchor(self) -> None:
         """Hold a frozen parameter without elements, which is never saved.
 
         For a model with no other: libraries ask the first parameter for the device and the dtype.
         """
         like = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
-        self.register_parameter(_ANCHOR, nn.Parameter(like, requires_grad=False))
+        self.register_parameter(ANCHOR, nn.Parameter(like, requires_grad=False))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(prefix + _ANCHOR, None)
+        destination.pop(prefix + ANCHOR, None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        held = self._parameters.pop(_ANCHOR, None)
+        held = self._parameters.pop(ANCHOR, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if held is not None:
-            self._parameters[_ANCHOR] = held
+            self._parameters[ANCHOR] = held
 
     def extra_repr(self) -> str:
         """Sizes and where the weight is."""

@@ -100,6 +100,15 @@ class LayerInfo:
         size = hashlib.sha256().digest_size
         return self.row_digests[start // DIGEST_ROWS * size : -(-stop // DIGEST_ROWS) * size]
 
+    def describes(self, weight: Tensor) -> bool:
+        """Whether this is known of a weight, (N, K) of any floating dtype, rounded as that of the layer was."""
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            return False
+        try:
+            return self.row_digests == row_digests(quantize(weight, self.weight_bits))
+        except UnsupportedLayerError:  # it is not finite
+            return False
+
     def shard(self, start: int = 0, stop: int | None = None) -> Shard:
         """Rows start to stop of this layer, as a worker announces them."""
         last = self.out_features if stop is None else stop

@@ -2,9 +2,10 @@
 
 Not part of the tests: it needs what packs, each in a folder that PYTHONPATH names, since they ask for packages that the
 tests' environment has otherwise. The samples were made by bitsandbytes 0.50.2, compressed-tensors 0.20.0, auto-gptq
-0.7.1, autoawq 0.2.9, and transformers 5.24 (``fp8`` and ``mxfp4``).
+0.7.1, autoawq 0.2.9, torchao 0.18.0, hqq 0.2.8, optimum-quanto 0.2.7, and transformers 5.24 (``fp8`` and ``mxfp4``).
+``modelopt-nvfp4`` holds what compressed-tensors packed, in ModelOpt's names and with its number turned round.
 
-    PYTHONPATH=BITSANDBYTES:COMPRESSED_TENSORS:AUTO_GPTQ:AUTOAWQ python tests/checkpoints/make_samples.py
+    PYTHONPATH=FOLDER python tests/checkpoints/make_samples.py NAME …
 """
 
 from __future__ import annotations
@@ -187,6 +188,75 @@ def transformers() -> None:
     write("mxfp4", {"weight_blocks": blocks, "weight_scales": scales}, expected, {"quant_method": "mxfp4"})
 
 
+def fours() -> None:
+    quantization = importlib.import_module("compressed_tensors.quantization")
+    utils = importlib.import_module("compressed_tensors.quantization.utils")
+    packer = importlib.import_module("compressed_tensors.compressors.nvfp4.base").NVFP4PackedCompressor
+    given = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=quantization.QuantizationArgs(**given))
+    weight = layer().weight.data
+    whole = utils.generate_gparam(weight.amin().reshape(1), weight.amax().reshape(1))
+    groups = weight.unflatten(1, (-1, 16))
+    scale, _ = utils.calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights, global_scale=whole)
+    packed = packer.compress({"weight": weight, "weight_scale": scale, "weight_global_scale": whole}, scheme)
+    packed = {key: value for key, value in packed.items() if key != "weight_zero_point" and value is not None}
+    unpack = importlib.import_module("compressed_tensors.compressors.nvfp4.helpers").unpack_fp4_from_uint8
+    dequantize = importlib.import_module("compressed_tensors.quantization.lifecycle.forward").dequantize
+    # In float32: what the packer itself gives is rounded to bfloat16.
+    values = unpack(packed["weight_packed"], N, K, torch.float32)
+    expected = dequantize(values, packed["weight_scale"].float(), args=scheme.weights, global_scale=whole)
+    groups_of = {"group_0": {"targets": ["Linear"], "weights": given}}
+    write("compressed-nvfp4", packed, expected, {"quant_method": "compressed-tensors", "config_groups": groups_of})
+    other = {"weight": packed["weight_packed"], "weight_scale": packed["weight_scale"]}
+    number = 1 / packed["weight_global_scale"].reshape(())
+    settings = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    write("modelopt-nvfp4", {**other, "weight_scale_2": number}, expected, settings)
+
+
+def torchao() -> None:
+    quantization = importlib.import_module("torchao.quantization")
+    support = importlib.import_module("torchao.prototype.safetensors.safetensors_support")
+    by_group = {"weight_dtype": getattr(torch, "int4"), "granularity": quantization.granularity.PerGroup(32)}  # noqa: B009
+    for name, given in (
+        ("int8", quantization.Int8WeightOnlyConfig(version=2)),
+        ("float8", quantization.Float8WeightOnlyConfig()),
+        ("int4-group", quantization.IntxWeightOnlyConfig(**by_group)),
+    ):
+        made = nn.Sequential()
+        made.add_module("layer", layer())
+        quantization.quantize_(made, given)
+        state, _ = support.flatten_tensor_state_dict(made.state_dict())
+        state = {key.removeprefix("layer."): value for key, value in state.items()}
+        write(f"torchao-{name}", state, made.layer.weight.dequantize(), {"quant_method": "torchao"})
+
+
+def hqq() -> None:
+    quantize = importlib.import_module("hqq.core.quantize")
+    for name, bits, size, axis in (
+        ("8bit", 8, 32, 1),
+        ("4bit", 4, 32, 1),
+        ("4bit-columns", 4, 32, 0),
+        ("2bit", 2, 16, 1),
+    ):
+        config = quantize.BaseQuantizeConfig(nbits=bits, group_size=size, axis=axis)
+        made = quantize.HQQLinear(layer(), config, compute_dtype=torch.float32, device="cpu")
+        write(f"hqq-{name}", dict(made.state_dict()), made.dequantize(), {"quant_method": "hqq"})
+
+
+def quanto() -> None:
+    package = importlib.import_module("optimum.quanto")
+    for name, kind in (("int8", package.qint8), ("float8", package.qfloat8)):
+        made = nn.Sequential()
+        made.add_module("layer", layer())
+        package.quantize(made, weights=kind)
+        package.freeze(made)
+        state = {key.removeprefix("layer."): value for key, value in made.state_dict().items()}
+        write(f"quanto-{name}", state, made.layer.weight.dequantize(), {"quant_method": "quanto"})
+
+
+MAKERS = (bitsandbytes, compressed_tensors, auto_gptq, autoawq, transformers, fours, torchao, hqq, quanto)
+
 if __name__ == "__main__":
-    for make in (bitsandbytes, compressed_tensors, auto_gptq, autoawq, transformers):
-        make()
+    for make in MAKERS:
+        if make.__name__ in sys.argv[1:]:
+            make()

@@ -251,6 +251,8 @@ def _small(stated: dict[str, Any], factor: int) -> dict[str, Any]:
                 made[key] = (every * few)[:few]
             else:
                 made[key] = [1] * len(value) if key == "depths" else value
+        elif key == "num_experts_per_tok" and value is None:
+            made[key] = 2
         elif isinstance(value, bool) or not isinstance(value, int):
             made[key] = value
         elif "vocab_size" in key:

@@ -191,6 +191,61 @@ def test_double_backward() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
 
 
+def each_example(block: Any, x: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.grad(lambda row: block(row).square().sum()))(x)
+
+
+def forward_mode(block: Any, x: Tensor) -> Tensor:
+    result: Tensor = torch.func.jvp(block, (x[0],), (x[1],))[1]
+    return result
+
+
+def batch_of_gradients(block: Any, x: Tensor) -> Tensor:
+    row = x[0].clone().requires_grad_()
+    y = block(row)
+    return torch.autograd.grad(y, row, torch.stack([y.detach(), y.detach().flip(-1)]), is_grads_batched=True)[0]
+
+
+@pytest.mark.parametrize("transform", [each_example, forward_mode, batch_of_gradients])
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_transforms(transform: Any) -> None:
+    plain = mixture(experts_implementation="batched_mm")
+    model = ciphertune.outsource(copy.deepcopy(plain), "clear")
+    x = torch.linspace(-1, 1, 384).sin().reshape(3, 1, 4, 32)
+    wanted, found = (transform(each.model.layers[0].mlp, x) for each in (plain, model))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("to", ["clear?weight_bits=8", "clear?weight_bits=8&experts=routed", "mlwe"])
+def test_channels_with_outliers_stay(kind: str, to: str) -> None:
+    plain = nn.Sequential(mixture(kind, experts_implementation="eager").model.layers[0].mlp)
+    x = torch.linspace(-1, 1, 512).mul(99).sin().reshape(1, 16, 32)
+    x[..., 5] *= 300
+    calibration = ciphertune.calibrate(plain, [x])
+    errors = []
+    for known in (None, calibration):
+        y = x.clone().requires_grad_()
+        model = ciphertune.outsource(copy.deepcopy(plain), to, calibration=known)
+        found, wanted = model(y), plain(x)
+        found, wanted = (each[0] if isinstance(each, tuple) else each for each in (found, wanted))
+        errors.append(float((found - wanted).detach().norm() / wanted.detach().norm()))
+        found.sum().backward()
+        assert y.grad is not None
+    kept = {info.kept.inputs.tolist() == [5] for info in outsourced_experts(model)[0].infos if info.kept is not None}
+    assert kept == {True}
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_tokens_that_are_not_finite() -> None:
+    model = ciphertune.outsource(mixture(), "clear")
+    experts = outsourced_experts(model)[0]
+    x, weights = torch.randn(4, 32), torch.rand(4, 2)
+    x[1, 2] = torch.nan
+    y = experts(x, torch.tensor([[0, 1]] * 4), weights)
+    assert y.isnan().any(1).tolist() == [False, True, False, False]
+
+
 @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
 @pytest.mark.parametrize("to", ["clear?weight_bits=16", "clear?weight_bits=16&experts=routed"])
 def test_bundles(tmp_path: Path, kind: str, to: str) -> None:

@@ -163,12 +163,11 @@ def test_over_two_workers(farm: Farm, to: str) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_values_that_are_not_finite_are_refused_there_too(outsourced: Callable[..., Any], value: float) -> None:
+def test_values_that_are_not_finite(outsourced: Callable[..., Any], value: float) -> None:
     model = outsourced("simulation", calibrated())
     x = data(5)
     x[2, OUTLIERS[0]] = value
-    with pytest.raises(InputError, match="1 of 320 values"):
-        model.q_proj(x)
+    assert model.q_proj(x).isnan().any(1).tolist() == [False, False, True, False, False]
     gradient = torch.ones(5, 90)
     gradient[1, 7] = value
     h = torch.randn(5, 200, requires_grad=True)

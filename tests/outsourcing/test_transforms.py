@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.functional import jacobian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import ciphertune
@@ -66,7 +67,18 @@ TRANSFORMS: dict[str, Callable[[nn.Module], Tensor]] = {
     "jacrev": lambda model: jacrev(model)(X[0]),
     "jacfwd": lambda model: jacfwd(model)(X[0]),
     "hessian": lambda model: hessian(lambda x: model(x).square().sum())(X[0]),
+    "a batch of gradients": lambda model: batch_of_gradients(model),
+    "autograd's jacobian": lambda model: jacobian(model, X[0], vectorize=True),
+    "autograd's jacobian forward": lambda model: jacobian(model, X[0], vectorize=True, strategy="forward-mode"),
 }
+
+
+def batch_of_gradients(model: nn.Module) -> Tensor:
+    x = X.clone().requires_grad_()
+    y = model(x)
+    each = torch.randn(2, *y.shape, generator=torch.Generator().manual_seed(3))
+    (gradients,) = torch.autograd.grad(y, x, each, is_grads_batched=True)
+    return gradients
 
 
 @pytest.mark.parametrize("name", list(TRANSFORMS))

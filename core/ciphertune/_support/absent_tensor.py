@@ -103,6 +103,9 @@ _SHAPE: dict[str, Callable[..., Any]] = {
 
 _SOME = "a layer"
 
+_AVERAGED = frozenset({"copy_", "lerp_", "_foreach_lerp_", "_foreach_copy_"})
+"""What copies of a model are kept up to date with, as ``torch.optim.swa_utils`` does it."""
+
 
 class AbsentTensor(Tensor):
     """A weight that is at the workers. It has a shape, a device and a dtype; reading its values is an error.
@@ -136,6 +139,9 @@ class AbsentTensor(Tensor):
         said = asked == "requires_grad_" or (asked == "requires_grad" and bool(given))
         if said and given and not all(given):
             return args[0] if asked == "requires_grad_" else None
+        if asked in _AVERAGED and (others := _without_same(*args)) is not None:
+            # A layer's copies are at the workers as one: their average is what it was.
+            return args[0] if not others else func(*others, **(kwargs or {}))
         if said or not only_metadata(func):
             refuse(_named(args), asked)
         with torch._C.DisableTorchFunctionSubclass():
@@ -144,6 +150,25 @@ class AbsentTensor(Tensor):
             result = result.as_subclass(AbsentTensor)
             result.layer, result.full = args[0].layer, args[0].full
         return result
+
+
+def _without_same(target: Any, source: Any = None, *rest: Any) -> tuple[Any, ...] | None:
+    """Arguments without the absent weights in both of the first two; None where one is in only one of them.
+
+    Nothing is left, the empty tuple, where there was nothing else.
+    """
+    single = isinstance(target, Tensor)
+    pairs = [(target, source)] if single else list(zip(target, source or (), strict=False))
+    kept = []
+    for one, other in pairs:
+        absent = [each for each in (one, other) if isinstance(each, AbsentTensor)]
+        if len({each.layer for each in absent}) > 1 or len(absent) == 1:
+            return None
+        if not absent:
+            kept.append((one, other))
+    if single or not kept:
+        return ()
+    return [one for one, _ in kept], [other for _, other in kept], *rest
 
 
 def _named(values: Any) -> str:
@@ -182,6 +207,34 @@ def refuse(layer: str, what: str) -> NoReturn:
     )
 
 
+def refuse_another(layer: str) -> NoReturn:
+    """Raise ``OutsourcedWeightError``: ``layer`` was given another weight than the one at the workers."""
+    raise OutsourcedWeightError(
+        f"{layer!r} was given another weight (functional_call, load_state_dict, a parametrization or an assignment), "
+        "but computes with the one at the workers: change the weight before the model is outsourced, restore the model "
+        "first, or leave the layer out with layers=…"
+    )
+
+
+class _Parameters(dict[str, Any]):
+    """A module's parameters, of which the weight that is not there is not taken away silently or with a ``KeyError``.
+
+    The old ``weight_norm`` and ``spectral_norm``, and pruning, begin with that.
+    """
+
+    layer = _SOME
+
+    def __missing__(self, name: str) -> NoReturn:
+        if name == "weight":
+            refuse(self.layer, "a norm or a mask of it")
+        raise KeyError(name)
+
+    def __delitem__(self, name: str) -> None:
+        if name == "weight" and name not in self:
+            refuse(self.layer, "a norm or a mask of it")
+        super().__delitem__(name)
+
+
 class WithoutWeight(nn.Module):
     """What modules have in common whose weight is at the workers; before the torch module that they stand for.
 
@@ -200,6 +253,49 @@ class WithoutWeight(nn.Module):
             super().__setattr__(name, value)
         elif not self.tied:
             refuse(self.name, "assignment")
+
+    def refuse_other_weight(self) -> None:
+        """Raise ``OutsourcedWeightError`` where another weight was put here past ``__setattr__``.
+
+        ``functional_call``, an unsafe parametrization and writes to ``_parameters`` do that. Products are computed with
+        the weight at the workers all the same.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if "weight" in self._parameters or not isinstance(self._buffers.get("weight"), AbsentTensor):
+            refuse_another(self.name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of ``nn.Module``; what keeps the weight under another name (pruning) is refused."""
+        if isinstance(param, AbsentTensor):
+            refuse(self.name, "a norm or a mask of it")
+        if name == "weight":
+            refuse(self.name, "assignment")
+        super().register_parameter(name, param)
+
+    def keep_parameters(self) -> None:
+        """Have parameters in which no weight can be looked for in vain; once, as the module is made."""
+        vars(self)["_parameters"] = parameters = _Parameters()
+        parameters.layer = self.name
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local: Any, strict: Any, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """Take a state dict that has the weight, where it is the one at the workers.
+
+        Raises:
+            OutsourcedWeightError: it is another.
+        """
+        key = f"{prefix}weight"
+        if isinstance(given := state_dict.get(key), Tensor) and not isinstance(given, AbsentTensor):
+            if not self.holds(given):
+                refuse_another(self.name)
+            state_dict = {name: value for name, value in state_dict.items() if name != key}
+        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, errors)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether this is the weight at the workers, in the form that the module stores it in."""
+        raise NotImplementedError
 
     def refuse_tracing(self, given: object) -> None:
         """Raise ``OutsourcedWeightError`` where a call is recorded, to be repeated without the workers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +55,49 @@ def in_forward_ad() -> bool:
 def without_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
     """A context without autocast on this type of device; one that does nothing, which costs less, where it is off."""
     return _NOTHING if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
+
+
+def batched_by_autograd(*tensors: Tensor | None) -> bool:
+    """Whether autograd computes with tensors of several examples at once: ``is_grads_batched``, a vectorized jacobian.
+
+    It has a ``vmap`` of its own for this, which asks no rule of an ``autograd.Function``.
+    """
+    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+
+
+def rows_of_all(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+    """Call a function with the rows of all examples of such a batch, one example after the other.
+
+    Args:
+        function: of tensors (rows, …); gives one or a tuple of them, with as many rows.
+        tensors: what it is called with, some of them batched; None is handed on.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    first = next(each for each in tensors if batched_by_autograd(each))
+    assert first is not None
+    batch = len(torch._remove_batch_dim(first, level, 1, 0))
+
+    def flat(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch._remove_batch_dim(tensor, level, batch, 0).flatten(0, 1)
+
+    def batched(rows: Tensor) -> Tensor:
+        return torch._add_batch_dim(rows.reshape(batch, -1, *rows.shape[1:]), 0, level)
+
+    rows = [flat(tensor) for tensor in tensors]
+    with _outside_of_batches():
+        result = function(*rows)
+    return tuple(map(batched, result)) if isinstance(result, tuple) else batched(result)
+
+
+@contextlib.contextmanager
+def _outside_of_batches() -> Iterator[None]:
+    """Randomness is refused within a batch."""
+    torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        torch._C._vmapmode_increment_nesting()
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

@@ -1,8 +1,9 @@
 """compressed-tensors, as vLLM's and Neural Magic's checkpoints are: int-quantized, pack-quantized, float-quantized.
 
 ``weight`` (N, K) in int8 or 8-bit floating point, or ``weight_packed`` (N, K · bits / 32) int32, whose numbers are
-signed with an offset of half their range. ``weight_scale`` is one number, one a row, one a group of a row's columns, or
-one a block. ``weight_zero_point`` is signed as the numbers are, and packed along its rows where they are.
+signed with an offset of half their range, or ``weight_packed`` in 4-bit floating point (``fours``). ``weight_scale`` is
+one number, one a row, one a group of a row's columns, or one a block. ``weight_zero_point`` is signed as the numbers
+are, and packed along its rows where they are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ciphertune.checkpoints.files import Header
 from ciphertune.checkpoints.floats import EIGHT_BITS, scaled
+from ciphertune.checkpoints.fours import fours
 from ciphertune.checkpoints.packed import Packed, Read, checked_groups, fail, grouped, groups_of, words
 
 _BITS = (2, 4, 8)
@@ -34,6 +36,8 @@ def compressed(headers: Mapping[str, Header], settings: Mapping[str, Any]) -> di
         if leaf == "weight" and header.dtype in EIGHT_BITS:
             block = next((each["block_structure"] for each in schemes if each.get("block_structure")), None)
             packed = scaled(name, headers, block)
+        elif leaf == "weight_packed" and header.dtype == "U8":
+            packed = fours(name, headers, f"{module}.weight_global_scale", divide=True)
         elif (leaf == "weight" and header.dtype == "I8") or leaf == "weight_packed":
             packed = _layer(module, name, headers, schemes)
         if packed is None:

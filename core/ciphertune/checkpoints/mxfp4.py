@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ciphertune.checkpoints.files import Header
+from ciphertune.checkpoints.fours import VALUES
 from ciphertune.checkpoints.packed import Packed, Read, fail
-
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def mxfp4(headers: Mapping[str, Header], settings: Mapping[str, Any]) -> dict[str, Packed]:
@@ -36,7 +35,7 @@ def _experts(name: str, scales: str, headers: Mapping[str, Header]) -> Packed:
     def unpack(read: Read) -> Tensor:
         blocks, exponents = read(name), read(scales)
         # bfloat16 holds four-bit numbers times powers of two exactly.
-        table = torch.tensor([*_VALUES, *(-value for value in _VALUES)], dtype=torch.bfloat16)
+        table = torch.tensor([*VALUES, *(-value for value in VALUES)], dtype=torch.bfloat16)
         out = torch.empty((shape[0], shape[2] * shape[3] * 2, shape[1]), dtype=torch.bfloat16)
         for expert, (part, exponent) in enumerate(zip(blocks, exponents, strict=True)):
             values = table[torch.stack([part & 15, part >> 4], dim=-1).flatten(-2).int()]

@@ -14,9 +14,12 @@ from ciphertune.checkpoints.bnb import bitsandbytes
 from ciphertune.checkpoints.compressed import compressed
 from ciphertune.checkpoints.files import TensorFiles, checkpoint_files
 from ciphertune.checkpoints.floats import fp8
+from ciphertune.checkpoints.fours import modelopt
 from ciphertune.checkpoints.gptq import gptq
+from ciphertune.checkpoints.hqq import hqq
 from ciphertune.checkpoints.mxfp4 import mxfp4
 from ciphertune.checkpoints.packed import Format, Packed, fail
+from ciphertune.checkpoints.torchao import quanto, torchao
 from ciphertune.errors import ConfigError
 
 FORMATS: dict[str, Format] = {
@@ -26,7 +29,11 @@ FORMATS: dict[str, Format] = {
     "fbgemm_fp8": fp8,
     "fp8": fp8,
     "gptq": gptq,
+    "hqq": hqq,
+    "modelopt": modelopt,
     "mxfp4": mxfp4,
+    "quanto": quanto,
+    "torchao": torchao,
 }
 """What ``quantization_config.quant_method`` of a model may be."""
 
@@ -36,8 +43,9 @@ PLAIN = ("F64", "F32", "F16", "BF16")
 _NEVER_PLAIN = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U16", "U32", "U64")
 """What no model of transformers keeps anything in that is not packed."""
 _BESIDE = (
-    "absmax", "qweight", "qzeros", "quant_map", "SCB", "scale_weight", "weight_global_scale", "weight_packed",
-    "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_zero_point", "weight_g_idx",
+    "W_q", "_data", "_scale", "_shift", "_weight_qdata", "_weight_scale", "absmax", "qweight", "qzeros", "quant_map",
+    "SCB", "scale_weight", "weight_global_scale", "weight_packed", "weight_scale", "weight_scale_2",
+    "weight_scale_inv", "weight_zero_point", "weight_g_idx",
 )  # fmt: skip
 """Names of what stands beside packed weights, in formats that are known and in others."""
 _LARGEST_CONFIG = 1 << 24
@@ -68,7 +76,8 @@ class PlainTensors:
         used = {part for each in self._packed.values() for part in each.parts}
         rest = {name: header for name, header in self._headers.items() if name not in used}
         for name, header in rest.items():
-            if header.dtype in _NEVER_PLAIN or name.rpartition(".")[2] in _BESIDE:
+            blocks = header.dtype == "U8" and name.endswith(("_blocks", "_scales"))
+            if header.dtype in _NEVER_PLAIN or blocks or name.rpartition(".")[2] in _BESIDE:
                 how = "no settings of a packed format are known" if settings is None else f"{_method(settings)!r}"
                 raise fail(name, f"it is stored as {header.dtype} and packed in a way that is not known ({how})")
         self._names = dict.fromkeys([*rest, *self._packed])

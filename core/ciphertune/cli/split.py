@@ -17,6 +17,7 @@ from ciphertune.cli.output import megabytes, print_facts, print_json
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
 @click.option("--embeddings", is_flag=True, help="The token embedding goes to workers, too, for encrypted lookups.")
 @click.option("--convolutions", is_flag=True, help="Convolutions that save more than they cost go, too, as patches.")
+@click.option("--convolution", "named", multiple=True, help="Convolutions that match go, too; may be repeated.")
 @click.option(
     "--experts",
     type=click.Choice(["all", "routed"]),
@@ -51,6 +52,7 @@ def split(
     layers: tuple[str, ...],
     embeddings: bool,
     convolutions: bool,
+    named: tuple[str, ...],
     experts: str,
     workers: int,
     placement: str,
@@ -73,7 +75,7 @@ def split(
             out,
             layers=layers or None,
             embeddings=embeddings,
-            convolutions=convolutions,
+            convolutions=named or convolutions,
             experts="routed" if experts == "routed" else "all",
             workers=workers,
             placement=placement,

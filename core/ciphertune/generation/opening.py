@@ -85,7 +85,8 @@ def open_model(source: ModelSource, progress: Callable[[str], None] | None = Non
         bundle = is_client_folder(source.name)
         if not bundle and source.weights is not None:
             raise ConfigError(f"weights are named for the client's part of a bundle, and {source.name} is none")
-        chosen = {"layers": source.layers, "embeddings": source.embeddings, "calibration": source.calibration}
+        asked = ("layers", "embeddings", "convolutions", "calibration")
+        chosen = {name: getattr(source, name) for name in asked}
         for name in (name for name, value in chosen.items() if bundle and value):
             raise ConfigError(f"{name}: the model was split with what was chosen then: leave it out")
         tokenizer, base = _load_bundle(source) if bundle else _load_model(source)
@@ -98,7 +99,14 @@ def open_model(source: ModelSource, progress: Callable[[str], None] | None = Non
             stack.callback(session_of(model).close)
         else:
             # With the adapter still trainable, which keeps its own layers here.
-            outsource(model, source.to, source.layers, embeddings=source.embeddings, calibration=calibration)
+            outsource(
+                model,
+                source.to,
+                source.layers,
+                embeddings=source.embeddings,
+                convolutions=source.convolutions,
+                calibration=calibration,
+            )
             stack.callback(session_of(model).close)
         base.requires_grad_(False)
         base.eval()

@@ -26,6 +26,7 @@ class ModelSource:
         weights: for the client's part of a bundle: a worker's folder to read codes in.
         layers: names or patterns of the layers to outsource; the default choice if None.
         embeddings: whether the token embedding is at the workers, too.
+        convolutions: as in a run's file.
         calibration: as in a run's file: public text by which channels are kept here, or ``off``.
         plugins: hook plugins, each ``name[?option=value&…]``.
         chat_template_path: a Jinja file in place of the tokenizer's chat template.
@@ -39,6 +40,7 @@ class ModelSource:
     weights: str | None = None
     layers: tuple[str, ...] | None = None
     embeddings: bool = False
+    convolutions: bool | tuple[str, ...] = False
     calibration: str | None = None
     plugins: tuple[str, ...] = ()
     chat_template_path: str | None = None
@@ -116,6 +118,7 @@ def _of_run(config: TrainConfig, adapted: bool) -> ModelSource:
         weights=config.model.weights,
         layers=config.layers,
         embeddings=config.embeddings,
+        convolutions=config.convolutions,
         calibration=config.calibration,
         plugins=config.plugins,
         chat_template_path=config.data.chat_template_path,

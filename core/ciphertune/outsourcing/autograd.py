@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.denormals import flushing
-from ciphertune._support.torch_compat import uncompiled, without_autocast
+from ciphertune._support.finite import all_finite
+from ciphertune._support.torch_compat import batched_by_autograd, rows_of_all, uncompiled, without_autocast
 from ciphertune.callers import Owners
 from ciphertune.client.session import Session
 from ciphertune.errors import InputError
@@ -22,6 +23,8 @@ class OutsourcedProduct(torch.autograd.Function):
     Forward takes x of shape (tokens, K), float32, and gives one (tokens, N) tensor per layer. Backward is
     ``OutsourcedGradient`` of the output gradients; forward-mode derivatives are the same product of the tangent. Under
     ``vmap`` the rows of all examples are those of one product.
+
+    Rows that hold NaN or infinity give NaN, as in the clear, where nothing may read them; zeros are sent for them.
     """
 
     @staticmethod
@@ -29,12 +32,18 @@ class OutsourcedProduct(torch.autograd.Function):
         x: Tensor, session: Session, group: int, half: bool, owners: Owners | None = None
     ) -> tuple[Tensor, ...]:
         """See the class; ``half`` as in ``OutsourcedGradient``, ``owners`` as in ``Session.product``."""
+        if batched_by_autograd(x):
+            found: tuple[Tensor, ...] = rows_of_all(
+                lambda rows: OutsourcedProduct.forward(rows, session, group, half, None), x
+            )
+            return found
         # A backward pass started under autocast runs under it too, and may come back here.
         layers = session.members(group)
         # What is set aside counts as many multiply-adds as any operation here.
         width = max(sum(layer.out_features for layer in layers), x.shape[1])
         with flushing(MOST_CHANNELS * width * len(x)), without_autocast(x.device.type):
-            sent, aside = set_inputs_aside(x, layers)
+            finite, overflown = _finite_rows(x)
+            sent, aside = set_inputs_aside(finite, layers)
             stacked = session.product(group, "forward", sent, owners)
             outputs = []
             row = 0
@@ -45,7 +54,8 @@ class OutsourcedProduct(torch.autograd.Function):
                 output = torch.empty(part.shape, dtype=torch.float32, device=part.device).copy_(part)
                 if layer.scale is not None:
                     output.mul_(layer.scale.to(output.device))
-                outputs.append(add_inputs(output, aside, layer))
+                output = add_inputs(output, aside, layer)
+                outputs.append(output if overflown is None else output.masked_fill_(overflown, torch.nan))
         return tuple(outputs)
 
     @staticmethod
@@ -98,6 +108,14 @@ class OutsourcedGradient(torch.autograd.Function):
     @staticmethod
     def forward(session: Session, group: int, half: bool, tokens: int, *grads: Tensor | None) -> Tensor:
         """See the class; each of ``grads`` is (tokens, N) of its layer, float32, or None."""
+        if batched_by_autograd(*grads):
+
+            def of_rows(*rows: Tensor | None) -> Tensor:
+                count = next(len(each) for each in rows if each is not None)
+                return OutsourcedGradient.forward(session, group, half, count, *rows)
+
+            found: Tensor = rows_of_all(of_rows, *grads)
+            return found
         layers = session.members(group)
         device = next(grad.device for grad in grads if grad is not None)
         width = sum(layer.out_features for layer in layers)
@@ -160,6 +178,18 @@ class OutsourcedGradient(torch.autograd.Function):
             return (None,) * (4 + len(needed))
         outputs = OutsourcedProduct.apply(grad, ctx.session, ctx.group, ctx.half, None)  # type: ignore[no-untyped-call]
         return (None,) * 4 + tuple(y if wanted else None for y, wanted in zip(outputs, needed, strict=True))
+
+
+def _finite_rows(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is sent of an input, (tokens, K), and which rows are not finite, (tokens, 1); None where all are.
+
+    Without such rows nothing is copied, which is nearly always. A copy may show in the time before a request; without
+    it the run would end there, which shows more.
+    """
+    if len(x) == 0 or all_finite(x):
+        return x, None
+    overflown = ~x.isfinite().all(dim=1, keepdim=True)
+    return x.masked_fill(overflown, 0.0), overflown
 
 
 def _batched(grad: Tensor, at: int | None, batch: int) -> Tensor:

@@ -31,7 +31,8 @@ class Calibration:
     """Mean squares by channel of what a model's linear layers get, over public data.
 
     Attributes:
-        inputs: of each layer's input, (K,) float64, by the layer's name.
+        inputs: of each layer's input, (K,) float64, by the layer's name; of experts' layers, those that tokens are
+            multiplied with.
         outputs: of the gradient of its output, (N,) float64. Empty for a model whose loss is not known.
     """
 
@@ -213,10 +214,24 @@ def _watched(model: nn.Module, inputs: _Squares, outputs: _Squares) -> Iterator[
 
         handles.append(module.register_forward_hook(forward))
 
+    def watch_experts(names: list[str], module: nn.Module) -> None:
+        """Every token goes to every expert, whatever routing chooses."""
+
+        def forward(module: nn.Module, args: Any) -> None:
+            for name in names if args and isinstance(args[0], Tensor) else ():
+                inputs.add(name, args[0])
+
+        handles.append(module.register_forward_pre_hook(forward))
+
+    experts: dict[int, tuple[nn.Module, list[str]]] = {}
     try:
         for candidate in linear_layers(model, trial=False):
             if candidate.part is None:
                 watch(candidate.name, candidate.module)
+            elif candidate.obstacle is None and candidate.part.side == "inputs":
+                experts.setdefault(id(candidate.module), (candidate.module, []))[1].append(candidate.name)
+        for module, names in experts.values():
+            watch_experts(names, module)
         yield
     finally:
         for handle in handles:

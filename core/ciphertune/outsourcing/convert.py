@@ -32,6 +32,7 @@ from ciphertune.outsourcing.experts import (
     restore_experts,
 )
 from ciphertune.outsourcing.group import LayerGroup
+from ciphertune.outsourcing.holders import held_by_others
 from ciphertune.outsourcing.layers import (
     Candidate,
     LayerChoice,
@@ -42,7 +43,14 @@ from ciphertune.outsourcing.layers import (
     sibling_groups,
 )
 from ciphertune.outsourcing.outliers import keep_channels
-from ciphertune.outsourcing.replacing import Outsourced, Restorer, originals, replace, replace_embedding
+from ciphertune.outsourcing.replacing import (
+    Outsourced,
+    Restorer,
+    originals,
+    refuse_replaced_forward,
+    replace,
+    replace_embedding,
+)
 from ciphertune.outsourcing.trained_whole import guard
 from ciphertune.outsourcing.trial import frozen_from_birth
 from ciphertune.plugins.manager import PluginManager, plugin_manager
@@ -274,6 +282,8 @@ def put_experts(
 def restore(model: ModelT) -> ModelT:
     """Put linear layers back in place of outsourced ones, of the classes that they had, and close the session.
 
+    A session that copies of the model compute with (``copy.deepcopy``) stays open for them.
+
     Only for a session whose worker is in this process. The weights are what the worker held: exact under ``clear``
     (but float64 comes back as float32 had it), rounded to 8 or 16 bits otherwise; a weight tied to a parameter that
     stayed is that parameter again. Weights that were trainable are so again, unless the model was frozen since. The
@@ -282,11 +292,16 @@ def restore(model: ModelT) -> ModelT:
     Raises:
         NothingOutsourcedError: the model has no outsourced layer.
         OutsourcedWeightError: the weights are on other machines.
+        UnsupportedLayerError: the ``forward`` of an outsourced layer was replaced on the instance.
     """
     sessions = _sessions(model)
     held = {session: session.worker.weights for session in sessions if isinstance(session.worker, Worker)}
     if len(held) != len(sessions):
         raise OutsourcedWeightError("the weights are on other machines: load the original model instead")
+    away = [*_outsourced(model), *outsourced_experts(model)]
+    for each in away:
+        refuse_replaced_forward(each, each.name)
+    holders = [each.products if isinstance(each, OutsourcedExperts) else each.group for each in away]
     frozen = {id(p) for p in model.parameters() if not p.requires_grad and p.numel() > 0}
     restorer = Restorer(model, frozen=bool(frozen) and not frozen <= frozen_from_birth(model))
     for parent in list(model.modules()):
@@ -301,7 +316,8 @@ def restore(model: ModelT) -> ModelT:
                 restore_experts(parent, attribute, module, whole, restorer.frozen)
     _base(model).__dict__.pop("save_pretrained", None)
     for session in sessions:
-        session.close()
+        if not held_by_others(session, holders):
+            session.close()
     return model
 
 

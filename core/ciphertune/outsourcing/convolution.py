@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ciphertune._support.absent_tensor import AbsentTensor, WithoutWeight
 from ciphertune._support.torch_compat import autocast_dtype, without_autocast
 from ciphertune.errors import InputError, NothingOutsourcedError
-from ciphertune.linear import Evaluator
+from ciphertune.linear import Evaluator, refuse_layout
 from ciphertune.outsourcing.layers import Candidate, LayerChoice, matching, meant_to_train
 from ciphertune.outsourcing.obstacles import something_of_its_own, weight_obstacle
 from ciphertune.outsourcing.walk import bare_name, walk
@@ -119,6 +119,7 @@ class OutsourcedConv(WithoutWeight, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         self.info, self.name, self.group, self.tied = info, info.name, group, tied
+        self.keep_parameters()
         for attribute in _SETTINGS:
             setattr(self, attribute, getattr(old, attribute))
         full = old.weight.shape
@@ -129,11 +130,14 @@ class OutsourcedConv(WithoutWeight, nn.Module):
         """As ``nn.Conv1d`` and ``nn.Conv2d``; the result has the input's dtype, or autocast's where that is on.
 
         Raises:
-            InputError: the input's shape or dtype does not fit, or it is not finite.
-            OutsourcedWeightError: the call is traced by ``torch.jit`` or ``torch.fx``.
+            InputError: the input's shape, dtype or layout does not fit.
+            OutsourcedWeightError: the call is traced by ``torch.jit`` or ``torch.fx``, or is to compute with another
+                weight.
         """
         x = input
         self.refuse_tracing(x)
+        self.refuse_other_weight()
+        refuse_layout(x, self.name)
         places = len(self.kernel_size)
         if x.dim() not in (places + 1, places + 2) or x.shape[-places - 1] != self.in_channels:
             raise InputError(
@@ -154,6 +158,10 @@ class OutsourcedConv(WithoutWeight, nn.Module):
             y = y.transpose(1, 2).reshape(len(batched), self.out_channels, *sizes)
             result: Tensor = y.to(dtype)
         return result if x.dim() == places + 2 else result.squeeze(0)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether this is the weight at the workers, in the form that ``nn.Conv2d`` stores it in."""
+        return weight.shape == self.weight.shape and self.info.describes(weight.flatten(1))
 
     def _patches(self, x: Tensor) -> tuple[Tensor, list[int]]:
         """Patches of (batch, C, …), (batch, places, C · kernel elements), and the sizes that the places make up."""

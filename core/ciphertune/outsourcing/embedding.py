@@ -104,6 +104,7 @@ class OutsourcedEmbedding(WithoutWeight, nn.Embedding):
         nn.Module.__init__(self)
         self.info = info
         self.name = info.name
+        self.keep_parameters()
         self.group = group
         self.num_embeddings, self.embedding_dim = info.out_features, info.in_features
         self.padding_idx = padding_idx
@@ -121,10 +122,12 @@ class OutsourcedEmbedding(WithoutWeight, nn.Embedding):
 
         Raises:
             InputError: the input is not of integers, or an id is outside of the table.
-            OutsourcedWeightError: the call is traced by ``torch.jit`` or ``torch.fx``.
+            OutsourcedWeightError: the call is traced by ``torch.jit`` or ``torch.fx``, or is to look up in another
+                table.
         """
         ids = input
         self.refuse_tracing(ids)
+        self.refuse_other_weight()
         if ids.dtype not in (torch.int64, torch.int32):
             raise InputError(f"{self.name}: expected token ids of int64 or int32, got {ids.dtype}")
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_embeddings):
@@ -139,6 +142,10 @@ class OutsourcedEmbedding(WithoutWeight, nn.Embedding):
             ]
             rows = torch.cat(parts) if parts else torch.empty(0, self.embedding_dim, device=ids.device)
             return rows.to(self.weight.dtype).reshape(*ids.shape, self.embedding_dim)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether this is the table at the workers."""
+        return weight.dim() == 2 and self.info.describes(weight)
 
     def _rows(self, ids: Tensor, owners: Owners | None) -> Tensor:
         """``one-hot · diag(scale) · codes``, the scale of a row in the place of the one."""

@@ -17,21 +17,22 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.absent_tensor import AbsentTensor, refuse
+from ciphertune._support.absent_tensor import AbsentTensor, refuse, refuse_another
 from ciphertune._support.own_modes import own_modes
 from ciphertune._support.torch_compat import autocast_dtype, uncompiled, without_autocast
 from ciphertune.callers import Owners, has_several, owners_of
 from ciphertune.client.session import Session
 from ciphertune.errors import InputError, OutsourcedWeightError
 from ciphertune.outsourcing.embedding import tokens_at_once
+from ciphertune.outsourcing.holders import hold
 from ciphertune.outsourcing.layers import Candidate
-from ciphertune.outsourcing.replacing import move_hooks, shell_of
+from ciphertune.outsourcing.replacing import move_hooks, shell_of, take_additions
 from ciphertune.outsourcing.routed import FromInputs, FromOutputs, Stack
 from ciphertune.outsourcing.stacked import Layout
 from ciphertune.weights import LayerInfo
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Products:
     """Products of one module of experts in a session.
 
@@ -45,8 +46,11 @@ class Products:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        hold(self.session, self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Products:
-        return self
+        return dataclasses.replace(self)
 
     def __reduce__(self) -> NoReturn:
         raise OutsourcedWeightError(
@@ -116,6 +120,37 @@ class OutsourcedExperts(nn.Module):
             refuse(self.name, "assignment")
         super().__setattr__(name, value)
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local: Any, strict: Any, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """Take a state dict that has the weights, where they are those at the workers.
+
+        Raises:
+            OutsourcedWeightError: one is another.
+        """
+        count = self.layout.experts
+        taken = set()
+        for number, path in enumerate(self.layout.parameters):
+            given = state_dict.get(f"{prefix}{path}")
+            if not isinstance(given, Tensor) or isinstance(given, AbsentTensor):
+                continue
+            infos = self.infos[number * count : (number + 1) * count]
+            if given.shape != _shape(self.layout, path) or not all(
+                info.describes(self.layout.matrix(path, given, expert)) for expert, info in enumerate(infos)
+            ):
+                refuse_another(f"{self.name}.{path}")
+            taken.add(f"{prefix}{path}")
+        rest = {name: value for name, value in state_dict.items() if name not in taken}
+        super()._load_from_state_dict(rest, prefix, local, strict, missing, unexpected, errors)
+
+    def _refuse_other_weights(self) -> None:
+        """Raise ``OutsourcedWeightError`` where another weight was put here, as by ``functional_call``."""
+        for path in self.layout.parameters:
+            holder, _, last = path.rpartition(".")
+            owner = self.get_submodule(holder)
+            if last in owner._parameters or not isinstance(owner._buffers.get(last), AbsentTensor):
+                refuse_another(f"{self.name}.{path}")
+
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise OutsourcedWeightError(
             f"{self.name!r} cannot be replicated by DataParallel: its session belongs to one process and device. "
@@ -137,9 +172,10 @@ class OutsourcedExperts(nn.Module):
             As ``hidden_states``, of its dtype.
 
         Raises:
-            InputError: a shape is wrong, or a value is not finite.
+            InputError: a shape or a dtype is wrong.
         """
         x = hidden_states
+        self._refuse_other_weights()
         if x.dim() == 0 or x.shape[-1] != self.layout.hidden or not x.is_floating_point():
             raise InputError(
                 f"{self.name}: expected a floating-point input of shape (…, {self.layout.hidden}), got {x.dtype} of "
@@ -184,15 +220,15 @@ class OutsourcedExperts(nn.Module):
     ) -> Tensor:
         """Every token to every expert."""
         first, last = (self._stack(side, None, half) for side in ("inputs", "outputs"))
-        products = FromInputs.apply(x.to(torch.float32), chosen, first, False, owners)  # type: ignore[no-untyped-call]
+        products = FromInputs.apply(x.to(torch.float32), chosen, first, True, owners)  # type: ignore[no-untyped-call]
         hidden = self._between(products, chosen, dtype)
         if self.layout.norm is None:
-            y = FromOutputs.apply(hidden * weights[..., None], chosen, last, False, owners)  # type: ignore[no-untyped-call]
+            y = FromOutputs.apply(hidden * weights[..., None], chosen, last, True, owners)  # type: ignore[no-untyped-call]
             return self._plus_bias(y, chosen, weights)
         # What is not linear comes after: each of a token's experts is a row of its own.
         repeated = None if owners is None else tuple((caller, count * chosen.shape[1]) for caller, count in owners)
         rows = hidden.flatten(0, 1)[:, None]
-        single = FromOutputs.apply(rows, chosen.reshape(-1, 1), last, False, repeated)  # type: ignore[no-untyped-call]
+        single = FromOutputs.apply(rows, chosen.reshape(-1, 1), last, True, repeated)  # type: ignore[no-untyped-call]
         return self._summed(single.view(*chosen.shape, -1), chosen, weights, dtype)
 
     def _apart(self, x: Tensor) -> Tensor:
@@ -208,9 +244,9 @@ class OutsourcedExperts(nn.Module):
             for expert, own in enumerate(inputs):
                 owners = owners_of(own.shape)
                 first, last = (self._stack(side, expert, half) for side in ("inputs", "outputs"))
-                products = FromInputs.apply(own.to(torch.float32), alone, first, False, owners)  # type: ignore[no-untyped-call]
+                products = FromInputs.apply(own.to(torch.float32), alone, first, True, owners)  # type: ignore[no-untyped-call]
                 hidden = self._between(products, alone, dtype)
-                outputs.append(FromOutputs.apply(hidden, alone, last, False, owners))  # type: ignore[no-untyped-call]
+                outputs.append(FromOutputs.apply(hidden, alone, last, True, owners))  # type: ignore[no-untyped-call]
             return torch.stack(outputs).to(x.dtype).reshape(x.shape)
 
     def _routed(
@@ -225,9 +261,9 @@ class OutsourcedExperts(nn.Module):
             own = chosen[tokens, places][:, None]
             alone = torch.zeros_like(own)
             first, last = (self._stack(side, expert, half) for side in ("inputs", "outputs"))
-            products = FromInputs.apply(x[tokens].to(torch.float32), alone, first)  # type: ignore[no-untyped-call]
+            products = FromInputs.apply(x[tokens].to(torch.float32), alone, first, True)  # type: ignore[no-untyped-call]
             hidden = self._between(products, own, dtype)
-            single = FromOutputs.apply(hidden, alone, last)  # type: ignore[no-untyped-call]
+            single = FromOutputs.apply(hidden, alone, last, True)  # type: ignore[no-untyped-call]
             part = self._summed(single[:, None], own, weights[tokens, places][:, None], dtype)
             y = y.index_add(0, tokens, part)
         return y
@@ -274,10 +310,12 @@ class OriginalExperts:
     Attributes:
         shell: a module of its class with all that it had but the weights.
         requires_grad: of each weight, as it was.
+        own: attributes of the outsourced experts themselves, as of ``replacing.Original``.
     """
 
     shell: nn.Module
     requires_grad: dict[str, bool]
+    own: frozenset[str] = frozenset()
 
 
 @own_modes()
@@ -304,6 +342,7 @@ def replace_experts(
     )
     new = OutsourcedExperts(old, first.place, layout, infos, products, like)
     new.original = original
+    original.own = frozenset(vars(new)) - (frozenset(vars(old)) - frozenset(vars(nn.Module())))
     move_hooks(old, new)
     setattr(first.parent, first.attribute, new.train(old.training))
     if _note_input not in first.parent._forward_pre_hooks.values():
@@ -339,6 +378,7 @@ def restore_experts(
         owner._buffers.pop(last, None)
         trained = original.requires_grad[path] and not frozen
         owner._parameters[last] = nn.Parameter(value.to(like.device, like.dtype), requires_grad=trained)
+    take_additions(experts, module, original.own)
     move_hooks(experts, module)
     for key, hook in list(parent._forward_pre_hooks.items()):
         if hook is _note_input:

@@ -13,8 +13,9 @@ from torch import Tensor
 from ciphertune._support.torch_compat import in_forward_ad, transformed, uncompiled
 from ciphertune.callers import Owners, owners_of
 from ciphertune.client.session import Session
-from ciphertune.errors import OutsourcedWeightError
+from ciphertune.errors import InputError, OutsourcedWeightError
 from ciphertune.outsourcing.autograd import OutsourcedProduct
+from ciphertune.outsourcing.holders import hold
 
 
 @dataclasses.dataclass
@@ -60,6 +61,7 @@ class LayerGroup:
         self.group = group
         self.singles = singles
         self.shared = len(singles) > 1
+        hold(session, self)
         # Of each thread, because each has a forward pass of its own under way.
         self._pending = threading.local()
 
@@ -69,7 +71,9 @@ class LayerGroup:
         return str(self.session.selection)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
-        return self
+        # A handle of its own on the same session, which outlives a copy that is restored.
+        memo[id(self)] = copied = LayerGroup(self.session, self.group, self.singles)
+        return copied
 
     def __reduce__(self) -> NoReturn:
         raise OutsourcedWeightError(
@@ -107,8 +111,19 @@ class LayerGroup:
         """
         return self.session.product(self.group, "backward", named, owners).contiguous()
 
+    def _refuse_beyond(self, x: Tensor, flat: Tensor, group: int) -> None:
+        beyond = flat.isinf() & x.isfinite().reshape(flat.shape)
+        if bool(beyond.any()):
+            names = " + ".join(layer.name for layer in self.session.members(group))
+            raise InputError(
+                f"{names}: {int(beyond.sum())} of {x.numel()} values are infinite in float32, in which products are "
+                "computed; nothing was sent"
+            )
+
     def _evaluate(self, group: int, x: Tensor, half: bool) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        if x.dtype == torch.float64 and not transformed(x):
+            self._refuse_beyond(x, flat, group)
         if len(flat) == 0:
             # Nothing to send: outputs without rows, through which empty gradients flow.
             members = self.session.members(group)

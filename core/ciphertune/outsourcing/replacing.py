@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ciphertune._support.absent_tensor import AbsentTensor
 from ciphertune._support.own_modes import own_modes
-from ciphertune.linear import OutsourcedLinear
+from ciphertune.errors import UnsupportedLayerError
+from ciphertune.linear import ANCHOR, OutsourcedLinear
 from ciphertune.outsourcing.convolution import OutsourcedConv, OutsourcedConv1d, OutsourcedConv2d
 from ciphertune.outsourcing.embedding import OutsourcedEmbedding
 from ciphertune.outsourcing.group import LayerGroup
@@ -60,10 +62,12 @@ class Original:
     Attributes:
         shell: a module of its class with all that it had but the weight.
         weight: layers that shared a weight share this.
+        own: attributes of the outsourced layer itself, which do not go over to the layer that is restored.
     """
 
     shell: nn.Module
     weight: Weight
+    own: frozenset[str] = frozenset()
 
 
 def originals(model: nn.Module, chosen: Sequence[Candidate]) -> list[Original]:
@@ -120,6 +124,7 @@ def replace_embedding(
 def _put(candidate: Candidate, original: Original, new: Outsourced) -> None:
     old = candidate.module
     new.original = original
+    original.own = frozenset(vars(new))
     move_hooks(old, new)
     for attribute, value in vars(old).items():
         vars(new).setdefault(attribute, value)
@@ -178,6 +183,7 @@ class Restorer:
         module._parameters["weight"] = self._weight(original.weight, value, layer)
         if "bias" in module._parameters:
             module._parameters["bias"] = layer._parameters["bias"]
+        take_additions(layer, module, original.own)
         move_hooks(layer, module)
         return module.train(layer.training)
 
@@ -207,6 +213,33 @@ def shell_of(module: nn.Module, *weights: str) -> nn.Module:
     for weight in weights:
         shell._parameters[weight] = None
     return shell
+
+
+def take_additions(outsourced: nn.Module, module: nn.Module, own: frozenset[str]) -> None:
+    """Have a restored module hold what others hung on the outsourced one, but for its hooks.
+
+    Args:
+        outsourced: what it stands for.
+        module: the restored one, with its weight.
+        own: attributes that belong to the outsourced one.
+    """
+    for name, value in vars(outsourced).items():
+        if name not in own and name not in _HOOKS:
+            vars(module)[name] = value
+    for kept in ("_parameters", "_buffers", "_modules"):
+        here = vars(module)[kept]
+        for name, value in vars(outsourced)[kept].items():
+            if name not in here and name != ANCHOR and not isinstance(value, AbsentTensor):
+                here[name] = value
+
+
+def refuse_replaced_forward(module: nn.Module, name: str) -> None:
+    """Raise ``UnsupportedLayerError`` for a module that cannot be restored, since it would compute something else."""
+    if "forward" in vars(module):
+        raise UnsupportedLayerError(
+            f"{name} cannot be restored: its forward was replaced on this instance since it was outsourced, as "
+            "accelerate's hooks do: remove the hook first"
+        )
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.denormals import flushing
-from ciphertune._support.torch_compat import uncompiled, without_autocast
+from ciphertune._support.torch_compat import batched_by_autograd, rows_of_all, uncompiled, without_autocast
 from ciphertune.callers import Owners
 from ciphertune.client.session import Session
+from ciphertune.errors import InputError
+from ciphertune.outsourcing.outliers import set_inputs_aside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +54,23 @@ class FromInputs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, chosen: Tensor, stack: Stack, lenient: bool = False, owners: Owners | None = None
-    ) -> Tensor:
+    def forward(x: Tensor, chosen: Tensor, stack: Stack, lenient: bool = False, owners: Owners | None = None) -> Tensor:
         """See the class.
 
         Args:
-            ctx: of autograd.
             x: (tokens, K).
             chosen: (tokens, k) int64, below E.
             stack: of the layers.
             lenient: whether rows that are not finite are sent as zeros, and their outputs are NaN.
             owners: as in ``Session.product``.
         """
-        ctx.stack = stack
-        ctx.save_for_backward(chosen)
-        ctx.set_materialize_grads(False)
+        if batched_by_autograd(x, chosen):
+            found: Tensor = rows_of_all(lambda rows, of: FromInputs.forward(rows, of, stack, lenient), x, chosen)
+            return found
         with flushing(), without_autocast(x.device.type):
-            sent, overflown = _finite(x, lenient)
+            finite, overflown = _finite(x, lenient)
+            layers = stack.session.members(stack.group)
+            sent, aside = set_inputs_aside(finite, layers)
             stacked = stack.session.product(stack.group, "forward", sent, owners)
             wide: Tensor = stacked.unflatten(1, (stack.parameters, stack.experts, stack.width))  # type: ignore[no-untyped-call]
             rows = torch.arange(len(x), device=x.device)[:, None]
@@ -77,7 +78,28 @@ class FromInputs(torch.autograd.Function):
             scale = stack.scale(picked.device)
             if scale is not None:
                 picked = picked * scale[:, chosen].permute(1, 2, 0, 3)
+            if aside is not None:
+                # With all experts, as the product is: how long it takes must not follow from routing.
+                columns = [layer.kept.columns.dequantize() for layer in layers if layer.kept is not None]
+                part = aside @ torch.cat(columns, dim=1).to(aside.device)
+                shape = (stack.parameters, stack.experts, stack.width)
+                picked = picked + part.unflatten(1, shape)[rows, :, chosen]  # type: ignore[no-untyped-call]
             return _marked(picked.flatten(2), overflown)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what ``backward`` and ``jvp`` need."""
+        _keep(ctx, inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
+        """The tangent of the outputs."""
+        return None if tangent is None else FromInputs.apply(tangent, *ctx.saved_tensors, ctx.stack, ctx.stack.half)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """One product for the rows of all examples."""
+        return _of_all(FromInputs, info.batch_size, in_dims, inputs), 0
 
     @staticmethod
     @uncompiled
@@ -98,13 +120,11 @@ class FromOutputs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, chosen: Tensor, stack: Stack, lenient: bool = False, owners: Owners | None = None
-    ) -> Tensor:
+    def forward(h: Tensor, chosen: Tensor, stack: Stack, lenient: bool = False, owners: Owners | None = None) -> Tensor:
         """See the class and ``FromInputs.forward``."""
-        ctx.stack = stack
-        ctx.save_for_backward(chosen)
-        ctx.set_materialize_grads(False)
+        if batched_by_autograd(h, chosen):
+            found: Tensor = rows_of_all(lambda rows, of: FromOutputs.forward(rows, of, stack, lenient), h, chosen)
+            return found
         with flushing(), without_autocast(h.device.type):
             finite, overflown = _finite(h.flatten(1), lenient)
             values = finite.view(len(h), chosen.shape[1], stack.parameters, stack.width)
@@ -118,6 +138,21 @@ class FromOutputs(torch.autograd.Function):
             return _marked(product.to(torch.float32).contiguous(), overflown)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what ``backward`` and ``jvp`` need."""
+        _keep(ctx, inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
+        """The tangent of the outputs."""
+        return None if tangent is None else FromOutputs.apply(tangent, *ctx.saved_tensors, ctx.stack, ctx.stack.half)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """One product for the rows of all examples."""
+        return _of_all(FromOutputs, info.batch_size, in_dims, inputs), 0
+
+    @staticmethod
     @uncompiled
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """See the class."""
@@ -126,6 +161,26 @@ class FromOutputs(torch.autograd.Function):
             return (None,) * 5
         gradient: Tensor = FromInputs.apply(grad, chosen, ctx.stack, ctx.stack.half)  # type: ignore[no-untyped-call]
         return gradient, None, None, None, None
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    _, chosen, ctx.stack, *_ = inputs
+    ctx.save_for_backward(chosen)
+    ctx.save_for_forward(chosen)
+    ctx.set_materialize_grads(False)
+
+
+def _of_all(function: Any, batch: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> Tensor:
+    """A function of tokens and experts' numbers, with the tokens of all examples one after the other."""
+    stack, lenient, owners = inputs[2:]
+    if owners is not None:
+        raise InputError("tokens of several callers cannot be told apart under vmap: call the model without it")
+    rows = [
+        each.expand(batch, *each.shape) if at is None else each.movedim(at, 0)
+        for each, at in zip(inputs[:2], in_dims[:2], strict=True)
+    ]
+    result: Tensor = function.apply(*(each.flatten(0, 1) for each in rows), stack, lenient, None)
+    return result.unflatten(0, (batch, -1))  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _finite(x: Tensor, lenient: bool) -> tuple[Tensor, Tensor | None]:

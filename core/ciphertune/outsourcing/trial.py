@@ -97,6 +97,8 @@ def inputs_for(model: Any, device: torch.device, everything: bool = False) -> di
     ids = torch.arange(2 * _TOKENS, device=device).reshape(2, _TOKENS) % max(1, most - 20) + min(20, most // 2)
     main = getattr(model, "main_input_name", "input_ids")
     found: dict[str, Tensor] = {}
+    if {"hidden_states", "grid_thw"} <= parameters.keys():
+        return _patches(config, device)
     if "input_ids" in parameters and main in ("input_ids", "pixel_values"):
         found["input_ids"] = ids
     for name in dict.fromkeys((main, *(parameters if everything else ()))):
@@ -110,6 +112,15 @@ def inputs_for(model: Any, device: torch.device, everything: bool = False) -> di
     if not found:
         found = {name: value.to(device) for name, value in model.dummy_inputs.items()}
     return found
+
+
+def _patches(config: Any, device: torch.device) -> dict[str, Tensor]:
+    """A picture of four by four patches, cut already, and how many there are: over time, down, and across."""
+    sizes = [("temporal_patch_size", 1), ("patch_size", 14), ("patch_size", 14)]
+    channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", None) or 3
+    features = channels * math.prod(int(getattr(config, name, None) or default) for name, default in sizes)
+    values = torch.linspace(0, 40, 16 * features, device=device).sin().reshape(16, features)
+    return {"hidden_states": values, "grid_thw": torch.tensor([[1, 4, 4]], device=device)}
 
 
 def _sound_or_picture(name: str, config: Any, device: torch.device) -> Tensor | None:

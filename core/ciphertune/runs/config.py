@@ -180,6 +180,8 @@ class TrainConfig:
         layers: names or patterns of the layers to outsource, or ``["all"]`` for all with the output head; the default
             choice if not given.
         embeddings: whether the token embedding is at the workers, too, and tokens are looked up under encryption.
+        convolutions: whether convolutions that save more than they cost are at the workers, too, as patches; or names
+            or patterns of those that are.
         calibration: a file with public text to find channels with outliers by, which stay at the client; the Python
             language reference if not given, and ``off`` for none. A bundle was calibrated when it was split.
         plugins: hook plugins to use, each ``name[?option=value&…]``.
@@ -194,6 +196,7 @@ class TrainConfig:
     to: str = "mlwe"
     layers: tuple[str, ...] | None = None
     embeddings: bool = False
+    convolutions: bool | tuple[str, ...] = False
     calibration: str | None = None
     plugins: tuple[str, ...] = ()
 

@@ -24,6 +24,14 @@ _COPIES_OF_LOGITS = 4
 _COPIES_OF_ACTIVATIONS = 16
 
 
+def vocabulary(model: Any) -> int | None:
+    """Tokens that a model of transformers has embeddings of; None for one without a table, as CANINE."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except NotImplementedError:  # transformers' way to say that there is none
+        return None
+
+
 def evaluation_size(held: Sequence[Any], model: Any, batch_size: int) -> int:
     """Sequences of an evaluation's batch: as many as memory allows up to 2048 tokens, and no fewer than in training.
 
@@ -35,7 +43,7 @@ def evaluation_size(held: Sequence[Any], model: Any, batch_size: int) -> int:
     longest = max((len(sequence.ids) for sequence in held), default=1)
     config = model.config
     widest = max(int(getattr(config, name, None) or 0) for name in ("hidden_size", "intermediate_size"))
-    logits = model.get_input_embeddings().weight.shape[0]
+    logits = vocabulary(model) or 0
     per_token = _FLOAT * (_COPIES_OF_LOGITS * logits + _COPIES_OF_ACTIVATIONS * widest)
     available = memory()[1]
     room = _SHARE_OF_MEMORY * (_UNKNOWN_MEMORY if available is None else available * 1e9)

@@ -29,7 +29,7 @@ from ciphertune.runs.classification import ClassificationTask
 from ciphertune.runs.config import TrainConfig, placed
 from ciphertune.runs.language import LanguageTask
 from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
-from ciphertune.runs.sizes import evaluation_size, evaluations_told, judging_batches, steps_of
+from ciphertune.runs.sizes import evaluation_size, evaluations_told, judging_batches, steps_of, vocabulary
 from ciphertune.runs.stopping import Asked, RunStopped, stopping_on_signals
 from ciphertune.runs.task import Batches, RunTask
 from ciphertune.training.checkpoint import list_checkpoints
@@ -149,7 +149,14 @@ def _run(
     steps = steps_of(t, len(data.train), config.data.batch_size)
     model = adapted(base, config, task, steps)
     if not outsourced_layers(base):
-        outsource(model, config.to, config.layers, embeddings=config.embeddings, calibration=calibration)
+        outsource(
+            model,
+            config.to,
+            config.layers,
+            embeddings=config.embeddings,
+            convolutions=config.convolutions,
+            calibration=calibration,
+        )
     session = session_of(model)
     part = share(model)
     progress(
@@ -241,9 +248,9 @@ def _check_length(length: int, most: Any) -> None:
 
 
 def _check_vocabulary(data: Batches, model: Any, name: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = vocabulary(model)
     most = max(max(sequence.ids, default=0) for sequence in (*data.train, *data.held))
-    if most >= rows:
+    if rows is not None and most >= rows:
         raise ConfigError(
             f"the tokenizer of {name!r} gave token {most}, and the model has embeddings of {rows} tokens: they are not "
             "of one model"
