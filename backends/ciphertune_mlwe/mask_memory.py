@@ -72,7 +72,8 @@ class MaskMemory:
         """A copy with the values of each column side by side; this one is forgotten."""
         if not self.intact:
             raise SecurityError("masks of another process or a closed session cannot be used")
-        copy = MaskMemory(*self.matrix.shape, self.matrix.device, by_columns=True)
+        rows, columns = self.matrix.shape
+        copy = MaskMemory(rows, columns, self.matrix.device, by_columns=True)
         copy.matrix.copy_(self.matrix)
         if not self.intact:
             raise SecurityError("masks of another process or a closed session cannot be used")

@@ -416,7 +416,7 @@ def test_the_halves_hold_nothing_of_each_other(encrypted_pair: Pair) -> None:
 
 
 @needs_concrete_ml
-@quiet
+@quiet  # type: ignore[untyped-decorator]
 @pytest.mark.filterwarnings("ignore")
 def test_what_their_trainer_wrote_goes_on_here(tmp_path: Path) -> None:
     """A checkpoint of Concrete ML's own ``LoraTrainer``, not one that imitates it."""

@@ -81,7 +81,7 @@ def look(tuner: str) -> Row:
             wanted = _trained(plain)
             assert wanted[1]
         except Exception:
-            return Row(tuner, *["not tried"] * 2, in_a_file(tuner))
+            return Row(tuner, "not tried", "not tried", in_a_file(tuner))
         return Row(tuner, _tried(tuner, "before", wanted), _tried(tuner, "after", wanted), in_a_file(tuner))
 
 

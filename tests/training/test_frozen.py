@@ -95,10 +95,10 @@ def losses(model, data, cache, epochs=3, eval_data=None, **settings):
 def test_losses_are_those_without_and_less_is_sent(to, left):
     plain, judged, sent = losses(adapted(to=to), Shuffled(left), 0, eval_data=[batch_of(texts(seed=2))])
     kept, judged_too, sent_less = losses(adapted(to=to), Shuffled(left), 10, eval_data=[batch_of(texts(seed=2))])
-    tolerance = {"atol": 1e-5 if to == "clear" else 0.05, "rtol": 0}
-    torch.testing.assert_close(torch.tensor(kept), torch.tensor(plain), **tolerance)
+    atol = 1e-5 if to == "clear" else 0.05
+    torch.testing.assert_close(torch.tensor(kept), torch.tensor(plain), atol=atol, rtol=0)
     for one, other in zip(judged, judged_too, strict=True):
-        assert one["eval_loss"] == pytest.approx(other["eval_loss"], abs=tolerance["atol"])
+        assert one["eval_loss"] == pytest.approx(other["eval_loss"], abs=atol)
     # Of nine steps, three are as before. Padding before a text is part of it, so rows are other ones where it differs.
     assert sent_less < (0.95 if left else 0.65) * sent
 
@@ -194,7 +194,9 @@ def test_what_is_on_disk_is_unreadable_bounded_and_checked(caplog):
     store = RowStore(b"\1" * 32, 1 << 20)
     row = torch.arange(1024, dtype=torch.float32).reshape(4, 256)
     assert store.write(b"a", row)
-    assert torch.equal(store.read(b"a", torch.device("cpu")), row)
+    read = store.read(b"a", torch.device("cpu"))
+    assert read is not None
+    assert torch.equal(read, row)
     (file,) = [path for path in cache_folder("activations").rglob("*") if path.is_file() and path.stat().st_size]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert row.numpy().tobytes()[64:128] not in file.read_bytes()
@@ -320,6 +322,6 @@ def test_a_plan_of_a_run_counts_later_epochs_as_far_as_rows_fit(limit, again):
         **sizes, targets=("q",), first_block=2, evaluations=3, held=1, evaluation=(1,), all_tokens=1000,
         frozen_cache=limit,
     )  # fmt: skip
-    found = totals(plan, run)
+    found = totals(plan, run)  # type: ignore[arg-type]
     assert found.bytes_up == (30 - again) * 100 + again * 30 + (3 - judged) * 10 + judged * 4
     assert found.bytes_down == (30 - again) * 200 + again * 40 + (3 - judged) * 20 + judged * 8 + 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -63,7 +64,7 @@ def refuse_meta_buffers(model: nn.Module) -> None:
             )
 
 
-class _Room(TorchDispatchMode):
+class _Room(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Makes tensors on the meta device once those that are alive take all the room.
 
     Args:
@@ -71,7 +72,7 @@ class _Room(TorchDispatchMode):
     """
 
     def __init__(self, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._room, self._taken = room, 0
         self._alive: list[tuple[StorageWeakRef, int]] = []
 
@@ -88,13 +89,14 @@ class _Room(TorchDispatchMode):
         for tensor in _tensors(made):
             if tensor.device.type != "meta" and tensor.layout is torch.strided:
                 storage = tensor.untyped_storage()
-                self._alive.append((StorageWeakRef(storage), storage.nbytes()))
+                self._alive.append((StorageWeakRef(storage), storage.nbytes()))  # type: ignore[no-untyped-call]
                 self._taken += storage.nbytes()
         return made
 
     def _has_room(self, nbytes: int) -> bool:
         if self._taken + nbytes > self._room:
-            self._alive = [(storage, size) for storage, size in self._alive if not storage.expired()]
+            alive = [not storage.expired() for storage, _ in self._alive]  # type: ignore[no-untyped-call]
+            self._alive = list(itertools.compress(self._alive, alive))
             self._taken = sum(size for _, size in self._alive)
         return self._taken + nbytes <= self._room
 

@@ -236,7 +236,7 @@ def _context(model: nn.Module, cut: Cut) -> bytes:
     for module in model.modules():
         if id(module) in cut.after or any(p.requires_grad for p in module.parameters(recurse=False)):
             continue
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "to_diff_dict"):
             told = {key: value for key, value in config.to_diff_dict().items() if not key.startswith("_")}
             add(json.dumps(told, sort_keys=True, default=str))

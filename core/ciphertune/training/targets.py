@@ -49,7 +49,7 @@ def usual(model: Any, known: dict[str, Any]) -> list[str] | str:
         model: of transformers, or any other.
         known: names by type of model, as peft has them for a tuner.
     """
-    names = known.get(getattr(getattr(model, "config", None), "model_type", None))
+    names = known.get(getattr(getattr(model, "config", None), "model_type", ""))
     if not isinstance(names, list):
         return ALL_LINEAR
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
