@@ -25,7 +25,6 @@ KINDS: list[Kind] = ["transport", "wrapping", "backend", "plugin"]
 PAGES = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_project(kind: Kind, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "ciphertune-two-words"
