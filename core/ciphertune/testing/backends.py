@@ -27,7 +27,7 @@ from ciphertune.backend import (
 )
 from ciphertune.client.choice import choose
 from ciphertune.client.noise_checks import DEVIATIONS, NoiseChecks, checkable
-from ciphertune.errors import InputError, NotPreparedError, ProtocolError, ReplyError, WrongReplyError
+from ciphertune.errors import NotPreparedError, ProtocolError, ReplyError, WrongReplyError
 from ciphertune.protocol import Message, pack, unpack
 from ciphertune.testing.lies import LIES, LyingWorker
 from ciphertune.testing.served import ServedWorker
@@ -563,7 +563,7 @@ class BackendSuite:
             assert foretold == (sum(t.nbytes for t in request.values()), sum(t.nbytes for t in reply.values()))
 
     def test_inputs_of_a_layer(self) -> None:
-        """In the whole framework: no tokens, any leading dimensions, other types, and inputs that must not be sent."""
+        """In the whole framework: no tokens, any leading dimensions, other types, and rows that are not finite."""
         torch.manual_seed(0)
         plain = nn.Linear(12, 7)
         model = ciphertune.outsource(nn.Sequential(plain), self.selection, "all")
@@ -577,8 +577,9 @@ class BackendSuite:
                 assert model(x.to(kind)).dtype == kind
             poisoned = [x.clone().index_put_((torch.tensor(1),), torch.tensor(v)) for v in (math.nan, math.inf)]
             for bad in poisoned:
-                with pytest.raises(InputError):
-                    model(bad)
+                y = model(bad).detach()
+                assert y[1].isnan().all(), "a row that is not finite gives NaN, as in the clear"
+                assert float((y[0] - expected[0]).square().mean().sqrt()) <= 0.2 * size, "and no other row changes"
             assert model(x[:0]).shape == (0, 3, 7), "without tokens nothing is sent, and nothing comes back"
         finally:
             ciphertune.session_of(model).close()
