@@ -77,6 +77,7 @@ EXCLUDED = {
     ("cluster.md", "ciphertune train train.toml --to mlwe+ray://auto"): _CLUSTER,
     ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8 --listen zmq -o curve=keys"): _CLUSTER,
     ("cluster.md", "ciphertune ray status"): _CLUSTER,
+    ("cluster.md", "ciphertune ray scale --min-workers 1 --max-workers 8"): _CLUSTER,
     ("cluster.md", 'ciphertune train train.toml --to "mlwe+zmq://10.0.0.5:5555,10.0.0.6:5556?curve=keys"'): _CLUSTER,
     ("CONTRIBUTING.md", "make check"): _MAKE,
     ("CONTRIBUTING.md", "make test"): _MAKE,
@@ -103,6 +104,7 @@ EXCLUDED = {
     ("plugins.md", "ciphertune new backend NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("plugins.md", "ciphertune new transport NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("plugins.md", "ciphertune new plugin NAME"): "NAME stands for a name; tests/cli/test_new.py",
+    ("plugins.md", "ciphertune new wrapping NAME"): "NAME stands for a name; tests/cli/test_new.py",
     ("quickstart.md", "make install"): _MAKE,
     ("quickstart.md", ". .venv/bin/activate"): "the tests run in an environment already",
     ("concrete.md", 'pip install "ciphertune[concrete-glwe]"'): _INSTALL,
@@ -160,6 +162,7 @@ REPLACED = [
     ("*", "127.0.0.1:5555", "127.0.0.1:PORT"),
     ("operations.md", "port = 9100", "port = 0"),
     ("remote.md", "meta-llama/Llama-3.2-1B", "model"),
+    ("cheaper.md", "--first-block 23", "--first-block 1"),
 ]
 
 # Files that a page takes for granted: (page, name) → content.

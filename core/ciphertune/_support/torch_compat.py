@@ -60,9 +60,10 @@ def without_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
 def batched_by_autograd(*tensors: Tensor | None) -> bool:
     """Whether autograd computes with tensors of several examples at once: ``is_grads_batched``, a vectorized jacobian.
 
-    It has a ``vmap`` of its own for this, which asks no rule of an ``autograd.Function``.
+    It has a ``vmap`` of its own for this, which asks no rule of an ``autograd.Function``. torch 2.3 does not tell.
     """
-    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+    batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+    return batched is not None and any(tensor is not None and batched(tensor) for tensor in tensors)
 
 
 def rows_of_all(function: Callable[..., Any], *tensors: Tensor | None) -> Any:

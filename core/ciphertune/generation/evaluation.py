@@ -48,7 +48,8 @@ class HeldOutData:
         elif data.eval_source is None and data.held_out == 0:
             raise ConfigError("the run's file holds no data out for evaluation: name some by --data")
         self._length = data.length
-        self._task = LanguageTask(TrainConfig(ModelSection(""), data, TrainingSection(output="")))
+        # Of a run, the task reads the data's section alone.
+        self._task = LanguageTask(TrainConfig(ModelSection("any"), data, TrainingSection(output="")))
 
     def measure(self, opened: OpenedModel) -> HeldOut:
         """Evaluate a model.
