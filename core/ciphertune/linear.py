@@ -7,13 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.absent_tensor import AbsentTensor, WithoutWeight
+from ciphertune._support.absent_tensor import ANCHOR, AbsentTensor, WithoutWeight
 from ciphertune._support.torch_compat import autocast_dtype, without_autocast
 from ciphertune.errors import InputError
 from ciphertune.weights import LayerInfo
-
-ANCHOR = "anchor_of_device"
-"""Name of a parameter without elements."""
 
 
 class Evaluator(Protocol):
@@ -35,19 +32,6 @@ class Evaluator(Protocol):
             half: whether the output becomes float16, whose gradients may overflow: these are NaN and no error.
         """
         ...
-
-
-def refuse_layout(x: Tensor, name: str) -> None:
-    """Raise ``InputError`` for an input whose rows are not in one block of memory.
-
-    Args:
-        x: input of a layer.
-        name: of the layer.
-    """
-    if x.is_nested:
-        raise InputError(f"{name}: nested tensors are not taken: call the layer with their values, or pad them")
-    if x.layout != torch.strided:
-        raise InputError(f"{name}: the input has the layout {x.layout}: make it dense first (to_dense)")
 
 
 class OutsourcedLinear(WithoutWeight, nn.Linear):
@@ -109,7 +93,7 @@ class OutsourcedLinear(WithoutWeight, nn.Linear):
         x = input
         self.refuse_tracing(x)
         self.refuse_other_weight()
-        refuse_layout(x, self.name)
+        self.refuse_layout(x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise InputError(f"{self.name}: expected an input of shape (…, {self.in_features}), got {tuple(x.shape)}")
         if not x.is_floating_point():

@@ -447,11 +447,11 @@ def test_a_long_product_counts_while_it_is_evaluated() -> None:
     begun, ended = threading.Event(), threading.Event()
 
     class Slow(Worker):
-        def handle(self, request: Message, peer: str = "") -> Message:
+        def handle(self, request: Message, peer: str = "", pause: Callable[[], None] | None = None) -> Message:
             if request.kind == "evaluate":
                 begun.set()
                 assert ended.wait(60)
-            return super().handle(request, peer)
+            return super().handle(request, peer, pause)
 
     clock = Clock()
     service = Service(Slow(WeightStore.of({"a": WEIGHT})), clock=clock)

@@ -75,7 +75,7 @@ EXCLUDED = {
     ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8"): _CLUSTER,
     ("cluster.md", "ciphertune ray up bundle --workers 8 --cpus 8"): _CLUSTER,
     ("cluster.md", "ciphertune train train.toml --to mlwe+ray://auto"): _CLUSTER,
-    ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8 --listen zmq -o curve=keys"): _CLUSTER,
+    ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8 --listen zmq -o curve=/keys"): _CLUSTER,
     ("cluster.md", "ciphertune ray status"): _CLUSTER,
     ("cluster.md", "ciphertune ray scale --min-workers 1 --max-workers 8"): _CLUSTER,
     ("cluster.md", 'ciphertune train train.toml --to "mlwe+zmq://10.0.0.5:5555,10.0.0.6:5556?curve=keys"'): _CLUSTER,

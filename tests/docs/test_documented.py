@@ -126,7 +126,7 @@ def test_keys_of_files(title: str, name: str) -> None:
         shown = heading if heading[0] != "[" else f"`{heading}`"
         assert f"**{shown}**" in text
         sections = {cls.__name__ for cls in SETTINGS[name].values()}
-        sections |= {f"tuple[{each}, ...]" for each in sections}
+        sections |= {form for each in sections for form in (f"tuple[{each}, ...]", f"{each} | None")}
         for field in dataclasses.fields(owner):
             if field.type not in sections:
                 assert f"| `{field.name}` |" in text, (heading, field.name)

@@ -27,7 +27,7 @@ def two_moons(found: dict[str, Any]) -> None:
 
 
 def private_text(found: dict[str, Any]) -> None:
-    assert found["held_out_before"] == pytest.approx(found["held_out_original"], abs=0.02)
+    assert found["held_out_before"] == pytest.approx(found["held_out_original"], abs=0.05)
     assert found["held_out_adapters_off"] == pytest.approx(found["held_out_before"], abs=0.02)
     assert found["held_out_after"] < found["held_out_before"] - 1
     assert found["held_out_after"] == pytest.approx(found["held_out_after_clear"], abs=0.25)

@@ -57,6 +57,7 @@ FRONT = {
         "Encrypted",
         "FLOAT32_ROUNDING",
         "INTERFACE_VERSION",
+        "Joint",
         "LinearMap",
         "NoiseModel",
         "Preparation",

@@ -8,7 +8,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ciphertune.errors import OutsourcedWeightError
+from ciphertune.errors import InputError, OutsourcedWeightError
+
+ANCHOR = "anchor_of_device"
+"""Name of a parameter without elements, see ``OutsourcedLinear.anchor``."""
 
 # Functions that read no values of a weight.
 _METADATA = frozenset(
@@ -296,6 +299,15 @@ class WithoutWeight(nn.Module):
     def holds(self, weight: Tensor) -> bool:
         """Whether this is the weight at the workers, in the form that the module stores it in."""
         raise NotImplementedError
+
+    def refuse_layout(self, x: Tensor) -> None:
+        """Raise ``InputError`` for an input whose rows are not in one block of memory."""
+        if x.is_nested:
+            raise InputError(
+                f"{self.name}: nested tensors are not taken: call the layer with their values, or pad them"
+            )
+        if x.layout != torch.strided:
+            raise InputError(f"{self.name}: the input has the layout {x.layout}: make it dense first (to_dense)")
 
     def refuse_tracing(self, given: object) -> None:
         """Raise ``OutsourcedWeightError`` where a call is recorded, to be repeated without the workers.

@@ -49,7 +49,7 @@ class HeldOutData:
             raise ConfigError("the run's file holds no data out for evaluation: name some by --data")
         self._length = data.length
         # Of a run, the task reads the data's section alone.
-        self._task = LanguageTask(TrainConfig(ModelSection("any"), data, TrainingSection(output="")))
+        self._task = LanguageTask(TrainConfig(ModelSection("any"), data, TrainingSection(output="any")))
 
     def measure(self, opened: OpenedModel) -> HeldOut:
         """Evaluate a model.

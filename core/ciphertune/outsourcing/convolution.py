@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ciphertune._support.absent_tensor import AbsentTensor, WithoutWeight
 from ciphertune._support.torch_compat import autocast_dtype, without_autocast
 from ciphertune.errors import InputError, NothingOutsourcedError
-from ciphertune.linear import Evaluator, refuse_layout
+from ciphertune.linear import Evaluator
 from ciphertune.outsourcing.layers import Candidate, LayerChoice, matching, meant_to_train
 from ciphertune.outsourcing.obstacles import something_of_its_own, weight_obstacle
 from ciphertune.outsourcing.walk import bare_name, walk
@@ -137,7 +137,7 @@ class OutsourcedConv(WithoutWeight, nn.Module):
         x = input
         self.refuse_tracing(x)
         self.refuse_other_weight()
-        refuse_layout(x, self.name)
+        self.refuse_layout(x)
         places = len(self.kernel_size)
         if x.dim() not in (places + 1, places + 2) or x.shape[-places - 1] != self.in_channels:
             raise InputError(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.absent_tensor import AbsentTensor
+from ciphertune._support.absent_tensor import ANCHOR, AbsentTensor
 from ciphertune._support.own_modes import own_modes
 from ciphertune.errors import UnsupportedLayerError
-from ciphertune.linear import ANCHOR, OutsourcedLinear
+from ciphertune.linear import OutsourcedLinear
 from ciphertune.outsourcing.convolution import OutsourcedConv, OutsourcedConv1d, OutsourcedConv2d
 from ciphertune.outsourcing.embedding import OutsourcedEmbedding
 from ciphertune.outsourcing.group import LayerGroup
