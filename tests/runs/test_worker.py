@@ -216,7 +216,7 @@ from ciphertune.runs.worker import serve_worker
 from ciphertune.runs.worker_config import BindSection, WorkerConfig
 from ciphertune.worker.worker import Worker
 
-Worker.handle = lambda self, request, peer="": time.sleep(600)
+Worker.handle = lambda self, request, *rest: time.sleep(600)
 config = WorkerConfig(
     (sys.argv[1],), bind=(BindSection("tcp://127.0.0.1:*", insecure=True),), drain=float(sys.argv[2]),
 )
