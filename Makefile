@@ -61,7 +61,7 @@ demo: $(STAMP)
 demo-quick: $(STAMP)
 	$(BIN)/ciphertune demo --quick
 
-# What to run before every commit: two minutes.
+# What to run before every commit.
 check: $(CHECK_STAMP)
 	$(MAKE) --jobs 2 lint fast-tests
 
