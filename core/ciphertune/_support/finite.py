@@ -1,4 +1,4 @@
-"""Whether a tensor is finite, in time that does not tell of its values."""
+"""Whether tensors and their rows are finite, in time that does not tell of the values."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def all_finite(x: Tensor) -> bool:
     low, high = torch.aminmax(values)
     # NaN anywhere is what both ends are.
     return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def zeroed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of x, (rows, K), with zeros in the rows that are not finite, and which rows these are, (rows, 1) bool."""
+    overflown = ~x.isfinite().all(dim=1, keepdim=True)
+    return x.masked_fill(overflown, 0.0), overflown

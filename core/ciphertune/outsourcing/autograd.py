@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.denormals import flushing
-from ciphertune._support.finite import all_finite
+from ciphertune._support.finite import all_finite, zeroed
 from ciphertune._support.torch_compat import batched_by_autograd, rows_of_all, uncompiled, without_autocast
 from ciphertune.callers import Owners
 from ciphertune.client.session import Session
@@ -135,8 +135,8 @@ class OutsourcedGradient(torch.autograd.Function):
                 product = session.product(group, "backward", set_outputs_aside(stacked, layers))
                 return add_outputs(product, grads, layers).contiguous()
             # Zeros are sent in their place: how many rows overflowed must not show in what is sent, nor in when.
-            overflown = ~stacked.isfinite().all(dim=1, keepdim=True)
-            sent = set_outputs_aside(stacked.masked_fill(overflown, 0.0), layers)
+            finite, overflown = zeroed(stacked)
+            sent = set_outputs_aside(finite, layers)
             product = add_outputs(session.product(group, "backward", sent), grads, layers)
             return torch.where(overflown, torch.nan, product).contiguous()
 
@@ -186,10 +186,7 @@ def _finite_rows(x: Tensor) -> tuple[Tensor, Tensor | None]:
     Without such rows nothing is copied, which is nearly always. A copy may show in the time before a request; without
     it the run would end there, which shows more.
     """
-    if len(x) == 0 or all_finite(x):
-        return x, None
-    overflown = ~x.isfinite().all(dim=1, keepdim=True)
-    return x.masked_fill(overflown, 0.0), overflown
+    return (x, None) if len(x) == 0 or all_finite(x) else zeroed(x)
 
 
 def _batched(grad: Tensor, at: int | None, batch: int) -> Tensor:

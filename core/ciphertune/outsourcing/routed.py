@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ciphertune._support.denormals import flushing
+from ciphertune._support.finite import zeroed
 from ciphertune._support.torch_compat import batched_by_autograd, rows_of_all, uncompiled, without_autocast
 from ciphertune.callers import Owners
 from ciphertune.client.session import Session
@@ -80,7 +81,7 @@ class FromInputs(torch.autograd.Function):
                 picked = picked * scale[:, chosen].permute(1, 2, 0, 3)
             if aside is not None:
                 # With all experts, as the product is: how long it takes must not follow from routing.
-                columns = [layer.kept.columns.dequantize() for layer in layers if layer.kept is not None]
+                columns = [layer.kept.column_values for layer in layers if layer.kept is not None]
                 part = aside @ torch.cat(columns, dim=1).to(aside.device)
                 shape = (stack.parameters, stack.experts, stack.width)
                 picked = picked + part.unflatten(1, shape)[rows, :, chosen]  # type: ignore[no-untyped-call]
@@ -187,8 +188,7 @@ def _finite(x: Tensor, lenient: bool) -> tuple[Tensor, Tensor | None]:
     """What is sent, and which rows were not finite; how many these are must not show in what is sent, nor in when."""
     if not lenient:
         return x, None
-    overflown = ~x.isfinite().all(dim=1)
-    return x.masked_fill(overflown[:, None], 0.0), overflown
+    return zeroed(x)
 
 
 def _marked(y: Tensor, overflown: Tensor | None) -> Tensor:
