@@ -80,13 +80,13 @@ def record(to: str, model: nn.Module) -> tuple[Message, Message, float]:
 
 
 class Replaying:
-    """A client that repeats a request."""
+    """A client that repeats requests."""
 
-    def __init__(self, to: str, opened: Message, product: Message) -> None:
+    def __init__(self, to: str, opened: Message, asked: Sequence[Message]) -> None:
         choice = choose(to)
         self._link: Link = choice.transport.connect(choice.selection.endpoints, None)[0]
         session = self._answer(opened).fields["session"]
-        self._product = Message("evaluate", {**product.fields, "session": session}, product.buffers)
+        self._asked = [Message("evaluate", {**each.fields, "session": session}, each.buffers) for each in asked]
         self.seconds: list[float] = []
 
     def run(self, pause: float, until: float, seed: int) -> None:
@@ -95,7 +95,8 @@ class Replaying:
             if pause:
                 time.sleep(chance.expovariate(1 / pause))
             begun = time.monotonic()
-            self._answer(self._product)
+            for request in self._asked:
+                self._answer(request)
             self.seconds.append(time.monotonic() - begun)
 
     def close(self) -> None:
@@ -111,7 +112,7 @@ def measured(
     to: str, opened: Message, product: Message, clients: int, pause: float, seconds: float
 ) -> dict[str, float]:
     """Products a second of all clients, seconds of their core for one, and what one takes, median and p99."""
-    everyone = [Replaying(to, opened, product) for _ in range(clients)]
+    everyone = [Replaying(to, opened, [product]) for _ in range(clients)]
     until = time.monotonic() + seconds
     threads = [threading.Thread(target=one.run, args=(pause, until, i)) for i, one in enumerate(everyone)]
     begun, used = time.monotonic(), time.process_time()

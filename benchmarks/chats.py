@@ -27,15 +27,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from capacity import Replaying
 from predict import CORES, on
 from sweep import machine
 
 import ciphertune
 from ciphertune.bundle.client import load_client
-from ciphertune.client.choice import choose
 from ciphertune.client.connection import WorkerConnection
 from ciphertune.protocol import Message
-from ciphertune.transport import Link
 from ciphertune.worker.process import worker_process
 from ciphertune_zmq import ZmqTransport
 
@@ -74,15 +73,8 @@ def record(to: str, client: Path) -> tuple[Message, list[Message], float]:
     return opened, sent[ends[-2][1] : ends[-1][1]], rate
 
 
-class Chat:
+class Chat(Replaying):
     """A chat that sends the requests of a token over and over."""
-
-    def __init__(self, to: str, opened: Message, asked: Sequence[Message]) -> None:
-        choice = choose(to)
-        self._link: Link = choice.transport.connect(choice.selection.endpoints, None)[0]
-        session = self._answer(opened).fields["session"]
-        self._asked = [Message("evaluate", {**each.fields, "session": session}, each.buffers) for each in asked]
-        self.seconds: list[float] = []
 
     def run(self, think: float, until: float, seed: int) -> None:
         """Generate until then; the first token starts somewhere in its middle, as chats that began at other times."""
@@ -96,14 +88,6 @@ class Chat:
                     time.sleep(think)
                 self._answer(request)
             self.seconds.append(time.monotonic() - begun)
-
-    def close(self) -> None:
-        self._link.close()
-
-    def _answer(self, request: Message) -> Message:
-        reply = self._link.submit(request).result(60)
-        assert reply.kind != "error", reply.fields
-        return reply
 
 
 def counted(port: int) -> tuple[float, float]:

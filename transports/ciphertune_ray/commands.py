@@ -28,6 +28,9 @@ _ADDRESS = click.option(
     "--address", default="auto", show_default=True, help="The cluster: auto, HOST:PORT, or gcs://HOST:PORT."
 )
 _NAME = click.option("--name", default="ciphertune", show_default=True, help="Of the deployment.")
+_TIMEOUT = click.option(
+    "--timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds to wait for room."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -76,7 +79,7 @@ def ray() -> None:
     "--port", type=click.IntRange(1, 65000), default=5555, show_default=True, help="Of worker 0; then upwards."
 )
 @click.option("-o", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Of that transport, as curve=KEYS.")
-@click.option("--timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds to wait for room.")
+@_TIMEOUT
 @_JSON
 def up(
     bundle: str,
@@ -175,7 +178,7 @@ def status(address: str, name: str | None, as_json: bool) -> None:
     help="Seconds without any that wait, and with a worker to spare, before one ends.",
 )
 @click.option("--interval", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Seconds between looks.")
-@click.option("--timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds to wait for room.")
+@_TIMEOUT
 def scale(
     address: str,
     name: str,
