@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
-import sys
 import threading
 
 import numpy as np
@@ -14,15 +12,9 @@ from torch import Tensor
 
 from ciphertune.errors import SecurityError
 from ciphertune_mlwe.prg import Keystream, fresh_seed, room
+from ciphertune_mlwe.spare_memory import SPARE
 
 _TAG_BYTES = 64
-# Linux has these: out of core dumps, wiped in forks (which Python has no name for), and in large pages, of which fewer
-# have to be mapped.
-_ADVICE = (
-    (getattr(mmap, "MADV_DONTDUMP", 16), 18, getattr(mmap, "MADV_HUGEPAGE", 14))
-    if sys.platform.startswith("linux")
-    else ()
-)
 
 
 class MaskMemory:
@@ -41,7 +33,7 @@ class MaskMemory:
         self._process = os.getpid()
         self._tag = b"\1" + os.urandom(31)
         on_host = device.type == "cpu"
-        mapping = _mapping(_TAG_BYTES + (4 * rows * columns if on_host else 0))
+        mapping = SPARE.take(_TAG_BYTES + (4 * rows * columns if on_host else 0))
         mapping[: len(self._tag)] = self._tag
         self._map: mmap.mmap | None = mapping
         self.matrix: Tensor
@@ -63,10 +55,12 @@ class MaskMemory:
             mapping[: len(self._tag)] = bytes(len(self._tag))
 
     def free(self) -> None:
-        """Make it unusable and give the memory back to the system, as soon as no tensor shows it any more."""
+        """Make it unusable, wipe it for another one, or give it back to the system once no tensor shows it any more."""
         self.spoil()
         self.matrix = self.matrix.new_empty(0)
-        self._map = None
+        mapping, self._map = self._map, None
+        if mapping is not None:
+            SPARE.give(mapping)
 
     def by_columns(self) -> MaskMemory:
         """A copy with the values of each column side by side; this one is forgotten."""
@@ -107,14 +101,3 @@ def _own_noise() -> Keystream:
         stream = Keystream(fresh_seed())
         _here.noise = os.getpid(), stream
     return stream
-
-
-def _mapping(nbytes: int) -> mmap.mmap:
-    if sys.platform == "win32":
-        return mmap.mmap(-1, nbytes)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in _ADVICE:
-        # Old kernels know one of them or none; the process is compared too.
-        with contextlib.suppress(OSError):
-            memory.madvise(advice)
-    return memory

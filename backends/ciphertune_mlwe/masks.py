@@ -20,6 +20,7 @@ from ciphertune.errors import SecurityError
 from ciphertune_mlwe.clones import CloneWatch
 from ciphertune_mlwe.mask_memory import MaskMemory
 from ciphertune_mlwe.native import step_back
+from ciphertune_mlwe.spare_memory import SPARE
 
 log = logging.getLogger(__name__)
 
@@ -233,6 +234,7 @@ class MaskStock:
             self._drop()
             for mask in list(self._handed):
                 mask.close()
+        SPARE.clear()
         self._asked.put(None)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()

@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,22 @@ from mask_bench import FEATURES, OUTPUTS, Bench, at_once, read
 from mlwe_halves import CPU, Halves, error_of, random_codes
 
 from ciphertune.errors import SecurityError
-from ciphertune_mlwe import mask_memory, native
+from ciphertune_mlwe import mask_memory, native, spare_memory
 from ciphertune_mlwe.mask_memory import MaskMemory
 from ciphertune_mlwe.masks import Block, Mask, Order
+from ciphertune_mlwe.spare_memory import SpareMemory
 
 BANK, WHOLE = 4, 200
 """Tokens of a request that shares a bank, and of one that does not."""
 BOTH = pytest.mark.parametrize("tokens", [BANK, WHOLE])
+
+
+@pytest.fixture
+def spare() -> Iterator[SpareMemory]:
+    """The memory that this process keeps for masks, empty before and after."""
+    spare_memory.SPARE.clear()
+    yield spare_memory.SPARE
+    spare_memory.SPARE.clear()
 
 
 def hint_of(mask: Mask) -> torch.Tensor:
@@ -197,16 +206,23 @@ def test_products_have_banks_of_their_own(bench: Callable[..., Bench]) -> None:
     assert made.orders == [Order("a", 256), Order("b", 256)]
 
 
-def test_memory_of_whole_blocks_is_given_back(bench: Callable[..., Bench]) -> None:
+def test_memory_of_whole_blocks_is_wiped(bench: Callable[..., Bench], spare: SpareMemory) -> None:
     mask = bench().stock.take("a", WHOLE)
     block = mask._block
     assert block is not None
-    body, hint = (weakref.ref(memory._map) for memory in (block.body, block.hint) if memory._map is not None)
+    body, hint = (memory._map for memory in (block.body, block.hint))
+    assert body is not None
+    assert hint is not None
+    sizes = len(body), len(hint)
+    body = None  # Nothing else knows of it, as ever where nobody looks.
     read(mask)
-    assert body() is None
-    assert hint() is not None
+    assert spare.nbytes == sizes[0]
+    assert any(hint[:])
+    hint = None
     mask.close()
-    assert hint() is None
+    assert spare.nbytes == sum(sizes)
+    for size in set(sizes):
+        assert not any(spare.take(size)[:])
 
 
 def test_banks_that_are_used_up_are_given_back(bench: Callable[..., Bench]) -> None:
@@ -323,6 +339,53 @@ def test_memory_that_was_wiped_is_not_intact() -> None:
     freed.spoil()
     assert not spoiled.intact
     assert not freed.intact
+
+
+def test_memory_of_a_used_mask_is_wiped_and_serves_the_next_of_its_size(spare: SpareMemory) -> None:
+    first, other = MaskMemory(3, 4, CPU), MaskMemory(3, 5, CPU)
+    first.matrix.fill_(7)
+    address = first.matrix.data_ptr()
+    first.free()
+    other.free()
+    second = MaskMemory(3, 4, CPU)
+    assert second.matrix.data_ptr() == address
+    assert (second.matrix == 0).all()
+    assert second.intact
+    assert not first.intact, "whoever had it before does not have it now"
+    first.free()
+    first.spoil()
+    assert second.intact
+
+
+def test_memory_that_a_tensor_still_shows_serves_no_other_mask(spare: SpareMemory) -> None:
+    memory = MaskMemory(3, 4, CPU)
+    memory.matrix.fill_(7)
+    shown = memory.matrix[:, 1:2]
+    memory.free()
+    assert spare.nbytes == 0
+    assert MaskMemory(3, 4, CPU).matrix.data_ptr() != shown.data_ptr() - 4
+    assert (shown == 7).all()
+
+
+def test_memory_for_masks_is_kept_within_bounds_and_until_a_session_closes(
+    spare: SpareMemory, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spare_memory, "MOST_BYTES", 1000)
+    several = [MaskMemory(3, 4, CPU) for _ in range(20)]
+    each = len(several[0]._map or b"")
+    for memory in several:
+        memory.free()
+    assert 0 < spare.nbytes == 1000 // each * each
+    bench().stock.close()
+    assert spare.nbytes == 0
+
+
+@forks
+@forks_with_threads
+def test_a_forked_process_keeps_no_memory_of_its_parent(spare: SpareMemory) -> None:
+    MaskMemory(3, 4, CPU).free()
+    with spare._lock:
+        assert in_a_fork(lambda: spare.nbytes, lambda: MaskMemory(3, 4, CPU).intact) == ["0", "True"]
 
 
 def test_threads_get_masks_of_their_own(bench: Callable[..., Bench]) -> None:

@@ -1,6 +1,7 @@
 """Products of the mlwe backend: every kernel against exact integers, and which one is chosen."""
 
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
@@ -33,9 +34,25 @@ def here(name: str) -> Kernel:
 def chosen_beside(other: Kernel, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which kernel is chosen where the other is the fastest."""
     monkeypatch.setattr(kernels, "KERNELS", {"other": other, "torch-float64": KERNELS["torch-float64"]})
-    monkeypatch.setattr(kernels, "speed", lambda kernel, device: 2.0 if kernel is other else 1.0)
+    monkeypatch.setattr(kernels, "speeds", lambda device: {"other": 2.0, "torch-float64": 1.0})
     name: str = choose_kernel.__wrapped__(CPU)[0]
     return name
+
+
+@functools.cache
+def int8_here() -> bool:
+    """Whether this torch has an int8 product for the CPU; older releases have none."""
+    return "torch-int8" in kernels.speeds(CPU)
+
+
+def test_of_kernels_that_are_about_as_fast_the_first_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, name in (
+        ({"avx512-vnni": 85.0, "avx2": 100.0, "portable": 9.0}, "avx512-vnni"),
+        ({"avx512-vnni": 60.0, "avx2": 100.0, "portable": 90.0}, "avx2"),
+    ):
+        monkeypatch.setattr(kernels, "speeds", lambda device, found=found: found)
+        monkeypatch.setattr(kernels, "exact", lambda kernel, device: True)
+        assert choose_kernel.__wrapped__(CPU) == (name, found[name])
 
 
 def test_a_faster_kernel_that_is_exact_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +64,8 @@ def test_a_kernel_that_is_missing_is_never_chosen(monkeypatch: pytest.MonkeyPatc
         def multiply(self, weight: torch.Tensor, planes: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
             raise NotImplementedError
 
-    assert kernels.speed(Missing(), CPU) == 0
     monkeypatch.setattr(kernels, "KERNELS", {"missing": Missing(), "torch-float64": KERNELS["torch-float64"]})
+    assert list(kernels.speeds(CPU)) == ["torch-float64"]
     assert choose_kernel.__wrapped__(CPU)[0] == "torch-float64"
 
 
@@ -99,7 +116,7 @@ def test_a_kernel_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIPHERTUNE_KERNEL", "abacus")
     with pytest.raises(ConfigError, match=r"'abacus' is no kernel; .* this machine has .*torch-float64"):
         choose_kernel.__wrapped__(CPU)
-    monkeypatch.setattr(kernels, "speed", lambda kernel, device: float(kernel is KERNELS["torch-float64"]))
+    monkeypatch.setattr(kernels, "speeds", lambda device: {"torch-float64": 1.0})
     monkeypatch.setenv("CIPHERTUNE_KERNEL", "amx")
     with pytest.raises(ConfigError, match=r"'amx' is not available; .* this machine has torch-float64$"):
         choose_kernel.__wrapped__(CPU)
@@ -225,7 +242,7 @@ def test_products_of_torch_are_exact_for_any_sizes_and_strides(name: str, portab
     kernel = KERNELS[name]
     with pytest.MonkeyPatch.context() as patch:
         # Older releases of torch have no int8 product for the CPU: there the stand-in is always used.
-        if kernels.speed(KERNELS["torch-int8"], CPU) == 0 or data.draw(st.booleans()):
+        if not int8_here() or data.draw(st.booleans()):
             patch.setattr(torch, "_int_mm", confused)
         if portable:
             patch.setattr(native, "library", lambda: None)
@@ -276,7 +293,7 @@ def test_sums_of_extreme_values_stay_exact(name: str, transposed: bool, columns:
         b = torch.full((depth, count, columns), 255, dtype=torch.uint8)
         b[:, :, 1] = torch.tensor([0, 0, 0, 128][4 - count :], dtype=torch.uint8)
         with pytest.MonkeyPatch.context() as patch:
-            if kernels.speed(KERNELS["torch-int8"], CPU) == 0:
+            if not int8_here():
                 patch.setattr(torch, "_int_mm", confused)
             hold_exact(kernel, w, b)
 

@@ -117,9 +117,11 @@ def step_back() -> None:
     """Let the calling thread work alone, and only when the processor has nothing else to do (on Linux)."""
     _here.alone = True
     if sys.platform.startswith("linux"):
+        # Whoever else wakes up takes the processor from such a thread at once, which niceness alone does not promise.
         # A refusal is no harm: the thread then takes its share.
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 ALONE = 1 << 15
