@@ -22,6 +22,8 @@ from ciphertune_zmq.receive_limit import ReceiveLimit
 from ciphertune_zmq.security import ClientCurve
 
 _CHECK_SECONDS = 0.25
+_AWAKE_SECONDS = 2.0
+_SILENCE_SECONDS = 1.0
 _CONNECT_SECONDS = 5.0
 _NUMBER = struct.Struct("<Q")
 _SPARE_BYTES = 1 << 16
@@ -62,6 +64,8 @@ class ZmqLink(SocketLoop, Link):
         # What replies to requests that were sent may be, those that were given up included.
         self._expected: dict[int, Limits] = {}
         self._limit = ReceiveLimit(0)
+        self._next_check = self._received = 0.0
+        self._resting, self._awake_until = False, 0.0  # whether the thread sleeps for long, and until when it does not
         self._connected = False
         self._descriptor = -1
         self._address = address.zmq
@@ -96,7 +100,7 @@ class ZmqLink(SocketLoop, Link):
         number, reply = self._pending.add()
         if not reply.done():
             self._outgoing.append((number, frames, request.reply_limits))
-            self.wake()
+            self.send()
         return reply
 
     def close(self) -> None:
@@ -106,7 +110,8 @@ class ZmqLink(SocketLoop, Link):
 
     def poll_seconds(self) -> float:
         """See ``SocketLoop.poll_seconds``."""
-        seconds = _CHECK_SECONDS if self._pending else 60.0
+        self._resting = not self._pending and time.monotonic() >= self._awake_until
+        seconds = 60.0 if self._resting else _CHECK_SECONDS
         return seconds if self._knock_at is None else max(0.0, min(seconds, self._knock_at - time.monotonic()))
 
     def work(self, readable: bool) -> None:
@@ -120,9 +125,19 @@ class ZmqLink(SocketLoop, Link):
             self._send()
         elif self._knock_at is not None and self._outgoing:
             self._lost(_REFUSED)
-        self._limit.limit = _SPARE_BYTES + min(_MOST, sum(map(_most_bytes, self._expected.values())))
-        if self._pending and self._limit.enforce():
-            self._lost("it sent more than a reply can be")
+        if self._pending and time.monotonic() >= self._next_check:
+            self._next_check = time.monotonic() + _CHECK_SECONDS
+            self._limit.limit = _SPARE_BYTES + min(_MOST, sum(map(_most_bytes, self._expected.values())))
+            if self._limit.enforce():
+                self._lost("it sent more than a reply can be")
+
+    def send_now(self) -> bool:
+        """See ``SocketLoop.send_now``."""
+        if not self._connected:
+            return True
+        self._send()
+        self._awake_until = time.monotonic() + _AWAKE_SECONDS
+        return self._resting
 
     def connection_event(self, event: int, value: int) -> None:
         """See ``SocketLoop.connection_event``."""
@@ -149,7 +164,7 @@ class ZmqLink(SocketLoop, Link):
             number, frames, limits = self._outgoing.popleft()
             if number not in self._pending:
                 continue
-            if not self._expected:
+            if not self._expected and time.monotonic() - self._received > _SILENCE_SECONDS:
                 # Signs of life that came meanwhile are no part of a reply.
                 self._limit.message_complete(self._descriptor)
             try:
@@ -159,19 +174,18 @@ class ZmqLink(SocketLoop, Link):
                 self._pending.fail(number, f"the request could not be sent: {error}")
 
     def _receive(self) -> None:
-        while True:
-            try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            self._limit.message_complete(self._descriptor)
+        while self.readable():
+            frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            nbytes = sum(map(len, frames))
+            self._limit.message_complete(self._descriptor, nbytes)
+            self._received = time.monotonic()
             envelope = frames[0].bytes
             number = _NUMBER.unpack_from(envelope)[0] if len(envelope) >= _NUMBER.size else 0
             limits = self._expected.pop(number, None)
             if limits is None or number not in self._pending:
                 continue
             try:
-                if sum(map(len, frames)) > _most_bytes(limits):
+                if nbytes > _most_bytes(limits):
                     raise ProtocolError("it is longer than the reply to its request can be")
                 parts = unwrap(envelope, [frame.buffer for frame in frames[1:]])
                 self._pending.answer(number, unpack(parts, limits))

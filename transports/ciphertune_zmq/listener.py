@@ -188,6 +188,14 @@ class _ServerLoop(SocketLoop):
     def poll_seconds(self) -> float:
         return _SENDING_SECONDS if self.sending else _CHECK_SECONDS
 
+    def send_now(self) -> bool:
+        # Large ones are let go of by the thread once they have left.
+        for _ in range(len(self._replies)):
+            if not _small(self._replies[0].frames):
+                break
+            self._send(self._replies.popleft())
+        return self.sending
+
     def work(self, readable: bool) -> None:
         if readable:
             self._receive()
@@ -292,22 +300,22 @@ class _ServerLoop(SocketLoop):
     def _receive(self) -> None:
         # A few at a time, so that a client that keeps sending does not delay replies.
         for _ in range(_RECEIVE_QUEUE):
+            if not self.readable():
+                return
             frames: list[zmq.Frame] = []
             limits, nbytes = self._handler.limits, 0
             most = max_parts(limits) + _ROUTING_FRAMES
-            try:
-                more = True
-                while more:
-                    frame = self.socket.recv(zmq.NOBLOCK, copy=False)
-                    more = frame.more
-                    nbytes += len(frame)
-                    # Without the frames that are not kept the message is refused below.
-                    if len(frames) <= most and nbytes <= limits.header_bytes + limits.total_bytes + _ENVELOPE_BYTES:
-                        frames.append(frame)
-            except zmq.Again:
-                return
+            more = True
+            while more:
+                frame = self.socket.recv(zmq.NOBLOCK, copy=False)
+                more = frame.more
+                nbytes += len(frame)
+                # Without the frames that are not kept the message is refused below.
+                if len(frames) <= most and nbytes <= limits.header_bytes + limits.total_bytes + _ENVELOPE_BYTES:
+                    frames.append(frame)
             descriptor, peer = _descriptor(frame), _peer(frame)
-            self._limit.message_complete(descriptor)
+            # The route, which comes first, was made here.
+            self._limit.message_complete(descriptor, nbytes - len(frames[0]))
             self._connections.known(descriptor)
             if peer in self._revoked:
                 self._revoke()  # unless it was let in again meanwhile
@@ -333,15 +341,14 @@ class _ServerLoop(SocketLoop):
             if self.stopping:
                 release()
             else:
-                self.wake()
+                self.send()
 
         return reply
 
     def _send(self, out: _Outgoing) -> None:
         parts: Sequence[Any] = [out.route, *wrap(out.number, out.frames, self._authenticator is not None)]
-        small = sum(len(frame) for frame in out.frames) < _COPY_BYTES
         try:
-            if small:
+            if _small(out.frames):
                 self.socket.send_multipart(parts, zmq.NOBLOCK)
                 out.release()
             else:
@@ -357,6 +364,10 @@ class _ServerLoop(SocketLoop):
             # The client has gone; it repeats the request if it still needs the reply.
             log.info("a reply was dropped: %s", error)
             out.release()
+
+
+def _small(frames: Sequence[Frame]) -> bool:
+    return sum(len(frame) for frame in frames) < _COPY_BYTES
 
 
 def _peer(frame: zmq.Frame) -> str:
