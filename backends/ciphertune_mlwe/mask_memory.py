@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ciphertune.errors import SecurityError
-from ciphertune_mlwe.prg import Keystream, fresh_seed, room
+from ciphertune_mlwe.prg import Bytes, Keystream, fresh_seed, room
 from ciphertune_mlwe.spare_memory import SPARE
 
 _TAG_BYTES = 64
+_DRAWN_BYTES = 1 << 18
 
 
 class MaskMemory:
@@ -82,9 +83,8 @@ class MaskMemory:
         if not self.intact:
             return
         part = self.matrix[:, columns]
-        size = 4 * part.numel()
         try:
-            noise = _own_noise().fill(np.empty(room(size), dtype=np.uint8), size)
+            noise = _own_noise(4 * part.numel())
         except SecurityError:
             self.spoil()
             raise
@@ -94,10 +94,14 @@ class MaskMemory:
 _here = threading.local()
 
 
-def _own_noise() -> Keystream:
-    """The calling thread's stream of bytes to overwrite masks with, in this process."""
-    process, stream = getattr(_here, "noise", (0, None))
+def _own_noise(nbytes: int) -> Bytes:
+    """Bytes of the calling thread's stream to overwrite masks with, in this process; a multiple of four."""
+    process, stream, drawn = getattr(_here, "noise", (0, None, b""))
     if stream is None or process != os.getpid():
-        stream = Keystream(fresh_seed())
-        _here.noise = os.getpid(), stream
-    return stream
+        stream, drawn = Keystream(fresh_seed()), np.empty(0, dtype=np.uint8)
+    if len(drawn) < nbytes:
+        # Many at a time: one call for the bytes of a product takes longer than they do.
+        size = max(nbytes, _DRAWN_BYTES)
+        drawn = stream.fill(np.empty(room(size), dtype=np.uint8), size)
+    _here.noise = os.getpid(), stream, drawn[nbytes:]
+    return drawn[:nbytes]

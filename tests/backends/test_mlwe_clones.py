@@ -118,8 +118,10 @@ def test_masks_in_hand_are_refused_after_a_copy(bench: Callable[..., Bench]) -> 
 
 def test_the_generation_is_read_from_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = tmp_path / "vmclock0"
-    monkeypatch.setattr(clones, "_DEVICE", device)
+    monkeypatch.setattr(clones, "_DEVICE", tmp_path / "none")
     assert read_generation() is None
+    assert read_generation() is None
+    monkeypatch.setattr(clones, "_DEVICE", device)
 
     def write(marker: int, magic: int = 0x4B4C4356) -> None:
         device.write_bytes(struct.pack("<IIHBBIQ", magic, 96, 1, 0, 0, 2, marker) + bytes(72))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, TimeoutError as FutureTimeoutError, wait
 from typing import Any
 
 from ciphertune.backend import Buffers, Direction
@@ -18,6 +19,16 @@ from ciphertune.protocol import Message
 
 class KeysReplaced(Exception):  # noqa: N818 - not an error: the reason to encrypt the product again
     """The session has other keys than those that a request was encrypted under."""
+
+
+def _first(futures: list[Future[Message]], seconds: float) -> Collection[Future[Message]]:
+    """Those that are done, as soon as one is, or none after so many seconds."""
+    if len(futures) > 1:
+        return wait(futures, seconds, FIRST_COMPLETED).done
+    # Which costs a fraction of waiting for any of several.
+    with contextlib.suppress(FutureTimeoutError, CancelledError):
+        futures[0].exception(seconds)
+    return [each for each in futures if each.done()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +159,7 @@ class PendingRequest:
         until = min(self._deadline, min(starts) + timeouts.timeout)
         if may_hedge:
             until = min(until, hedge_at)
-        done, _ = wait(self._under_way, max(0.0, until - time.monotonic()), FIRST_COMPLETED)
+        done = _first(list(self._under_way), max(0.0, until - time.monotonic()))
         for future in done:
             reply = self._read(future)
             if reply is not None:
