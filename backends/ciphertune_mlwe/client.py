@@ -168,7 +168,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         values = x.detach().to(self._device, torch.float32)
         if sent > tokens:
             values = torch.cat([values, values.new_zeros(sent - tokens, values.shape[1])])
-        scale = product.noise.token_scale(values, whole)
+        scale = product.noise.token_scale(values, whole, self._transforms.norms(values))
         runs = [count for _, count in owners]
         # What fills up the last tokens is zeros, which may be anyone's.
         runs[-1] += sent - tokens
@@ -228,10 +228,10 @@ class MLWEClient(ClientHalf[EncryptionState]):
                 )
             )
             first += run
-        y = _side_by_side(outputs)
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if self._digits > 1:
-            y = torch.add(*y.tensor_split(2), alpha=256)
-        return y.t()[: state.tokens]
+            y = torch.add(*y.tensor_split(2, dim=1), alpha=256)
+        return y[: state.tokens]
 
     def decrypt(self, reply: Buffers, state: EncryptionState, linear_map: LinearMap) -> Tensor:
         """See ``ClientHalf.decrypt``, of a product in one piece. Raises ``WrongReplyError`` too."""
@@ -250,12 +250,12 @@ class MLWEClient(ClientHalf[EncryptionState]):
     def _decrypted(
         self, parts: Sequence[Tensor], whole: LinearMap, pieces: Sequence[LinearMap], hint: Tensor, unit: Tensor
     ) -> Tensor:
-        """Outputs of every digit one below the other, (rows, tokens) float32."""
+        """Outputs of every digit side by side, (tokens, rows) float32."""
         if whole.direction == "backward" and len(parts) > 1:
             total = lifted(parts[0])
             for part in parts[1:]:
                 total.add_(lifted(part))
-            return total.sub_(hint).to(torch.float32).mul_(unit)
+            return total.sub_(hint).to(torch.float32).mul_(unit).t()
         places = [(part, piece.rows) for part, piece in zip(parts, pieces, strict=True)]
         if whole.direction == "backward":
             places = [(parts[0], ())]
@@ -264,7 +264,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
     def _rows_decrypted(
         self, places: Sequence[tuple[Tensor, tuple[tuple[int, int], ...]]], outputs: int, hint: Tensor, unit: Tensor
     ) -> Tensor:
-        """Outputs in the group's order, those of every digit one below the other: (rows, tokens) float32."""
+        """Outputs in the group's order, those of every digit side by side: (tokens, rows) float32."""
         blocks = []
         for part, rows in places:
             first = 0
@@ -272,7 +272,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
                 blocks.append((start, stop, part, first))
                 first += stop - start
         count = sum(stop - start for start, stop, *_ in blocks)
-        y = torch.empty(self._digits * count, hint.shape[1], dtype=torch.float32, device=self._device)
+        y = torch.empty(hint.shape[1], self._digits * count, dtype=torch.float32, device=self._device)
         row = 0
         for start, stop, part, first in sorted(blocks, key=lambda block: block[0]):
             size, held = stop - start, len(part) // self._digits
@@ -281,7 +281,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
                     part[digit * held + first : digit * held + first + size],
                     hint[digit * outputs + start : digit * outputs + stop],
                     unit,
-                    y[digit * count + row : digit * count + row + size],
+                    y[:, digit * count + row : digit * count + row + size],
                 )
             row += size
         return y

@@ -118,8 +118,12 @@ class Transforms(abc.ABC):
             reply: (rows, planes, tokens) uint8.
             mask: (rows, tokens) int32, of any strides.
             unit: (tokens,) float32, what one 2^-32 of the modulus is worth.
-            out: (rows, tokens) float32 to write to, rows of any stride.
+            out: (tokens, rows) float32 to write to, tokens of any stride.
         """
+
+    def norms(self, x: Tensor) -> Tensor:
+        """Euclidean norms of the tokens of x, (tokens, features) float32: (tokens,) float64."""
+        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
 
 
 class TensorTransforms(Transforms):
@@ -196,7 +200,7 @@ class TensorTransforms(Transforms):
 
     def decrypt(self, reply: Tensor, mask: Tensor, unit: Tensor, out: Tensor) -> None:
         """See ``Transforms.decrypt``."""
-        torch.mul(lifted(reply).sub_(mask), unit, out=out)
+        torch.mul(lifted(reply).sub_(mask).t(), unit[:, None], out=out)
 
     def _chunks(self, features: int, blocks: int) -> list[tuple[int, int]]:
         step = max(LANES, min(128, (1 << 17) // (blocks * self._ring.half)) // LANES * LANES)
@@ -337,11 +341,29 @@ class NativeTransforms(Transforms):
                 tokens,
                 stop - start,
                 planes,
-                native.pointer(out) + start * out.stride(0) * 4,
+                native.pointer(out) + start * 4,
                 out.stride(0),
             )
 
         native.over_rows(rows, LANES, task, tokens * rows)
+
+    def norms(self, x: Tensor) -> Tensor:
+        """See ``Transforms.norms``: in one pass, where torch makes a copy in float64."""
+        x = native.packed(x)
+        tokens, features = x.shape
+        out = torch.empty(tokens, dtype=torch.float64)
+
+        def task(start: int, stop: int) -> None:
+            self._library.ct_norms(
+                native.pointer(x) + start * x.stride(0) * 4,
+                x.stride(0),
+                features,
+                stop - start,
+                native.pointer(out) + start * 8,
+            )
+
+        native.over_rows(tokens, 1, task, tokens * features)
+        return out
 
 
 def make_transforms(device: torch.device) -> Transforms:

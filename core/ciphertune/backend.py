@@ -173,18 +173,20 @@ class NoiseModel:
         signal = usable / self._digit_gain(linear_map) * linear_map.max_norm / math.sqrt(linear_map.in_features)
         return self.error_deviation(linear_map.max_norm) / max(signal, 1e-300)
 
-    def token_scale(self, x: Tensor, linear_map: LinearMap) -> Tensor:
+    def token_scale(self, x: Tensor, linear_map: LinearMap, norm: Tensor | None = None) -> Tensor:
         """The largest real scale per token for which no output can wrap, by Cauchy-Schwarz.
 
         Args:
             x: (tokens, features), floating point.
             linear_map: the map it is for.
+            norm: (tokens,) float64, Euclidean norms of x where they are known.
 
         Returns:
             (tokens,) float64. A token of zeros gets a huge one, so that its outputs decode to zeros and not to noise:
             gradients have such tokens wherever the loss ignores a position.
         """
-        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        if norm is None:
+            norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         # Norms under 1e-30 would ask for a scale whose inverse float32 outputs cannot carry.
         scale: Tensor = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_gain(linear_map))
         return scale

@@ -192,9 +192,27 @@ def test_decryption_is_exact_integer_arithmetic(made: Callable[[], Transforms], 
     reply = torch.randint(0, 256, (rows, parameters.planes, tokens), dtype=torch.uint8, generator=generator)
     lifted = (reply.long() * (256 ** torch.arange(4 - parameters.planes, 4))[:, None]).sum(1).numpy()
     phase = (lifted - want + 2**31) % 2**32 - 2**31
-    y = torch.empty(rows, tokens)
-    transforms.decrypt(reply, masks, torch.full((tokens,), 0.5), y)
-    assert torch.equal(y, torch.from_numpy(phase).to(torch.float32) * 0.5)
+    unit = torch.arange(1, tokens + 1) / 4
+    wanted = (torch.from_numpy(phase).to(torch.float32) * unit).t()
+    for mask in (masks, masks.t().contiguous().t()):
+        y = torch.full((tokens, rows + 2), 7.0)
+        transforms.decrypt(reply, mask, unit, y[:, 1:-1])
+        assert torch.equal(y[:, 1:-1], wanted)
+        assert (y[:, [0, -1]] == 7).all()
+    few = reply[:, :, :5].contiguous()
+    transforms.decrypt(few, masks[:, :5], unit[:5], y[:5, 1:-1])
+    assert torch.equal(y[:5, 1:-1], wanted[:5])
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("features", [1, 31, 32, 577])
+def test_norms_are_those_of_float64_whatever_the_size_of_values(made: Callable[[], Transforms], features: int) -> None:
+    x = torch.randn(9, features + 3, generator=torch.Generator().manual_seed(features))[:, 1:-2]
+    x = x * torch.tensor([1e-38, 1e-30, 1e-20, 1e-3, 0, 1, 1e10, 1e20, 1e37])[:, None]
+    found = made().norms(x)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, x.double().square().sum(1).sqrt(), rtol=1e-13, atol=0)
+    assert found[4] == 0
 
 
 def test_known_answers() -> None:

@@ -32,6 +32,7 @@ _SIGNATURES = {
     "hint_masks": "ppiiip",
     "encrypt": "piipipiiipi",
     "decrypt": "pipiipiiipi",
+    "norms": "piiip",
     "weighted_sums": "piiiiipiipi",
     "split": "piiipii",
     "join": "piiiiip",

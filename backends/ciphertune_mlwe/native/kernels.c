@@ -14,6 +14,9 @@
 
 #define LANES 8
 #define TOKENS 64 /* columns that are encrypted at a time */
+#define LINE_ROWS 16 /* rows whose floats of one token fill a line of the cache */
+#define ROWS 64      /* rows of a block: what is read and written lies together for 256 bytes, either way */
+
 #define HALF 128 /* complex coefficients of a folded polynomial of degree 256 */
 #define DEGREE (2 * HALF)
 static const double PI = 3.14159265358979323846;
@@ -24,6 +27,12 @@ static const double PI = 3.14159265358979323846;
 #define CLONES
 #endif
 #define INLINE static inline __attribute__((always_inline))
+
+/* Fetches what the next block of tokens reads of a row of masks, which no processor foresees. */
+INLINE void fetch_masks(const int32_t *next) {
+    for (int64_t t = 0; t < TOKENS; t += 64 / (int64_t)sizeof *next)
+        __builtin_prefetch(next + t);
+}
 
 /* Zeros that stay, though nobody reads them: a compiler may leave out a memset before free. */
 INLINE void wipe(void *memory, size_t size) {
@@ -329,67 +338,134 @@ CLONES void ct_encrypt(const int32_t *mask, int64_t row_step, int64_t token_step
                        const double *scale, int64_t tokens, int64_t rows, int64_t planes, uint8_t *out,
                        int64_t out_stride) {
     int shift = 32 - 8 * (int)planes;
-    /* Some tokens at a time, so that lines of the input that several packs of features share are still in the cache. */
-    for (int64_t first = 0; first < tokens; first += TOKENS) {
-        int64_t width = tokens - first < TOKENS ? tokens - first : TOKENS;
-        for (int64_t row = 0; row < rows; row += LANES) {
-            int64_t count = rows - row < LANES ? rows - row : LANES;
-            int32_t turned[LANES][TOKENS];
-            for (int64_t t = 0; t < width; t += LANES) {
-                /* The input is token-major: eight features of eight tokens are turned over in registers. */
-                ivec m[LANES] = {{0}};
-                for (int64_t i = 0; i < LANES && t + i < width; i++) {
-                    const float *in = x + (first + t + i) * x_stride + row;
-                    double v[LANES] = {0}, s = scale[first + t + i];
-                    if (count == LANES)
-                        EACH_LANE v[l] = (double)in[l] * s;
+    for (int64_t top = 0; top < rows; top += ROWS)
+        for (int64_t first = 0; first < tokens; first += TOKENS) {
+            int64_t width = tokens - first < TOKENS ? tokens - first : TOKENS;
+            int64_t bottom = rows - top < ROWS ? rows : top + ROWS;
+            for (int64_t row = top; row < bottom; row += LINE_ROWS) {
+                int64_t count = rows - row < LINE_ROWS ? rows - row : LINE_ROWS;
+                int32_t turned[LINE_ROWS][TOKENS];
+                for (int64_t t = first + TOKENS; t < tokens && t < first + 2 * TOKENS; t++)
+                    __builtin_prefetch(x + t * x_stride + row, 0, 2);
+                for (int64_t t = 0; t < width; t += LANES)
+                    /* The input is token-major: eight features of eight tokens are turned over in registers. Its lines
+                     * lie so far apart that they displace each other, so both halves of each are read at once. */
+                    for (int64_t half = 0; half < count; half += LANES) {
+                        int64_t some = count - half < LANES ? count - half : LANES;
+                        ivec m[LANES] = {{0}};
+                        for (int64_t i = 0; i < LANES && t + i < width; i++) {
+                            const float *in = x + (first + t + i) * x_stride + row + half;
+                            double v[LANES] = {0}, s = scale[first + t + i];
+                            if (some == LANES)
+                                EACH_LANE v[l] = (double)in[l] * s;
+                            else
+                                for (int l = 0; l < some; l++)
+                                    v[l] = (double)in[l] * s;
+                            low_bits_of(v, m + i);
+                        }
+                        transpose(m);
+                        EACH_LANE memcpy(turned[half + l] + t, m + l, sizeof *m);
+                    }
+                for (int64_t lane = 0; lane < count; lane++) {
+                    const int32_t *masks = mask + (row + lane) * row_step + first * token_step, *in = turned[lane];
+                    uint8_t *to = out + (row + lane) * planes * out_stride + first;
+                    uint32_t value[TOKENS];
+                    if (token_step == 1 && first + TOKENS < tokens)
+                        fetch_masks(masks + TOKENS);
+                    if (token_step == 1)
+                        for (int64_t t = 0; t < width; t++)
+                            value[t] = ((uint32_t)in[t] + (uint32_t)masks[t]) >> shift;
                     else
-                        for (int l = 0; l < count; l++)
-                            v[l] = (double)in[l] * s;
-                    low_bits_of(v, m + i);
+                        for (int64_t t = 0; t < width; t++)
+                            value[t] = ((uint32_t)in[t] + (uint32_t)masks[t * token_step]) >> shift;
+                    for (int64_t p = 0; p < planes; p++, to += out_stride)
+                        for (int64_t t = 0; t < width; t++)
+                            to[t] = (uint8_t)(value[t] >> (8 * p));
                 }
-                transpose(m);
-                EACH_LANE memcpy(turned[l] + t, m + l, sizeof *m);
-            }
-            for (int64_t lane = 0; lane < count; lane++) {
-                const int32_t *masks = mask + (row + lane) * row_step + first * token_step, *in = turned[lane];
-                uint8_t *to = out + (row + lane) * planes * out_stride + first;
-                uint32_t value[TOKENS];
-                if (token_step == 1)
-                    for (int64_t t = 0; t < width; t++)
-                        value[t] = ((uint32_t)in[t] + (uint32_t)masks[t]) >> shift;
-                else
-                    for (int64_t t = 0; t < width; t++)
-                        value[t] = ((uint32_t)in[t] + (uint32_t)masks[t * token_step]) >> shift;
-                for (int64_t p = 0; p < planes; p++, to += out_stride)
-                    for (int64_t t = 0; t < width; t++)
-                        to[t] = (uint8_t)(value[t] >> (8 * p));
             }
         }
-    }
 }
 
 /* y = centred(2^shift * reply - mask) * unit, for `rows` outputs, counted in units of 2^-32 of the modulus.
  *
- * reply (rows, planes, tokens_stride) bytes; mask as in ct_encrypt; unit (tokens) float; y (rows, y_stride)
+ * reply (rows, planes, reply_stride) bytes; mask as in ct_encrypt; unit (tokens) float; y (tokens, y_stride), of which
+ * `rows` columns are written
  */
 CLONES void ct_decrypt(const uint8_t *reply, int64_t reply_stride, const int32_t *mask, int64_t row_step,
                        int64_t token_step, const float *unit, int64_t tokens, int64_t rows, int64_t planes, float *y,
                        int64_t y_stride) {
-    for (int64_t row = 0; row < rows; row++) {
-        const uint8_t *in = reply + row * planes * reply_stride;
-        const int32_t *masks = mask + row * row_step;
-        float *out = y + row * y_stride;
-        if (token_step != 1)
-            for (int64_t t = 0; t < tokens; t++)
-                out[t] = (float)(int32_t)(lifted(in + t, reply_stride, (int)planes) - (uint32_t)masks[t * token_step]) *
-                         unit[t];
-        else if (planes == 3)
-            for (int64_t t = 0; t < tokens; t++)
-                out[t] = (float)(int32_t)(lifted(in + t, reply_stride, 3) - (uint32_t)masks[t]) * unit[t];
-        else
-            for (int64_t t = 0; t < tokens; t++)
-                out[t] = (float)(int32_t)(lifted(in + t, reply_stride, 4) - (uint32_t)masks[t]) * unit[t];
+    /* As in ct_encrypt, the other way round. */
+    for (int64_t top = 0; top < rows; top += ROWS)
+        for (int64_t first = 0; first < tokens; first += TOKENS) {
+            int64_t width = tokens - first < TOKENS ? tokens - first : TOKENS;
+            int64_t bottom = rows - top < ROWS ? rows : top + ROWS;
+            for (int64_t row = top; row < bottom; row += LINE_ROWS) {
+                int64_t count = rows - row < LINE_ROWS ? rows - row : LINE_ROWS;
+                const uint8_t *in = reply + row * planes * reply_stride + first;
+                const int32_t *masks = mask + row * row_step + first * token_step;
+                float *out = y + first * y_stride + row;
+                if (token_step != 1 || width < LANES) {
+                    for (int64_t t = 0; t < width; t++)
+                        for (int64_t i = 0; i < count; i++)
+                            out[t * y_stride + i] =
+                                (float)(int32_t)(lifted(in + i * planes * reply_stride + t, reply_stride, (int)planes) -
+                                                 (uint32_t)masks[i * row_step + t * token_step]) *
+                                unit[first + t];
+                    continue;
+                }
+                int32_t straight[LINE_ROWS][TOKENS];
+                for (int64_t i = 0; i < count; i++) {
+                    const uint8_t *from = in + i * planes * reply_stride;
+                    const int32_t *by = masks + i * row_step;
+                    if (first + TOKENS < tokens) {
+                        fetch_masks(by + TOKENS);
+                        for (int64_t p = 0; p < planes; p++)
+                            __builtin_prefetch(from + p * reply_stride + TOKENS);
+                    }
+                    if (planes == 3)
+                        for (int64_t t = 0; t < width; t++)
+                            straight[i][t] = (int32_t)(lifted(from + t, reply_stride, 3) - (uint32_t)by[t]);
+                    else
+                        for (int64_t t = 0; t < width; t++)
+                            straight[i][t] = (int32_t)(lifted(from + t, reply_stride, 4) - (uint32_t)by[t]);
+                }
+                for (int64_t t = 0; t < width; t += LANES)
+                    for (int64_t half = 0; half < count; half += LANES) {
+                        ivec m[LANES];
+                        int64_t some = width - t < LANES ? width - t : LANES;
+                        int64_t high = count - half < LANES ? count - half : LANES;
+                        for (int64_t i = 0; i < LANES; i++)
+                            memcpy(m + i, straight[half + i] + t, sizeof *m);
+                        transpose(m);
+                        for (int64_t i = 0; i < some; i++) {
+                            int32_t v[LANES];
+                            float turned[LANES], by = unit[first + t + i], *to = out + (t + i) * y_stride + half;
+                            memcpy(v, m + i, sizeof v);
+                            EACH_LANE turned[l] = (float)v[l] * by;
+                            if (high == LANES)
+                                memcpy(to, turned, sizeof turned);
+                            else
+                                memcpy(to, turned, (size_t)high * sizeof *turned);
+                        }
+                    }
+            }
+        }
+}
+
+/* Euclidean norms of tokens: x (tokens, x_stride) float, of which `features` columns count -> out (tokens) double. */
+CLONES void ct_norms(const float *x, int64_t x_stride, int64_t features, int64_t tokens, double *out) {
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *in = x + t * x_stride;
+        double sums[4 * LANES] = {0}, total = 0;
+        int64_t k = 0;
+        for (; k + 4 * LANES <= features; k += 4 * LANES)
+            for (int l = 0; l < 4 * LANES; l++)
+                sums[l] += (double)in[k + l] * (double)in[k + l];
+        for (; k < features; k++)
+            total += (double)in[k] * (double)in[k];
+        for (int l = 0; l < 4 * LANES; l++)
+            total += sums[l];
+        out[t] = sqrt(total);
     }
 }
 

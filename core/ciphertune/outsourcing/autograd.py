@@ -50,10 +50,12 @@ class OutsourcedProduct(torch.autograd.Function):
             for layer in layers:
                 part = stacked[:, row : row + layer.out_features]
                 row += layer.out_features
-                # Products come feature-major; one copy puts them in order, and the scale is applied in place.
-                output = torch.empty(part.shape, dtype=torch.float32, device=part.device).copy_(part)
-                if layer.scale is not None:
-                    output.mul_(layer.scale.to(output.device))
+                # Products may come in any order of their values; one pass puts them in order and applies the scale.
+                output = torch.empty(part.shape, dtype=torch.float32, device=part.device)
+                if layer.scale is None:
+                    output.copy_(part)
+                else:
+                    torch.mul(part, layer.scale.to(output.device), out=output)
                 output = add_inputs(output, aside, layer)
                 outputs.append(output if overflown is None else output.masked_fill_(overflown, torch.nan))
         return tuple(outputs)
