@@ -120,7 +120,7 @@ def test_a_model_that_cannot_drop_tokens_sends_all_of_them_through_its_head(tmp_
             ciphertune.outsource(copy.deepcopy(model), "mlwe", layers), torch.arange(1, 6)[None], 3
         )
         up.append([first.bytes_up, later.bytes_up, found.prompt_bytes_up, found.bytes_up])
-    # A decoder's layers for an encoder's output are planned, and nothing asks for them here: the head is the difference.
+    # Layers for an encoder's output are planned, and nothing asks for them here: the head is the difference.
     of_prompt, of_token, planned_prompt, planned_token = (many - few for few, many in zip(*up, strict=True))
     assert of_prompt == planned_prompt == 5 * of_token
     assert of_token == planned_token

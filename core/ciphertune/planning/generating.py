@@ -256,7 +256,7 @@ def forward_groups(planned: PlannedModel) -> list[PlannedGroup]:
 
 
 def prompt_groups(planned: PlannedModel, head: str | None, kept: int) -> list[PlannedGroup]:
-    """Groups of a pass over prompts, of which ``kept`` tokens go through the head: all, if the model cannot drop any."""
+    """Groups of a pass over prompts. ``kept`` tokens go through the head, or all where the model drops none."""
     groups = forward_groups(planned)
     if "logits_to_keep" not in inspect.signature(planned.model.forward).parameters:
         return groups

@@ -120,7 +120,7 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     if form is not None and form != {"type": "text"}:
         _refuse(
             "response_format",
-            "answers are text, which nothing holds to JSON or to a schema: leave it out, ask for the form in a message, "
+            "answers are text, which nothing holds to JSON or to a schema: leave it out, ask for it in a message, "
             "and check the answer",
         )
     top = _whole(body, "top_logprobs", 0, _MOST_TOP)
