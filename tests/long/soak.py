@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import _helpers  # noqa: F401
 import remote
 import torch
 from torch import nn

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import _helpers  # noqa: F401
 import architectures
 import torch
 import transformers
