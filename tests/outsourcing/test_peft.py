@@ -283,6 +283,7 @@ def _initialised(model: Any, kind: str) -> Any:
     return adapted_model
 
 
+@pytest.mark.filterwarnings("ignore:lora with eva:UserWarning")
 @pytest.mark.parametrize("kind", ["pissa", "pissa_niter_2", "olora", "corda", "eva"])
 def test_initialisations_by_the_weight_or_by_data_come_before(tiny: Tiny, kind: str) -> None:
     model = _initialised(tiny("llama"), kind).eval()
@@ -302,6 +303,7 @@ def test_initialisations_by_the_weight_are_refused_by_name_afterwards(tiny: Tiny
         _initialised(model, kind)
 
 
+@pytest.mark.filterwarnings("ignore:lora with eva:UserWarning")
 def test_an_initialisation_by_what_a_layer_gets_may_come_afterwards(tiny: Tiny) -> None:
     wanted = _initialised(tiny("llama"), "eva").eval()
     found = _initialised(ciphertune.outsource(tiny("llama"), "clear"), "eva").eval()

@@ -207,8 +207,8 @@ def refuse(layer: str, what: str) -> NoReturn:
     raise OutsourcedWeightError(
         f"the weight of {layer!r} is at the workers, so {what!r} cannot be computed with it here. "
         "Merging adapters, and DoRA, need the original model: load the adapter there. Tuners and initialisations that "
-        "read the weight as they are made (PiSSA, OLoRA, CorDA, LoftQ, DeLoRA, …) can be added before the model is outsourced. If "
-        "the model itself reads this weight, leave the layer out with layers=…"
+        "read the weight as they are made (PiSSA, OLoRA, CorDA, LoftQ, DeLoRA, …) can be added before the model is "
+        "outsourced. If the model itself reads this weight, leave the layer out with layers=…"
     )
 
 
