@@ -192,7 +192,8 @@ def test_a_conversation_sends_new_tokens_alone_and_says_the_same(kind: str, to: 
 def test_nothing_is_kept_where_it_could_change_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Any = Bare(ciphertune.outsource(made("llama"), "clear"))
     kept, text = KeptCache(opened.model), [7, 8, 9, 10]
-    for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"pad_tokens": 4}):
+    ways: list[dict[str, Any]] = [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"pad_tokens": 4}]
+    for options in ways:
         answer(opened, [text], GenerationSettings(max_new_tokens=3), kept=kept)
         assert kept.tokens == 6
         answer(opened, [text], GenerationSettings(max_new_tokens=3, **options), kept=kept)
