@@ -64,7 +64,8 @@ class Recorded:
         return [(request, reply.result(60)) for request, reply in seen]
 
     def again(self, request: Message) -> Message:
-        return self._submit(request).result(60)
+        answer: Message = self._submit(request).result(60)
+        return answer
 
     def _recording(self, request: Message) -> Future[Message]:
         future: Future[Message] = self._submit(request)

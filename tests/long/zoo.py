@@ -116,12 +116,12 @@ def read_page() -> list[architectures.Found]:
         ]
         if len(cells) == 7 and cells[0] in every:
             name, model, verdict, forward, backward, share, stays = cells
-            numbers = [None if each == "–" else float(each) for each in (forward, backward)]
+            ahead, back = (None if each == "–" else float(each) for each in (forward, backward))
             of_all = None if share == "–" else float(share.removesuffix("%")) / 100
-            told = ["" if stays == "nothing" else stays, ""]
-            told = told if verdict == "matches" else told[::-1]
+            told = "" if stays == "nothing" else stays
+            kept, detail = (told, "") if verdict == "matches" else ("", told)
             kind: Any = verdict
-            found.append(architectures.Found(name, model.strip("`"), kind, *numbers, of_all, *told))
+            found.append(architectures.Found(name, model.strip("`"), kind, ahead, back, of_all, kept, detail))
     return found + [architectures.Found(name, every[name], "not built") for name in re.findall(r"`([^`]+)`", rest)]
 
 
@@ -163,8 +163,8 @@ def main() -> None:
     if options.add:
         known = {each.architecture: each for each in read_page()}
         for line in (line for file in options.add for line in file.read_text().splitlines()):
-            new = architectures.Found(**json.loads(line))
-            known[new.architecture] = new
+            added = architectures.Found(**json.loads(line))
+            known[added.architecture] = added
         PAGE.write_text(page(sorted(known.values(), key=lambda each: each.architecture)))
         return
     part, parts = map(int, options.part.split("/"))
