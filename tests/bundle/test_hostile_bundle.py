@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from ciphertune.bundle.client import check_client
 from ciphertune.bundle.manifest import check_model_config, read_client, sizes_of
 from ciphertune.bundle.worker import load_worker
 from ciphertune.errors import ConfigError
+from ciphertune.models.load import load_tokenizer
 from ciphertune.worker import Worker
 
 ANYTHING = st.one_of(
@@ -228,14 +230,76 @@ def test_settings_are_no_large_files(ciphertune_bundle: Path, tmp_path: Path) ->
     check_client(tmp_path / "client")
     for name, said in (
         ("tokenizer_config.json", "holds settings"),
-        ("config.json", "size"),
+        ("config.json", "settings|size"),
+        ("preprocessor_config.json", "holds settings"),
+        ("additional_chat_templates/tool.jinja", "holds settings"),
+        ("tokenizer.json", "holds a vocabulary"),
+        ("vocab.txt", "holds a vocabulary"),
+        ("merges.txt", "holds a vocabulary"),
+        ("spiece.model", "holds a vocabulary"),
         ("model.safetensors.index.json", "too large to be a table"),
     ):
         shutil.copytree(ciphertune_bundle / "client", tmp_path / name)
+        (tmp_path / name / name).parent.mkdir(exist_ok=True)
         with (tmp_path / name / name).open("r+b" if (tmp_path / name / name).exists() else "wb") as file:
             file.truncate(1 << 29)  # takes no room on the disk
         with pytest.raises(ConfigError, match=said):
             check_client(tmp_path / name)
+
+
+def _replaced(count: int) -> dict[str, Any]:
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    return {"type": "Sequence", "normalizers": [step] * count}
+
+
+TOKENIZERS: list[tuple[dict[str, Any], str]] = [
+    ({"normalizer": _replaced(40)}, "normalizer: expected a text at most 64 times as long"),
+    ({"normalizer": {"type": "Prepend", "prepend": "x" * 1000}}, "normalizer"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}] * 300}}, "pre_tokenizer"),
+    ({"post_processor": {"single": [{"SpecialToken": {"id": "a", "type_id": 0}}] * 300}}, "post_processor"),
+    ({"decoder": json.loads("[" * 100 + "1" + "]" * 100)}, "decoder: expected values at most 64 deep"),
+    ({"padding": {"strategy": {"Fixed": 1 << 40}}}, "padding.Fixed"),
+    ({"padding": {"pad_to_multiple_of": 1 << 40}}, "padding.pad_to_multiple_of"),
+    ({"truncation": {"max_length": -1}}, "truncation.max_length"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), TOKENIZERS, ids=lambda each: str(each)[:30])
+def test_a_tokenizer_that_makes_much_of_little_is_refused(
+    ciphertune_bundle: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    import shutil
+
+    shutil.copytree(ciphertune_bundle / "client", tmp_path / "client")
+    tiny.save_letters(tmp_path / "client")
+    check_client(tmp_path / "client")
+    assert len(load_tokenizer(str(tmp_path / "client"))) == 97
+    file = tmp_path / "client" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    for load_it in (lambda: check_client(tmp_path / "client"), lambda: load_tokenizer(str(tmp_path / "client"))):
+        with pytest.raises(ConfigError, match=f"tokenizer.json is damaged: {said}"):
+            load_it()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"added_tokens": [' + "[]," * (1 << 23) + "[]]}", "at most 8388608 values"),
+        ("[" * (1 << 20), "it is not JSON"),
+        ("[1", "it is not JSON"),
+        ("[]", "expected an object"),
+    ],
+    ids=["many values", "deep", "cut off", "a list"],
+)
+def test_tables_are_counted_before_they_are_read(
+    ciphertune_bundle: Path, tmp_path: Path, content: str, said: str
+) -> None:
+    import shutil
+
+    shutil.copytree(ciphertune_bundle / "client", tmp_path / "client")
+    (tmp_path / "client" / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        check_client(tmp_path / "client")
 
 
 HARMLESS = ("max_position_embeddings", "architectures")  # numbers that this model makes nothing of

@@ -11,12 +11,15 @@ import pytest
 import small
 import tiny as models
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ciphertune
 from ciphertune.bundle.worker import load_worker
-from ciphertune.errors import ConfigError, OutsourcedWeightError
+from ciphertune.cli import cli
+from ciphertune.errors import ConfigError, OutsourcedWeightError, UnknownLayerError
+from ciphertune.outsourcing.convolution import outsourced_convolutions
 from ciphertune.worker import Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -129,6 +132,38 @@ def test_convolutions_are_split(tmp_path: Path, in_memory: bool) -> None:
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert error(model(pixel_values=x).logits, plain(pixel_values=x).logits) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        (["--convolutions"], 2),
+        (["--convolution", "*stages.1.layers.0.layer.1.convolution"], 1),
+        (["--convolution", "*layer.0.convolution", "--convolution", "*stages.1.layers.0.layer.1.convolution"], 3),
+    ],
+)
+def test_the_command_splits_the_convolutions_that_are_named(options: list[str], layers: int, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic", num_labels=4
+    )
+    plain = transformers.ResNetForImageClassification(config).eval()
+    plain.save_pretrained(tmp_path / "model")
+    arguments = ["split", str(tmp_path / "model"), str(tmp_path / "bundle"), "--weight-bits", "16", *options, "--json"]
+    found = json.loads(CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout)
+    assert found["layers"] == layers
+    worker = Worker(load_worker(Path(found["workers"][0])))
+    ours: Any = ciphertune.load_client(found["client"], "clear?weight_bits=16", worker=worker)
+    assert len(outsourced_convolutions(ours)) == layers
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert error(ours(pixel_values=x).logits, plain(pixel_values=x).logits) < 1e-3
+    with pytest.raises(UnknownLayerError, match="no convolution matches 'nowhere'"):
+        CliRunner().invoke(
+            cli, [*arguments[:2], str(tmp_path / "other"), "--convolution", "nowhere"], catch_exceptions=False
+        )
+    assert not (tmp_path / "other").exists()
 
 
 def test_convolutions_and_token_embeddings(tmp_path: Path) -> None:

@@ -66,6 +66,19 @@ def test_backends_state_their_security() -> None:
     assert "156 bits by" in invoke("backends").output
 
 
+def test_backends_say_whether_answers_are_checked() -> None:
+    rows = {row["name"]: row for row in json.loads(invoke("backends", "--json").stdout)}
+    checked = {name: row["checked"] for name, row in rows.items() if row["package"].startswith("ciphertune ")}
+    assert checked == {
+        "mlwe": "before decryption",
+        "concrete-ml": "no",
+        **dict.fromkeys(("clear", "simulation", "concrete-glwe", "concrete-circuit"), "after decryption"),
+    }
+    assert invoke("backends").stdout.count("not checked: a worker can answer anything") == 1
+    told = json.loads(invoke("doctor", "--json").stdout)["backends"]
+    assert [name for name, facts in told.items() if "answers of workers elsewhere" in facts] == ["concrete-ml"]
+
+
 def test_doctor_opens_with_a_verdict_for_each_job(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = ciphertune.cli.doctor.verdicts
     assert set(verdicts().values()) == {"ready"}

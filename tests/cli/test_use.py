@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from ciphertune.cli import cli
 from ciphertune.errors import CipherTuneError, ConfigError
 from ciphertune.generation import conversation
+from ciphertune.generation.answering import answer
 from ciphertune.generation.conversation import Conversation, stoppable
 from ciphertune.generation.opening import open_model
 from ciphertune.generation.settings import GenerationSettings
@@ -129,6 +130,37 @@ def test_an_answer_that_fails_leaves_the_conversation(folder: Path, monkeypatch:
             assert talk.take("two")
         assert written[-1] == "the worker is gone\n"
         assert talk.turns == kept
+
+
+def test_a_turn_sends_what_is_new_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("hi there", "and now", "!set max_new_tokens=3", "again", "/reset", "hi there")
+    sent: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    turns: dict[bool, Any] = {}
+    for kept in (True, False):
+
+        def answered(*args: Any, keep: bool = kept, **options: Any) -> Any:
+            found, costs = answer(*args, **{**options, "kept": options["kept"] if keep else None})
+            sent[keep].append((costs.prompt_bytes_up, costs.prompt_tokens))
+            return found, costs
+
+        monkeypatch.setattr(conversation, "answer", answered)
+        with open_model(ModelSource(str(folder), to="clear")) as opened:
+            talk = Conversation(opened, GenerationSettings(max_new_tokens=6), lambda _: None)
+            told = []
+            for line in lines:
+                talk.take(line)
+                told.append(list(talk.turns))
+            turns[kept] = told
+    assert turns[True] == turns[False]
+    assert [tokens for _, tokens in sent[True]] == [tokens for _, tokens in sent[False]]
+    each = sent[False][0][0] // sent[False][0][1]
+    prompts = [tokens for _, tokens in sent[True]]
+    # The template writes an answer's letters apart, as the tokenizer reads them: what was asked before is the same.
+    assert [up // each for up, _ in sent[False]] == prompts
+    first, second, third, again = (up // each for up, _ in sent[True])
+    assert (first, again) == (prompts[0], prompts[0])
+    assert second < prompts[1] - prompts[0] + 6
+    assert third < prompts[2] - prompts[1] + 6
 
 
 def test_eval(folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ciphertune._support.denormals import flushes
 from ciphertune.errors import ConfigError
 from ciphertune.generation.answering import Costs, answer
 from ciphertune.generation.drafting import load_draft
+from ciphertune.generation.keeping import KeptCache
 from ciphertune.generation.opening import OpenedModel, open_model
 from ciphertune.generation.prompts import Prompt, encode, read_prompts
 from ciphertune.generation.settings import GenerationSettings
@@ -37,8 +38,10 @@ KINDS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tiny.llama(max_position_embeddings=64),
     "gpt2": lambda: tiny.gpt2(n_positions=64),
     "qwen2": lambda: small.model("Qwen2ForCausalLM", num_key_value_heads=2),
-    "gemma2": lambda: small.model("Gemma2ForCausalLM", num_key_value_heads=2, head_dim=8),
+    "gemma2": lambda: small.model("Gemma2ForCausalLM", num_key_value_heads=2, head_dim=8, sliding_window=6),
 }
+WINDOWS = ("gemma2",)
+"""Those of which a layer sees the last six tokens."""
 
 
 def made(kind: str) -> Any:
@@ -140,6 +143,73 @@ def test_costs_are_of_the_new_tokens(opened: OpenedModel) -> None:
     total.add(costs)
     assert total.new_tokens == 10
     assert total.tokens_per_second == pytest.approx(costs.tokens_per_second)
+
+
+class Numbers:
+    """A tokenizer whose texts are numbers of tokens."""
+
+    pad_token_id, eos_token_id = 0, None
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+class Bare:
+    """What ``answer`` asks of an opened model."""
+
+    def __init__(self, model: Any) -> None:
+        model.generation_config.eos_token_id = None
+        self.model, self.session, self.tokenizer = model, ciphertune.session_of(model), Numbers()
+        self.positions, self.vocabulary = 64, 96
+
+
+@pytest.mark.parametrize("to", ["clear", "mlwe"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_conversation_sends_new_tokens_alone_and_says_the_same(kind: str, to: str) -> None:
+    opened: Any = Bare(ciphertune.outsource(made(kind), to))
+    kept, settings = KeptCache(opened.model), GenerationSettings(max_new_tokens=5)
+    text, held = [], 0
+    # What was said comes back with new tokens behind it, its end written in another way.
+    for cut, new in [(0, [7, 8, 9, 10]), (0, [3, 4]), (3, [5]), (6, [40, 41, 42]), (1, [6])]:
+        text = text[: len(text) - cut] + new
+        (said,), few = answer(opened, [text], settings, kept=kept)
+        (plain,), all_of_it = answer(opened, [text], settings)
+        assert said == plain
+        assert few.bytes_up == all_of_it.bytes_up
+        same = min(held, len(text) - len(new))
+        if same < held and kind in WINDOWS:
+            same = 0  # Its layers have lost what came before the window.
+        assert few.prompt_bytes_up * len(text) == all_of_it.prompt_bytes_up * (len(text) - same)
+        text += map(int, said.text.split())
+        held = len(text) - 1
+        assert kept.tokens == held
+    kept.drop()
+    (_,), dropped = answer(opened, [text], settings, kept=kept)
+    assert dropped.prompt_bytes_up > few.prompt_bytes_up
+    opened.session.close()
+
+
+def test_nothing_is_kept_where_it_could_change_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Any = Bare(ciphertune.outsource(made("llama"), "clear"))
+    kept, text = KeptCache(opened.model), [7, 8, 9, 10]
+    ways: list[dict[str, Any]] = [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"pad_tokens": 4}]
+    for options in ways:
+        answer(opened, [text], GenerationSettings(max_new_tokens=3), kept=kept)
+        assert kept.tokens == 6
+        answer(opened, [text], GenerationSettings(max_new_tokens=3, **options), kept=kept)
+        assert kept.tokens == 0
+    answer(opened, [text], GenerationSettings(max_new_tokens=3), kept=kept)
+    with monkeypatch.context() as patched:
+        # A pass that fails leaves some layers with tokens that others have not.
+        patched.setattr(opened.model.lm_head, "forward", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            answer(opened, [text], GenerationSettings(max_new_tokens=3), kept=kept)
+    assert kept.tokens == 0
+    opened.session.close()
+    moving = tiny.llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    recurrent = small.model("MambaForCausalLM", state_size=4)
+    for model in (moving, recurrent):
+        assert KeptCache(model).take(text) == {}
 
 
 def test_pieces_are_the_text_and_an_answer_can_be_stopped(opened: OpenedModel, folder: Path) -> None:

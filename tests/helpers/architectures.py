@@ -178,9 +178,11 @@ def _smallest(name: str) -> tuple[nn.Module, Any, list[Tensor], dict[str, Tensor
 
     cls = getattr(transformers, name)
     error: Exception | None = None
-    for factor in FACTORS:
+    for factor, guessed in [(factor, guessed) for guessed in (False, True) for factor in FACTORS]:
         try:
             config = small_config(cls.config_class, factor)
+            if guessed:
+                _guess(config)
             with torch.device("meta"):
                 weights = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
             if weights > MOST_WEIGHTS:
@@ -213,6 +215,21 @@ def _tried(model: nn.Module) -> tuple[Any, list[Tensor], dict[str, Tensor]]:
     except Exception:
         inputs = inputs_for(model, torch.device("cpu"), everything=True)
         return inputs, *run(model, inputs)
+
+
+def _guess(config: Any) -> None:
+    """Set what a configuration leaves to its model: the size of heads, and how rotary angles are shared among axes."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        heads, hidden = getattr(part, "num_attention_heads", None), getattr(part, "hidden_size", None)
+        if not isinstance(heads, int) or not isinstance(hidden, int):
+            continue
+        size = getattr(part, "head_dim", None) or hidden // heads
+        if hasattr(part, "head_dim"):
+            part.head_dim = size
+        ropes = getattr(part, "rope_parameters", None)
+        if isinstance(ropes, dict) and "rope_type" in ropes:
+            half = int(size * ropes.get("partial_rotary_factor", 1.0)) // 2
+            ropes["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
 def small_config(cls: Any, factor: int) -> Any:

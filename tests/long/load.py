@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import _helpers  # noqa: F401
 import remote
 import torch
 from torch import nn

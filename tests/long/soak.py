@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import _helpers  # noqa: F401
 import remote
 import torch
 from torch import nn
@@ -63,7 +64,8 @@ class Recorded:
         return [(request, reply.result(60)) for request, reply in seen]
 
     def again(self, request: Message) -> Message:
-        return self._submit(request).result(60)
+        answer: Message = self._submit(request).result(60)
+        return answer
 
     def _recording(self, request: Message) -> Future[Message]:
         future: Future[Message] = self._submit(request)

@@ -7,11 +7,14 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import _helpers  # noqa: F401
 import architectures
 import torch
 import transformers
@@ -102,6 +105,26 @@ def page(found: list[architectures.Found]) -> str:
     return text + ", ".join(f"`{each.architecture}`" for each in rest) + ".\n"
 
 
+def read_page() -> list[architectures.Found]:
+    """What the page says was found; errors and shares as it rounds them."""
+    table, _, rest = PAGE.read_text().partition("\n## Not looked at\n")
+    every = architectures.architectures()
+    found = []
+    for line in table.splitlines():
+        cells = [
+            cell.replace("\\|", "|") for cell in re.split(r"(?<!\\) \| ", line.removeprefix("| ").removesuffix(" |"))
+        ]
+        if len(cells) == 7 and cells[0] in every:
+            name, model, verdict, forward, backward, share, stays = cells
+            ahead, back = (None if each == "–" else float(each) for each in (forward, backward))
+            of_all = None if share == "–" else float(share.removesuffix("%")) / 100
+            told = "" if stays == "nothing" else stays
+            kept, detail = (told, "") if verdict == "matches" else ("", told)
+            kind: Any = verdict
+            found.append(architectures.Found(name, model.strip("`"), kind, ahead, back, of_all, kept, detail))
+    return found + [architectures.Found(name, every[name], "not built") for name in re.findall(r"`([^`]+)`", rest)]
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else "0" if value == 0 else f"{value:.1e}"
 
@@ -126,6 +149,7 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", metavar="I/N", help="look at one of N parts, for several at once")
     parser.add_argument("--write", nargs="+", type=Path, metavar="FILE", help="write the page of what was found before")
     parser.add_argument("--found", type=Path, default=ROOT / "build" / "zoo.jsonl", help="what was found, kept here")
+    parser.add_argument("--add", nargs="+", type=Path, metavar="FILE", help="add what --look printed to the page")
     options = parser.parse_args()
     if options.look:
         look(options.look)
@@ -135,6 +159,13 @@ def main() -> None:
         PAGE.write_text(
             page(sorted((architectures.Found(**json.loads(line)) for line in lines), key=lambda f: f.architecture))
         )
+        return
+    if options.add:
+        known = {each.architecture: each for each in read_page()}
+        for line in (line for file in options.add for line in file.read_text().splitlines()):
+            added = architectures.Found(**json.loads(line))
+            known[added.architecture] = added
+        PAGE.write_text(page(sorted(known.values(), key=lambda each: each.architecture)))
         return
     part, parts = map(int, options.part.split("/"))
     names = list(architectures.architectures())[part::parts]

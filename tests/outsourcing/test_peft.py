@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
 
 import ciphertune
@@ -258,6 +261,65 @@ def test_initialisations_that_do_not_need_the_weight(tiny: Tiny, init: Any) -> N
     for name, parameter in adapters[0].items():
         assert torch.equal(parameter, adapters[1][name]), name
     torch.testing.assert_close(models[0](IDS).logits, models[1](IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def _initialised(model: Any, kind: str) -> Any:
+    """A model with adapters that data, or the weight, decides."""
+    if kind == "loftq":
+        own: dict[str, Any] = {"loftq_config": peft.LoftQConfig(loftq_bits=4)}
+    elif kind == "corda":
+        own = {"corda_config": CordaConfig(corda_method="kpm")}
+    else:
+        own = {"eva_config": peft.EvaConfig(rho=1.0)} if kind == "eva" else {}
+    made = config(["q_proj", "v_proj"], init_lora_weights=kind, **own)
+    if kind == "corda":
+        from peft.tuners.lora.corda import preprocess_corda
+
+        with torch.no_grad():
+            preprocess_corda(model, made, run_model=lambda: [model(input_ids=row[None]) for row in IDS])
+    adapted_model = get_peft_model(model, made)
+    if kind == "eva":
+        peft.initialize_lora_eva_weights(adapted_model, [{"input_ids": IDS}] * 3)
+    return adapted_model
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva:UserWarning")
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_2", "olora", "corda", "eva"])
+def test_initialisations_by_the_weight_or_by_data_come_before(tiny: Tiny, kind: str) -> None:
+    model = _initialised(tiny("llama"), kind).eval()
+    wanted = model(IDS).logits.detach()
+    ciphertune.outsource(model, "clear")
+    found = model(IDS).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    found.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_2", "olora", "corda"])
+def test_initialisations_by_the_weight_are_refused_by_name_afterwards(tiny: Tiny, kind: str) -> None:
+    model = ciphertune.outsource(tiny("llama"), "clear")
+    said = r"q_proj' is at the workers.*(PiSSA|CorDA).*before the model is outsourced"
+    with pytest.raises(OutsourcedWeightError, match=said):
+        _initialised(model, kind)
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva:UserWarning")
+def test_an_initialisation_by_what_a_layer_gets_may_come_afterwards(tiny: Tiny) -> None:
+    wanted = _initialised(tiny("llama"), "eva").eval()
+    found = _initialised(ciphertune.outsource(tiny("llama"), "clear"), "eva").eval()
+    torch.testing.assert_close(found(IDS).logits, wanted(IDS).logits, rtol=1e-4, atol=1e-4)
+    adapters = [{n: p for n, p in model.named_parameters() if "lora_A" in n} for model in (wanted, found)]
+    for name, parameter in adapters[0].items():
+        torch.testing.assert_close(parameter.abs(), adapters[1][name].abs(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_loftq_is_refused_in_a_sentence_where_its_quantizer_is_missing(tiny: Tiny, order: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        pytest.skip("its quantizer is installed")
+    model: Any = tiny("llama")
+    with pytest.raises(ValueError, match="bitsandbytes is not available"):
+        _initialised(model if order == "before" else ciphertune.outsource(model, "clear"), "loftq")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -23,7 +23,7 @@ from ciphertune.traffic import Traffic
 Tiny = Callable[[str], nn.Module]
 
 
-def counted(model: Any, ids: torch.Tensor, new: int) -> list[Traffic]:
+def counted(model: Any, ids: torch.Tensor, new: int, **options: Any) -> list[Traffic]:
     """What each pass of a generation sent."""
     session = ciphertune.session_of(model)
     passes: list[Traffic] = []
@@ -38,7 +38,7 @@ def counted(model: Any, ids: torch.Tensor, new: int) -> list[Traffic]:
 
     model.forward = watched
     torch.manual_seed(0)
-    model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, **options)
     model.forward = forward
     return passes
 
@@ -88,6 +88,42 @@ def test_a_pass_over_drafted_tokens_sends_what_was_planned(tiny: Tiny, tmp_path:
         found.bytes_down,
     )
     assert found.bytes_per_token == (found.bytes_up + found.bytes_down) / 2.5
+
+
+@pytest.mark.filterwarnings("ignore:.*generation_config:UserWarning")
+def test_the_pass_over_a_prompt_verifies_drafted_tokens_too(tiny: Tiny, tmp_path: Path) -> None:
+    model: Any = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    asked: dict[str, Any] = {"layers": "all", "embeddings": True}
+    draft = copy.deepcopy(model)
+    draft.generation_config.num_assistant_tokens = 3
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    found = plan_generation(str(tmp_path / "model"), **asked, prompt_tokens=5, drafted=3, accepted=1.0, measure=False)
+    outsourced = ciphertune.outsource(model, "mlwe", **asked)
+    first, later, *_ = counted(outsourced, torch.arange(1, 6)[None], 8, assistant_model=draft)
+    assert (first.bytes_up, first.bytes_down) == (found.prompt_bytes_up, found.prompt_bytes_down)
+    assert (later.bytes_up, later.bytes_down) == (found.bytes_up, found.bytes_down)
+
+
+def test_a_model_that_cannot_drop_tokens_sends_all_of_them_through_its_head(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.TrOCRConfig(
+        vocab_size=64, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64
+    )
+    model = transformers.TrOCRForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    up: list[list[int]] = []
+    for layers in (None, "all"):
+        found = plan_generation(str(tmp_path / "model"), layers=layers, prompt_tokens=5, measure=False)
+        first, later, *_ = counted(
+            ciphertune.outsource(copy.deepcopy(model), "mlwe", layers), torch.arange(1, 6)[None], 3
+        )
+        up.append([first.bytes_up, later.bytes_up, found.prompt_bytes_up, found.bytes_up])
+    # Layers for an encoder's output are planned, and nothing asks for them here: the head is the difference.
+    of_prompt, of_token, planned_prompt, planned_token = (many - few for few, many in zip(*up, strict=True))
+    assert of_prompt == planned_prompt == 5 * of_token
+    assert of_token == planned_token
 
 
 def test_round_trips_are_counted_from_the_model_as_it_is() -> None:

@@ -25,6 +25,12 @@ from ciphertune_clear import ClearBackend
 Serve = Callable[..., Server]
 Client = Callable[..., openai.OpenAI]
 
+UNSUPPORTED: dict[str, Any] = {
+    "function_call": "auto", "functions": [], "guided_json": {}, "min_p": 0.1, "modalities": ["text"], "prediction": {},
+    "reasoning_effort": "low", "verbosity": "low", "web_search_options": {},
+}  # fmt: skip
+"""Fields that would change an answer, of the protocol and of other servers."""
+
 
 def plain_text(model: Any, tokenizer: Any, text: str, tokens: int) -> str:
     """What transformers' ``generate`` answers, greedily."""
@@ -278,10 +284,13 @@ class TestRefusals:
             ({"top_logprobs": 3}, "top_logprobs"),
             ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
             ({"response_format": {"type": "json_object"}}, "response_format"),
+            ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
+            ({"response_format": "json"}, "response_format"),
             ({"tools": [{"type": "function"}]}, "tools.0"),
             ({"tools": [{"type": "function", "function": {"name": "add"}}]}, "tools"),
             ({"tool_choice": "required"}, "tool_choice"),
             ({"audio": {}}, "audio"),
+            *(({name: value}, name) for name, value in UNSUPPORTED.items()),
         ],
     )
     def test_what_is_wrong_is_named(self, serve: Serve, changes: dict[str, Any], param: str) -> None:
@@ -289,7 +298,14 @@ class TestRefusals:
         status, _, content = raw(serve(), "POST", "/v1/chat/completions", json.dumps(body).encode())
         error = json.loads(content)["error"]
         assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error")
+        assert error["message"].startswith(f"{param}: ") or param in ("max_tokens", "tools"), (
+            "said with numbers, in words"
+        )
         assert SECRET not in content.decode()
+
+    def test_fields_that_are_null_are_not_asked_for(self, serve: Serve) -> None:
+        body = {"model": "tiny", "messages": ask("Hello"), "max_tokens": 1, **dict.fromkeys(UNSUPPORTED)}
+        assert raw(serve(), "POST", "/v1/chat/completions", json.dumps(body).encode())[0] == 200
 
     @pytest.mark.parametrize(
         ("changes", "param"),

@@ -145,7 +145,9 @@ class AbsentTensor(Tensor):
         if asked in _AVERAGED and (others := _without_same(*args)) is not None:
             # A layer's copies are at the workers as one: their average is what it was.
             return args[0] if not others else func(*others, **(kwargs or {}))
-        if said or not only_metadata(func):
+        # Its own on another device, as what shards a model puts it there.
+        moved = asked == "data" and len(given) == 1 and _without_same(args[0], given[0]) == ()
+        if said or not (moved or only_metadata(func)):
             refuse(_named(args), asked)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
@@ -205,8 +207,8 @@ def refuse(layer: str, what: str) -> NoReturn:
     raise OutsourcedWeightError(
         f"the weight of {layer!r} is at the workers, so {what!r} cannot be computed with it here. "
         "Merging adapters, and DoRA, need the original model: load the adapter there. Tuners and initialisations that "
-        "read the weight as they are made (PiSSA, OLoRA, DeLoRA, …) can be added before the model is outsourced. If "
-        "the model itself reads this weight, leave the layer out with layers=…"
+        "read the weight as they are made (PiSSA, OLoRA, CorDA, LoftQ, DeLoRA, …) can be added before the model is "
+        "outsourced. If the model itself reads this weight, leave the layer out with layers=…"
     )
 
 

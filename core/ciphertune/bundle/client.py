@@ -18,7 +18,6 @@ from ciphertune.bundle.manifest import (
     ClientManifest,
     check_model_config,
     read_client,
-    refuse_large_settings,
     refuse_strange_files,
     sizes_of,
 )
@@ -28,6 +27,7 @@ from ciphertune.client.choice import choose
 from ciphertune.errors import ConfigError, LayerError
 from ciphertune.models.load import note_vocabulary
 from ciphertune.models.skeleton import build, tied_names
+from ciphertune.models.tokenizer_files import check_tokenizer_files
 from ciphertune.outsourcing.convert import attach
 from ciphertune.outsourcing.convolution import convolutions
 from ciphertune.outsourcing.embedding import Table, choose_table
@@ -126,7 +126,7 @@ def check_client(folder: Path) -> ClientManifest:
     # Of an outsourced layer the file has a scale for each row, and nothing that its inputs could be counted by.
     shapes = [header.shape for header in kept.values()] + [(layer.out_features,) for layer in manifest.layers]
     check_model_config(folder, sizes_of(shapes))
-    refuse_large_settings(folder)
+    check_tokenizer_files(folder)
     return manifest
 
 

@@ -228,18 +228,6 @@ def sizes_of(shapes: Iterable[Sequence[int]]) -> Sizes:
     return Sizes(len(known), max(itertools.chain(*known), default=0), sum(map(math.prod, known)))
 
 
-def refuse_large_settings(folder: Path) -> None:
-    """Refuse files of settings that are read whole, and are too large to hold settings.
-
-    Raises:
-        ConfigError: naming the file.
-    """
-    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        file = folder / name
-        if file.is_file() and file.stat().st_size > _LARGEST_CONFIG:
-            raise ConfigError(f"{file} is damaged: it is larger than {_LARGEST_CONFIG} bytes, and holds settings")
-
-
 def check_model_config(folder: Path, sizes: Sizes) -> None:
     """Look at a model's ``config.json`` before anything is built of it.
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ciphertune._support import environment
-from ciphertune.cli.installed import REFUSED, everything
+from ciphertune.cli.installed import ANSWERS, REFUSED, everything
 from ciphertune.cli.output import print_entries, print_facts, print_json
 from ciphertune.plugins import registry
 
@@ -67,13 +67,15 @@ def diagnose() -> dict[str, Any]:
     backends: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["kind"] == "backend" and row["state"] != REFUSED:
-            licence = {"licence": row["licence"]} if row.get("licence") else {}
+            said = {"licence": row["licence"]} if row.get("licence") else {}
+            if row["checked"] == "no":
+                said["answers of workers elsewhere"] = ANSWERS["no"]
             if row.get("problem"):
-                backends[row["name"]] = {"cannot run here": row["problem"], **licence}
+                backends[row["name"]] = {"cannot run here": row["problem"], **said}
                 continue
             try:
                 found = registry.get_backend(row["name"])().diagnose(torch.device("cpu"))
-                backends[row["name"]] = {**found, **licence}
+                backends[row["name"]] = {**found, **said}
             except Exception as error:
                 # A stranger's backend may raise anything; the others are examined all the same.
                 row["reason"] = registry.reason(error)

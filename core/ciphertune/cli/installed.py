@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ciphertune._support.builders import required
 from ciphertune.plugins import registry
 from ciphertune.plugins.manager import PluginManager, adds_commands, options_of
 
+if TYPE_CHECKING:
+    from ciphertune.backend import Backend
+    from ciphertune.client.session import Checked
+
 Row = dict[str, Any]
 
+ANSWERS: dict[str, str] = {
+    "before decryption": "checked exactly, before they are decrypted",
+    "after decryption": "checked once they are decrypted, within the error that the backend declares",
+    "no": "not checked: a worker can answer anything, and nothing will tell",
+}
+"""What the values of ``checked`` mean."""
 REFUSED = "refused"
 """The state of what cannot be used, whatever kind it is of; ``reason`` says why."""
 
@@ -81,18 +91,32 @@ def _described(found: registry.Registered, plugin: Any) -> Row:
         row["wraps"] = issubclass(plugin, WrappingTransport)
         return row | {"state": "usable", "remote": remote, "worker_options": worker}
     if any(option["required"] for option in row["options"].values()):
-        return row | {"state": "usable", "encrypted": None, "security_level": "depends on its options"}
+        unknown = {"encrypted": None, "security_level": "depends on its options", "checked": None}
+        return row | {"state": "usable", **unknown}
     from ciphertune.client.choice import security_of
 
-    security = security_of(plugin())
+    backend = plugin()
+    security = security_of(backend)
     return row | {
         "state": "usable",
+        "checked": _checked(backend),
         "encrypted": security.encrypted,
         "security_bits": security.bits,
         "security_level": security.level,
         "security": security.summary,
         "assumption": security.assumption,
     }
+
+
+def _checked(backend: Backend) -> Checked:
+    """How a session holds answers of workers elsewhere against what was asked for, as ``Session.checked`` says it."""
+    from ciphertune.backend import DIRECTIONS, LinearMap
+    from ciphertune.client.noise_checks import checkable
+
+    if backend.checks_answers:
+        return "before decryption"
+    some = {direction: LinearMap("a layer", direction, 64, 64, 1.0) for direction in DIRECTIONS}
+    return "after decryption" if checkable(backend, some) else "no"
 
 
 def _described_hooks(found: registry.Registered, plugin: Any, manager: PluginManager) -> Row:

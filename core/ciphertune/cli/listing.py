@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ciphertune.cli.installed import REFUSED, Row, everything, options_with_defaults, rows
+from ciphertune.cli.installed import ANSWERS, REFUSED, Row, everything, options_with_defaults, rows
 from ciphertune.cli.output import print_entries, print_json
 from ciphertune.plugins import registry
 from ciphertune.selection import SessionOptions
@@ -62,7 +62,8 @@ def _backend(row: Row) -> list[str]:
     licence = f"licence: {row['licence']}" if row.get("licence") else ""
     security = [f"security: {row['security_level']}", row.get("security", ""), licence]
     problem = f"cannot run here: {row['problem']}" if row.get("problem") else ""
-    return [*security, problem, f"options: {_options(row['options'])}"]
+    answers = "" if row.get("checked") is None else f"answers of workers elsewhere: {ANSWERS[row['checked']]}"
+    return [*security, answers, problem, f"options: {_options(row['options'])}"]
 
 
 def _transport(row: Row) -> list[str]:

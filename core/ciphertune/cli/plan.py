@@ -25,9 +25,22 @@ if TYPE_CHECKING:
     from ciphertune.runs.config import TrainConfig
 
 _file: Any = click.Path(dir_okay=False, path_type=Path)
-_OF_TRAINING = ("tokens", "targets", "first_block", "micro_batches", "interleave", "length")
+_OF_TRAINING = (
+    "tokens",
+    "pictures",
+    "picture_size",
+    "convolutions",
+    "named",
+    "targets",
+    "first_block",
+    "micro_batches",
+    "interleave",
+    "length",
+)
 _OF_GENERATION = ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "draft_time")
 _OF_CAPACITY = ("chats", "think", "worker_bandwidth", "client_processors", "worker_price", "traffic_price", "slowdown")
+_OPTIONS = {"targets": "target", "named": "convolution"}
+"""Options by the names of their values, where these are others."""
 _SHADES = " ▁▂▃▄▅▆▇█"
 _SHOWN = 6
 """Placements that are printed."""
@@ -39,6 +52,12 @@ _SHOWN = 6
 @click.option("--tokens", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a step.")
 @click.option("--layers", multiple=True, help="Outsource only layers that match; 'all' includes the output head.")
 @click.option("--embeddings", is_flag=True, help="Outsource the token embedding, too, for encrypted lookups.")
+@click.option("--convolutions", is_flag=True, help="Convolutions that save more than they cost go, too, as patches.")
+@click.option("--convolution", "named", multiple=True, help="Convolutions that match go, too; may be repeated.")
+@click.option("--pictures", type=click.IntRange(1), default=None, help="Pictures of a step, in place of tokens.")
+@click.option(
+    "--picture-size", type=click.IntRange(1), default=None, help="Pixels of each side.  [default: the model's]"
+)
 @click.option(
     "--target",
     "targets",
@@ -118,6 +137,10 @@ def plan(
     tokens: int,
     layers: tuple[str, ...],
     embeddings: bool,
+    convolutions: bool,
+    named: tuple[str, ...],
+    pictures: int | None,
+    picture_size: int | None,
     targets: tuple[str, ...],
     first_block: int,
     bandwidth: str,
@@ -173,22 +196,25 @@ def plan(
         raise ConfigError(
             "--clients plans for a model, and takes none of --generate, --one-machine, --micro-batches, --first-block"
         )
+    elif pictures is not None or convolutions or named:
+        raise ConfigError("--clients plans for clients with texts, and takes none of --pictures and --convolutions")
+    if pictures is not None and context.get_parameter_source("tokens") is not ParameterSource.DEFAULT:
+        raise ConfigError("a step is of tokens or of pictures: leave --tokens or --pictures out")
     run = None
     if generate:
         name, selection = model, to or "mlwe"
     elif is_run(model):
-        refuse_given(
-            "tokens", "layers", "embeddings", "targets", "first_block", "micro_batches", "interleave", "length"
-        )
+        refuse_given(*_OF_TRAINING, "layers", "embeddings")
         config, run = run_of(Path(model))
         asked: dict[str, Any] = {"layers": config.layers, "embeddings": config.embeddings, "targets": run.targets}
-        asked |= {"first_block": run.first_block}
+        asked |= {"first_block": run.first_block, "convolutions": config.convolutions}
         asked |= {"tokens": run.tokens, "micro_batches": run.micro_batches, "interleave": run.interleave}
         asked |= {"length": run.length, "evaluation": run.evaluation}
         name, selection = config.model.name, to or config.to
     else:
         asked = {"layers": layers or None, "embeddings": embeddings, "targets": targets, "tokens": tokens}
-        asked |= {"first_block": first_block}
+        asked |= {"first_block": first_block, "convolutions": named or convolutions}
+        asked |= {"pictures": pictures, "picture_size": picture_size}
         asked |= {"micro_batches": micro_batches, "interleave": interleave, "length": length}
         name, selection = model, to or "mlwe"
     from_client, to_client = bytes_per_second(up or bandwidth), bytes_per_second(down or bandwidth)
@@ -261,7 +287,7 @@ def plan(
         return
     print_facts(f"{model} through {found.to}", summary(found, run, client, worker))
     print_table(
-        f"A step of {found.tokens:,} tokens, by layers",
+        f"A step of {found.tokens:,} {'tokens' if found.pictures is None else 'pictures'}, by layers",
         ["layers", "groups", "in", "out", "weights (M)", "requests", "up", "down"],
         [
             (
@@ -351,7 +377,7 @@ def refuse_given(*names: str) -> None:
     context = click.get_current_context()
     given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given:
-        options = ", ".join(f"--{'target' if name == 'targets' else name.replace('_', '-')}" for name in given)
+        options = ", ".join(f"--{_OPTIONS.get(name, name).replace('_', '-')}" for name in given)
         raise ConfigError(f"{options}: a run's file says this; leave it out, or change the file")
 
 
@@ -373,7 +399,7 @@ def _refuse_of_the_other(context: click.Context, generate: bool) -> None:
 
     for name in _OF_TRAINING if generate else _OF_GENERATION:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            option = "--" + {"targets": "target"}.get(name, name).replace("_", "-")
+            option = "--" + _OPTIONS.get(name, name).replace("_", "-")
             of, other = ("training", "leave out --generate") if generate else ("generation", "add --generate")
             raise ConfigError(f"{option} is of a plan of {of}: leave it out, or {other}")
 

@@ -15,6 +15,7 @@ from ciphertune._support.denormals import flushing
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.data.sequences import padding
 from ciphertune.errors import ConfigError
+from ciphertune.generation.keeping import KeptCache
 from ciphertune.generation.opening import OpenedModel
 from ciphertune.generation.prompts import checked, left_padded
 from ciphertune.generation.settings import GenerationSettings
@@ -86,6 +87,7 @@ def answer(
     draft: Any = None,
     on_text: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
+    kept: KeptCache | None = None,
 ) -> tuple[list[Answer], Costs]:
     """Generate an answer to each prompt, all of them together.
 
@@ -97,6 +99,8 @@ def answer(
             ``assistant_model``.
         on_text: called with each piece of text, for one prompt without beams.
         stop: ends the answers at the next token once it is set.
+        kept: the cache of the conversation that one prompt continues. It is emptied where it cannot be used: for
+            several prompts, padding, beams, a draft, prompt lookup.
 
     Raises:
         ConfigError: a prompt, or the settings, do not fit the model. Nothing was sent.
@@ -126,13 +130,20 @@ def answer(
     criteria = transformers.StoppingCriteriaList([steps])
     device = opened.model.device
     given = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    held: dict[str, Any] = {}
+    if kept is not None and (guesses or settings.beams or settings.pad_tokens > 1 or len(rows) > 1):
+        kept.drop()
+    elif kept is not None:
+        held = kept.take(rows[0])
     try:
-        found = opened.model.generate(**given, stopping_criteria=criteria, pad_token_id=pad, **extra)
+        found = opened.model.generate(**given, **held, stopping_criteria=criteria, pad_token_id=pad, **extra)
     except (ValueError, TypeError, NotImplementedError) as error:
         if isinstance(error, ConfigError) or steps.begun:
             raise
         # Of transformers, about settings that do not go together.
         raise ConfigError(f"transformers refuses these settings: {' '.join(str(error).split())[:300]}") from error
+    if kept is not None:
+        kept.keep(held, found[0].tolist())
     interrupted = stop is not None and stop.is_set()
     answers = [
         _answer(opened, row, len(asked), ends, interrupted)

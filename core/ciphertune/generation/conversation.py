@@ -17,6 +17,7 @@ from ciphertune._support.suggestions import closest
 from ciphertune.data.examples import Message
 from ciphertune.errors import CipherTuneError, ConfigError
 from ciphertune.generation.answering import answer
+from ciphertune.generation.keeping import KeptCache
 from ciphertune.generation.opening import OpenedModel
 from ciphertune.generation.prompts import Prompt, encode, refuse_no_template
 from ciphertune.generation.settings import GenerationSettings
@@ -72,6 +73,7 @@ class Conversation:
         self.turns: list[Message] = []
         self._write = write
         self._draft = draft
+        self._kept = KeptCache(opened.model)
         self._saved: set[Path] = set()
         self._reset("")
 
@@ -119,6 +121,7 @@ class Conversation:
                     draft=self._draft,
                     on_text=self._write if streamed else None,
                     stop=stop,
+                    kept=self._kept,
                 )
         except CipherTuneError:
             self.turns = before
@@ -129,6 +132,7 @@ class Conversation:
         self._write("\n" if answers[0].finish == "stop" else f" … ({answers[0].finish})\n")
 
     def _reset(self, rest: str) -> None:
+        self._kept.drop()
         self.turns = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def _save(self, rest: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ciphertune._support.bundle_names import part_of_bundle
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.checkpoints.tensors import PlainTensors, packing
 from ciphertune.errors import ConfigError
@@ -22,6 +23,7 @@ from ciphertune.models.hub import download
 from ciphertune.models.known import BUILT_IN
 from ciphertune.models.names import SMOLLM2, SMOLLM2_PACKAGE, refuse_path
 from ciphertune.models.skeleton import unpacked_config
+from ciphertune.models.tokenizer_files import check_tokenizer_files
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -340,10 +342,12 @@ def load_tokenizer(folder: str, gguf_file: str | None = None) -> Any:
     transformers = import_optional("transformers", _EXTRA)
     folder, extra = _found(folder, gguf_file)
     refuse_folder(folder, weights=False, tokenizer=True, gguf_file=extra.get("gguf_file"))
+    if part_of_bundle(Path(folder)) == "client":
+        check_tokenizer_files(Path(folder))
     with _quiet(transformers, offline=Path(folder).exists()), read_once(extra.get("gguf_file")):
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of transformers, and of tokenizers, whose own are plain ``Exception``
             raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
 
 

@@ -71,15 +71,20 @@ def _try(kind: Any, config: str) -> Trial:
     frozen = frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad)
     watch = _Watch(model)
     if not watch.run("meta"):
-        # Control flow that depends on values: zeros, which take no memory.
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in list(tensors.items()):
-                    if tensor is not None:
-                        zeros: Any = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
-                        tensors[name] = zeros if tensors is module._buffers else nn.Parameter(zeros, False)
+        # Control flow that depends on values.
+        fill_with_zeros(model)
         watch.run("cpu")
     return Trial(frozen, frozenset(watch.read))
+
+
+def fill_with_zeros(model: nn.Module) -> None:
+    """Give a model on the meta device zeros for values, which take no memory."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is not None:
+                    zeros: Any = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+                    tensors[name] = zeros if tensors is module._buffers else nn.Parameter(zeros, False)
 
 
 def inputs_for(model: Any, device: torch.device, everything: bool = False) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class GenerationPlan:
         requests: of a pass; more than round trips where several workers hold parts of a layer.
         bytes_up, bytes_down: of a pass.
         bytes_per_token: up and down, for each new token.
-        prompt_bytes_up, prompt_bytes_down: of the pass over the prompts.
+        prompt_bytes_up, prompt_bytes_down: of the pass over the prompts, and over what is drafted behind them.
         latency_seconds: of a pass, that no speed of any machine shortens.
         network_seconds: of a pass: latency, and its bytes at the bandwidth.
         most_tokens_per_second: of all sequences together, if everything but the network took no time.
@@ -161,6 +161,7 @@ def plan_generation(
     backend = planned.choice.backend
     check_backend(client, worker, local_selection(planned.choice))
     head, width = output_head(planned.model), sequences * (1 + drafted)
+    prompted = sequences * (prompt_tokens + drafted)
 
     def traffic(groups: Sequence[PlannedGroup], tokens: int) -> list[tuple[int, int]]:
         return [
@@ -174,7 +175,7 @@ def plan_generation(
     speeds = None
     if measure and planned.groups and (client is None or worker is None):
         parts = to_measure(whole, planned)
-        speeds = measure_generation(model, parts, (width, sequences * prompt_tokens), sequences, client is None)
+        speeds = measure_generation(model, parts, (width, prompted), sequences, client is None)
     client, worker = client or speeds, worker or speeds
     network = Network(bandwidth, latency, processors=processors, down=down)
     first: Estimate | None = None
@@ -191,17 +192,17 @@ def plan_generation(
             planned = next(model for one, model in fit if one == placed)
         later = later_pass(planned, placed)
         first = estimate_step(
-            prompt_groups(planned, head, sequences),
+            prompt_groups(planned, head, width),
             backend,
-            [sequences * prompt_tokens],
+            [prompted],
             1,
             workers,
             network,
             of_client,
             of_worker,
         )
-    groups, prompts = forward_groups(planned), prompt_groups(planned, head, sequences)
-    each, prompt = traffic(groups, width), traffic(prompts, sequences * prompt_tokens)
+    groups, prompts = forward_groups(planned), prompt_groups(planned, head, width)
+    each, prompt = traffic(groups, width), traffic(prompts, prompted)
     bytes_up, bytes_down = (sum(column) for column in zip(*each, strict=True)) if each else (0, 0)
     prompt_up, prompt_down = (sum(column) for column in zip(*prompt, strict=True)) if prompt else (0, 0)
     waiting = 2 * latency * len(groups)
@@ -254,10 +255,12 @@ def forward_groups(planned: PlannedModel) -> list[PlannedGroup]:
     return [dataclasses.replace(group, backward=False) for group in planned.groups]
 
 
-def prompt_groups(planned: PlannedModel, head: str | None, sequences: int) -> list[PlannedGroup]:
-    """Groups of a pass over prompts, of which the last token alone goes through the head."""
+def prompt_groups(planned: PlannedModel, head: str | None, kept: int) -> list[PlannedGroup]:
+    """Groups of a pass over prompts. ``kept`` tokens go through the head, or all where the model drops none."""
     groups = forward_groups(planned)
-    return [dataclasses.replace(each, most=sequences if each.layers == head else None) for each in groups]
+    if "logits_to_keep" not in inspect.signature(planned.model.forward).parameters:
+        return groups
+    return [dataclasses.replace(each, most=kept if each.layers == head else None) for each in groups]
 
 
 def measure_generation(

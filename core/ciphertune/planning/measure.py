@@ -212,9 +212,10 @@ def sizes_to_measure(planned: PlannedModel, backend: Backend, tokens: int) -> li
     most = backend.measured_size
     work: dict[Size, float] = {}
     for group in planned.groups:
+        rows = max(1, round(tokens * group.rows))
         for piece in group.pieces:
             for m in (piece.backward,) if group.lookup else (piece.forward, piece.backward):
-                sizes = (min(a, b) for a, b in zip((tokens, m.in_features, m.out_features), most, strict=True))
+                sizes = (min(a, b) for a, b in zip((rows, m.in_features, m.out_features), most, strict=True))
                 size = Size(m.direction, *sizes)
                 work[size] = work.get(size, 0.0) + math.prod(size[1:])
     ordered = sorted(work, key=lambda size: -work[size])

@@ -13,7 +13,7 @@ from ciphertune.outsourcing.layers import linear_layers
 from ciphertune.planning.estimate import Estimate, estimate_step
 from ciphertune.planning.measure import local_selection, measure_preparing, measure_speeds
 from ciphertune.planning.placing import Tried, candidates, compare, fits, to_measure
-from ciphertune.planning.products import PlannedGroup, PlannedModel, Products, kept_parameters
+from ciphertune.planning.products import Patches, PlannedGroup, PlannedModel, Products, kept_parameters
 from ciphertune.planning.shares import shares_of
 from ciphertune.planning.simulation import Network, Processors
 from ciphertune.planning.speeds import Speeds, check_backend
@@ -134,7 +134,8 @@ class Plan:
     """Costs of a training step of an outsourced model; made by ``make_plan``.
 
     Attributes:
-        to, tokens, micro_batches, interleave, workers, placement: of the plan; placement and interleave are the fastest
+        to, tokens, pictures, micro_batches, interleave, workers, placement: of the plan; a step of pictures has as many
+            tokens; placement and interleave are the fastest
             where none was asked for.
         tried: placements that were compared, the chosen one first; nothing where one was asked for, or without speeds.
         fewer: the best placement of each smaller number of workers that can hold the weights, by halves; likewise.
@@ -160,6 +161,7 @@ class Plan:
 
     to: str
     tokens: int
+    pictures: int | None
     micro_batches: int
     interleave: int
     workers: int
@@ -200,6 +202,9 @@ def make_plan(
     tokens: int = 1024,
     layers: Sequence[str] | str | None = None,
     embeddings: bool = False,
+    convolutions: bool | Sequence[str] = False,
+    pictures: int | None = None,
+    picture_size: int | None = None,
     targets: Sequence[str] = ("q_proj", "v_proj"),
     first_block: int = 0,
     bandwidth: float = 125e6,
@@ -227,7 +232,12 @@ def make_plan(
         tokens: of a step.
         layers: which layers; see ``ciphertune.outsourcing.layers.choose_layers``.
         embeddings: whether the token embedding is outsourced, too; see ``ciphertune.outsource``.
-        targets: ends of names of the layers with adapters: no gradient is asked for before the first of them.
+        convolutions: which are outsourced, too; see ``ciphertune.outsource``. In a model of texts, their patches are
+            those of sequences of ``length``.
+        pictures: of a step, in place of tokens: the rows of every layer are those of one picture.
+        picture_size: pixels of each side; what the model's configuration says if None.
+        targets: ends of names of the layers with adapters, or of modules that are trained: no gradient is asked for
+            before the first of them.
         first_block: number of the first transformer block with adapters.
         bandwidth: bytes a second that the client's network card sends, and each worker's.
         down: bytes a second that the client's receives; as ``bandwidth`` if None.
@@ -250,13 +260,18 @@ def make_plan(
         SelectionError, LayerError: about ``to``, ``layers`` and ``embeddings``.
     """
     down = bandwidth if down is None else down
+    tokens = tokens if pictures is None else pictures
+    if picture_size is not None and (pictures is None or picture_size < 1):
+        raise ConfigError("a size of pictures is above 0, and needs the number of pictures of a step")
     if tokens < 1 or bandwidth <= 0 or down <= 0 or latency < 0 or workers < 1 or length < 1:
         raise ConfigError("tokens, length, bandwidth and workers must be above 0, and latency not below")
     if not 1 <= micro_batches <= tokens:
         raise ConfigError(f"{tokens} tokens cannot be divided into {micro_batches} micro-batches")
     if interleave is not None and not 1 <= interleave <= micro_batches:
         raise ConfigError(f"interleave={interleave} must be between 1 and the number of micro-batches, {micro_batches}")
-    products = Products(model, to, layers, targets, embeddings, first_block)
+    patched = convolutions if isinstance(convolutions, bool) else tuple(convolutions)
+    patches = Patches(patched, length, pictures is not None, picture_size)
+    products = Products(model, to, layers, targets, embeddings, first_block, patches)
     whole = products.placed(Placement())
     fit = candidates(products, workers, placement, worker_memory)
     placed, planned = fit[0]
@@ -325,6 +340,7 @@ def make_plan(
     return Plan(
         to=str(planned.choice.selection),
         tokens=tokens,
+        pictures=pictures,
         micro_batches=micro_batches,
         interleave=interleave,
         workers=workers,

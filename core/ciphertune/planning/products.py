@@ -15,11 +15,13 @@ from ciphertune.backend import DIRECTIONS, Backend, Direction, LinearMap
 from ciphertune.bundle.placement import Placement
 from ciphertune.client.choice import Choice, choose
 from ciphertune.client.placement import Piece, place
-from ciphertune.errors import ConfigError
+from ciphertune.errors import ConfigError, NothingOutsourcedError
 from ciphertune.models.known import skeleton
+from ciphertune.outsourcing.convolution import choose_convolutions, convolutions
 from ciphertune.outsourcing.embedding import Table, choose_table, tokens_at_once
 from ciphertune.outsourcing.layers import Candidate, choose_layers, group_name, linear_layers, sibling_groups
 from ciphertune.outsourcing.stacked import layout_of
+from ciphertune.planning.rows import rows_of_picture, rows_of_token
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.weights import LayerInfo, Shard, group_map, lookup_map
 
@@ -43,6 +45,7 @@ class PlannedGroup:
             backward, and the others forward.
         at_once: tokens of one product at most; None for no limit.
         share: of a pass' tokens that reach it, where routing is sent.
+        rows: of it for each token, or for each picture of a step of pictures.
         below: whether it is below the first block with adapters, so that its outputs need not be computed again.
     """
 
@@ -58,6 +61,7 @@ class PlannedGroup:
     at_once: int | None = None
     share: float = 1.0
     below: bool = False
+    rows: float = 1.0
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -70,7 +74,7 @@ class PlannedGroup:
     def parts(self, tokens: int) -> list[int]:
         """Tokens of each product, for so many in all."""
         tokens = tokens if self.most is None else min(tokens, self.most)
-        tokens = math.ceil(tokens * self.share)
+        tokens = max(1, round(tokens * self.rows)) if self.rows != 1.0 else math.ceil(tokens * self.share)
         most = self.at_once or (tokens_at_once(self.forward.out_features) if self.lookup else tokens)
         return [min(most, tokens - done) for done in range(0, tokens, most)]
 
@@ -118,6 +122,29 @@ class PlannedModel:
     named: set[str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """Convolutions of a plan, and what their patches follow from.
+
+    Attributes:
+        convolutions: which of them are outsourced; see ``ciphertune.outsource``.
+        length: tokens of a sequence.
+        pictures: whether a step is of pictures, and not of tokens.
+        size: pixels of each side of a picture; None for what the model's configuration says.
+    """
+
+    convolutions: bool | tuple[str, ...] = False
+    length: int = 256
+    pictures: bool = False
+    size: int | None = None
+
+    def rows(self, model: nn.Module, layers: Sequence[str], patched: Sequence[str]) -> dict[str, float]:
+        """Rows of layers' products for each picture, or of convolutions' for each token. Raises ``ConfigError``."""
+        if self.pictures:
+            return rows_of_picture(model, list(dict.fromkeys(layers)), self.size)
+        return rows_of_token(model, patched, self.length) if patched else {}
+
+
 class Products:
     """The products of a model's step, whoever evaluates them; arguments as of ``make_plan``.
 
@@ -134,33 +161,45 @@ class Products:
         targets: Sequence[str],
         embeddings: bool = False,
         first_block: int = 0,
+        patches: Patches = Patches(),
     ) -> None:
         self._choice = choice = choose(to)
         self._model = built = skeleton(model) if isinstance(model, str) else model
         options = choice.options
-        chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True, experts=options.experts)
+        patched = choose_convolutions(built, patches.convolutions, allow_meta=True)
+        try:
+            chosen = choose_layers(built, layers, plugin_manager(), allow_meta=True, experts=options.experts)
+        except NothingOutsourcedError:
+            if layers is not None or not patched:
+                raise
+            chosen = []
         table = None
         if embeddings:
             chosen, table = choose_table(built, chosen, allow_meta=True)
         own = table.places[:1] if table is not None and table.tied is None else ()
+        linear, chosen = chosen, [*chosen, *patched]
         self._chosen = chosen
         self._infos = infos = [_info(candidate, choice.backend) for candidate in (*chosen, *own)]
-        sizes = [info.in_features for info in infos[: len(chosen)]]
-        groups = sibling_groups(chosen, sizes)
+        sizes = [info.in_features for info in infos[: len(linear)]]
+        # Each convolution makes patches of its own of what it gets.
+        alone = [(i,) for i in range(len(linear), len(chosen))]
+        groups = [*sibling_groups(linear, sizes), *alone]
         self._blocks = [*groups, *((i,) for i in range(len(chosen), len(infos)))]
-        order = {candidate.name: i for i, candidate in enumerate(linear_layers(built, allow_meta=True))}
+        order, places = _order(built), _places(built)
         adapted = [n for n in order if n.endswith(tuple(targets)) and (_block(n)[1] or 0) >= first_block]
+        trained = [n for n in places if n.endswith(tuple(targets))] if targets and not adapted else []
         if first_block and not adapted:
             raise ConfigError(f"there is no layer for adapters in transformer block {first_block} or above it")
-        first = order[adapted[0]] if adapted else len(order)
+        first = order[adapted[0]] if adapted else (places[trained[0]] if trained else len(places), -1)
         prefix, number = _block(adapted[0]) if adapted else ("", None)
-        start = 0 if number is None else min(i for n, i in order.items() if n.startswith(prefix))
+        start = (0, -1) if number is None else min(i for n, i in order.items() if n.startswith(prefix))
         # Nothing is asked for the gradient of an input that comes before the first adapter.
         self._ahead = {i for group in groups if order[infos[min(group)].name] <= first for i in group}
         self._below = {i for i, info in enumerate(infos[: len(chosen)]) if order[info.name] < start}
         self._refused: dict[str, str] = {}
         self._groups: list[tuple[int, ...]] = []
-        for group in sibling_groups(chosen, sizes, share=options.share_inputs, experts=options.experts):
+        shared = sibling_groups(linear, sizes, share=options.share_inputs, experts=options.experts)
+        for group in sorted([*shared, *alone], key=lambda group: order[infos[group[0]].name] if alone else 0):
             why = _refusal([infos[i] for i in group], choice.backend)
             if why is None:
                 self._groups.append(group)
@@ -172,6 +211,7 @@ class Products:
             table = self._row = None
         self._table = table
         self._routed = _routed_share(built) if options.experts == "routed" else 1.0
+        self._rows = patches.rows(built, [c.place for c in chosen], [c.place for c in patched])
 
     def placed(self, placement: Placement) -> PlannedModel:
         """The products with the workers that evaluate them."""
@@ -185,7 +225,10 @@ class Products:
                 placed.planned(group, group[0] not in self._ahead, self._chosen[group[0]], self._routed) for group in of
             ]
             own = [
-                dataclasses.replace(each, below=group[0] in self._below) for each, group in zip(own, of, strict=True)
+                dataclasses.replace(
+                    each, below=group[0] in self._below, rows=self._rows.get(self._chosen[group[0]].place, 1.0)
+                )
+                for each, group in zip(own, of, strict=True)
             ]
             return [*lookups, *own]
 
@@ -278,6 +321,18 @@ class _Placed:
             if block:
                 holdings[worker] = [block]
         return place([[infos[i] for i in members]], holdings, {w: str(w) for w in holdings})[0]
+
+
+def _order(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Places of the layers in a model, by name and in order: of linear ones, parts of experts, and convolutions."""
+    places = _places(model)
+    found = [*linear_layers(model, allow_meta=True), *convolutions(model, allow_meta=True)]
+    ordered = sorted(found, key=lambda each: places[each.place])
+    return {each.name: (places[each.place], i) for i, each in enumerate(ordered)}
+
+
+def _places(model: nn.Module) -> dict[str, int]:
+    return {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
 
 
 def _block(name: str) -> tuple[str, int | None]:

@@ -16,7 +16,8 @@ _MOST_TOP = 20
 
 # Fields that change nothing that is computed here.
 _IGNORED = {
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user",
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "user",
 }  # fmt: skip
 _SHARED = {
     "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "model", "n", "presence_penalty",
@@ -117,7 +118,11 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     _refuse_unknown(body, _CHAT)
     form = body.get("response_format")
     if form is not None and form != {"type": "text"}:
-        _refuse("response_format", "answers are text: no other form is supported")
+        _refuse(
+            "response_format",
+            "answers are text, which nothing holds to JSON or to a schema: leave it out, ask for it in a message, "
+            "and check the answer",
+        )
     top = _whole(body, "top_logprobs", 0, _MOST_TOP)
     wanted = _flag(body, "logprobs")
     if top is not None and not wanted:
@@ -292,8 +297,8 @@ def _between(least: int, most: int) -> str:
 
 
 def _refuse_unknown(body: Mapping[str, Any], own: set[str]) -> None:
-    for name in body:
-        if name not in _SHARED | _IGNORED | own:
+    for name, value in body.items():
+        if value is not None and name not in _SHARED | _IGNORED | own:
             # Its name is the caller's own word, so it is not repeated at any length.
             _refuse(name[:64], "this field is not supported")
 
