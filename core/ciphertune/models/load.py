@@ -340,15 +340,13 @@ def load_tokenizer(folder: str, gguf_file: str | None = None) -> Any:
     transformers = import_optional("transformers", _EXTRA)
     folder, extra = _found(folder, gguf_file)
     refuse_folder(folder, weights=False, tokenizer=True, gguf_file=extra.get("gguf_file"))
-    with _quiet(transformers, offline=Path(folder).exists()), read_once(extra.get("gguf_file")):
-        try:
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
+    offline = Path(folder).exists()
+    with _quiet(transformers, offline=offline), read_once(extra.get("gguf_file")), _loading(folder, "tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
+def _loading(name: str, what: str = "model") -> Iterator[None]:
     try:
         yield
     except ConfigError:
@@ -356,7 +354,9 @@ def _loading(name: str) -> Iterator[None]:
     except Exception as error:
         # Of transformers, of the readers of its files, and of the model's own code.
         text = " ".join(str(error).split())
-        raise ConfigError(f"transformers cannot load the model {name!r}: {text or type(error).__name__}") from error
+        # Errors of other kinds are about code and not about files: a bare key, an attribute of None.
+        kind = "" if text and isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__} "
+        raise ConfigError(f"transformers cannot load the {what} {name!r}: {kind}{text}".rstrip()) from error
 
 
 @contextlib.contextmanager
