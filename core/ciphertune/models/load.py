@@ -18,7 +18,7 @@ from ciphertune.checkpoints.tensors import PlainTensors, packing
 from ciphertune.errors import ConfigError
 from ciphertune.models.folders import refuse_folder
 from ciphertune.models.gguf_reading import read_once
-from ciphertune.models.hub import download
+from ciphertune.models.hub import download, found_at
 from ciphertune.models.known import BUILT_IN
 from ciphertune.models.names import SMOLLM2, SMOLLM2_PACKAGE, refuse_path
 from ciphertune.models.skeleton import unpacked_config
@@ -61,6 +61,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     if gguf_file is not None:
         import_optional("gguf", _EXTRA)
     _refuse_name(path)
+    path = found_at(path)
     refuse_adapter(Path(path))
     refuse_folder(path, tokenizer=True, gguf_file=gguf_file)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
@@ -174,6 +175,7 @@ def _found(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
     if name == "smollm2":
         name, gguf_file = str(smollm2_folder()), SMOLLM2_FILE
     _refuse_name(name)
+    name = found_at(name)
     if gguf_file is None:
         return name, {}
     import_optional("gguf", _EXTRA)
@@ -320,6 +322,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
         return load_causal_model(name, gguf_file)
     transformers = import_optional("transformers", _EXTRA)
     _refuse_name(name)
+    name = found_at(name)
     refuse_adapter(Path(name))
     refuse_folder(name)
     with _quiet(transformers, offline=Path(name).exists()):
