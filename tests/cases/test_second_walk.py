@@ -208,7 +208,7 @@ def test_a_link_to_weights_that_leads_nowhere(project: Path) -> None:
 
 @pytest.mark.parametrize("place", ["out", "ck"])
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
-def test_two_runs_in_one_folder(project: Path, options: dict[str, bool], place: str) -> None:
+def test_two_runs_in_one_folder(project: Path, options: dict[str, Any], place: str) -> None:
     run = load_config(project / "run.toml")
     if options:
         run_training(run)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
@@ -81,7 +83,7 @@ def found_at(name: str) -> str:
 def hub_answers() -> bool:
     """Whether anything answers where the hub is; asked once in a process."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    utils: Any = importlib.import_module("huggingface_hub.utils")
 
     if constants.HF_HUB_OFFLINE:
         return False
@@ -89,7 +91,7 @@ def hub_answers() -> bool:
 
     def ask() -> None:
         with contextlib.suppress(Exception):  # of several libraries
-            get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+            utils.get_session().head(constants.ENDPOINT, timeout=_SECONDS)
             answered.set()
 
     # The address is looked up first, to which no limit of time applies.
