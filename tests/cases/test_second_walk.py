@@ -333,7 +333,13 @@ def test_what_nobody_expected_is_one_line_without_data(
     monkeypatch.delenv("CIPHERTUNE_TRACEBACK", raising=False)
     monkeypatch.setattr(click.Group, "invoke", fail)
     errors: list[Exception] = [KeyError("the patient's name"), MemoryError(), RuntimeError("DefaultCPUAllocator: no")]
-    for said in ("not enough memory", "not enough memory", r"a fault of CipherTune itself: KeyError at cases/test_"):
+    errors.append(UnicodeEncodeError("ascii", "the patient", 0, 1, "ordinal not in range"))
+    for said in (
+        "PYTHONUTF8=1",
+        "not enough memory",
+        "not enough memory",
+        r"a fault of CipherTune itself: KeyError at cases/test_",
+    ):
         with pytest.raises(SystemExit):
             main(["backends"])
         line = capsys.readouterr().err

@@ -134,6 +134,8 @@ def _unexpected(error: Exception) -> str:
 
     if out_of_memory(error):
         return "there is not enough memory: take smaller batches, shorter sequences or a smaller model"
+    if isinstance(error, UnicodeEncodeError):
+        return f"the locale of this terminal cannot write a letter ({error.encoding}): set PYTHONUTF8=1 and try again"
     kind = type(error).__name__
     return f"a fault of CipherTune itself: {kind}{place_of(error)}. Please report it; {TRACEBACK}=1 shows more"
 

@@ -83,6 +83,7 @@ def found_at(name: str) -> str:
 def hub_answers() -> bool:
     """Whether anything answers where the hub is; asked once in a process."""
     from huggingface_hub import constants
+
     utils: Any = importlib.import_module("huggingface_hub.utils")
 
     if constants.HF_HUB_OFFLINE:
