@@ -40,7 +40,7 @@ RATE = 2e-3  # learning rate at the start; both trainers lower it to nothing
 
 # %%
 base, tokenizer = load_named_model("smollm2")
-tokenizer.pad_token = "<|endoftext|>"
+tokenizer.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
 base.eval().requires_grad_(False)
 
 
