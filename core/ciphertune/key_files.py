@@ -53,14 +53,16 @@ def read_key_file(path: str | os.PathLike[str], form: str, *, secret: bool = Tru
     try:
         status = file.stat()
         text = file.read_text(encoding="ascii") if status.st_size < _LARGEST else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise KeyFileError(f"cannot read the key file {file}: {type(error).__name__}") from None
+    except OSError as error:
+        raise KeyFileError(f"cannot read the key file {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        text = ""
     if secret:
         refuse_shared(file, status)
     try:
         content = json.loads(text)
         found = content["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise KeyFileError(f"{file} is damaged or not a key file") from None
     if found != form:
         raise KeyFileError(f"{file} has format {found!r}, expected {form!r}")
@@ -89,7 +91,7 @@ def write_parts(path: str | os.PathLike[str], parts: Iterable[bytes | memoryview
     try:
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
     except OSError as error:
-        raise KeyFileError(f"cannot write a key file in {file.parent}: {type(error).__name__}") from None
+        raise KeyFileError(f"cannot write a key file in {file.parent}: {error.strerror}") from None
     try:
         with os.fdopen(handle, "wb") as stream:
             for part in parts:
@@ -102,7 +104,7 @@ def write_parts(path: str | os.PathLike[str], parts: Iterable[bytes | memoryview
     except FileExistsError:
         raise KeyFileError(f"{file} exists already; a key file is never overwritten") from None
     except OSError as error:
-        raise KeyFileError(f"cannot write the key file {file}: {type(error).__name__}") from None
+        raise KeyFileError(f"cannot write the key file {file}: {error.strerror}") from None
     finally:
         Path(temporary).unlink()
 

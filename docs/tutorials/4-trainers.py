@@ -20,59 +20,34 @@ import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    DataCollatorForLanguageModeling,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import DataCollatorForLanguageModeling, PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import ciphertune
-from ciphertune.workloads.texts import language_reference
+from ciphertune.models.load import load_named_model
 
 # %% tags=["parameters"]
-STEPS = 40  # with Trainer
-SFT_STEPS = 70  # with SFTTrainer
-BATCH = 4  # notes at once; two of these are one step
-RATE = 1.2e-2  # learning rate at the start; both trainers lower it to nothing
+STEPS = 8  # with Trainer
+SFT_STEPS = 12  # with SFTTrainer
+BATCH = 4  # notes of a step
+RATE = 2e-3  # learning rate at the start; both trainers lower it to nothing
 
 # %% [markdown]
 # ## A model and a tokenizer
-# A small Llama, trained here, in the clear, on public text, and a tokenizer that reads single bytes, made in place.
-# With a model of yours, `AutoModelForCausalLM.from_pretrained(…)` and its `AutoTokenizer` stand here.
+# SmolLM2, with 135 million weights, from the package that `demo` installs. `AutoModelForCausalLM.from_pretrained(…)`
+# and its `AutoTokenizer` do as well. Padding gets a token of its own, or the token that ends an answer would be taken
+# for padding.
 
 # %%
-letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-made = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(["<pad>", "<end>", *letters])}, merges=[]))
-made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-made.decoder = decoders.ByteLevel()
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<end>")
-
-torch.manual_seed(0)
-base = LlamaForCausalLM(LlamaConfig(
-    vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-))  # fmt: skip
-paragraphs = "\n\n".join(language_reference().values()).split("\n\n")
-public = torch.tensor(tokenizer(tokenizer.eos_token.join(paragraphs))["input_ids"])
-optimizer = torch.optim.AdamW(base.parameters(), lr=3e-3)
-for _ in range(300):
-    rows = public[torch.randint(len(public) - 64, (8, 1)) + torch.arange(64)]
-    base(input_ids=rows, labels=rows).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+base, tokenizer = load_named_model("smollm2")
+tokenizer.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
 base.eval().requires_grad_(False)
 
 
 def adapted():
     torch.manual_seed(1)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(copy.deepcopy(base), config)
 
 
@@ -114,7 +89,7 @@ def tokens(pairs):
 
 
 settings = {
-    "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 2, "learning_rate": RATE,
+    "per_device_train_batch_size": BATCH, "learning_rate": RATE,
     "logging_steps": 1, "seed": 5, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
 }  # fmt: skip
 
@@ -181,7 +156,7 @@ print(f"steps {STEPS // 2 + 1} to {STEPS} once more: no loss differs by more tha
 
 # %%
 def sft_trainer(model, folder, **changed):
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(folder, **{
@@ -237,7 +212,7 @@ tuned = PeftModel.from_pretrained(copy.deepcopy(base), "adapter").eval()
 def answer(model, prompt):
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     with torch.no_grad():
-        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
     return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
 

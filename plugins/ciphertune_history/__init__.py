@@ -123,6 +123,6 @@ class History(Tracker):
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int and "kind" in row else None

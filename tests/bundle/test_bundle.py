@@ -285,7 +285,7 @@ WORKER_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _edit(f / "manifest.json", lambda c: c["blocks"][0]["shards"][0].update(stop=3, out_features=3)),
         "damaged",
     ),
-    "a file missing": (lambda f: (f / "layers" / "00000.safetensors").unlink(), "missing from the bundle"),
+    "a file missing": (lambda f: (f / "layers" / "00000.safetensors").unlink(), "is missing"),
     "a file cut short": (lambda f: _cut_file(f / "layers" / "00000.safetensors"), "damaged"),
     "a weight changed": (lambda f: _flip(f / "layers" / "00000.safetensors"), "do not have the hash"),
 }
@@ -319,7 +319,7 @@ CLIENT_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _edit(f / "ciphertune.json", lambda c: c["layers"][0].update(in_features=15)),
         "layers of equal in_features",
     ),
-    "no scales": (lambda f: (f / "outsourced.safetensors").unlink(), "missing from the bundle"),
+    "no scales": (lambda f: (f / "outsourced.safetensors").unlink(), "is missing"),
     "weights cut short": (lambda f: _cut_file(f / "model-00001.safetensors"), "damaged"),
     "a tensor missing": (
         lambda f: _edit(f / "model.safetensors.index.json", lambda c: c["weight_map"].pop("model.norm.weight")),

@@ -24,7 +24,7 @@ import ciphertune
 from ciphertune.errors import ConfigError
 from ciphertune.report.chart import Series, chart, nice_ticks
 from ciphertune.report.costs import CostMeter
-from ciphertune.report.page import count, duration, look_up, number, percent, render, size
+from ciphertune.report.page import _train, count, duration, look_up, number, percent, render, size
 from ciphertune.report.redact import HIDDEN, redacted, toml
 from ciphertune.runs.config import load_config, parse_config
 from ciphertune.runs.demo import run_demo
@@ -599,3 +599,34 @@ def _chromium(folder: Path, *arguments: str) -> str:
     done = subprocess.run([CHROMIUM, *flags, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def test_norms_of_gradients_stand_beside_the_loss(project: Path) -> None:
+    config = load_config(project / "run.toml")
+    run_training(dataclasses.replace(config, training=dataclasses.replace(config.training, gradient_norms=True)))
+    content = json.loads((project / "out" / "result.json").read_text(encoding="utf-8"))
+    page = Page((project / "out" / "report.html").read_text(encoding="utf-8"))
+    norms = content["gradient_norms"]
+    assert {len(values) for values in norms.values()} == {8}
+    view = _train(content)["norms"]
+    assert [line.name.split()[0] for line in view["chart"].lines] == ["all", "largest", "median"]
+    assert all(line.path.count("L") == 7 for line in view["chart"].lines)
+    # Heights rise with the logarithm or with the value: the steps of least and greatest norm are those of the curve.
+    heights = [-float(place.split()[1]) for place in view["chart"].lines[0].path[1:].split("L")]
+    whole = [entry["grad_norm"] for entry in content["history"]]
+    assert sorted(range(8), key=heights.__getitem__) == sorted(range(8), key=whole.__getitem__)
+    assert {row[0] for row in view["rows"]} == set(norms)
+    for name, first, last, largest, step in view["rows"]:
+        values = norms[name]
+        assert (first, last, largest, values[step - 1]) == (values[0], values[-1], max(values), max(values))
+        assert name in page.text
+    assert page.ids.index("norms") == page.ids.index("loss") + 2  # beside it
+    # Of steps before a resume, or of parameters that a step did not use, there may be none.
+    fewer = {name: [math.nan, *values[5:]] for name, values in norms.items()}
+    kept = _train({**content, "gradient_norms": fewer})["norms"]
+    assert all(line.path.count("L") == 3 for line in kept["chart"].lines)
+    assert {row[1] for row in kept["rows"]} == {values[5] for values in norms.values()}
+
+
+def test_a_run_without_norms_of_parameters_has_no_chart_of_them(trained: Path) -> None:
+    assert "norms" not in Page((trained / "out" / "report.html").read_text(encoding="utf-8")).ids

@@ -111,7 +111,7 @@ class ZmqTransport(Transport):
             The files made, and what each is.
 
         Raises:
-            KeyFileError: a file exists, or cannot be written.
+            KeyFileError: a file exists, or cannot be written; none was made.
         """
         _need_zmq()
         from ciphertune_zmq.keys import make_pair
@@ -119,12 +119,18 @@ class ZmqTransport(Transport):
         make_keys_folder(folder)
         make_keys_folder(folder / "clients")
         made: dict[str, str] = {}
-        if worker:
-            make_pair(folder / "worker.key", folder / "worker.pub")
-            made |= {"worker.key": "secret, never leaves the worker", "worker.pub": "public, for clients"}
-        for name in clients:
-            make_pair(folder / f"{name}.key", folder / "clients" / f"{name}.pub")
-            made |= {f"{name}.key": "secret, never leaves the client", f"clients/{name}.pub": "public, for the worker"}
+        try:
+            if worker:
+                make_pair(folder / "worker.key", folder / "worker.pub")
+                made |= {"worker.key": "secret, never leaves the worker", "worker.pub": "public, for clients"}
+            for name in clients:
+                public = f"clients/{name}.pub"
+                make_pair(folder / f"{name}.key", folder / public)
+                made |= {f"{name}.key": "secret, never leaves the client", public: "public, for the worker"}
+        except BaseException:
+            for file in made:  # all or none: the next attempt would find them in its way
+                (folder / file).unlink()
+            raise
         return made
 
     @staticmethod

@@ -38,7 +38,11 @@ def make_pair(secret_file: Path, public_file: Path) -> None:
     write_key_file(
         secret_file, {"format": _SECRET_FORM, "public": public.decode("ascii"), "secret": secret.decode("ascii")}
     )
-    write_key_file(public_file, {"format": _PUBLIC_FORM, "public": public.decode("ascii")}, secret=False)
+    try:
+        write_key_file(public_file, {"format": _PUBLIC_FORM, "public": public.decode("ascii")}, secret=False)
+    except BaseException:
+        secret_file.unlink()  # worth nothing alone, and in the way of the next attempt
+        raise
 
 
 def read_pair(file: Path) -> KeyPair:

@@ -26,8 +26,7 @@ _UNLOOKED = 64
 
 @dataclasses.dataclass
 class _Connection:
-    """A connection: who is at its other end, bytes received up to its last complete message, and that many messages
-    since the kernel was asked."""
+    """A connection: its peer, bytes received up to its last complete message, messages since the kernel was asked."""
 
     peer: object
     at_last_message: int

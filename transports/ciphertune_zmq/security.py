@@ -91,7 +91,7 @@ def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
     folder.
 
     Raises:
-        KeyFileError: a key is missing or damaged.
+        KeyFileError: a key is missing, damaged, or of the wrong side.
         SecurityError: plain TCP to another machine was asked for with ``insecure`` alone.
     """
     if _plain(address, options.insecure, options.no_authentication):
@@ -100,7 +100,13 @@ def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
     host = address.host.strip("[]")
     names = (f"{host}_{address.port}.pub", f"{host}.pub", "worker.pub")
     public = next((folder / name for name in names if (folder / name).exists()), folder / "worker.pub")
-    return ClientCurve(read_pair(_existing(folder / f"{options.client}.key")), read_public(_existing(public)))
+    secret = _existing(folder / f"{options.client}.key")
+    curve = ClientCurve(read_pair(secret), read_public(_existing(public)))
+    if curve.pair.public == curve.server:
+        raise KeyFileError(
+            f"{secret} and {public} are of one pair: the first must be this client's, the second the worker's"
+        )
+    return curve
 
 
 def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | None:
@@ -120,6 +126,10 @@ def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | No
         )
     if not any(clients.folder.glob("*.pub")):
         raise KeyFileError(f"no client is authorised: put clients' public keys in {clients.folder}")
+    if pair.public in (clients.keys() or ()):
+        raise KeyFileError(
+            f"{folder / 'worker.key'} is the key of a client in {clients.folder}: the worker needs its own"
+        )
     return ServerCurve(pair, clients)
 
 

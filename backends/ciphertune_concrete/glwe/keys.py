@@ -138,7 +138,7 @@ def _check_header(file: Path, header: bytes, again: str) -> None:
     try:
         content = json.loads(header)
         form, parameters, _ = content["format"], content["parameters"], str(content["sha256"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise KeyFileError(f"{file} is damaged or not a key file of concrete-glwe" + again) from None
     if form != _FORMAT:
         raise KeyFileError(f"{file} has format {form!r}, expected {_FORMAT!r}" + again)

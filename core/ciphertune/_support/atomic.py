@@ -44,14 +44,18 @@ def draft_directory(beside: Path, mode: int = 0o777) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def safetensors_written() -> Iterator[None]:
-    """Raise ``OSError`` where safetensors cannot write, which it tells by an error of its own."""
+def libraries_write() -> Iterator[None]:
+    """Raise ``OSError`` where safetensors or tokenizers cannot write, which they tell by errors of their own."""
     import safetensors
 
     try:
         yield
     except safetensors.SafetensorError as error:
         raise OSError(f"tensors cannot be written: {error}") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"a tokenizer cannot be written: {error}") from error
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -66,6 +70,20 @@ def replace_file(path: Path, content: bytes) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def put_directory(made: Path, target: Path) -> None:
+    """Rename a directory to ``target``, in place of what is there, which stays if that fails. Raises ``OSError``."""
+    with draft_directory(target) as before:
+        there = target.exists()
+        if there:
+            target.replace(before)
+        try:
+            made.replace(target)
+        except BaseException:
+            if there:
+                before.replace(target)
+            raise
 
 
 def sync_tree(directory: Path) -> None:

@@ -55,7 +55,7 @@ def _read(file: Path) -> dict[str, Any]:
         list(tables(result))
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{file} is not what 'ciphertune bench compare --json' prints: {type(error).__name__}: {error}"
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.atomic import draft_directory, safetensors_written, sync_tree
+from ciphertune._support.atomic import draft_directory, libraries_write, put_directory, sync_tree
 from ciphertune._support.bundle_names import CLIENT_MANIFEST, WORKER_MANIFEST
 from ciphertune.backend import WeightBits
 from ciphertune.bundle.adopting import adopt
@@ -143,7 +143,7 @@ def split(
         chosen, table = choose_table(source.model, chosen, allow_meta=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with draft_directory(target, 0o755) as draft, safetensors_written():
+        with draft_directory(target, 0o755) as draft, libraries_write():
             if isinstance(calibration, Calibration):
                 found, why = calibration, ""
             elif calibration == OFF:
@@ -153,7 +153,7 @@ def split(
             writer = _Writer(source, chosen, patched, table, draft, weight_bits, placed, found, progress)
             result = dataclasses.replace(writer.write(), uncalibrated=why)
             sync_tree(draft)
-            _put(draft, target)
+            put_directory(draft, target)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror or error}") from error
     return dataclasses.replace(
@@ -383,13 +383,3 @@ def _give_back_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-def _put(partial: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        partial.replace(target)
-        return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
-    target.replace(old)
-    partial.replace(target)
-    shutil.rmtree(old)

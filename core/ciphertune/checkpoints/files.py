@@ -42,15 +42,18 @@ def open_tensors(file: Path) -> Any:
     """A safetensors file, memory-mapped: tensors are views of its pages until they are moved or changed.
 
     Raises:
-        ConfigError: missing or damaged.
+        ConfigError: missing, unreadable or damaged.
     """
     import safetensors
 
     try:
-        return safetensors.safe_open(file, framework="pt")
+        with file.open("rb"):  # safetensors calls whatever the system refuses a missing file
+            return safetensors.safe_open(file, framework="pt")
     except FileNotFoundError as error:
-        raise ConfigError(f"{file} is missing from the bundle") from error
-    except (safetensors.SafetensorError, OSError) as error:
+        raise ConfigError(f"{file} is missing") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from error
+    except safetensors.SafetensorError as error:
         raise ConfigError(f"{file} is damaged: {error}") from error
 
 
@@ -96,7 +99,7 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
             try:
                 table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 return {str(name): inside(folder, file) for name, file in table.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ConfigError(f"{index} is damaged") from error
     single = next((folder / name for name in _SINGLE if (folder / name).exists()), None)
     return {} if single is None else dict.fromkeys(open_tensors(single).keys(), single)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -119,6 +120,26 @@ def cli() -> None:
     """Fine-tune a model on private data while machines you do not trust do the heavy work, on ciphertext."""
 
 
+TRACEBACK = "CIPHERTUNE_TRACEBACK"
+"""Environment variable that shows the traceback of an error that nobody expected."""
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _unexpected(error: Exception) -> str:
+    """A line on an error that is no type of ours, without its text, which may quote data."""
+    from ciphertune.plugins.blame import out_of_memory, place_of
+
+    if out_of_memory(error):
+        return "there is not enough memory: take smaller batches, shorter sequences or a smaller model"
+    if isinstance(error, UnicodeEncodeError):
+        return f"the locale of this terminal cannot write a letter ({error.encoding}): set PYTHONUTF8=1 and try again"
+    kind = type(error).__name__
+    return f"a fault of CipherTune itself: {kind}{place_of(error)}. Please report it; {TRACEBACK}=1 shows more"
+
+
 def main(args: list[str] | None = None) -> NoReturn:
     """Entry point: errors of ours are one line on standard error and exit status 1; Ctrl-C exits with 130."""
     # Torch's threads would go on spinning after each operation, on processors that ours could use. Read by OpenMP once,
@@ -126,6 +147,8 @@ def main(args: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Keys and decrypted values are in this process.
     hide_process()
+    # So that what is half-written is removed, and secrets are overwritten; commands that run on take it themselves.
+    signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
         # Where the locale has no such letter, another stands for it.
         if isinstance(stream, io.TextIOWrapper):
@@ -146,4 +169,9 @@ def main(args: list[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("ciphertune: interrupted", err=True)
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            raise
+        click.echo(f"ciphertune: {_unexpected(error)}", err=True)
+        sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

@@ -12,6 +12,7 @@ from ciphertune._support.optional_imports import import_optional
 from ciphertune.data.files import form
 from ciphertune.data.rows import Row
 from ciphertune.errors import ConfigError
+from ciphertune.models.hub import hub_answers
 
 HUB = "hub:"
 """What a source begins with that is a data set on the hub: ``hub:owner/name``."""
@@ -54,7 +55,7 @@ def rows_of_hub(source: str, split: str) -> list[Row]:
     name, _, configuration = rest.partition("/")
     if not owner or not name:
         raise ConfigError(f"data.source {source!r} must be hub:OWNER/NAME or hub:OWNER/NAME/CONFIGURATION")
-    with _quiet(datasets), _reading(source):
+    with _quiet(datasets), _offline(datasets), _reading(source):
         data = datasets.load_dataset(f"{owner}/{name}", configuration or None)
         return _rows(_one(datasets, data, source, split), source)
 
@@ -107,6 +108,20 @@ def _reading(source: str) -> Iterator[None]:
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
         text = " ".join(str(cause or error).split())[:300]
         raise ConfigError(f"data.source: datasets cannot read {source}: {text or type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def _offline(datasets: Any) -> Iterator[None]:
+    """Take copies of this machine at once where the hub cannot be reached, which is tried for half a minute else."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not hub_answers():
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

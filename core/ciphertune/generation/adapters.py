@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ciphertune.checkpoints.files import open_tensors, tensor_shape
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.layers import linear_layers
 
@@ -30,15 +30,12 @@ def refuse_other_model(folder: str, model: nn.Module) -> None:
         for each in linear_layers(model, allow_meta=True, trial=False)
         if each.part is None
     }
-    try:
-        with safe_open(file, "pt") as handle:
-            for key in handle.keys():  # noqa: SIM118
-                _check(folder, key, handle.get_slice(key).get_shape(), sizes, model)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"the adapter {folder!r} is damaged: {file.name} cannot be read") from error
+    handle = open_tensors(file)
+    for key in handle.keys():  # noqa: SIM118
+        _check(folder, key, tensor_shape(handle, file, key), sizes, model)
 
 
-def _check(folder: str, key: str, shape: list[int], sizes: dict[str, tuple[int, ...]], model: nn.Module) -> None:
+def _check(folder: str, key: str, shape: tuple[int, ...], sizes: dict[str, tuple[int, ...]], model: nn.Module) -> None:
     name, _, end = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
     side = _SIDES.get(f".{end}")
     if side is None or len(shape) != 2:

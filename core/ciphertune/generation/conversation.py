@@ -175,7 +175,7 @@ class Conversation:
                 raise ConfigError(f"there is no setting {name!r}; {closest(name, known)}")
             try:
                 values[name] = json.loads(value.lower() if value in ("True", "False") else value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 values[name] = None if value == "None" else value
         self.settings = dataclasses.replace(self.settings, **values)
 

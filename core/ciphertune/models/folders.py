@@ -11,6 +11,7 @@ from ciphertune.errors import ConfigError
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.h5", "*.msgpack")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer*", "vocab.*", "*.model", "merges.txt", "spiece.*", "tekken.json")
+_JSON = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SHOWN = 4
 
 
@@ -43,6 +44,10 @@ def refuse_folder(name: str, *, weights: bool = True, tokenizer: bool = False, g
         raise ConfigError(f"{name!r} is a bundle with both parts in it: name {str(folder / 'client')!r}")
     if part == "client" and weights:
         raise ConfigError(f"{name!r} is the client's part of a bundle, which lacks weights: name the original model")
+    names = {path.name for path in folder.iterdir()}
+    for file in _JSON if weights or tokenizer else _JSON[:1]:
+        if file in names:
+            _refuse_damaged(folder / file)
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ConfigError(
@@ -51,14 +56,6 @@ def refuse_folder(name: str, *, weights: bool = True, tokenizer: bool = False, g
         if (folder / "model_index.json").is_file():
             raise ConfigError(f"{name!r} is a pipeline of diffusers: name one of its parts, such as {name}/unet")
         raise ConfigError(f"{name!r} is no model: it has no config.json and holds {_content(folder)}")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{folder / 'config.json'} is not UTF-8 text (byte {error.start}): fetch the model again"
-        ) from None
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{folder / 'config.json'} is cut off or is no JSON: fetch the model again") from None
     if weights:
         _refuse_without_weights(folder, name)
     if tokenizer and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
@@ -68,6 +65,20 @@ def refuse_folder(name: str, *, weights: bool = True, tokenizer: bool = False, g
         )
 
 
+def _refuse_damaged(file: Path) -> None:
+    """Raise ``ConfigError`` for a file that holds no JSON object; transformers passes over some that it cannot read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text (byte {error.start}): fetch the model again") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}: fetch the model again") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{file} is cut off or is no JSON: fetch the model again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no JSON object: fetch the model again")
+
+
 def _refuse_without_weights(folder: Path, name: str) -> None:
     for index in _INDICES:
         try:
@@ -75,7 +86,7 @@ def _refuse_without_weights(folder: Path, name: str) -> None:
             absent = sorted(str(file) for file in files if not (folder / str(file)).exists())
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ConfigError(f"{folder / index} is damaged: fetch the model again") from None
         if absent:
             raise ConfigError(
@@ -83,8 +94,12 @@ def _refuse_without_weights(folder: Path, name: str) -> None:
                 "the model again"
             )
         return
-    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+    found = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    if not found:
         raise ConfigError(f"{name!r} has a config.json and no weights (model.safetensors): fetch the model again")
+    for file in found:
+        if not file.exists():
+            raise ConfigError(f"{file} is a link that leads nowhere: fetch the model again")
 
 
 def _content(folder: Path) -> str:

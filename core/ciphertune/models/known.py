@@ -10,6 +10,7 @@ from torch import nn
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.errors import ConfigError
 from ciphertune.models.folders import refuse_folder
+from ciphertune.models.hub import found_at
 from ciphertune.models.names import refuse_path
 from ciphertune.models.skeleton import assemble, build
 
@@ -81,10 +82,10 @@ def skeleton(model: str, **changes: Any) -> nn.Module:
         kind = said.pop("model_type", "llama").capitalize()
         config = getattr(transformers, f"{kind}Config")(**said)
         return assemble(config, getattr(transformers, f"{kind}ForCausalLM"))
-    folder = Path(model)
+    refuse_path(model, ("smollm2", *BUILT_IN))
+    folder = Path(found_at(model))
     if not folder.is_dir():
         refuse_folder(model, weights=False)
-        refuse_path(model, ("smollm2", *BUILT_IN))
         try:
             from huggingface_hub import hf_hub_download
 

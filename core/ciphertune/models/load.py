@@ -19,7 +19,7 @@ from ciphertune.checkpoints.tensors import PlainTensors, packing
 from ciphertune.errors import ConfigError
 from ciphertune.models.folders import refuse_folder
 from ciphertune.models.gguf_reading import read_once
-from ciphertune.models.hub import download
+from ciphertune.models.hub import download, found_at
 from ciphertune.models.known import BUILT_IN
 from ciphertune.models.names import SMOLLM2, SMOLLM2_PACKAGE, refuse_path
 from ciphertune.models.skeleton import unpacked_config
@@ -63,6 +63,7 @@ def load_causal_model(path: str, gguf_file: str | None = None) -> tuple[Any, Any
     if gguf_file is not None:
         import_optional("gguf", _EXTRA)
     _refuse_name(path)
+    path = found_at(path)
     refuse_adapter(Path(path))
     refuse_folder(path, tokenizer=True, gguf_file=gguf_file)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
@@ -176,6 +177,7 @@ def _found(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
     if name == "smollm2":
         name, gguf_file = str(smollm2_folder()), SMOLLM2_FILE
     _refuse_name(name)
+    name = found_at(name)
     if gguf_file is None:
         return name, {}
     import_optional("gguf", _EXTRA)
@@ -322,6 +324,7 @@ def load_named_model(name: str, gguf_file: str | None = None, *, whole: bool = F
         return load_causal_model(name, gguf_file)
     transformers = import_optional("transformers", _EXTRA)
     _refuse_name(name)
+    name = found_at(name)
     refuse_adapter(Path(name))
     refuse_folder(name)
     with _quiet(transformers, offline=Path(name).exists()):
@@ -344,15 +347,13 @@ def load_tokenizer(folder: str, gguf_file: str | None = None) -> Any:
     refuse_folder(folder, weights=False, tokenizer=True, gguf_file=extra.get("gguf_file"))
     if part_of_bundle(Path(folder)) == "client":
         check_tokenizer_files(Path(folder))
-    with _quiet(transformers, offline=Path(folder).exists()), read_once(extra.get("gguf_file")):
-        try:
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
-        except Exception as error:  # of transformers, and of tokenizers, whose own are plain ``Exception``
-            raise ConfigError(f"transformers cannot load a tokenizer from {folder!r}: {error}") from error
+    offline = Path(folder).exists()
+    with _quiet(transformers, offline=offline), read_once(extra.get("gguf_file")), _loading(folder, "tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
+def _loading(name: str, what: str = "model") -> Iterator[None]:
     try:
         yield
     except ConfigError:
@@ -360,7 +361,9 @@ def _loading(name: str) -> Iterator[None]:
     except Exception as error:
         # Of transformers, of the readers of its files, and of the model's own code.
         text = " ".join(str(error).split())
-        raise ConfigError(f"transformers cannot load the model {name!r}: {text or type(error).__name__}") from error
+        # Errors of other kinds are about code and not about files: a bare key, an attribute of None.
+        kind = "" if text and isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__} "
+        raise ConfigError(f"transformers cannot load the {what} {name!r}: {kind}{text}".rstrip()) from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from ciphertune._support.atomic import replace_file
 from ciphertune.backend import DIRECTIONS, Backend, Direction, LinearMap
 from ciphertune.errors import ConfigError
 
@@ -134,17 +135,19 @@ def write_speeds(speeds: Speeds, path: Path) -> None:
     """Keep speeds as JSON. Raises ``ConfigError`` where the file cannot be written."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(speeds)}, indent=1)
     try:
-        path.write_text(text + "\n", encoding="utf-8")
+        replace_file(path, text.encode() + b"\n")
     except OSError as error:
-        raise ConfigError(f"cannot write speeds to {path}: {error}") from error
+        raise ConfigError(f"cannot write speeds to {path}: {error.strerror}") from error
 
 
 def read_speeds(path: Path) -> Speeds:
     """Speeds from a file that ``write_speeds`` wrote. Raises ``ConfigError`` for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read speeds from {path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read speeds from {path}: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ConfigError(
             f"{path} is no file of speeds (format {FORMAT}): write one with ciphertune plan --save-speeds"

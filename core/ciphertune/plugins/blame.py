@@ -30,6 +30,13 @@ def place_of(error: BaseException, asked_in: str = "") -> str:
     return f" at {path.parent.name}/{path.name}, line {frames[-1].lineno}"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, on this machine or on a device."""
+    if isinstance(error, RuntimeError):  # of torch's allocator for processors, which has no type of its own
+        return type(error).__name__ in _OUT_OF_MEMORY or "DefaultCPUAllocator: " in str(error)
+    return type(error).__name__ in _OUT_OF_MEMORY
+
+
 @contextlib.contextmanager
 def blamed(group: str, name: str, doing: str, *, quote: bool = False) -> Iterator[None]:
     """Turn what a plugin raises without meaning to into a ``PluginError`` that names it.
@@ -52,7 +59,7 @@ def blamed(group: str, name: str, doing: str, *, quote: bool = False) -> Iterato
     except CipherTuneError:
         raise
     except Exception as error:
-        if type(error).__name__ in _OUT_OF_MEMORY:
+        if out_of_memory(error):
             raise
         if isinstance(error, OSError):
             if group != registry.TRANSPORTS:

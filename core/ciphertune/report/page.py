@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -146,6 +147,7 @@ def _train(content: Mapping[str, Any]) -> dict[str, Any]:
         "subtitle": f"{len(history)} optimizer steps on {Path(config['data']['source']).name}",
         "unit": unit,
         "loss": chart(curves),
+        "norms": _norms(content.get("gradient_norms") or {}, history),
         "rate": chart([Series("learning rate", "own", steps, [e["learning_rate"] for e in history])], from_zero=True),
         "speed": chart([Series(f"{unit} per second", "own", steps, rates)], from_zero=True),
         "per_second": sum(e[unit] for e in mine) / sum(e["seconds"] for e in mine) if mine else None,
@@ -171,6 +173,35 @@ def _train(content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _norms(norms: Mapping[str, Sequence[float]], history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Norms of gradients: of all parameters together, the largest and the middle one of every step, and each one's."""
+    count = min(map(len, norms.values()), default=0)
+    if not count:
+        return None
+    # Before a resume they may not have been kept.
+    kept = history[-count:]
+    steps = [entry["step"] for entry in kept]
+    # A parameter that a step does not use has none.
+    each = [sorted(filter(math.isfinite, values)) or [0.0] for values in zip(*norms.values(), strict=False)][-count:]
+    rows = []
+    for name, values in norms.items():
+        own = [(value, step) for value, step in zip(values[-count:], steps, strict=True) if math.isfinite(value)]
+        if own:
+            largest, when = max(own)
+            rows.append([name, own[0][0], own[-1][0], largest, when])
+    return {
+        "chart": chart(
+            [
+                Series("all parameters together", "own", steps, [entry["grad_norm"] for entry in kept]),
+                Series("largest of one parameter", "other", steps, [values[-1] for values in each]),
+                Series("median of one parameter", "held", steps, [statistics.median(values) for values in each]),
+            ],
+            from_zero=True,
+        ),
+        "rows": sorted(rows, key=lambda row: -row[3]),
+    }
+
+
 def _command(arguments: Sequence[str]) -> str:
     """A command line without the values that could be secret."""
     secret = ("--to", "--plugin")
@@ -191,6 +222,7 @@ def _demo(content: Mapping[str, Any]) -> dict[str, Any]:
         "title": content["model"],
         "subtitle": f"{content['steps']} optimizer steps of {content['per_step']} {unit}, twice, on {content['data']}",
         "unit": unit,
+        "norms": None,
         "loss": chart(
             [Series("in the clear", "other", steps, plain["losses"]), Series(name, "own", steps, own["losses"])]
         ),

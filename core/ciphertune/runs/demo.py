@@ -14,7 +14,7 @@ from torch import nn
 from ciphertune.errors import ConfigError
 from ciphertune.outsourcing.convert import outsource, session_of, share
 from ciphertune.report.costs import CostMeter
-from ciphertune.runs.results import OutputFolder, Progress, Result, common_figures
+from ciphertune.runs.results import OutputFolder, Progress, Result, common_figures, writable
 from ciphertune.training.trainer import LoraTrainer
 from ciphertune.workloads.local_worker import serving
 from ciphertune.workloads.named import load_workload
@@ -110,15 +110,18 @@ def run_demo(
         ConfigError: a package is missing, an argument is wrong, or ``output`` holds a training run.
         SelectionError, PluginError, SecurityError: about ``to``.
     """
-    begin = time.perf_counter()
-    progress = progress or (lambda line: None)
     steps = steps if steps is not None else (80 if quick else 10)
     if steps < 1:
         raise ConfigError(f"steps must be 1 or more, not {steps}")
-    output.mkdir(parents=True, exist_ok=True)
-    files = OutputFolder(output)
-    if not overwrite:
-        _refuse_overwriting(files)
+    with writable("--output", output):
+        files = OutputFolder(output)
+        if not overwrite:
+            _refuse_overwriting(files)
+        return _both(files, to, quick, steps, seed, progress or (lambda line: None))
+
+
+def _both(files: OutputFolder, to: str, quick: bool, steps: int, seed: int, progress: Progress) -> DemoResult:
+    begin = time.perf_counter()
     per_step = 128 if quick else 512
     progress("Loading the model and the data …")
     work = load_workload(
@@ -188,7 +191,7 @@ def _refuse_overwriting(files: OutputFolder) -> None:
         demos = "plaintext" in json.loads(files.result.read_text(encoding="utf-8"))
     except FileNotFoundError:
         demos = not files.adapter.exists()
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         demos = False
     if not demos:
         raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ciphertune._support.atomic import draft_directory, safetensors_written, sync_tree
+from ciphertune._support.atomic import draft_directory, libraries_write, put_directory, sync_tree
 from ciphertune._support.optional_imports import import_optional
 from ciphertune.bundle.client import is_client_folder
+from ciphertune.checkpoints.files import open_tensors, read_tensor
 from ciphertune.errors import ConfigError
 from ciphertune.models.known import skeleton
 from ciphertune.models.load import known_labels, load_classifier, load_named_model, stored_dtype
@@ -118,22 +118,17 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
             f"there is no adapter in {folder}: cannot read {path.name}: {error.strerror}. 'ciphertune train' leaves "
             "one in the folder 'adapter' of its output"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged, or not of an adapter of peft: {error}") from error
     return content
 
 
 def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise ConfigError(f"{folder} holds no {path.name}: save the adapter with peft 0.20 or later")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
+    handle = open_tensors(path)
+    return {name: read_tensor(handle, path, name) for name in handle.keys()}  # noqa: SIM118
 
 
 def _check_out(out: Path, form: Form, overwrite: bool) -> None:
@@ -206,15 +201,11 @@ def _check_all_used(peft: Any, adapted: Any, tensors: dict[str, Tensor]) -> None
 
 def _save(merged: nn.Module, tokenizer: Any, out: Path) -> int:
     model: Any = merged
-    with draft_directory(out) as draft, safetensors_written():
+    with draft_directory(out) as draft, libraries_write():
         model.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         sync_tree(draft)
         size = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
-        with draft_directory(out) as old:
-            if out.exists():
-                out.replace(old)
-            draft.replace(out)
-            shutil.rmtree(old, ignore_errors=True)
+        put_directory(draft, out)
     return size

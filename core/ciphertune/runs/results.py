@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ciphertune._support.atomic import replace_file
+from ciphertune._support.locks import alone
 from ciphertune.client.session import Session
 from ciphertune.errors import ConfigError, TrainingError
 from ciphertune.outsourcing.convert import Share
@@ -53,14 +54,29 @@ class OutputFolder:
         return self.path / "loss.png"
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Say plainly what is lost if results cannot be written. Raises ``TrainingError`` instead of ``OSError``."""
+    def writing(self, checkpoints: Path | None, rescue: Callable[[Path], None] | None = None) -> Iterator[None]:
+        """Let nothing be lost if results cannot be written, and say where the adapter is.
+
+        Args:
+            checkpoints: the run's folder of checkpoints.
+            rescue: writes the adapter into the folder that it is given; called where there are no checkpoints. None
+                once it is in the output.
+
+        Raises:
+            TrainingError: instead of ``OSError``.
+        """
         try:
             yield
         except OSError as error:
+            if checkpoints is not None:
+                kept = "Make room and run it again with --resume: its last checkpoint is kept"
+            elif rescue is None:
+                kept = f"The adapter is in {self.adapter}"
+            else:
+                kept = _rescued(rescue)
             raise TrainingError(
                 f"the training is done, but its results cannot be written to {self.path}: {error.strerror or error}. "
-                "With checkpoint_dir set, make room and run it again with --resume"
+                f"{kept}"
             ) from error
 
     def write(self, content: Mapping[str, Any], curves: Mapping[str, Sequence[float]], title: str) -> None:
@@ -81,22 +97,38 @@ class OutputFolder:
         plot_losses(self.plot, curves, title)
 
 
-def check_writable(name: str, folder: Path) -> None:
-    """Make a folder for results, or say now rather than after the training that it cannot be.
+def _rescued(save: Callable[[Path], None]) -> str:
+    """Save an adapter where there may be room, and say where."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="ciphertune-adapter-"))
+        save(folder / "adapter")
+    except OSError:
+        return "There is no room for the adapter anywhere. With checkpoint_dir set, a run can be finished later"
+    return f"The adapter is in {folder / 'adapter'}: move it to where it is to stay"
+
+
+@contextlib.contextmanager
+def writable(name: str, folder: Path) -> Iterator[None]:
+    """Make a folder for results, or say now rather than after the training that it cannot be, and hold it.
 
     Args:
         name: of the setting that names the folder, for the message.
-        folder: made if missing.
+        folder: made if missing. Others are kept out within the ``with`` block.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: it cannot be made or written to, or another run is writing to it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"x")
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot write to {folder}: {error.strerror}") from error
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"x")
+            free = held.enter_context(alone(folder))
+        except OSError as error:
+            raise ConfigError(f"{name}: cannot write to {folder}: {error.strerror}") from error
+        if not free:
+            raise ConfigError(f"{name}: another run is writing to {folder}: let it end first, or name another folder")
+        yield
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -8,7 +8,6 @@ import json
 import math
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from ciphertune.runs.adapters import adapted, check_adapters
 from ciphertune.runs.classification import ClassificationTask
 from ciphertune.runs.config import TrainConfig, placed
 from ciphertune.runs.language import LanguageTask
-from ciphertune.runs.results import OutputFolder, Progress, Result, check_writable, common_figures
+from ciphertune.runs.results import OutputFolder, Progress, Result, common_figures, writable
 from ciphertune.runs.sizes import evaluation_size, evaluations_told, judging_batches, steps_of, vocabulary
 from ciphertune.runs.stopping import Asked, RunStopped, stopping_on_signals
 from ciphertune.runs.task import Batches, RunTask
@@ -104,8 +103,8 @@ def run_training(
         CipherTuneError: whatever else ``outsource`` and ``LoraTrainer`` raise.
     """
     comparison = None if compare is None else read_comparison(compare)
-    with plugin_manager().using(*config.plugins):
-        return _run(config, resume, overwrite, comparison, progress or (lambda line: None), command)
+    with plugin_manager().using(*config.plugins), contextlib.ExitStack() as places:
+        return _run(config, resume, overwrite, comparison, progress or (lambda line: None), command, places)
 
 
 def _run(
@@ -115,6 +114,7 @@ def _run(
     comparison: Comparison | None,
     progress: Progress,
     command: Sequence[str] | None,
+    places: contextlib.ExitStack,
 ) -> RunResult:
     t = config.training
     output = OutputFolder(Path(t.output))
@@ -130,9 +130,9 @@ def _run(
         _refuse_overwriting(output, checkpoints)
     check_adapters(config)
     task = TASKS[config.task](config)
-    for name, folder in (("output", output.path), ("checkpoint_dir", checkpoints)):
-        if folder is not None:
-            check_writable(f"training.{name}", folder)
+    places.enter_context(writable("training.output", output.path))
+    if checkpoints is not None and checkpoints.resolve() != output.path.resolve():
+        places.enter_context(writable("training.checkpoint_dir", checkpoints))
     _check_length(config.data.length, most_positions(config.model.name))
     progress(f"Loading {config.model.name} …")
     base, tokenizer = task.load()
@@ -173,6 +173,7 @@ def _run(
     if overwrite and not resume and checkpoints is not None:
         for checkpoint in list_checkpoints(checkpoints):
             remove_directory(checkpoint)
+    places.enter_context(_going_on(checkpoints, command, progress))
     torch.manual_seed(t.seed)
     meter = CostMeter(session, part)
     # Products that overlap take longer than they would alone, and tell nothing.
@@ -182,7 +183,7 @@ def _run(
     if trainer.stopped:
         session.close()
         raise RunStopped(trainer.step, trainer.total_steps, asked.signal or signal.SIGINT)
-    with output.writing():
+    with output.writing(checkpoints, trainer.save_adapter):
         trainer.save_adapter(output.adapter)
         if config.task == "classification":
             # The names of the labels are in no file of peft's.
@@ -202,27 +203,33 @@ def _run(
     content = {**dataclasses.asdict(result), "history": history.steps, "config": settings}
     if history.gradient_norms:
         content["gradient_norms"] = history.gradient_norms
-    with output.writing():
+    with output.writing(checkpoints):
         output.write(content, {config.to: history.losses}, title=f"{name} through {config.to}")
     return result
+
+
+@contextlib.contextmanager
+def _going_on(checkpoints: Path | None, command: Sequence[str] | None, progress: Progress) -> Iterator[None]:
+    """Say how to go on with a run that ends before its results are written."""
+    try:
+        yield
+    except BaseException:
+        kept = [] if command is None or checkpoints is None else list_checkpoints(checkpoints)
+        if command is not None and kept:
+            progress(f"{kept[-1].name} is kept. Go on with: {shlex.join([*command, '--resume'])}")
+        raise
 
 
 @contextlib.contextmanager
 def _ending_early(
     trainer: LoraTrainer, checkpoints: Path | None, command: Sequence[str] | None, progress: Progress
 ) -> Iterator[Asked]:
-    """End a run after its step where a signal asks for it, and say how to go on if it ends before its last one."""
+    """End a run after its step where a signal asks for it."""
     if command is None or checkpoints is None:
         yield Asked()
         return
-    try:
-        with stopping_on_signals(trainer, progress) as asked:
-            yield asked
-    finally:
-        ended = trainer.total_steps > 0 and not trainer.stopped and trainer.step == trainer.total_steps
-        kept = [] if ended and sys.exc_info()[0] is None else list_checkpoints(checkpoints)
-        if kept:
-            progress(f"{kept[-1].name} is kept. Go on with: {shlex.join([*command, '--resume'])}")
+    with stopping_on_signals(trainer, progress) as asked:
+        yield asked
 
 
 def _model_name(given: str, model: Any) -> str:
@@ -269,7 +276,7 @@ def read_comparison(path: Path) -> Comparison:
         to = str(content["to"])
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is not a result.json of 'ciphertune train'") from error
     if not losses or not all(map(math.isfinite, losses)):
         raise ConfigError(f"{path} has no losses, or some that are not finite")

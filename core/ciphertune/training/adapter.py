@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ciphertune._support.atomic import atomic_directory, draft_directory, safetensors_written, sync_tree
+from ciphertune._support.atomic import atomic_directory, draft_directory, libraries_write, sync_tree
 from ciphertune.errors import NoAdapterError
 from ciphertune.models.names import published_name
 from ciphertune.outsourcing.walk import peft_types
@@ -108,7 +108,7 @@ def _own_lora(module: nn.Module) -> bool:
 
 
 def _write(peft_model: Any, directory: Path) -> None:
-    with warnings.catch_warnings(), safetensors_written():
+    with warnings.catch_warnings(), libraries_write():
         # peft warns that the vocabulary may have grown where the base model has no config file, as in GGUF form.
         warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
         peft_model.save_pretrained(directory, save_embedding_layers=_save_embeddings(peft_model))

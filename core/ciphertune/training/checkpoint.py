@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ciphertune._support.atomic import atomic_directory, remove_directory, safetensors_written
+from ciphertune._support.atomic import atomic_directory, libraries_write, remove_directory
 from ciphertune.errors import CheckpointError
 from ciphertune.training import codec
 
@@ -68,7 +68,7 @@ def write_checkpoint(
     state = codec.encode(checkpoint.state, tensors, "state")
     final = directory / f"checkpoint-{checkpoint.step}"
     try:
-        with atomic_directory(final, mode=0o700) as draft, safetensors_written():
+        with atomic_directory(final, mode=0o700) as draft, libraries_write():
             save_file(checkpoint.trainable, draft / _TENSOR_FILES[0])
             save_file(tensors, draft / _TENSOR_FILES[1])
             digests = {name: _digest(draft / name) for name in _TENSOR_FILES}
@@ -123,8 +123,14 @@ def prune(directory: Path, keep: int | None) -> None:
 
 def unusable(file: Path, error: Exception) -> CheckpointError:
     """Make the error for a checkpoint file that is damaged or was tampered with."""
+    if isinstance(error, OSError):
+        why = error.strerror or str(error)
+    elif isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
+        why = "it is cut off or is no JSON"
+    else:
+        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
     return CheckpointError(
-        f"{file} cannot be used: {type(error).__name__}: {error}. Nothing was changed. "
+        f"{file} cannot be used: {why}. Nothing was changed. "
         f"Move {file.parent} away to resume from the checkpoint before it"
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ciphertune._support.optional_imports import import_optional
+from ciphertune.checkpoints.files import open_tensors
 from ciphertune.errors import ConfigError
 from ciphertune.training.tuners import EXTRA, add_tuner, learns_prompts, peft_errors, refusal, tuner_name
 
@@ -68,7 +69,7 @@ def check_adapter(folder: str, task: str | None) -> str:
         raise ConfigError(
             f"model.adapter: cannot read {path}: {error.strerror}. A folder with an adapter of peft is expected"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"model.adapter: {path} is damaged, or not of an adapter of peft") from error
     try:
         tuner = tuner_name(str(kind))
@@ -85,6 +86,9 @@ def check_adapter(folder: str, task: str | None) -> str:
             f"model.adapter: {folder!r} was trained for the task {of or 'of a language model'}, and this run is for "
             f"{task or 'a language model'}: see 'task' in the configuration"
         )
-    if not any((Path(folder) / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+    weights = Path(folder) / "adapter_model.safetensors"
+    if weights.is_file():
+        open_tensors(weights)
+    elif not weights.with_suffix(".bin").is_file():
         raise ConfigError(f"model.adapter: {folder!r} holds no adapter_model.safetensors")
     return tuner
