@@ -96,9 +96,12 @@ _here = threading.local()
 
 def _own_noise(nbytes: int) -> Bytes:
     """Bytes of the calling thread's stream to overwrite masks with, in this process; a multiple of four."""
-    process, stream, drawn = getattr(_here, "noise", (0, None, b""))
+    drawn: Bytes = np.empty(0, dtype=np.uint8)
+    process, stream, left = getattr(_here, "noise", (0, None, drawn))
     if stream is None or process != os.getpid():
-        stream, drawn = Keystream(fresh_seed()), np.empty(0, dtype=np.uint8)
+        stream = Keystream(fresh_seed())
+    else:
+        drawn = left
     if len(drawn) < nbytes:
         # Many at a time: one call for the bytes of a product takes longer than they do.
         size = max(nbytes, _DRAWN_BYTES)

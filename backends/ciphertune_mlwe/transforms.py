@@ -123,7 +123,8 @@ class Transforms(abc.ABC):
 
     def norms(self, x: Tensor) -> Tensor:
         """Euclidean norms of the tokens of x, (tokens, features) float32: (tokens,) float64."""
-        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        return norms
 
 
 class TensorTransforms(Transforms):
