@@ -28,8 +28,8 @@ from typing import IO, Any
 
 WORKER = ("ciphertune.cli.worker", "ciphertune.runs.worker", "ciphertune_mlwe", "ciphertune_zmq")
 """What a worker imports."""
-CLIENT = (*WORKER, "peft", "transformers.models.llama.modeling_llama", "ciphertune.generation", "ciphertune.training")
-"""What imports a process with a model."""
+CLIENT = (*WORKER, "matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama")
+"""What a process with a model imports."""
 
 _PR_SET_CHILD_SUBREAPER = 36
 _START_SECONDS = 180.0
@@ -101,10 +101,17 @@ def start(
     return Process(pid, arguments, open(reader, encoding="utf-8"))  # noqa: PTH123
 
 
-def run(code: str, *arguments: str, seconds: float = 300.0) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str,
+    *arguments: str,
+    preload: Sequence[str] = WORKER,
+    seconds: float = 300.0,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
     """``python -c CODE ARGUMENTS`` until it ends: its status, and what it printed."""
     with tempfile.TemporaryFile("w+") as errors:
-        process = start(arguments, code=code, stderr=errors)
+        process = start(arguments, preload, code=code, stderr=errors, env=env, cwd=cwd)
         assert process.stdout is not None
         with process.stdout:
             printed = process.stdout.read()
@@ -119,8 +126,8 @@ class _Server:
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_START_SECONDS)
-        # One thread for the libraries that read it when they are loaded, as all tests have.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # For libraries that read it when they are loaded: one thread, as all tests have, and no hub.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, __file__, str(theirs.fileno())]
         self._process = subprocess.Popen(
             command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
