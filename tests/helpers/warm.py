@@ -177,9 +177,12 @@ def _serve(connection: socket.socket) -> dict[str, Any] | None:
         reader, writer = os.pipe()
         between = os.fork()
         if between == 0:
+            between = os.getpid()
             if (pid := os.fork()) != 0:
                 os.write(writer, str(pid).encode())
                 os._exit(0)
+            while os.getppid() == between:
+                time.sleep(0.001)
             os.dup2(received[0], 1)
             os.dup2(received[1], 2)
             for each in (*received, reader, writer):
