@@ -34,7 +34,7 @@ WHEEL := ".[demo,testing]" mypy $(foreach name,http ckks slalom,"plugins/ciphert
 # Two processes, a thread each: tests wait as much as they compute. Modules stay together (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install install-checks demo demo-quick check test fast-tests tests browser-test elsewhere lint types docs wheel wheel-test \
+.PHONY: install install-checks demo demo-quick check test fast-tests tests browser-test elsewhere concrete-ml-beside lint types docs wheel wheel-test \
 	release arm-test concrete-ml constraints soak fuzz zoo bench clean
 
 install: $(STAMP)
@@ -65,9 +65,9 @@ demo-quick: $(STAMP)
 check: $(CHECK_STAMP)
 	$(MAKE) --jobs 2 lint fast-tests
 
-# Everything. What needs other environments is fetched and run beside the tests.
+# Everything. What needs other environments is fetched and run beside the tests, which go first: both processors work to the end.
 test: $(CHECK_STAMP)
-	$(MAKE) --jobs 2 tests elsewhere
+	$(MAKE) --jobs 3 tests concrete-ml-beside elsewhere
 
 fast-tests: $(CHECK_STAMP)
 	$(PYTEST) -m "not slow"
@@ -79,9 +79,14 @@ tests: $(CHECK_STAMP)
 browser-test: $(CHECK_STAMP)
 	CIPHERTUNE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v --durations 0 tests/serving/test_page.py
 
+# What is said is shown when all is done, not between the lines of the tests.
+beside = mkdir -p build; nice -n 10 $(MAKE) $(2) > build/$(1).log 2>&1; status=$$?; cat build/$(1).log; exit $$status
+
 elsewhere:
-	@mkdir -p build
-	@$(MAKE) lint docs wheel-test concrete-ml > build/elsewhere.log 2>&1; status=$$?; cat build/elsewhere.log; exit $$status
+	+@$(call beside,elsewhere,wheel-test lint docs)
+
+concrete-ml-beside:
+	+@$(call beside,concrete-ml,concrete-ml)
 
 lint: $(CHECK_STAMP)
 	$(BIN)/ruff check .

@@ -92,6 +92,12 @@ def test_bfloat16_is_measured_where_the_processor_has_it(monkeypatch: pytest.Mon
     assert found["kernel"] is None
 
 
+def test_training_in_bfloat16_is_measured_of_inputs_that_are_no_tokens() -> None:
+    whole, half = (steps("mlp", None, 32, 3, 0, bfloat16=bfloat16)["losses"] for bfloat16 in (False, True))
+    assert half == pytest.approx(whole, rel=0.05)
+    assert half != whole
+
+
 @pytest.mark.parametrize(
     ("told", "has"),
     [("flags\t: fpu avx2 amx_bf16 amx_int8", True), ("Features : fp asimd bf16", True), ("model name : bf16", False)],

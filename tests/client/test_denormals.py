@@ -1,13 +1,12 @@
 """Denormals are zeros wherever the client computes on decrypted values, and the caller's setting is his again after."""
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import warm
 from torch import nn
 
 import ciphertune
@@ -113,7 +112,7 @@ with flushing():
 kept.append(int((x * 1e-20).count_nonzero()))
 print(kept if _openmp() is not None else "no libgomp")
 """
-    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    run = warm.run(probe)
     if "no libgomp" in run.stdout:
         pytest.skip("torch uses another OpenMP library here")
     assert run.stdout.strip() == str([1 << 21, 0, 1 << 21])
@@ -142,7 +141,7 @@ with flushing(ALONE - 1):
     kept.append(torch.zeros(1, right.shape[1]).addmm_(left, right).count_nonzero())
 print([int(each) for each in kept])
 """
-    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    run = warm.run(probe)
     assert run.stdout.strip() == "[0, 0, 0]"
 
 
@@ -157,7 +156,7 @@ x = torch.full((1 << 21,), 1e-20)
 with flushing(ALONE):
     print(int((x * 1e-20).count_nonzero()))
 """
-    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    run = warm.run(probe)
     assert run.stdout.strip() == "0"
 
 
@@ -176,5 +175,5 @@ with flushing(1):
 kept.append(int((x * 1e-20).count_nonzero()))
 print(kept)
 """
-    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    run = warm.run(probe)
     assert run.stdout.strip() == str([1 << 21, 0, 0, 1 << 21])

@@ -9,7 +9,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import warm
 
 START_SECONDS = 180.0
 
@@ -32,7 +32,7 @@ def free_port() -> int:
 class WorkerProcess:
     """``ciphertune worker`` on this machine."""
 
-    process: subprocess.Popen[str]
+    process: warm.Process | subprocess.Popen[str]
     address: str
 
     def kill(self) -> None:
@@ -58,22 +58,21 @@ class WorkerProcess:
 @contextlib.contextmanager
 def worker(folder: Path, *arguments: str, port: int | None = None) -> Iterator[WorkerProcess]:
     """Started, ready, and gone at the end whatever happens."""
-    command = [sys.executable, "-m", "ciphertune", "worker", str(folder), "--threads", "1", "--log-level", "warning"]
-    command += ["--bind", f"tcp://127.0.0.1:{port or '*'}", *(arguments or ("--insecure",))]
-    with _running(command) as running:
+    bind = ["--threads", "1", "--log-level", "warning", "--bind", f"tcp://127.0.0.1:{port or '*'}"]
+    with _running(["worker", str(folder), *bind, *(arguments or ("--insecure",))]) as running:
         yield running
 
 
 @contextlib.contextmanager
 def worker_of(file: Path) -> Iterator[WorkerProcess]:
     """As ``worker``, of a configuration file with one address."""
-    with _running([sys.executable, "-m", "ciphertune", "worker", "--config", str(file)]) as running:
+    with _running(["worker", "--config", str(file)]) as running:
         yield running
 
 
 @contextlib.contextmanager
-def _running(command: list[str]) -> Iterator[WorkerProcess]:
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def _running(arguments: list[str]) -> Iterator[WorkerProcess]:
+    process = warm.start(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         assert process.stdout is not None
         readable, _, _ = select.select([process.stdout], [], [], START_SECONDS)

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import remote
 import torch
+import warm
 from click.testing import CliRunner
 from torch import nn
 
@@ -77,7 +78,7 @@ def bind(port: int, keys: str) -> str:
 
 
 class Running:
-    def __init__(self, process: subprocess.Popen[str], addresses: list[str], log: Path) -> None:
+    def __init__(self, process: warm.Process | subprocess.Popen[str], addresses: list[str], log: Path) -> None:
         self.process, self.addresses, self._log = process, addresses, log
 
     def said(self, message: str) -> list[dict[str, Any]]:
@@ -233,9 +234,8 @@ def test_a_product_that_does_not_end_keeps_no_worker(
     tiny("llama").save_pretrained(tmp_path / "model")  # type: ignore[operator]
     ciphertune.split(str(tmp_path / "model"), tmp_path / "bundle")
     log = tmp_path / "log"
-    command = [sys.executable, "-c", _STUCK, str(tmp_path / "bundle" / "worker"), str(drain)]
     with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = warm.start([str(tmp_path / "bundle" / "worker"), str(drain)], code=_STUCK, stderr=errors)
     assert process.stdout is not None
     worker = Running(process, [], log)
     try:

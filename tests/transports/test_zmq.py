@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import remote
 import torch
+import warm
 import zmq
 from torch import nn
 
@@ -395,7 +396,7 @@ def test_too_few_descriptors_are_an_error_and_not_the_end_of_the_process(plain: 
             assert link.submit(Message("hello", {{"versions": [1]}})).result(60).kind == "ok"
         print(len(links), "opened")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    done = warm.run(textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
     assert "refused" in done.stdout
     assert int(done.stdout.split()[-2]) > 1
@@ -422,7 +423,7 @@ def test_a_forked_process_opens_links_of_its_own(plain: str) -> None:
         link.close()
         ask().close()
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    done = warm.run(textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
 
 
@@ -671,7 +672,7 @@ def test_a_client_killed_outright_again_and_again_is_not_locked_out(service: Ser
     service.worker.opened.limits = SessionLimits(sessions=1)
     with listening(service, curve=str(keys)) as listener:
         to = f"mlwe+zmq://{listener.address}?curve={keys}"
-        process = subprocess.Popen([sys.executable, "-c", _KILLED, to], stdout=subprocess.PIPE, text=True)
+        process = warm.start([to], code=_KILLED)
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == "open\n"

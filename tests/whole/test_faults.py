@@ -8,8 +8,6 @@ from __future__ import annotations
 import itertools
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -20,6 +18,7 @@ from typing import Any
 import pytest
 import remote
 import torch
+import warm
 from torch import nn
 
 import ciphertune
@@ -266,8 +265,7 @@ def test_the_session_of_a_killed_client_is_freed(bundle: Path) -> None:
     arguments = ("--insecure", "--idle", "1", "--metrics-port", str(metrics))
     with remote.worker(bundle / "worker", *arguments) as only:
         to = CLEAR.format(only.address)
-        command = [sys.executable, "-c", _CLIENT, str(bundle / "client"), to]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = warm.start([str(bundle / "client"), to], warm.CLIENT, code=_CLIENT)
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "open\n"

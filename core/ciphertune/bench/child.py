@@ -62,7 +62,10 @@ def steps(
     seconds, losses, traffic = [], [], []
 
     def part_of_step(part: Any) -> float:
-        loss = model(**part).loss if work.loss_fn is None else work.loss_fn(model(part[0]), part[1])
+        if work.loss_fn is None:
+            loss = model(**part).loss
+        else:
+            loss = work.loss_fn(model(part[0].bfloat16() if bfloat16 else part[0]), part[1])
         (loss / micro_batches).backward()
         return float(loss.detach()) / micro_batches
 

@@ -1,0 +1,218 @@
+"""Processes that need not import torch again: forked from one that has.
+
+A process that imports torch, or transformers, computes for seconds before it does anything. ``start`` has a process
+without threads import them once, and fork for each command, which then gets its own arguments, environment, folder and
+streams. The new process is a child of this one, as any other. Tests of what is imported, and of what happens until a
+command runs, start a real one; so does ``start`` where there is no Linux.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+WORKER = ("ciphertune.cli.worker", "ciphertune.runs.worker", "ciphertune_mlwe", "ciphertune_zmq")
+"""What a worker imports."""
+CLIENT = (*WORKER, "matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama")
+"""What a process with a model imports."""
+
+_PR_SET_CHILD_SUBREAPER = 36
+_START_SECONDS = 180.0
+
+
+class Process:
+    """What ``subprocess.Popen`` offers of a child process, in as far as tests use it.
+
+    Attributes:
+        pid: its number.
+        returncode: None until it was waited for; as of ``Popen``.
+        stdout: what it prints.
+    """
+
+    def __init__(self, pid: int, command: Sequence[str], stdout: IO[str]) -> None:
+        self.pid, self.stdout, self.args = pid, stdout, list(command)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(
+    arguments: Sequence[str],
+    preload: Sequence[str] = WORKER,
+    *,
+    code: str | None = None,
+    stderr: IO[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Process | subprocess.Popen[str]:
+    """``ciphertune ARGUMENTS``, or ``python -c CODE ARGUMENTS``, with standard output as a pipe of text."""
+    env = dict(os.environ if env is None else env)
+    if not sys.platform.startswith("linux"):
+        command = [sys.executable, *(["-m", "ciphertune"] if code is None else ["-c", code]), *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env, cwd=cwd)
+    told = {"arguments": list(arguments), "preload": list(preload), "code": code, "env": env}
+    reader, writer = os.pipe()
+    errors = 2 if stderr is None else stderr.fileno()
+    try:
+        pid = _server().fork(json.dumps({**told, "cwd": str(cwd or Path.cwd())}).encode(), writer, errors)
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    return Process(pid, arguments, open(reader, encoding="utf-8"))  # noqa: PTH123
+
+
+def run(
+    code: str,
+    *arguments: str,
+    preload: Sequence[str] = WORKER,
+    seconds: float = 300.0,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """``python -c CODE ARGUMENTS`` until it ends: its status, and what it printed."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = start(arguments, preload, code=code, stderr=errors, env=env, cwd=cwd)
+        assert process.stdout is not None
+        with process.stdout:
+            printed = process.stdout.read()
+        status = process.wait(seconds)
+        errors.seek(0)
+        return subprocess.CompletedProcess(["python", "-c", code, *arguments], status, printed, errors.read())
+
+
+class _Server:
+    """The process that forks."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(_START_SECONDS)
+        # For libraries that read it when they are loaded: one thread, as all tests have, and no hub.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, str(theirs.fileno())]
+        self._process = subprocess.Popen(
+            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        theirs.close()
+        atexit.register(self.close)
+
+    def fork(self, told: bytes, stdout: int, stderr: int) -> int:
+        # The new process's parent ends at once; its next living ancestor that asks for orphans becomes the parent.
+        _adopt(True)
+        try:
+            socket.send_fds(self._socket, [told], [stdout, stderr])
+            answer = self._socket.recv(1024)
+        finally:
+            _adopt(False)
+        assert answer, "the process that forks has ended"
+        return int(answer)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait(60)
+
+
+def _adopt(asked: bool) -> None:
+    assert ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(asked), 0, 0, 0) == 0
+
+
+@functools.cache
+def _server() -> _Server:
+    return _Server()
+
+
+def _serve(connection: socket.socket) -> dict[str, Any] | None:
+    """Fork for each request; in a new process, which is as was asked for but for the command, the request."""
+    while True:
+        told, received, _, _ = socket.recv_fds(connection, 1 << 20, 2)
+        if not told:
+            return None
+        request: dict[str, Any] = json.loads(told)
+        if not sys.modules.keys() >= set(request["preload"]):
+            for name in request["preload"]:
+                importlib.import_module(name)
+            gc.collect()
+            gc.freeze()
+        threads = os.listdir("/proc/self/task")  # noqa: PTH208
+        assert len(threads) == 1, f"a process that forks has no threads: {threads}"
+        reader, writer = os.pipe()
+        between = os.fork()
+        if between == 0:
+            between = os.getpid()
+            if (pid := os.fork()) != 0:
+                os.write(writer, str(pid).encode())
+                os._exit(0)
+            while os.getppid() == between:
+                time.sleep(0.001)
+            os.dup2(received[0], 1)
+            os.dup2(received[1], 2)
+            for each in (*received, reader, writer):
+                os.close(each)
+            connection.close()
+            # The streams that were there know the files that they were made for.
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
+            os.environ.clear()
+            os.environ.update(request["env"])
+            os.chdir(request["cwd"])
+            sys.path[0] = request["cwd"]
+            return request
+        os.waitpid(between, 0)
+        connection.send(os.read(reader, 1024))
+        for each in (*received, reader, writer):
+            os.close(each)
+
+
+def _main() -> None:
+    request = _serve(socket.socket(fileno=int(sys.argv[1])))
+    if request is None:
+        return
+    if request["code"] is None:
+        sys.argv = ["ciphertune", *request["arguments"]]
+        runpy.run_module("ciphertune", run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = ["-c", *request["arguments"]]
+        exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    _main()
