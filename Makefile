@@ -20,7 +20,7 @@ CONCRETE_ML_TESTS := $(addprefix tests/,front/test_linear.py front/test_protocol
 	outsourcing/test_peft.py worker/test_worker.py training/test_trainer.py backends/test_mlwe_arithmetic.py \
 	backends/test_mlwe_product.py backends/test_mlwe_encryption.py testing/test_conformance.py::TestClear \
 	testing/test_conformance.py::TestMlwe backends/test_concrete_ml.py)
-NATIVE := $(addprefix backends/ciphertune_mlwe/native/,kernels.c product.c)
+NATIVE := $(addprefix backends/ciphertune_mlwe/native/,kernels.c product.c team.c)
 SOURCES := pyproject.toml hatch_build.py $(NATIVE) Makefile $(wildcard requirements/*.txt)
 
 # Errors only: where pip looked in vain is no news. Python compiles what it imports; most of 27,000 files it never does.

@@ -14,7 +14,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path("backends/ciphertune_mlwe/native")
-_SOURCES = ("kernels.c", "product.c")
+_SOURCES = ("kernels.c", "product.c", "team.c")
 # No contraction: the same integers as the portable code on every machine.
 _FLAGS = ["-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno"]
 # What kernels.so was made of, and its own hash: builds of one checkout, which are several in `make test`, compile once.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ciphertune_mlwe import native
+from ciphertune_mlwe.native.team import Call, spread
 from ciphertune_mlwe.planes import digits_of, lifted
 from ciphertune_mlwe.prg import SEED_BYTES, Keystream, room
 
@@ -184,23 +185,28 @@ def weighted_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     ]
     out = [torch.empty(len(weights), tokens, dtype=torch.int32) for weights, _ in pairs]
 
-    def task(first: int, last: int) -> None:
-        for (weights, planes), sums in zip(pairs, out, strict=True):
-            library.ct_weighted_sums(
-                native.pointer(planes) + first,
-                planes.stride(0),
-                planes.stride(1),
-                planes.shape[1],
-                len(planes),
-                last - first,
-                native.pointer(weights),
-                weights.element_size(),
-                len(weights),
-                native.pointer(sums) + 4 * first,
-                tokens,
+    def calls(first: int, last: int) -> list[Call]:
+        return [
+            (
+                "weighted_sums",
+                (
+                    native.pointer(planes) + first,
+                    planes.stride(0),
+                    planes.stride(1),
+                    planes.shape[1],
+                    len(planes),
+                    last - first,
+                    native.pointer(weights),
+                    weights.element_size(),
+                    len(weights),
+                    native.pointer(sums) + 4 * first,
+                    tokens,
+                ),
             )
+            for (weights, planes), sums in zip(pairs, out, strict=True)
+        ]
 
-    native.over_rows(tokens, _TILE, task, tokens * sum(len(planes) for _, planes in pairs))
+    spread(library, tokens, _TILE, calls, tokens * sum(len(planes) for _, planes in pairs))
     return out
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ciphertune.errors import ConfigError
-from ciphertune_mlwe.native import library_for, over_rows, packed, pointer, products, thread_count
+from ciphertune_mlwe.native import library_for, packed, pointer, products, thread_count
+from ciphertune_mlwe.native.team import Call, spread
 from ciphertune_mlwe.planes import join_bytes, low_bits, split_bytes
 
 _TRIAL_SIZE = 256
@@ -126,9 +127,9 @@ class NativeKernel(Kernel):
         rows, depth = weight.shape
         count, columns = planes.shape[1:]
 
-        def part(first: int, last: int, left: int, right: int) -> None:
+        def part(first: int, last: int, left: int, right: int) -> list[Call]:
             target = pointer(out) + first * out.stride(0) * out.element_size() + left * out.element_size()
-            status = native.ct_product(
+            arguments = (
                 which,
                 pointer(weight) + first * weight.stride(0),
                 weight.stride(0),
@@ -140,22 +141,20 @@ class NativeKernel(Kernel):
                 planes.stride(1),
                 count,
                 right - left,
-                target if out_planes else None,
+                target if out_planes else 0,
                 out.stride(-2),
-                None if out_planes else target,
+                0 if out_planes else target,
                 out.stride(-2),
-                add,
+                int(add),
             )
-            if status:
-                raise MemoryError("the native product could not allocate its scratch memory")
+            return [("product", arguments)]
 
+        alone = rows * depth * columns < self._ALONE
         # A part of the rows packs all values again, one of the columns expands all weights again: values take longer.
-        if rows * depth * columns < self._ALONE:
-            part(0, rows, 0, columns)
-        elif 4 * columns < rows:
-            over_rows(rows, self._MULTIPLE, lambda first, last: part(first, last, 0, columns))
+        if alone or 4 * columns < rows:
+            spread(native, rows, rows if alone else self._MULTIPLE, lambda first, last: part(first, last, 0, columns))
         else:
-            over_rows(columns, self._MULTIPLE, lambda left, right: part(0, rows, left, right))
+            spread(native, columns, self._MULTIPLE, lambda left, right: part(0, rows, left, right))
 
 
 class Float64Kernel(Kernel):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ciphertune_mlwe import native
+from ciphertune_mlwe.native.team import Call, spread
 from ciphertune_mlwe.params import HINT_PLANES, MODULUS_BITS, ParameterSet
 from ciphertune_mlwe.planes import lifted, low_bits, split_bytes
 from ciphertune_mlwe.prg import centred_binomial, expand, room, ternary
@@ -289,8 +290,8 @@ class NativeTransforms(Transforms):
         """See ``Transforms.hint_masks``."""
         rows, tokens = out.shape
 
-        def task(start: int, stop: int) -> None:
-            status = self._library.ct_hint_masks(
+        def calls(start: int, stop: int) -> list[Call]:
+            arguments = (
                 native.pointer(hints) + start * parameters.dimension * HINT_PLANES,
                 native.pointer(secrets),
                 parameters.rank,
@@ -298,9 +299,9 @@ class NativeTransforms(Transforms):
                 stop - start,
                 native.pointer(out) + start * tokens * 4,
             )
-            _check(status)
+            return [("hint_masks", arguments)]
 
-        native.over_rows(rows, LANES, task)
+        spread(self._library, rows, LANES, calls)
 
     def encrypt(self, mask: Tensor, x: Tensor, scale: Tensor, planes: int) -> Tensor:
         """See ``Transforms.encrypt``."""
@@ -308,8 +309,8 @@ class NativeTransforms(Transforms):
         tokens, features = x.shape
         b = torch.empty(features, planes, tokens, dtype=torch.uint8)
 
-        def task(start: int, stop: int) -> None:
-            self._library.ct_encrypt(
+        def calls(start: int, stop: int) -> list[Call]:
+            arguments = (
                 native.pointer(mask) + start * mask.stride(0) * 4,
                 mask.stride(0),
                 mask.stride(1),
@@ -322,8 +323,9 @@ class NativeTransforms(Transforms):
                 native.pointer(b) + start * planes * tokens,
                 tokens,
             )
+            return [("encrypt", arguments)]
 
-        native.over_rows(features, LANES, task, tokens * features)
+        spread(self._library, features, LANES, calls, tokens * features)
         return b
 
     def decrypt(self, reply: Tensor, mask: Tensor, unit: Tensor, out: Tensor) -> None:
@@ -331,8 +333,8 @@ class NativeTransforms(Transforms):
         reply, unit = reply.contiguous(), unit.contiguous()
         rows, planes, tokens = reply.shape
 
-        def task(start: int, stop: int) -> None:
-            self._library.ct_decrypt(
+        def calls(start: int, stop: int) -> list[Call]:
+            arguments = (
                 native.pointer(reply) + start * planes * tokens,
                 tokens,
                 native.pointer(mask) + start * mask.stride(0) * 4,
@@ -345,8 +347,9 @@ class NativeTransforms(Transforms):
                 native.pointer(out) + start * 4,
                 out.stride(0),
             )
+            return [("decrypt", arguments)]
 
-        native.over_rows(rows, LANES, task, tokens * rows)
+        spread(self._library, rows, LANES, calls, tokens * rows)
 
     def norms(self, x: Tensor) -> Tensor:
         """See ``Transforms.norms``: in one pass, where torch makes a copy in float64."""
@@ -354,16 +357,17 @@ class NativeTransforms(Transforms):
         tokens, features = x.shape
         out = torch.empty(tokens, dtype=torch.float64)
 
-        def task(start: int, stop: int) -> None:
-            self._library.ct_norms(
+        def calls(start: int, stop: int) -> list[Call]:
+            arguments = (
                 native.pointer(x) + start * x.stride(0) * 4,
                 x.stride(0),
                 features,
                 stop - start,
                 native.pointer(out) + start * 8,
             )
+            return [("norms", arguments)]
 
-        native.over_rows(tokens, 1, task, tokens * features)
+        spread(self._library, tokens, 1, calls, tokens * features)
         return out
 
 

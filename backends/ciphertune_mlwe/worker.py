@@ -73,22 +73,34 @@ class MLWEWorker(WorkerHalf):
             ``y`` (rows, planes, tokens) uint8, as many planes as the request's; rows are the outputs, once for each
             digit of the weight.
         """
-        return self.evaluate_in_parts(prepared, direction, request, lambda: None)
+        return self._evaluated(prepared, direction, request, None)
 
     def evaluate_in_parts(
         self, prepared: tuple[Tensor, ...], direction: Direction, request: Buffers, pause: Callable[[], object]
     ) -> Buffers:
         """See ``WorkerHalf.evaluate_in_parts``: some rows of the map and some tokens at a time."""
+        return self._evaluated(prepared, direction, request, pause)
+
+    def _evaluated(
+        self,
+        prepared: tuple[Tensor, ...],
+        direction: Direction,
+        request: Buffers,
+        pause: Callable[[], object] | None,
+    ) -> Buffers:
         digits = prepared if direction == "forward" else tuple(digit.t() for digit in prepared)
         rows, features = digits[0].shape
         b = self._read(request, features)
         planes, tokens = b.shape[1:]
         y = torch.empty(len(digits) * rows, planes, tokens, dtype=torch.uint8, device=self._device)
-        parts = self._kernel.parts(rows, features, tokens, self._part)
+        # Parts pack values again and again, for nothing where nobody else waits.
+        parts = [(slice(None), slice(None))]
+        if pause is not None:
+            parts = self._kernel.parts(rows, features, tokens, self._part)
         for index, digit in enumerate(digits):
             out = y[index * rows : (index + 1) * rows]
             for number, (some, columns) in enumerate(parts):
-                if index or number:
+                if pause is not None and (index or number):
                     pause()
                 self._kernel.product(digit[some], b[:, :, columns], out[some, :, columns])
         return {"y": y}

@@ -21,6 +21,7 @@ from ciphertune_mlwe import mask_memory, native, spare_memory
 from ciphertune_mlwe.mask_memory import MaskMemory
 from ciphertune_mlwe.masks import Block, Mask, Order
 from ciphertune_mlwe.spare_memory import SpareMemory
+from ciphertune_mlwe.transforms import make_transforms
 
 BANK, WHOLE = 4, 200
 """Tokens of a request that shares a bank, and of one that does not."""
@@ -322,8 +323,13 @@ def test_compiled_loops_run_in_a_forked_process(monkeypatch: pytest.MonkeyPatch)
         native.over_rows(64, 8, lambda start, stop: done.append(stop - start))
         return sum(done)
 
+    def norms() -> float:
+        found: float = make_transforms(CPU).norms(torch.ones(256, 256)).sum().item()
+        return found
+
     assert rows() == 64
-    assert in_a_fork(rows) == ["64"]
+    assert norms() == 4096
+    assert in_a_fork(rows, norms) == ["64", "4096.0"]
 
 
 def test_memory_that_was_wiped_is_not_intact() -> None:

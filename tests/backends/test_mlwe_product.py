@@ -16,6 +16,7 @@ from ciphertune.backend import Direction
 from ciphertune.errors import ConfigError
 from ciphertune_mlwe import kernels, native, worker
 from ciphertune_mlwe.kernels import KERNELS, Float64Kernel, Int8Kernel, Kernel, NativeKernel, choose_kernel
+from ciphertune_mlwe.native import team
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 CPU = torch.device("cpu")
@@ -324,3 +325,31 @@ def test_evaluation_is_exact_for_any_sizes(
     want = matrix.long() @ values_of(b)
     assert reply["y"].shape == (weight_bits // 8 * len(matrix), count, tokens)
     assert torch.equal((got - want) % 2 ** (8 * count), torch.zeros_like(want))
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_loops_give_the_same_on_threads_of_torch_and_on_our_own(openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native.library()
+    if library is None:
+        pytest.skip("the loops are not compiled here")
+    if openmp and team._openmp(library) is None:
+        pytest.skip("torch has no OpenMP library of GNU here")
+    if not openmp:
+        monkeypatch.setattr(team, "_openmp", lambda library: None)
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randint(-128, 128, (300, 200), dtype=torch.int8, generator=generator)
+    b = torch.randint(0, 256, (200, 3, 333), dtype=torch.uint8, generator=generator)
+    for threads in (1, 2, 3, 5):
+        monkeypatch.setattr(native, "thread_count", lambda threads=threads: threads)
+        hold_exact(KERNELS[choose_kernel(CPU)[0]], w, b)
+
+
+def test_a_loop_without_memory_is_an_error_on_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native.library()
+    if library is None or team._openmp(library) is None:
+        pytest.skip("torch has no OpenMP library of GNU here")
+    monkeypatch.setattr(native, "thread_count", lambda: 2)
+    failing = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(lambda arguments: 1)
+    monkeypatch.setattr(team, "_address", lambda library, name: ctypes.cast(failing, ctypes.c_void_p).value)
+    with pytest.raises(MemoryError):
+        team.spread(library, 64, 8, lambda first, last: [("norms", (first, last))])

@@ -43,7 +43,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     monkeypatch.delenv("CIPHERTUNE_BUILD_NATIVE", raising=False)
     native = tmp_path / "backends" / "ciphertune_mlwe" / "native"
     native.mkdir(parents=True)
-    for name in ("kernels.c", "product.c"):
+    for name in ("kernels.c", "product.c", "team.c"):
         (native / name).write_text(name)
     calls, compiler = tmp_path / "calls", tmp_path / "compiler"
     monkeypatch.setenv("CC", str(compiler))
@@ -51,7 +51,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
 
     def run(version: str = "1", accepted: str = "*") -> int:
         calls.write_text("")
-        sources = f"{native}/kernels.c {native}/product.c"
+        sources = f"{native}/kernels.c {native}/product.c {native}/team.c"
         compiler.write_text(COMPILER.format(version=version, calls=calls, accepted=accepted, sources=sources))
         compiler.chmod(0o755)
         hook.initialize("standard", {"artifacts": []})
@@ -66,20 +66,20 @@ def test_what_was_made_of_the_same_is_kept(build: Callable[..., int], tmp_path: 
     assert [build(), build()] == [1, 0]
     (native / "product.c").write_text("another")
     assert [build(), build()] == [1, 0]
-    assert (native / "kernels.so").read_text() == "kernels.canother"
+    assert (native / "kernels.so").read_text() == "kernels.canotherteam.c"
     assert [build(version="2"), build(version="2")] == [1, 0]
     (native / "kernels.so").write_text("somebody else's")
     assert build(version="2") == 1
     (native / "kernels.so").unlink()
     assert build(version="2") == 1
-    assert (native / "kernels.so").read_text() == "kernels.canother"
+    assert (native / "kernels.so").read_text() == "kernels.canotherteam.c"
 
 
 def test_a_compiler_that_is_too_old_or_fails(build: Callable[..., int], tmp_path: Path) -> None:
     library = tmp_path / "backends" / "ciphertune_mlwe" / "native" / "kernels.so"
     # Plain C is made anew every time: the next compiler may do better.
     assert [build(accepted="*-DCT_PLAIN*") for _ in range(2)] == [2, 2]
-    assert library.read_text() == "kernels.cproduct.c"
+    assert library.read_text() == "kernels.cproduct.cteam.c"
     assert build(accepted="nothing") == 2
     assert not library.exists()
     assert build() == 1

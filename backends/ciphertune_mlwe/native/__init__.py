@@ -129,6 +129,14 @@ ALONE = 1 << 15
 """Values below which another thread is reached later than a loop ends."""
 
 
+def parts(rows: int, multiple: int, values: int = ALONE) -> list[tuple[int, int]]:
+    """Where the parts of a loop over rows begin and end, one for each thread; see ``over_rows``."""
+    if values < ALONE or getattr(_here, "alone", False):
+        return [(0, rows)]
+    step = max(multiple, -(-rows // (thread_count() * multiple)) * multiple)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)] or [(0, rows)]
+
+
 def over_rows(rows: int, multiple: int, task: Callable[[int, int], None], values: int = ALONE) -> None:
     """Run ``task(start, stop)`` over all rows, on as many threads as ``thread_count`` says.
 
@@ -138,15 +146,10 @@ def over_rows(rows: int, multiple: int, task: Callable[[int, int], None], values
         task: releases the interpreter lock for most of its time; its errors are raised here.
         values: that it handles in all; fewer than ``ALONE`` are left to the calling thread.
     """
-    if values < ALONE or getattr(_here, "alone", False):
-        task(0, rows)
-        return
-    threads = thread_count()
-    step = max(multiple, -(-rows // (threads * multiple)) * multiple)
-    parts = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-    futures = [_pool(max(1, threads - 1)).submit(task, *part) for part in parts[1:]]
+    found = parts(rows, multiple, values)
+    futures = [_pool(max(1, thread_count() - 1)).submit(task, *part) for part in found[1:]]
     try:
-        task(*parts[0])
+        task(*found[0])
     finally:
         # Buffers belong to the caller: nobody may still be writing to them when it goes on.
         errors = [future.exception() for future in futures]
