@@ -157,12 +157,12 @@ def right(vectors: Vectors, request: Tensor, reply: Tensor) -> bool:
         request: (inputs, planes, tokens) uint8, as it was sent.
         reply: (digits · outputs, planes, tokens) uint8, as it came.
     """
-    chosen = slice(None)
+    left, digits = vectors.left, vectors.right
     if request.shape[2] > FEW_TOKENS:
-        chosen = torch.tensor(_draw.sample(range(VECTORS), DRAWN), device=request.device)  # type: ignore[assignment]
-    left = vectors.left[chosen]
-    answers = reply.tensor_split(len(vectors.right))
-    sums = weighted_sums([(left, answer) for answer in answers] + [(digit[chosen], request) for digit in vectors.right])
+        chosen = torch.tensor(_draw.sample(range(VECTORS), DRAWN), device=request.device)
+        left, digits = left.index_select(0, chosen), digits.index_select(1, chosen)
+    answers = reply.tensor_split(len(digits))
+    sums = weighted_sums([(left, answer) for answer in answers] + [(digit, request) for digit in digits])
     return all(map(torch.equal, sums[: len(answers)], sums[len(answers) :]))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from ciphertune_mlwe.kernels import KERNELS, choose_kernel
 from ciphertune_mlwe.masks import BANK_COLUMNS, Block, Mask, MaskStock, Order
 from ciphertune_mlwe.params import ParameterSet
 from ciphertune_mlwe.planes import lifted
-from ciphertune_mlwe.prg import SEED_BYTES, fresh_seed, hedged_seed
+from ciphertune_mlwe.prg import SEED_BYTES, fresh_seed, hedged_seed, message_hash
 from ciphertune_mlwe.public import PublicMatrix
 from ciphertune_mlwe.transforms import LANES, hint_shape, make_transforms
 
@@ -405,8 +404,7 @@ def _side_by_side(parts: Iterable[Tensor]) -> Tensor:
 
 
 def _hash(values: Tensor) -> bytes:
-    """SHA-256 of a request's message."""
-    return hashlib.sha256(values.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()
+    return message_hash(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _rows(b: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from mlwe_halves import Halves
 
 from ciphertune_mlwe import native, prg
-from ciphertune_mlwe.prg import hedged_seed
+from ciphertune_mlwe.prg import hedged_seed, message_hash
 
 
 def test_the_compiler_leaves_the_wiping_in() -> None:
@@ -68,6 +68,17 @@ def test_masks_made_after_the_message_differ_in_copies_of_a_machine(copied: None
 def test_seeds(copied: None) -> None:
     assert hedged_seed(b"secrets", b"one") == hedged_seed(b"secrets", b"one")
     assert len({hedged_seed(label, m) for label in (b"secrets", b"errors") for m in (b"", b"one", b"two")}) == 6
+
+
+def test_hashes_bind_seeds_to_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test vector of RFC 8439, section 2.5.2."""
+    key = "85d6be7857556d337f4452fe42d506a80103808afb0db2fd4abff6af4149f51b"
+    monkeypatch.setattr(prg, "_HASH_KEY", bytes.fromhex(key))
+    message = np.frombuffer(b"Cryptographic Forum Research Group", dtype=np.uint8)
+    assert message_hash(message).hex() == "a8061dc1305136c6c22b8baf0c0127a9"
+    changed = message.copy()
+    changed[-1] ^= 1
+    assert message_hash(changed) != message_hash(message)
 
 
 def test_fresh_bytes_count() -> None:
