@@ -200,7 +200,9 @@ class Session:
         return self._groups[group].layers
 
     @own_modes()
-    def product(self, group: int, direction: Direction, x: Tensor, owners: Owners | None = None) -> Tensor:
+    def product(
+        self, group: int, direction: Direction, x: Tensor, owners: Owners | None = None, *, finite: bool = False
+    ) -> Tensor:
         """Evaluate one product at the workers.
 
         Args:
@@ -209,6 +211,7 @@ class Session:
             x: (tokens, features), float32.
             owners: callers and their numbers of tokens, in order, for a session that keeps callers apart; of all
                 tokens the caller that ``batch_of`` names if not given.
+            finite: whether the caller has seen that x is finite; it is not looked through again then.
 
         Returns:
             (tokens, features of the other side), float32, of any strides, not yet scaled per channel.
@@ -233,11 +236,11 @@ class Session:
             )
         larger = max(linear_map.in_features, linear_map.out_features)
         with flushing(x.numel() * larger // linear_map.in_features):
-            return self._product(group, direction, x, owners)
+            return self._product(group, direction, x, owners, finite)
 
-    def _product(self, group: int, direction: Direction, x: Tensor, owners: Owners | None) -> Tensor:
+    def _product(self, group: int, direction: Direction, x: Tensor, owners: Owners | None, finite: bool) -> Tensor:
         linear_map = self._groups[group].maps[direction]
-        _check_input(x, linear_map)
+        _check_input(x, linear_map, finite)
         if self.closed:
             raise SecurityError(f"the session is closed; {linear_map.label} cannot be evaluated any more")
         if (here := stand_ins() or self._clear) is not None:
@@ -580,12 +583,12 @@ def _moved(linear_map: LinearMap, offset: int) -> LinearMap:
     return dataclasses.replace(linear_map, rows=rows)
 
 
-def _check_input(x: Tensor, linear_map: LinearMap) -> None:
+def _check_input(x: Tensor, linear_map: LinearMap, finite: bool) -> None:
     if x.dim() != 2 or x.shape[1] != linear_map.in_features:
         raise InputError(f"{linear_map.label}: expected (tokens, {linear_map.in_features}), got shape {tuple(x.shape)}")
     if len(x) == 0:
         raise InputError(f"{linear_map.label}: the input has no tokens")
-    if not all_finite(x):
+    if not (finite or all_finite(x)):
         bad = int((~torch.isfinite(x)).sum())
         raise InputError(
             f"{linear_map.label}: {bad} of {x.numel()} values are NaN or infinite; nothing was sent. "

@@ -44,7 +44,7 @@ class OutsourcedProduct(torch.autograd.Function):
         with flushing(MOST_CHANNELS * width * len(x)), without_autocast(x.device.type):
             finite, overflown = _finite_rows(x)
             sent, aside = set_inputs_aside(finite, layers)
-            stacked = session.product(group, "forward", sent, owners)
+            stacked = session.product(group, "forward", sent, owners, finite=True)
             outputs = []
             row = 0
             for layer in layers:
@@ -139,7 +139,7 @@ class OutsourcedGradient(torch.autograd.Function):
             # Zeros are sent in their place: how many rows overflowed must not show in what is sent, nor in when.
             finite, overflown = zeroed(stacked)
             sent = set_outputs_aside(finite, layers)
-            product = add_outputs(session.product(group, "backward", sent), grads, layers)
+            product = add_outputs(session.product(group, "backward", sent, finite=True), grads, layers)
             return torch.where(overflown, torch.nan, product).contiguous()
 
     @staticmethod
