@@ -150,9 +150,9 @@ def test_tokens_of_several_callers_are_kept_apart(monkeypatch: pytest.MonkeyPatc
     asked: list[Any] = []
     product = session.product
 
-    def watched(group: int, direction: Any, x: Tensor, owners: Any = None) -> Tensor:
+    def watched(group: int, direction: Any, x: Tensor, owners: Any = None, **known: Any) -> Tensor:
         asked.append((len(x), owners))
-        return product(group, direction, x, owners)
+        return product(group, direction, x, owners, **known)
 
     monkeypatch.setattr(session, "product", watched)
     ids = torch.arange(12).view(3, 4)

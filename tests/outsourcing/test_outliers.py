@@ -125,9 +125,9 @@ def test_what_is_sent_has_zeros_for_them_and_the_same_length(
     sent: dict[str, list[Tensor]] = {"forward": [], "backward": []}
     product = ciphertune.Session.product
 
-    def recorded(session: Any, group: int, direction: Any, x: Tensor, *owners: Any) -> Tensor:
+    def recorded(session: Any, group: int, direction: Any, x: Tensor, *owners: Any, **known: Any) -> Tensor:
         sent[direction].append(x)
-        return product(session, group, direction, x, *owners)
+        return product(session, group, direction, x, *owners, **known)
 
     monkeypatch.setattr(ciphertune.Session, "product", recorded)
     counted = []

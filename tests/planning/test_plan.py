@@ -151,6 +151,7 @@ def test_other_names_are(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no such model")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("ciphertune.models.hub.hub_answers", lambda: True)
     for name in ("x/smollm2", "gpt2"):
         with pytest.raises(ConfigError, match="no such model"):
             make_plan(name, "mlwe", tokens=8, measure=False)

@@ -135,9 +135,9 @@ def test_a_padded_prompt_is_sent_as_a_multiple() -> None:
     session = ciphertune.session_of(model)
     product = session.product
 
-    def counted(group: int, direction: Any, x: Tensor, owners: Any = None) -> Tensor:
+    def counted(group: int, direction: Any, x: Tensor, owners: Any = None, **known: Any) -> Tensor:
         sent.append(len(x))
-        return product(group, direction, x, owners)
+        return product(group, direction, x, owners, **known)
 
     session.product = counted  # type: ignore[method-assign]
     decoder: Any = Decoder(model, FILLER, 16)

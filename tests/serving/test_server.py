@@ -499,10 +499,10 @@ class TestWorkers:
         expected = create(model="tiny", messages=ask("Hello"), max_tokens=6).choices
         product, count = session.product, iter(range(1000))
 
-        def lost(*arguments: Any) -> Any:
+        def lost(*arguments: Any, **known: Any) -> Any:
             if next(count) == 40:
                 raise TransportError("worker 1 is gone")
-            return product(*arguments)
+            return product(*arguments, **known)
 
         monkeypatch.setattr(session, "product", lost)
         with pytest.raises(openai.InternalServerError) as caught:
