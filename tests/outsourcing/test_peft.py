@@ -273,6 +273,8 @@ def _initialised(model: Any, kind: str) -> Any:
         own = {"eva_config": peft.EvaConfig(rho=1.0)} if kind == "eva" else {}
     made = config(["q_proj", "v_proj"], init_lora_weights=kind, **own)
     if kind == "corda":
+        # Which peft imports and does not ask for.
+        pytest.importorskip("attr")
         from peft.tuners.lora.corda import preprocess_corda
 
         with torch.no_grad():
