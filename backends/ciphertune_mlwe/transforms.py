@@ -20,6 +20,9 @@ from ciphertune_mlwe.prg import centred_binomial, expand, room, ternary
 from ciphertune_mlwe.ring import NegacyclicRing
 from ciphertune_mlwe.scratch import Scratch
 
+_NOISE_BYTES = 1 << 18
+"""Random bytes of errors that are drawn at a time."""
+
 LANES = 8
 """Rows that stand side by side in a pack of hints."""
 
@@ -263,28 +266,30 @@ class NativeTransforms(Transforms):
         features, tokens = out.shape
         row_bytes = parameters.error_row_bytes(tokens)
 
-        def task(start: int, stop: int) -> None:
-            chunk = min(self._CHUNK, stop - start)
-            noise = np.empty(room(chunk * row_bytes), dtype=np.uint8)
-            for row in range(start, stop, chunk):
-                count = min(chunk, stop - row)
-                expand(seed, row, count, row_bytes, noise)
-                status = self._library.ct_masks(
-                    native.pointer(values) + row * stored * DEGREE * 8,
+        # Some rows at a time, so that their random bytes are read while they are in the cache.
+        chunk = min(features, max(self._CHUNK, _NOISE_BYTES // row_bytes // LANES * LANES))
+        noise = np.empty(room(chunk * row_bytes), dtype=np.uint8)
+        for first in range(0, features, chunk):
+            count = min(chunk, features - first)
+            expand(seed, first, count, row_bytes, noise)
+
+            def calls(start: int, stop: int, first: int = first) -> list[Call]:
+                arguments = (
+                    native.pointer(values) + (first + start) * stored * DEGREE * 8,
                     stored,
                     native.pointer(secrets),
                     parameters.rank,
                     tokens,
-                    count,
-                    noise.ctypes.data,
+                    stop - start,
+                    noise.ctypes.data + start * row_bytes,
                     row_bytes,
-                    parameters.error == "binomial",
-                    native.pointer(out) + row * tokens * 4,
+                    int(parameters.error == "binomial"),
+                    native.pointer(out) + (first + start) * tokens * 4,
                 )
-                _check(status)
-            noise.fill(0)
+                return [("masks", arguments)]
 
-        native.over_rows(features, LANES, task)
+            spread(self._library, count, LANES, calls)
+        noise.fill(0)
 
     def hint_masks(self, hints: Tensor, secrets: Tensor, parameters: ParameterSet, out: Tensor) -> None:
         """See ``Transforms.hint_masks``."""
@@ -376,8 +381,3 @@ def make_transforms(device: torch.device) -> Transforms:
     if device.type == "cpu" and native.library() is not None:
         return NativeTransforms()
     return TensorTransforms(device)
-
-
-def _check(status: int) -> None:
-    if status:
-        raise MemoryError("the native encryption loops could not allocate their scratch memory")

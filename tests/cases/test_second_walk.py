@@ -152,7 +152,7 @@ FILES = [
     ("out/result.json", ("train", "run.toml", "--overwrite", "--compare", "out/result.json"), "is not a result.json"),
     ("ck/checkpoint-8/state.json", ("train", "run.toml", "--resume"), "state.json cannot be used: it"),
     ("ck/checkpoint-8/trainable.safetensors", ("train", "run.toml", "--resume"), "is not the file that was written"),
-    ("bundle/client/tokenizer.json", ("generate", "bundle/client", "--to", "clear+zmq://", "a"), "fetch the model"),
+    ("bundle/client/tokenizer.json", ("generate", "bundle/client", "--to", "clear+zmq://", "a"), "client's part"),
     ("bundle/worker/manifest.json", ("worker", "bundle/worker", "--insecure"), "manifest.json"),
     ("keys/worker.key", ("worker", "bundle/worker", "--curve", "keys"), "is damaged or not a key file"),
     ("speeds.json", ("plan", "model", "--client-speeds", "speeds.json"), "is no file of speeds"),

@@ -4,6 +4,8 @@
 #include <stdint.h>
 
 /* The loops; see kernels.c and product.c. */
+int ct_masks(const double *, int64_t, const void *, int64_t, int64_t, int64_t, const uint8_t *, int64_t, int64_t,
+             int32_t *);
 int ct_hint_masks(const uint8_t *, const void *, int64_t, int64_t, int64_t, int32_t *);
 void ct_encrypt(const int32_t *, int64_t, int64_t, const float *, int64_t, const double *, int64_t, int64_t, int64_t,
                 uint8_t *, int64_t);
@@ -40,6 +42,10 @@ void ct_team(void *memory) {
 
 #define P(type, i) ((type *)(intptr_t)a[i])
 
+int64_t ct_call_masks(const int64_t *a) {
+    return ct_masks(P(const double, 0), a[1], P(const void, 2), a[3], a[4], a[5], P(const uint8_t, 6), a[7], a[8],
+                    P(int32_t, 9));
+}
 int64_t ct_call_hint_masks(const int64_t *a) {
     return ct_hint_masks(P(const uint8_t, 0), P(const void, 1), a[2], a[3], a[4], P(int32_t, 5));
 }

@@ -77,7 +77,7 @@ _NO_MEMORY = "the native loops could not allocate their scratch memory"
 def _make(library: ctypes.CDLL, calls: list[Call]) -> None:
     for name, arguments in calls:
         # What loops without a result return is anything.
-        if getattr(library, f"ct_{name}")(*arguments) and name in ("product", "hint_masks"):
+        if getattr(library, f"ct_{name}")(*arguments) and name in ("product", "masks", "hint_masks"):
             raise MemoryError(_NO_MEMORY)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +178,6 @@ def worker(
         return build_section(WorkerConfig, {**content, "backends": ["all"] if offered is None else offered})
 
     config = read()
-    # OpenMP's threads sleep between products, where they would take a processor from whoever shares the machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with log_to_stderr(config.log.format, config.log.level):
         from ciphertune.runs.worker import serve_worker
 

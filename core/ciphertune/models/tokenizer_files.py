@@ -63,7 +63,7 @@ def _check_json(file: Path, *_: int) -> None:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is damaged: it is not JSON") from error
+        raise ConfigError(f"{file} is damaged: it is not JSON; {_AGAIN}") from error
     if file.name == "tokenizer.json":
         _check_steps(file, found)
 
@@ -103,5 +103,8 @@ def _values(tree: Any, file: Path, part: str) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
+_AGAIN = "fetch the client's part of the bundle again"
+
+
 def _fail(file: Path, field: str, wanted: str, found: Any) -> NoReturn:
-    raise ConfigError(f"{file} is damaged: {field}: expected {wanted}, got {found}")
+    raise ConfigError(f"{file} is damaged: {field}: expected {wanted}, got {found}; {_AGAIN}")
