@@ -94,8 +94,8 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             f"client's memory after loading SmolLM2's part ({client['weight_bytes'] / 1e6:.0f} MB of weights), above "
             "an interpreter with torch, transformers and peft",
-            f"{client['loaded_bytes'] / 1e6:.0f} MB: weights are file pages until they are used",
-            "≤ 147 MB",
+            f"{client['loaded_bytes'] / 1e6:.0f} MB, most of it hints, which `hint_memory` bounds",
+            "",
         ),
         (
             f"the same after a training step of {client['tokens']} tokens",
