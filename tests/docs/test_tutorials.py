@@ -69,8 +69,9 @@ def trainers(found: dict[str, Any]) -> None:
     cost = found["cost"]
     plain = cost["as above"]
     assert cost["gradient_checkpointing"]["products"] > plain["products"] == cost["bf16"]["products"]
-    assert cost["gradient_checkpointing"]["first loss"] == pytest.approx(plain["first loss"], abs=0.01)
-    assert cost["bf16"]["first loss"] == pytest.approx(plain["first loss"], abs=0.02)
+    # Both are encrypted, each under masks of its own.
+    for each in ("gradient_checkpointing", "bf16"):
+        assert cost[each]["first loss"] == pytest.approx(plain["first loss"], rel=0.01)
     assert cost["bf16"]["MB up per 1000 tokens"] == plain["MB up per 1000 tokens"]
     assert cost["packing"]["tokens"] > 1.3 * plain["tokens"]
     assert cost["packing"]["MB up per 1000 tokens"] < plain["MB up per 1000 tokens"]
