@@ -301,9 +301,7 @@ def speeds(device: torch.device) -> dict[str, float]:
             seconds = time.perf_counter() - start
             spent[name] += seconds
             # The first turn wakes threads and fetches memory, and counts for those that are too slow for another.
-            if turn != 1 and name in best:
-                seconds = min(seconds, best[name])
-            best[name] = seconds
+            best[name] = seconds if turn <= 1 else min(seconds, best[name])
             if spent[name] > _TRIAL_SECONDS:
                 del spent[name]
     return {name: _TRIAL_SIZE**3 / best[name] / 1e9 for name in KERNELS if name in best}

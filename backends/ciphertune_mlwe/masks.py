@@ -234,10 +234,11 @@ class MaskStock:
             self._drop()
             for mask in list(self._handed):
                 mask.close()
-        SPARE.clear()
         self._asked.put(None)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+        # Only now: the thread may have forgotten a block that it was making.
+        SPARE.clear()
 
     def make_next(self) -> bool:
         """Make what the last cycle of requests says comes next; whether there was something to make, and room.

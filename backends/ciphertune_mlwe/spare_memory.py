@@ -1,4 +1,4 @@
-"""Mappings in which masks were, wiped and kept for masks of the same size: fresh pages cost more than masks do."""
+"""Mappings in which masks were, wiped and kept for masks of the same size, since fresh pages cost a fifth of these."""
 
 from __future__ import annotations
 

@@ -73,21 +73,16 @@ class MLWEWorker(WorkerHalf):
             ``y`` (rows, planes, tokens) uint8, as many planes as the request's; rows are the outputs, once for each
             digit of the weight.
         """
-        return self._evaluated(prepared, direction, request, None)
+        return self.evaluate_in_parts(prepared, direction, request)
 
     def evaluate_in_parts(
-        self, prepared: tuple[Tensor, ...], direction: Direction, request: Buffers, pause: Callable[[], object]
-    ) -> Buffers:
-        """See ``WorkerHalf.evaluate_in_parts``: some rows of the map and some tokens at a time."""
-        return self._evaluated(prepared, direction, request, pause)
-
-    def _evaluated(
         self,
         prepared: tuple[Tensor, ...],
         direction: Direction,
         request: Buffers,
-        pause: Callable[[], object] | None,
+        pause: Callable[[], object] | None = None,
     ) -> Buffers:
+        """See ``WorkerHalf.evaluate_in_parts``: some rows and tokens at a time; all at once without pauses."""
         digits = prepared if direction == "forward" else tuple(digit.t() for digit in prepared)
         rows, features = digits[0].shape
         b = self._read(request, features)

@@ -28,6 +28,14 @@ static const double PI = 3.14159265358979323846;
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Blocks of rows and tokens, `row` and `first` being the first of each; rows of a line of the cache at a time. */
+#define EACH_BLOCK(rows, tokens)                                                                                       \
+    for (int64_t top = 0; top < (rows); top += ROWS)                                                                   \
+        for (int64_t first = 0; first < (tokens); first += TOKENS)                                                     \
+            for (int64_t row = top; row < least(rows, top + ROWS); row += LINE_ROWS)
+
 /* Fetches what the next block of tokens reads of a row of masks, which no processor foresees. */
 INLINE void fetch_masks(const int32_t *next) {
     for (int64_t t = 0; t < TOKENS; t += 64 / (int64_t)sizeof *next)
@@ -338,52 +346,47 @@ CLONES void ct_encrypt(const int32_t *mask, int64_t row_step, int64_t token_step
                        const double *scale, int64_t tokens, int64_t rows, int64_t planes, uint8_t *out,
                        int64_t out_stride) {
     int shift = 32 - 8 * (int)planes;
-    for (int64_t top = 0; top < rows; top += ROWS)
-        for (int64_t first = 0; first < tokens; first += TOKENS) {
-            int64_t width = tokens - first < TOKENS ? tokens - first : TOKENS;
-            int64_t bottom = rows - top < ROWS ? rows : top + ROWS;
-            for (int64_t row = top; row < bottom; row += LINE_ROWS) {
-                int64_t count = rows - row < LINE_ROWS ? rows - row : LINE_ROWS;
-                int32_t turned[LINE_ROWS][TOKENS];
-                for (int64_t t = first + TOKENS; t < tokens && t < first + 2 * TOKENS; t++)
-                    __builtin_prefetch(x + t * x_stride + row, 0, 2);
-                for (int64_t t = 0; t < width; t += LANES)
-                    /* The input is token-major: eight features of eight tokens are turned over in registers. Its lines
-                     * lie so far apart that they displace each other, so both halves of each are read at once. */
-                    for (int64_t half = 0; half < count; half += LANES) {
-                        int64_t some = count - half < LANES ? count - half : LANES;
-                        ivec m[LANES] = {{0}};
-                        for (int64_t i = 0; i < LANES && t + i < width; i++) {
-                            const float *in = x + (first + t + i) * x_stride + row + half;
-                            double v[LANES] = {0}, s = scale[first + t + i];
-                            if (some == LANES)
-                                EACH_LANE v[l] = (double)in[l] * s;
-                            else
-                                for (int l = 0; l < some; l++)
-                                    v[l] = (double)in[l] * s;
-                            low_bits_of(v, m + i);
-                        }
-                        transpose(m);
-                        EACH_LANE memcpy(turned[half + l] + t, m + l, sizeof *m);
-                    }
-                for (int64_t lane = 0; lane < count; lane++) {
-                    const int32_t *masks = mask + (row + lane) * row_step + first * token_step, *in = turned[lane];
-                    uint8_t *to = out + (row + lane) * planes * out_stride + first;
-                    uint32_t value[TOKENS];
-                    if (token_step == 1 && first + TOKENS < tokens)
-                        fetch_masks(masks + TOKENS);
-                    if (token_step == 1)
-                        for (int64_t t = 0; t < width; t++)
-                            value[t] = ((uint32_t)in[t] + (uint32_t)masks[t]) >> shift;
+    EACH_BLOCK(rows, tokens) {
+        int64_t width = least(TOKENS, tokens - first), count = least(LINE_ROWS, rows - row);
+        int32_t turned[LINE_ROWS][TOKENS];
+        for (int64_t t = first + TOKENS; t < tokens && t < first + 2 * TOKENS; t++)
+            __builtin_prefetch(x + t * x_stride + row, 0, 2);
+        for (int64_t t = 0; t < width; t += LANES)
+            /* The input is token-major: eight features of eight tokens are turned over in registers. Its lines
+             * lie so far apart that they displace each other, so both halves of each are read at once. */
+            for (int64_t half = 0; half < count; half += LANES) {
+                int64_t some = count - half < LANES ? count - half : LANES;
+                ivec m[LANES] = {{0}};
+                for (int64_t i = 0; i < LANES && t + i < width; i++) {
+                    const float *in = x + (first + t + i) * x_stride + row + half;
+                    double v[LANES] = {0}, s = scale[first + t + i];
+                    if (some == LANES)
+                        EACH_LANE v[l] = (double)in[l] * s;
                     else
-                        for (int64_t t = 0; t < width; t++)
-                            value[t] = ((uint32_t)in[t] + (uint32_t)masks[t * token_step]) >> shift;
-                    for (int64_t p = 0; p < planes; p++, to += out_stride)
-                        for (int64_t t = 0; t < width; t++)
-                            to[t] = (uint8_t)(value[t] >> (8 * p));
+                        for (int l = 0; l < some; l++)
+                            v[l] = (double)in[l] * s;
+                    low_bits_of(v, m + i);
                 }
+                transpose(m);
+                EACH_LANE memcpy(turned[half + l] + t, m + l, sizeof *m);
             }
+        for (int64_t lane = 0; lane < count; lane++) {
+            const int32_t *masks = mask + (row + lane) * row_step + first * token_step, *in = turned[lane];
+            uint8_t *to = out + (row + lane) * planes * out_stride + first;
+            uint32_t value[TOKENS];
+            if (token_step == 1 && first + TOKENS < tokens)
+                fetch_masks(masks + TOKENS);
+            if (token_step == 1)
+                for (int64_t t = 0; t < width; t++)
+                    value[t] = ((uint32_t)in[t] + (uint32_t)masks[t]) >> shift;
+            else
+                for (int64_t t = 0; t < width; t++)
+                    value[t] = ((uint32_t)in[t] + (uint32_t)masks[t * token_step]) >> shift;
+            for (int64_t p = 0; p < planes; p++, to += out_stride)
+                for (int64_t t = 0; t < width; t++)
+                    to[t] = (uint8_t)(value[t] >> (8 * p));
         }
+    }
 }
 
 /* y = centred(2^shift * reply - mask) * unit, for `rows` outputs, counted in units of 2^-32 of the modulus.
@@ -395,61 +398,56 @@ CLONES void ct_decrypt(const uint8_t *reply, int64_t reply_stride, const int32_t
                        int64_t token_step, const float *unit, int64_t tokens, int64_t rows, int64_t planes, float *y,
                        int64_t y_stride) {
     /* As in ct_encrypt, the other way round. */
-    for (int64_t top = 0; top < rows; top += ROWS)
-        for (int64_t first = 0; first < tokens; first += TOKENS) {
-            int64_t width = tokens - first < TOKENS ? tokens - first : TOKENS;
-            int64_t bottom = rows - top < ROWS ? rows : top + ROWS;
-            for (int64_t row = top; row < bottom; row += LINE_ROWS) {
-                int64_t count = rows - row < LINE_ROWS ? rows - row : LINE_ROWS;
-                const uint8_t *in = reply + row * planes * reply_stride + first;
-                const int32_t *masks = mask + row * row_step + first * token_step;
-                float *out = y + first * y_stride + row;
-                if (token_step != 1 || width < LANES) {
-                    for (int64_t t = 0; t < width; t++)
-                        for (int64_t i = 0; i < count; i++)
-                            out[t * y_stride + i] =
-                                (float)(int32_t)(lifted(in + i * planes * reply_stride + t, reply_stride, (int)planes) -
-                                                 (uint32_t)masks[i * row_step + t * token_step]) *
-                                unit[first + t];
-                    continue;
-                }
-                int32_t straight[LINE_ROWS][TOKENS];
-                for (int64_t i = 0; i < count; i++) {
-                    const uint8_t *from = in + i * planes * reply_stride;
-                    const int32_t *by = masks + i * row_step;
-                    if (first + TOKENS < tokens) {
-                        fetch_masks(by + TOKENS);
-                        for (int64_t p = 0; p < planes; p++)
-                            __builtin_prefetch(from + p * reply_stride + TOKENS);
-                    }
-                    if (planes == 3)
-                        for (int64_t t = 0; t < width; t++)
-                            straight[i][t] = (int32_t)(lifted(from + t, reply_stride, 3) - (uint32_t)by[t]);
-                    else
-                        for (int64_t t = 0; t < width; t++)
-                            straight[i][t] = (int32_t)(lifted(from + t, reply_stride, 4) - (uint32_t)by[t]);
-                }
-                for (int64_t t = 0; t < width; t += LANES)
-                    for (int64_t half = 0; half < count; half += LANES) {
-                        ivec m[LANES];
-                        int64_t some = width - t < LANES ? width - t : LANES;
-                        int64_t high = count - half < LANES ? count - half : LANES;
-                        for (int64_t i = 0; i < LANES; i++)
-                            memcpy(m + i, straight[half + i] + t, sizeof *m);
-                        transpose(m);
-                        for (int64_t i = 0; i < some; i++) {
-                            int32_t v[LANES];
-                            float turned[LANES], by = unit[first + t + i], *to = out + (t + i) * y_stride + half;
-                            memcpy(v, m + i, sizeof v);
-                            EACH_LANE turned[l] = (float)v[l] * by;
-                            if (high == LANES)
-                                memcpy(to, turned, sizeof turned);
-                            else
-                                memcpy(to, turned, (size_t)high * sizeof *turned);
-                        }
-                    }
-            }
+    EACH_BLOCK(rows, tokens) {
+        int64_t width = least(TOKENS, tokens - first), count = least(LINE_ROWS, rows - row);
+        const uint8_t *in = reply + row * planes * reply_stride + first;
+        const int32_t *masks = mask + row * row_step + first * token_step;
+        float *out = y + first * y_stride + row;
+        if (token_step != 1 || width < LANES) {
+            for (int64_t t = 0; t < width; t++)
+                for (int64_t i = 0; i < count; i++)
+                    out[t * y_stride + i] =
+                        (float)(int32_t)(lifted(in + i * planes * reply_stride + t, reply_stride, (int)planes) -
+                                         (uint32_t)masks[i * row_step + t * token_step]) *
+                        unit[first + t];
+            continue;
         }
+        int32_t straight[LINE_ROWS][TOKENS];
+        for (int64_t i = 0; i < count; i++) {
+            const uint8_t *from = in + i * planes * reply_stride;
+            const int32_t *by = masks + i * row_step;
+            if (first + TOKENS < tokens) {
+                fetch_masks(by + TOKENS);
+                for (int64_t p = 0; p < planes; p++)
+                    __builtin_prefetch(from + p * reply_stride + TOKENS);
+            }
+            if (planes == 3)
+                for (int64_t t = 0; t < width; t++)
+                    straight[i][t] = (int32_t)(lifted(from + t, reply_stride, 3) - (uint32_t)by[t]);
+            else
+                for (int64_t t = 0; t < width; t++)
+                    straight[i][t] = (int32_t)(lifted(from + t, reply_stride, 4) - (uint32_t)by[t]);
+        }
+        for (int64_t t = 0; t < width; t += LANES)
+            for (int64_t half = 0; half < count; half += LANES) {
+                ivec m[LANES];
+                int64_t some = width - t < LANES ? width - t : LANES;
+                int64_t high = count - half < LANES ? count - half : LANES;
+                for (int64_t i = 0; i < LANES; i++)
+                    memcpy(m + i, straight[half + i] + t, sizeof *m);
+                transpose(m);
+                for (int64_t i = 0; i < some; i++) {
+                    int32_t v[LANES];
+                    float turned[LANES], by = unit[first + t + i], *to = out + (t + i) * y_stride + half;
+                    memcpy(v, m + i, sizeof v);
+                    EACH_LANE turned[l] = (float)v[l] * by;
+                    if (high == LANES)
+                        memcpy(to, turned, sizeof turned);
+                    else
+                        memcpy(to, turned, (size_t)high * sizeof *turned);
+                }
+            }
+    }
 }
 
 /* Euclidean norms of tokens: x (tokens, x_stride) float, of which `features` columns count -> out (tokens) double. */

@@ -16,6 +16,7 @@ from typing import Any
 from ciphertune_mlwe import native
 
 _ARGUMENTS = 16
+_NO_MEMORY = "the native loops could not allocate their scratch memory"
 
 Call = tuple[str, Sequence[int]]
 """A loop, by its name in the library without ``ct_``, and its arguments: numbers, addresses among them."""
@@ -53,9 +54,12 @@ def spread(
     Raises:
         MemoryError: a loop could not allocate its scratch memory.
     """
-    openmp = None if _forked else _openmp(library)
     parts = native.parts(rows, multiple, values)
-    if openmp is None or len(parts) == 1:
+    if len(parts) == 1:
+        _make(library, calls(*parts[0]))
+        return
+    openmp = None if _forked else _openmp(library)
+    if openmp is None:
         native.over_rows(rows, multiple, lambda first, last: _make(library, calls(first, last)), values)
         return
     made = [calls(*part) for part in parts]
@@ -69,9 +73,6 @@ def spread(
     run(task, ctypes.byref(_Team(array, len(array), number, members)), len(parts), 0)
     if any(each.status for each in array):
         raise MemoryError(_NO_MEMORY)
-
-
-_NO_MEMORY = "the native loops could not allocate their scratch memory"
 
 
 def _make(library: ctypes.CDLL, calls: list[Call]) -> None:

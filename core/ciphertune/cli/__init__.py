@@ -170,8 +170,10 @@ def main(args: list[str] | None = None) -> NoReturn:
         click.echo("ciphertune: interrupted", err=True)
         sys.exit(130)
     except Exception as error:
+        from ciphertune.plugins.trace import tracing
+
         # Whoever looks for the fault of a plugin wants to see where it is, too.
-        if any(os.environ.get(name, "0") not in ("", "0") for name in (TRACEBACK, "CIPHERTUNE_TRACE_PLUGINS")):
+        if tracing() or os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
         click.echo(f"ciphertune: {_unexpected(error)}", err=True)
         sys.exit(1)
