@@ -44,7 +44,7 @@ class MLWEOptions:
         weight_bits: how workers hold weights, per output channel; 16 doubles evaluation and what comes back.
         pad_tokens: round the number of tokens up to a multiple of this, to hide the exact one.
         banks: let requests of few tokens share secrets, as token-by-token generation needs to be fast.
-        ahead: make masks before the data, while the client waits.
+        ahead: make masks before the data, while the client waits for workers elsewhere.
         mask_memory: megabytes for banks and for masks that are made ahead.
         check: hold every answer against secret vectors before it is decrypted.
         hint_memory: megabytes of hints that are held in memory; others are read from disk for each product. If not
@@ -161,7 +161,7 @@ class MLWEBackend(Backend):
         """See ``Backend.work``: requests carry their own tokens and nothing else."""
         k, n = linear_map.in_features, linear_map.out_features * self._digits
         by = "tokens × inputs to encrypt, tokens × inputs × outputs to evaluate, tokens × outputs to decrypt"
-        return Work(tokens * (k + n), tokens * k * n, tokens * n, by)
+        return Work(tokens * k, tokens * k * n, tokens * n, by, ahead=tokens * (k + n))
 
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half; its public matrix is its own, or with hints on disk that of the client and the model."""

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         pad_tokens: the number of tokens sent is rounded up to a multiple of this, to hide the exact one.
         banks: whether requests of few tokens share secrets.
         mask_bytes: memory for banks and for masks made ahead.
-        ahead: whether masks are made ahead.
+        ahead: whether masks are made ahead where workers are elsewhere.
         device: where encryption and decryption run.
         store: of hints and check vectors.
         check: whether answers are checked.
@@ -108,11 +109,21 @@ class MLWEClient(ClientHalf[EncryptionState]):
             self._block, self._block_bytes, self._columns, mask_bytes, mask_bytes if ahead else 0, watch or CloneWatch()
         )
 
-    def begin(self, model: bytes) -> None:
-        """See ``ClientHalf.begin``: take hints of this model on disk into use."""
+    def begin(self, model: bytes, remote: bool) -> None:
+        """See ``ClientHalf.begin``: take hints of this model on disk into use; make masks ahead for workers elsewhere.
+
+        A worker in this process leaves no processor idle, and masks are made faster by all of them at once.
+        """
+        self._stock.in_background = remote
         seed = self._store.open(model) if self._seed is None else None
         if seed is not None:
             self._public = PublicMatrix(seed, model, self._transforms)
+
+    def compute_ahead(self, linear_map: LinearMap, tokens: int) -> float:
+        """See ``ClientHalf.compute_ahead``: masks; of a bank the columns that the tokens take."""
+        begun = time.perf_counter()
+        share = self._stock.make(linear_map.identity, -(-tokens // self._pad) * self._pad)
+        return share * (time.perf_counter() - begun)
 
     def preparation(
         self, forward: LinearMap | None, backward: LinearMap, pieces: Sequence[LinearMap] = ()

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 BANK_COLUMNS = 256
 """Columns of a bank at most: those that one secret masks."""
 
+_TOKENS_APART = 8
+"""Tokens of a request up to which those of a bank lie apart: more fill a line of the cache anyway."""
+
 _MOST_ORDERS = 1 << 14
 """Orders whose followers are remembered: products of a model times the numbers of tokens that they come with."""
 
@@ -56,7 +59,7 @@ class Block:
         self.made = 0.0
         self.copies = 0
 
-    def as_bank(self) -> Block:
+    def by_tokens(self) -> Block:
         """The same masks, with those of each token side by side: a request that takes one token reads no others'."""
         self.body, self.hint = self.body.by_columns(), self.hint.by_columns()
         return self
@@ -169,6 +172,9 @@ class MaskStock:
         banked: bytes of banks. Those of the callers who asked least lately are dropped beyond it.
         ahead: bytes of masks that may be made before they are asked for; 0 for none.
         watch: notices that the machine was copied.
+
+    Attributes:
+        in_background: whether a thread makes masks ahead; to be set before the first is taken.
     """
 
     def __init__(
@@ -185,6 +191,7 @@ class MaskStock:
         self._bank_columns = bank_columns
         self._banked = banked
         self._ahead = ahead
+        self.in_background = True
         self._watch = watch
         self._process = os.getpid()
         self._lock = threading.Lock()
@@ -226,6 +233,22 @@ class MaskStock:
                 self._check()
                 if self._usable(block):
                     return self._hand(block, slice(0, tokens))
+
+    def make(self, product: str, tokens: int) -> float:
+        """Make the masks that the next request of a product for so many tokens takes, or the bank that it may take of.
+
+        Returns:
+            The share of them that the request takes; 0 where none are made ahead.
+        """
+        columns = self._bank_columns(1)
+        order = Order(product, columns if 2 * tokens <= columns else tokens)
+        if self._ahead == 0:
+            return 0.0
+        block = self._made(order)
+        with self._lock:
+            self._check()
+            self._ready[order] = collections.deque([block])
+        return tokens / order.tokens
 
     def close(self) -> None:
         """Forget all masks, those that were handed out too."""
@@ -282,9 +305,15 @@ class MaskStock:
                 if bank is not None and bank.used + tokens <= bank.block.columns and self._usable(bank.block):
                     columns = slice(bank.used, bank.used + tokens)
                     bank.used += tokens
+                    if bank.used == bank.block.columns:
+                        # Its memory goes with the masks that were handed out, and makes room for masks made ahead.
+                        del own[product]
+                        self._asked.put(None)
                     return self._hand(bank.block, columns)
             order = Order(product, size)
-            block = (self._find(order) or self._made(order, message())).as_bank()
+            block = self._find(order) or self._made(order, message())
+            if tokens <= _TOKENS_APART:
+                block = block.by_tokens()
             with self._lock:
                 self._check()
                 self._banks.setdefault(caller, {})[product] = _Bank(block)
@@ -326,6 +355,8 @@ class MaskStock:
                 if len(self._next) > _MOST_ORDERS:
                     del self._next[next(iter(self._next))]
             self._last = order
+            if not self.in_background:
+                return found
             if self._thread is None:
                 held = weakref.ref(self, lambda _, asked=self._asked: asked.put(None))  # type: ignore[misc]
                 arguments = held, self._asked

@@ -88,12 +88,14 @@ class Work:
     Attributes:
         encrypt, evaluate, decrypt: amounts, each in a unit of its own.
         by: what they count, in words.
+        ahead: amount of ``ClientHalf.compute_ahead``; 0 where nothing is computed ahead.
     """
 
     encrypt: float
     evaluate: float
     decrypt: float
     by: str
+    ahead: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,15 +255,31 @@ class ClientHalf(abc.ABC, Generic[StateT]):
         """Public key material the worker needs to evaluate; sent once per worker and session."""
         return {}
 
-    def begin(self, model: bytes) -> None:
-        """Take notice of the model that products will be of, once and before anything else.
+    def begin(self, model: bytes, remote: bool) -> None:
+        """Take notice of the model that products will be of and of who computes them, once and before anything else.
 
-        A client half that keeps what it prepares between sessions finds it by this.
+        A client half that keeps what it prepares between sessions finds it by the model. One that computes ahead of the
+        data has idle processors for that while workers elsewhere compute.
 
         Args:
             model: SHA-256 over the names, sizes and weights of the outsourced layers.
+            remote: whether the workers are elsewhere, and not in this process.
         """
         return
+
+    def compute_ahead(self, linear_map: LinearMap, tokens: int) -> float:
+        """Compute what the next product needs whatever its data are, so that ``encrypt_pieces`` finds it.
+
+        A client half does so by itself, in its own time; plans ask for it to tell these seconds from the others.
+
+        Args:
+            linear_map: of the product, which was prepared for.
+            tokens: T.
+
+        Returns:
+            Seconds that it took; of what serves several products a share. 0 where nothing is computed ahead.
+        """
+        return 0.0
 
     def preparation(
         self, forward: LinearMap | None, backward: LinearMap, pieces: Sequence[LinearMap] = ()

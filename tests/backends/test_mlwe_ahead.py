@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from mask_bench import THREAD, Bench, read, until
+from mlwe_halves import Halves, random_codes
 
 from ciphertune_mlwe import masks
 from ciphertune_mlwe.masks import Order
@@ -48,6 +49,64 @@ def test_banks_are_made_ahead_too(bench: Callable[..., Bench]) -> None:
             read(made.stock.take(product, 100))
     until(lambda: bool(made.ahead))
     assert set(made.orders) == {Order("a", 256), Order("b", 256)}
+
+
+def test_banks_that_are_used_up_make_room_for_those_that_follow(bench: Callable[..., Bench]) -> None:
+    made = bench(ahead=2 * Bench.size(Order("a", 256)))
+    masks = [made.stock.take(product, 128) for product in "abababab"]
+    until(lambda: made.waiting() == [Order("a", 256), Order("b", 256)])
+    taken = [made.stock.take(product, 128) for product in "ab"]
+    assert [len(made.made), made.waiting()] == [6, []], "those that lay ready were taken"
+    assert torch.unique(torch.cat([read(mask) for mask in masks + taken], dim=1), dim=1).shape[1] == 10 * 128
+
+
+def test_a_bank_that_is_used_up_is_kept_by_its_masks_alone(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    first, second = made.stock.take("a", 128), made.stock.take("a", 128)
+    assert made.stock._banks[""] == {}
+    assert first._block is second._block is not None
+    gone = weakref.ref(first._block)
+    for mask in (first, second):
+        mask.close()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(("tokens", "apart"), [(1, True), (8, True), (9, False), (100, False)])
+def test_few_tokens_have_their_masks_side_by_side(bench: Callable[..., Bench], tokens: int, apart: bool) -> None:
+    mask = bench().stock.take("a", tokens)
+    assert mask._block is not None
+    for memory in (mask._block.body, mask._block.hint):
+        assert memory.matrix[:, 0].is_contiguous() is apart
+        assert memory.matrix[0].is_contiguous() is not apart
+
+
+@pytest.mark.parametrize(("tokens", "size", "share"), [(200, 200, 1.0), (64, 256, 0.25), (1, 256, 1 / 256)])
+def test_what_is_made_for_a_request_is_what_it_takes(
+    bench: Callable[..., Bench], tokens: int, size: int, share: float
+) -> None:
+    made = bench(ahead=ROOM)
+    made.stock.in_background = False
+    assert [made.stock.make("a", tokens) for _ in range(2)] == [share] * 2
+    assert made.orders == [Order("a", size)] * 2
+    assert made.waiting() == [Order("a", size)], "the one before is forgotten"
+    assert torch.equal(read(made.stock.take("a", tokens)), made.bodies[1][:, :tokens])
+    assert made.stock._thread is None
+
+
+def test_nothing_is_made_for_a_request_where_nothing_is_made_ahead(bench: Callable[..., Bench]) -> None:
+    made = bench(ahead=0)
+    assert made.stock.make("a", TOKENS) == 0.0
+    assert made.made == []
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_masks_are_made_ahead_where_processors_are_idle(remote: bool) -> None:
+    halves = Halves(random_codes(16, 24), ahead="1")
+    halves.client.begin(b"model", remote)
+    for _ in range(4):
+        halves.product(torch.ones(200, 24))
+    assert (halves.client._stock._thread is not None) is remote
+    halves.client.close()
 
 
 def test_without_memory_for_it_nothing_is_made_ahead(bench: Callable[..., Bench]) -> None:

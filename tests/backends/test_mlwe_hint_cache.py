@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def client(model: bytes = MODEL, **options: str) -> MLWEClient:
     made: Any = MLWEBackend.from_text({"ahead": "0", **options}).client(CPU)
-    made.begin(model)
+    made.begin(model, remote=False)
     return made  # type: ignore[no-any-return]
 
 

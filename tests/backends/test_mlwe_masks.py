@@ -443,7 +443,7 @@ def test_a_bank_has_the_masks_of_its_block_token_by_token() -> None:
     block.body.matrix.random_()
     block.hint.matrix.random_()
     body, hint, first = block.body.matrix.clone(), block.hint.matrix.clone(), block.body
-    bank = block.as_bank()
+    bank = block.by_tokens()
     assert torch.equal(bank.body.matrix, body)
     assert torch.equal(bank.hint.matrix, hint)
     assert bank.body.matrix[:, 3].is_contiguous()

@@ -29,6 +29,8 @@ from ciphertune.outsourcing.convert import outsource
 from ciphertune.outsourcing.layers import choose_layers
 from ciphertune.planning import measure
 from ciphertune.planning.client_compute import attach_instant_session, measure_client_compute
+from ciphertune.planning.estimate import Estimate
+from ciphertune.planning.measure import Size, measure_products
 from ciphertune.planning.plan import Plan, make_plan
 from ciphertune.planning.products import Products
 from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, read_speeds, write_speeds
@@ -198,6 +200,35 @@ def test_without_speeds_rows_are_planned(folder: Path) -> None:
 def test_halves_cost_little_more_than_half(folder: Path) -> None:
     whole, halves = total(folder, tokens=512), total(folder, tokens=512, micro_batches=2)
     assert whole < halves < 1.1 * whole
+
+
+def test_what_is_computed_ahead_fills_idle_time(folder: Path) -> None:
+    """And prolongs the step by what does not fit."""
+
+    def ahead(seconds: float, **changes: Any) -> Estimate:
+        products = tuple(dataclasses.replace(p, ahead=seconds) for p in speeds().products)
+        found = planned(folder, tokens=24, latency=0.0, client=speeds(products=products), **changes).estimate
+        assert found is not None
+        return found
+
+    none, little, much = ahead(0.0), ahead(1e-4), ahead(1.0)
+    # The client is busy for the rest of the step.
+    idle = none.evaluate + none.network
+    assert little.total == pytest.approx(none.total)
+    assert little.encrypt > none.encrypt
+    assert little.encrypt - none.encrypt < idle
+    assert much.total == pytest.approx(none.total + (much.encrypt - none.encrypt) - idle)
+    assert sum(much.path.values()) == pytest.approx(much.total)
+    assert much.busy["client"] == pytest.approx(1.0)
+    # A worker that shares the client's processor leaves it idle while messages are on their way.
+    alone = ahead(1.0, processors="one")
+    assert alone.total == pytest.approx(none.total + (alone.encrypt - none.encrypt) - none.network)
+
+
+@pytest.mark.parametrize(("to", "some"), [("mlwe", True), ("mlwe?ahead=0", False), ("simulation", False)])
+def test_what_can_be_computed_ahead_is_measured_by_itself(to: str, some: bool) -> None:
+    sizes = [Size("forward", 200, 64, 96), Size("backward", 32, 96, 64)]
+    assert [product.ahead > 0 for product in measure_products(to, sizes)] == [some] * 2
 
 
 def test_faster_workers_are_faster(folder: Path) -> None:

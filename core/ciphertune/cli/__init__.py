@@ -123,6 +123,12 @@ def cli() -> None:
 TRACEBACK = "CIPHERTUNE_TRACEBACK"
 """Environment variable that shows the traceback of an error that nobody expected."""
 
+_SPINS = "GOMP_SPINCOUNT"
+_SPIN_COUNT = "20000"
+"""Times that a thread of torch looks for the next operation before it sleeps, about 0.2 ms: waking it costs small
+operations more than they take. By default it would do so for some milliseconds, on processors that others could use.
+GNU's OpenMP library reads it once, when torch is imported."""
+
 
 def _terminated(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
@@ -142,9 +148,8 @@ def _unexpected(error: Exception) -> str:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Entry point: errors of ours are one line on standard error and exit status 1; Ctrl-C exits with 130."""
-    # Torch's threads would go on spinning after each operation, on processors that ours could use. Read by OpenMP once,
-    # when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", _SPINS}:
+        os.environ[_SPINS] = _SPIN_COUNT
     # Keys and decrypted values are in this process.
     hide_process()
     # So that what is half-written is removed, and secrets are overwritten; commands that run on take it themselves.

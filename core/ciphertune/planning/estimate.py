@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from ciphertune.backend import Backend, Direction, LinearMap
 from ciphertune.errors import ConfigError
 from ciphertune.planning.products import PlannedGroup
-from ciphertune.planning.simulation import MicroBatch, Network, Product, Request, Timeline, What, simulate
+from ciphertune.planning.simulation import (
+    MicroBatch,
+    Network,
+    Processors,
+    Product,
+    Request,
+    Timeline,
+    What,
+    simulate,
+)
 from ciphertune.planning.speeds import ClientCompute, Phase, Speeds, product_name
 
 CHART_BINS = 60
@@ -21,8 +30,8 @@ class Estimate:
     """Seconds of one training step.
 
     Attributes:
-        encrypt, decrypt, rest: of the client; ``rest`` is what it computes itself: attention, output head, adapters,
-            optimizer.
+        encrypt, decrypt, rest: of the client; ``encrypt`` counts what is computed ahead of the data, ``rest`` is
+            what it computes itself: attention, output head, adapters, optimizer.
         evaluate: of all workers together.
         network: of messages, one after the other.
         total: of the step, with what is done at the same time.
@@ -78,6 +87,8 @@ def estimate_step(
 ) -> Estimate:
     """Estimate the seconds of a step.
 
+    What the client computes ahead of the data takes time in which it would be idle, and prolongs the step by the rest.
+
     Args:
         groups: in the model's order.
         backend: whose ``work`` scales what was measured.
@@ -101,7 +112,8 @@ def estimate_step(
     costs = Costs(backend, client, worker, computed)
     batches = {tokens: costs.micro_batch(groups, tokens) for tokens in set(micro_batches)}
     timeline = simulate([batches[t] for t in micro_batches], interleave, workers, network, computed.optimizer)
-    return _estimate(timeline, workers, client, sum(len(batches[t].products) for t in micro_batches))
+    products = [product for t in micro_batches for product in batches[t].products]
+    return _estimate(timeline, workers, client, products, network.processors)
 
 
 class Costs:
@@ -139,17 +151,22 @@ class Costs:
     def _forward(self, group: PlannedGroup, tokens: int, first: bool) -> Product:
         rest = self._compute.begin.at(tokens) if first else self._before(group, "forward", tokens)
         if group.lookup:
-            return Product(rest, self._requests(group, "backward", tokens))
+            return self._product(rest, group, "backward", tokens)
         if group.cut:
             rest += group.forward.out_features * tokens * self._client.copy
-        return Product(rest, self._requests(group, group.directions[0], tokens))
+        return self._product(rest, group, group.directions[0], tokens)
 
     def _backward(self, group: PlannedGroup, tokens: int, first: bool) -> Product:
         rest = self._compute.head.at(tokens) if first else self._before(group, "backward", tokens)
         if group.cut:
             added = (len(group.pieces) - 1) * group.forward.in_features
             rest += (group.forward.out_features + added) * tokens * self._client.copy
-        return Product(rest, self._requests(group, group.directions[-1], tokens))
+        return self._product(rest, group, group.directions[-1], tokens)
+
+    def _product(self, rest: float, group: PlannedGroup, direction: Direction, tokens: int) -> Product:
+        # As much for either direction, and for a product in pieces as for the whole.
+        ahead = self._seconds("ahead", group.forward, tokens)
+        return Product(rest, self._requests(group, direction, tokens), ahead)
 
     def _requests(self, group: PlannedGroup, direction: Direction, tokens: int) -> tuple[Request, ...]:
         requests: list[Request] = []
@@ -179,33 +196,37 @@ class Costs:
         return self._known[key]
 
 
-def _estimate(timeline: Timeline, workers: int, client: Speeds, products: int) -> Estimate:
-    total = timeline.seconds
+def _estimate(
+    timeline: Timeline, workers: int, client: Speeds, products: Sequence[Product], processors: Processors
+) -> Estimate:
     spent = timeline.critical()
     busy = timeline.busy()
 
     def taken(*whats: What) -> float:
         return sum(seconds for (what, _), seconds in busy.items() if what in whats)
 
+    ahead = sum(product.ahead for product in products)
+    idle = timeline.seconds - taken("encrypt", "decrypt", "rest", *(("evaluate",) if processors == "one" else ()))
+    total = timeline.seconds + (beyond := max(0.0, ahead - max(0.0, idle)))
     each = [busy.get(("evaluate", worker), 0.0) for worker in range(workers)]
-    seconds = min(total, total * _CHART_PRODUCTS / max(products, 1))
-    start = min(0.2 * total, total - seconds)
+    seconds = timeline.seconds * min(1.0, _CHART_PRODUCTS / max(len(products), 1))
+    start = min(0.2 * timeline.seconds, timeline.seconds - seconds)
     rows = timeline.chart(start, start + seconds, CHART_BINS)
     client_row = [sum(values) for values in zip(rows["rest"], rows["encrypt"], rows["decrypt"], strict=True)]
     working = sum(1 for one in each if one) or 1
     return Estimate(
-        encrypt=taken("encrypt"),
+        encrypt=taken("encrypt") + ahead,
         evaluate=taken("evaluate"),
         decrypt=taken("decrypt"),
         network=taken("uplink", "downlink", "latency"),
         rest=taken("rest"),
         total=total,
         path={
-            "crypto": spent["encrypt"] + spent["decrypt"],
+            "crypto": spent["encrypt"] + spent["decrypt"] + beyond,
             **{what: spent[what] for what in ("rest", "evaluate", "uplink", "downlink", "latency")},
         },
         busy={
-            "client": taken("encrypt", "decrypt", "rest") / total,
+            "client": (taken("encrypt", "decrypt", "rest") + ahead) / total,
             "busiest worker": max(each) / total,
             "mean worker": sum(each) / workers / total,
             "uplink": min(1.0, taken("uplink") / total),

@@ -59,6 +59,8 @@ class Size(NamedTuple):
 def measure_products(to: str, sizes: Sequence[Size], rounds: int = 3) -> tuple[ProductSpeed, ...]:
     """Measure products: medians over rounds, after one that is not counted; every round goes through all sizes in turn.
 
+    What can be computed ahead of the data is, and has seconds of its own.
+
     Args:
         to: selection string of a backend, in this process.
         sizes: of the products.
@@ -77,23 +79,29 @@ def measure_products(to: str, sizes: Sequence[Size], rounds: int = 3) -> tuple[P
     worker = Worker(WeightStore.of(held), device)
     session = Session(choice, infos, [(i,) for i in range(len(infos))], worker, device, PluginManager())
     found: dict[Size, list[Traffic]] = {size: [] for size in sizes}
+    ahead: dict[Size, list[float]] = {size: [] for size in sizes}
     try:
         for turn in range(rounds + 1):
             for size in found:
                 group = groups[_weight_shape(size)]
                 x = torch.randn(size.tokens, size.in_features, generator=generator)
                 before = copy.copy(session.traffic)
+                computed = session.compute_ahead(group, size.direction, size.tokens)
                 session.product(group, size.direction, x)
                 if turn:
                     found[size].append(session.traffic.since(before))
+                    ahead[size].append(computed)
     finally:
         session.close()
     return tuple(
         ProductSpeed(
             *size,
-            *(statistics.median(getattr(t, f"{p}_seconds") for t in all_) for p in ("encrypt", "evaluate", "decrypt")),
+            encrypt=statistics.median(t.encrypt_seconds for t in traffic),
+            evaluate=statistics.median(t.evaluate_seconds for t in traffic),
+            decrypt=statistics.median(t.decrypt_seconds for t in traffic),
+            ahead=statistics.median(ahead[size]),
         )
-        for size, all_ in found.items()
+        for size, traffic in found.items()
     )
 
 

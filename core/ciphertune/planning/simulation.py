@@ -50,10 +50,12 @@ class Product:
     Attributes:
         rest: seconds of what the client computes itself before it.
         requests: all sent before the first reply is awaited.
+        ahead: seconds of what the client computes for it at any time before; the simulation leaves it out.
     """
 
     rest: float
     requests: tuple[Request, ...]
+    ahead: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

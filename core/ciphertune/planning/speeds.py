@@ -13,10 +13,10 @@ from ciphertune._support.atomic import replace_file
 from ciphertune.backend import DIRECTIONS, Backend, Direction, LinearMap
 from ciphertune.errors import ConfigError
 
-FORMAT = "ciphertune-speeds-1"
+FORMAT = "ciphertune-speeds-2"
 
-Phase = Literal["encrypt", "evaluate", "decrypt"]
-_PHASES: tuple[Phase, ...] = ("encrypt", "evaluate", "decrypt")
+Phase = Literal["encrypt", "evaluate", "decrypt", "ahead"]
+_PHASES: tuple[Phase, ...] = ("encrypt", "evaluate", "decrypt", "ahead")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ProductSpeed:
         direction: of the product.
         tokens, in_features, out_features: T, K and N of ``y = x Mᵀ``.
         encrypt, evaluate, decrypt: seconds.
+        ahead: seconds of what the client computes before the data are there.
     """
 
     direction: Direction
@@ -36,6 +37,7 @@ class ProductSpeed:
     encrypt: float
     evaluate: float
     decrypt: float
+    ahead: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,9 @@ class Speeds:
 
         Rates are seconds over what ``Backend.work`` says of a product.
         """
+        amount = float(getattr(backend.work(linear_map, tokens), phase))
+        if amount == 0:
+            return 0.0
         alike = [p for p in self.products if p.direction == linear_map.direction] or list(self.products)
         size = _size(tokens, linear_map.in_features, linear_map.out_features)
         weights, rates = [], []
@@ -115,7 +120,7 @@ class Speeds:
             weights.append(1.0 / (0.01 + distance) ** 2)
             rates.append(math.log(max(rate, 1e-300)))
         mean = sum(w * rate for w, rate in zip(weights, rates, strict=True)) / sum(weights)
-        return math.exp(mean) * float(getattr(backend.work(linear_map, tokens), phase))
+        return math.exp(mean) * amount
 
 
 def _size(tokens: int, in_features: int, out_features: int) -> tuple[float, float, float]:
