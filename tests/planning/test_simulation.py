@@ -63,6 +63,19 @@ def test_rows_are_evaluated_at_the_same_time_and_sent_one_after_the_other() -> N
     assert seconds([step(halves)], workers=2, network=shared) == pytest.approx(11.0)
 
 
+def test_who_shares_a_processor_takes_turns_at_messages_too() -> None:
+    network = dataclasses.replace(FAST, rate=10.0, overhead=1.0)
+    halves = (request(0, up=10, evaluate=0.0), request(1, encrypt=0.0, up=10, evaluate=0.0))
+    # Encrypted at 1, both up at 2, there and back at 3, decrypted at 4 and 5.
+    assert seconds([step(halves)], workers=2, network=network) == pytest.approx(5.0)
+    shared = dataclasses.replace(network, processors="shared by workers")
+    # Two seconds up and two of overhead, one after the other: 4 s where it was 2.
+    assert seconds([step(halves)], workers=2, network=shared) == pytest.approx(7.0)
+    # Twice 10 s more, in which others have their turns.
+    far = dataclasses.replace(shared, latency=10.0)
+    assert 7.0 + 18.0 < seconds([step(halves)], workers=2, network=far) <= 7.0 + 20.0
+
+
 def test_whole_layers_at_several_workers_are_no_faster_in_a_single_stream() -> None:
     one, spread = step((request(0),), (request(0),)), step((request(0),), (request(1),))
     assert seconds([one]) == seconds([spread], workers=2) == pytest.approx(12.0)

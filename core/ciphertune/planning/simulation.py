@@ -19,7 +19,7 @@ What = Literal["rest", "encrypt", "decrypt", "evaluate", "uplink", "downlink", "
 
 Processors = Literal["own", "shared by workers", "one"]
 """Whether client and workers each have a processor of their own, all workers have one, or all of them, and who shares
-one computes in turn.
+one computes in turn. Whoever shares one also takes turns at what the transport itself takes: its rate and its overhead.
 """
 
 
@@ -218,7 +218,8 @@ class _Run:
         shared = self._client if network.processors == "one" else _Resource()
         self._workers = [_Resource() if network.processors == "own" else shared for _ in range(workers)]
         self._cards = {"uplink": _Resource(), "downlink": _Resource()}
-        self._connections = {way: [_Resource() for _ in range(workers)] for way in self._cards}
+        self._turns = None if network.processors == "own" else _Resource()
+        self._connections = {way: [self._turns or _Resource() for _ in range(workers)] for way in self._cards}
         self._under_way = [0] * workers
         self._last_used = [0] * workers
         self._events: list[tuple[float, int, int, _Sent]] = []
@@ -321,10 +322,17 @@ class _Run:
 
     def _travel(self, time: float, stage: int, sent: _Sent) -> None:
         """Carry a message that has left, or the first byte of one, over the network."""
-        seconds = self._network.latency + self._network.overhead / 2
-        if seconds > 0.0:
-            sent.cause = self._note("latency", sent.worker, time, time + seconds, sent.cause)
-        self._at(time + seconds, stage, sent)
+        start, cause = time, sent.cause
+        if self._turns is not None:
+            start, cause = max((start, cause), (self._turns.free, self._turns.last), key=lambda pair: pair[0])
+        for seconds, in_turn in ((self._network.overhead / 2, True), (self._network.latency, False)):
+            if seconds > 0.0:
+                cause = self._note("latency", sent.worker, start, start + seconds, cause)
+                start += seconds
+                if in_turn and self._turns is not None:
+                    self._turns.free, self._turns.last = start, cause
+        sent.cause = cause
+        self._at(start, stage, sent)
 
     def _at(self, time: float, stage: int, sent: _Sent) -> None:
         self._count += 1
