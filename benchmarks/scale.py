@@ -99,7 +99,7 @@ def peak_of(process: int) -> int:
 
 
 def measure(shape: str, tokens: int, steps: int, options: str, base: Path) -> dict[str, Any]:
-    to = "mlwe+zmq://"
+    to, load = "mlwe+zmq://", os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=base) as name:
         folder = Path(name)
         plan = make_plan(shape, to, tokens=tokens, bandwidth=1e12, latency=0.0, processors="one")
@@ -128,7 +128,7 @@ def measure(shape: str, tokens: int, steps: int, options: str, base: Path) -> di
             worker_peak = peak_of(worker)
     up, down = (found["traffic"][-1][i] - (found["traffic"][-2][i] if steps > 1 else 0) for i in (0, 1))
     return {
-        "machine": machine(),
+        "machine": machine(load),
         "shape": shape,
         "tokens": tokens,
         "options": options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,27 @@ def test_what_a_script_takes_of_the_project_is_there_and_public(path: Path, monk
                 for name in node.names:
                     if name.name.startswith("ciphertune"):
                         importlib.import_module(name.name)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_functions_of_a_script_get_what_they_take(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong call may come after an hour of measuring."""
+    script = imported(path, monkeypatch)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            continue
+        called = getattr(script, node.func.id, None)
+        names = [keyword.arg for keyword in node.keywords]
+        if called is None or None in names or any(isinstance(each, ast.Starred) for each in node.args):
+            continue
+        try:
+            signature = inspect.signature(called)
+        except ValueError:  # of some that are built in
+            continue
+        try:
+            signature.bind(*node.args, **dict.fromkeys(filter(None, names)))
+        except TypeError as error:
+            pytest.fail(f"{path.name}, line {node.lineno}: {node.func.id}: {error}")
 
 
 def test_programs_in_texts_are_looked_at() -> None:
