@@ -26,7 +26,7 @@ from ciphertune.traffic import Exchange
 pytest_plugins = ["ciphertune.testing.fixtures"]
 
 # What tests keep on disk is not the user's.
-_kept = tempfile.TemporaryDirectory(prefix="ciphertune-tests-")
+_kept = tempfile.TemporaryDirectory(prefix="ciphertune-tests-", ignore_cleanup_errors=True)
 for _name, _part in (("CIPHERTUNE_CACHE", "cache"), ("CIPHERTUNE_KEYS", "keys")):
     os.environ[_name] = str(Path(_kept.name) / _part)
 
@@ -36,6 +36,11 @@ collect_ignore = ["long"]
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("ciphertune", deadline=None)
 settings.load_profile("ciphertune")
+
+
+def pytest_unconfigure() -> None:
+    """Remove what tests kept: the processes of xdist end without doing so."""
+    _kept.cleanup()
 
 
 @pytest.hookimpl(wrapper=True)
