@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--to", default="mlwe", show_default=True, help="Selection string: encryption, transport and workers.")
 @click.option("--quick", is_flag=True, help="A small network on handwritten digits, in seconds.")
-@click.option("--steps", type=int, default=None, help="Optimizer steps of each run [default: 10, quick: 80].")
+@click.option("--steps", type=int, default=None, help="Optimizer steps of each run [default: 6, quick: 80].")
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-output"), show_default=True
 )

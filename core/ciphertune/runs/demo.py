@@ -101,7 +101,7 @@ def run_demo(
         to: selection string; with a remote transport and no endpoint, such as ``mlwe+zmq://``, a worker is started for
             the time it takes.
         quick: a small network on digits instead of a language model.
-        steps: optimizer steps of each run; 10, or 80 for the quick one.
+        steps: optimizer steps of each run; 6, or 80 for the quick one.
         seed: of adapters and data.
         overwrite: write over the results of a training run; those of a demo are replaced anyway.
         progress: called with a line at every stage.
@@ -110,7 +110,7 @@ def run_demo(
         ConfigError: a package is missing, an argument is wrong, or ``output`` holds a training run.
         SelectionError, PluginError, SecurityError: about ``to``.
     """
-    steps = steps if steps is not None else (80 if quick else 10)
+    steps = steps if steps is not None else (80 if quick else 6)
     if steps < 1:
         raise ConfigError(f"steps must be 1 or more, not {steps}")
     with writable("--output", output):
