@@ -161,7 +161,8 @@ class MLWEBackend(Backend):
         """See ``Backend.work``: requests carry their own tokens and nothing else."""
         k, n = linear_map.in_features, linear_map.out_features * self._digits
         by = "tokens × inputs to encrypt, tokens × inputs × outputs to evaluate, tokens × outputs to decrypt"
-        return Work(tokens * k, tokens * k * n, tokens * n, by, ahead=tokens * (k + n))
+        # Masks are made while encrypting where they were not made ahead.
+        return Work(tokens * (k + n), tokens * k * n, tokens * n, by, ahead=tokens * (k + n))
 
     def client(self, device: torch.device) -> ClientHalf[Any]:
         """A client half; its public matrix is its own, or with hints on disk that of the client and the model."""
