@@ -122,7 +122,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
     def compute_ahead(self, linear_map: LinearMap, tokens: int) -> float:
         """See ``ClientHalf.compute_ahead``: masks; of a bank the columns that the tokens take."""
         begun = time.perf_counter()
-        share = self._stock.make(linear_map.identity, -(-tokens // self._pad) * self._pad)
+        share = self._stock.make(linear_map.identity, self._padded(tokens))
         return share * (time.perf_counter() - begun)
 
     def preparation(
@@ -172,7 +172,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         product = self._product(whole)
         vectors = [self._vectors(whole, piece) for piece in pieces]
         tokens = len(x)
-        sent = -(-tokens // self._pad) * self._pad
+        sent = self._padded(tokens)
         if sent > MAX_TOKENS:
             raise InputError(f"{whole.label}: {sent} tokens are more than the {MAX_TOKENS} of one product")
         values = x.detach().to(self._device, torch.float32)
@@ -295,6 +295,10 @@ class MLWEClient(ClientHalf[EncryptionState]):
                 )
             row += size
         return y
+
+    def _padded(self, tokens: int) -> int:
+        """Tokens that are sent for so many."""
+        return -(-tokens // self._pad) * self._pad
 
     def _product(self, whole: LinearMap) -> Prepared:
         product = self._prepared.get(whole.identity)

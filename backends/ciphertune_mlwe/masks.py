@@ -223,10 +223,9 @@ class MaskStock:
         with self._lock:
             self._check()
             callers = len(self._banks.keys() | {caller})
-        columns = self._bank_columns(callers)
-        if 2 * tokens <= columns:
-            return self._of_bank(product, tokens, columns, caller, message)
-        order = Order(product, tokens)
+        order = self._order(product, tokens, callers)
+        if order.tokens > tokens:
+            return self._of_bank(order, tokens, caller, message)
         while True:
             block = self._find(order) or self._made(order, message())
             with self._lock:
@@ -240,10 +239,9 @@ class MaskStock:
         Returns:
             The share of them that the request takes; 0 where none are made ahead.
         """
-        columns = self._bank_columns(1)
-        order = Order(product, columns if 2 * tokens <= columns else tokens)
         if self._ahead == 0:
             return 0.0
+        order = self._order(product, tokens, 1)
         block = self._made(order)
         with self._lock:
             self._check()
@@ -296,27 +294,32 @@ class MaskStock:
         self._handed.add(mask)
         return mask
 
-    def _of_bank(self, product: str, tokens: int, size: int, caller: str, message: Callable[[], bytes]) -> Mask:
+    def _order(self, product: str, tokens: int, callers: int) -> Order:
+        """What is made for a request: a bank where it takes half of one at most, else masks of its own."""
+        columns = self._bank_columns(callers)
+        return Order(product, columns if 2 * tokens <= columns else tokens)
+
+    def _of_bank(self, order: Order, tokens: int, caller: str, message: Callable[[], bytes]) -> Mask:
         while True:
             with self._lock:
                 self._check()
                 own = self._banks[caller] = self._banks.pop(caller, {})
-                bank = own.get(product)
+                bank = own.get(order.product)
                 if bank is not None and bank.used + tokens <= bank.block.columns and self._usable(bank.block):
                     columns = slice(bank.used, bank.used + tokens)
                     bank.used += tokens
                     if bank.used == bank.block.columns:
                         # Its memory goes with the masks that were handed out, and makes room for masks made ahead.
-                        del own[product]
-                        self._asked.put(None)
+                        del own[order.product]
+                        if self._thread is not None:
+                            self._asked.put(None)
                     return self._hand(bank.block, columns)
-            order = Order(product, size)
             block = self._find(order) or self._made(order, message())
             if tokens <= _TOKENS_APART:
                 block = block.by_tokens()
             with self._lock:
                 self._check()
-                self._banks.setdefault(caller, {})[product] = _Bank(block)
+                self._banks.setdefault(caller, {})[order.product] = _Bank(block)
                 self._make_room(caller)
 
     def _make_room(self, caller: str) -> None:

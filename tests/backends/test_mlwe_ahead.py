@@ -60,6 +60,14 @@ def test_banks_that_are_used_up_make_room_for_those_that_follow(bench: Callable[
     assert torch.unique(torch.cat([read(mask) for mask in masks + taken], dim=1), dim=1).shape[1] == 10 * 128
 
 
+def test_a_bank_that_is_used_up_wakes_nobody_where_nobody_waits(bench: Callable[..., Bench]) -> None:
+    made = bench(ahead=ROOM)
+    made.stock.in_background = False
+    for _ in range(4):
+        read(made.stock.take("a", 128))
+    assert made.stock._asked.empty()
+
+
 def test_a_bank_that_is_used_up_is_kept_by_its_masks_alone(bench: Callable[..., Bench]) -> None:
     made = bench()
     first, second = made.stock.take("a", 128), made.stock.take("a", 128)

@@ -23,7 +23,7 @@ from ciphertune.bundle.placement import Placement
 from ciphertune.bundle.worker import load_worker
 from ciphertune.cli import cli
 from ciphertune.client.choice import choose
-from ciphertune.errors import ConfigError
+from ciphertune.errors import ConfigError, SecurityError
 from ciphertune.models.known import skeleton
 from ciphertune.outsourcing.convert import outsource
 from ciphertune.outsourcing.layers import choose_layers
@@ -229,6 +229,15 @@ def test_what_is_computed_ahead_fills_idle_time(folder: Path) -> None:
 def test_what_can_be_computed_ahead_is_measured_by_itself(to: str, some: bool) -> None:
     sizes = [Size("forward", 200, 64, 96), Size("backward", 32, 96, 64)]
     assert [product.ahead > 0 for product in measure_products(to, sizes)] == [some] * 2
+
+
+def test_a_closed_session_computes_nothing_ahead() -> None:
+    model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    session = session_of(outsource(model, "mlwe", "all", plugins=PluginManager()))
+    assert session.compute_ahead(0, "forward", 200) > 0
+    session.close()
+    with pytest.raises(SecurityError, match="closed"):
+        session.compute_ahead(0, "forward", 200)
 
 
 def test_faster_workers_are_faster(folder: Path) -> None:

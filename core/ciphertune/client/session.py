@@ -284,6 +284,8 @@ class Session:
             SecurityError: the session is closed.
             PluginError: the client half raised what it does not declare.
         """
+        if self.closed:
+            raise SecurityError("the session is closed; nothing can be computed any more")
         parent, _ = self._evaluated_in(group)
         with blamed(registry.BACKENDS, self.choice.selection.backend, "computing ahead"), flushing():
             return self._keys.client.compute_ahead(self._groups[parent].maps[direction], tokens)
