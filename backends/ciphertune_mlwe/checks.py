@@ -161,7 +161,7 @@ def right(vectors: Vectors, request: Tensor, reply: Tensor) -> bool:
     if request.shape[2] > FEW_TOKENS:
         chosen = torch.tensor(_draw.sample(range(VECTORS), DRAWN), device=request.device)
         left, digits = left.index_select(0, chosen), digits.index_select(1, chosen)
-    answers = reply.tensor_split(len(digits))
+    answers = reply.tensor_split(digits.shape[0])
     sums = weighted_sums([(left, answer) for answer in answers] + [(digit, request) for digit in digits])
     return all(map(torch.equal, sums[: len(answers)], sums[len(answers) :]))
 
@@ -183,7 +183,7 @@ def weighted_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     pairs = [
         ((weights if few else weights.to(torch.int32)).contiguous(), native.packed(planes)) for weights, planes in pairs
     ]
-    out = [torch.empty(len(weights), tokens, dtype=torch.int32) for weights, _ in pairs]
+    out = [torch.empty(weights.shape[0], tokens, dtype=torch.int32) for weights, _ in pairs]
 
     def calls(first: int, last: int) -> list[Call]:
         return [
@@ -194,11 +194,11 @@ def weighted_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
                     planes.stride(0),
                     planes.stride(1),
                     planes.shape[1],
-                    len(planes),
+                    planes.shape[0],
                     last - first,
                     native.pointer(weights),
                     weights.element_size(),
-                    len(weights),
+                    weights.shape[0],
                     native.pointer(sums) + 4 * first,
                     tokens,
                 ),
@@ -206,7 +206,7 @@ def weighted_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
             for (weights, planes), sums in zip(pairs, out, strict=True)
         ]
 
-    spread(library, tokens, _TILE, calls, tokens * sum(len(planes) for _, planes in pairs))
+    spread(library, tokens, _TILE, calls, tokens * sum(planes.shape[0] for _, planes in pairs))
     return out
 
 

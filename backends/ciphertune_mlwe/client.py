@@ -163,7 +163,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap]
     ) -> list[Encrypted[EncryptionState]]:
         """See ``ClientHalf.encrypt_pieces``: one ciphertext; backward pieces get the rows of their features."""
-        return self.encrypt_owned(x, whole, pieces, (("", len(x)),))
+        return self.encrypt_owned(x, whole, pieces, (("", x.shape[0]),))
 
     def encrypt_owned(
         self, x: Tensor, whole: LinearMap, pieces: Sequence[LinearMap], owners: Owners
@@ -171,7 +171,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         """See ``ClientHalf.encrypt_owned``: one ciphertext, with masks of each caller's own for its columns."""
         product = self._product(whole)
         vectors = [self._vectors(whole, piece) for piece in pieces]
-        tokens = len(x)
+        tokens = x.shape[0]
         sent = self._padded(tokens)
         if sent > MAX_TOKENS:
             raise InputError(f"{whole.label}: {sent} tokens are more than the {MAX_TOKENS} of one product")
@@ -184,7 +184,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         runs[-1] += sent - tokens
         parts = _cut(values, runs)
         masks = tuple(
-            self._stock.take(whole.identity, len(own), caller, functools.partial(_hash, own))
+            self._stock.take(whole.identity, own.shape[0], caller, functools.partial(_hash, own))
             for own, (caller, _) in zip(parts, owners, strict=True)
         )
         planes = product.parameters.planes
@@ -285,7 +285,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         y = torch.empty(hint.shape[1], self._digits * count, dtype=torch.float32, device=self._device)
         row = 0
         for start, stop, part, first in sorted(blocks, key=lambda block: block[0]):
-            size, held = stop - start, len(part) // self._digits
+            size, held = stop - start, part.shape[0] // self._digits
             for digit in range(self._digits):
                 self._transforms.decrypt(
                     part[digit * held + first : digit * held + first + size],

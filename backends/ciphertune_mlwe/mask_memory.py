@@ -43,6 +43,7 @@ class MaskMemory:
         else:
             flat = torch.empty(rows * columns, dtype=torch.int32, device=device)
         self.matrix = flat.view(columns, rows).t() if by_columns else flat.view(rows, columns)
+        self._one_run = by_columns and on_host  # whether columns that adjoin stand in one run of the mapping
 
     @property
     def intact(self) -> bool:
@@ -69,7 +70,8 @@ class MaskMemory:
             raise SecurityError("masks of another process or a closed session cannot be used")
         rows, columns = self.matrix.shape
         copy = MaskMemory(rows, columns, self.matrix.device, by_columns=True)
-        copy.matrix.copy_(self.matrix)
+        # This way round torch copies in blocks, in a tenth of the time.
+        copy.matrix.t().copy_(self.matrix.t())
         if not self.intact:
             raise SecurityError("masks of another process or a closed session cannot be used")
         self.free()
@@ -80,14 +82,20 @@ class MaskMemory:
 
         Those of torch belong to the user: what a training draws must not depend on when masks are forgotten.
         """
-        if not self.intact:
+        if self._map is None or not self.intact:
             return
-        part = self.matrix[:, columns]
+        rows = self.matrix.shape[0]
         try:
-            noise = _own_noise(4 * part.numel())
+            noise = _own_noise(4 * rows * (columns.stop - columns.start))
         except SecurityError:
             self.spoil()
             raise
+        if self._one_run:
+            # Of one token, or a few side by side: copying them takes less time than saying where they are.
+            first = _TAG_BYTES + 4 * rows * columns.start
+            self._map[first : first + len(noise)] = noise.data
+            return
+        part = self.matrix[:, columns]
         part.t().copy_(torch.from_numpy(noise.view("<i4")).view(part.shape[::-1]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 from ciphertune.backend import LinearMap, NoiseModel
@@ -83,6 +84,7 @@ WIDE = ParameterSet(
 PARAMETER_SETS = (NARROW, WIDE)
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def parameters_of(linear_map: LinearMap, weight_bits: int, width: int | None) -> ParameterSet:
     """The parameter set of a group's product in one direction, from what everybody may know of it.
 

@@ -190,8 +190,7 @@ class NoiseModel:
         if norm is None:
             norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         # Norms under 1e-30 would ask for a scale whose inverse float32 outputs cannot carry.
-        scale: Tensor = self._usable_range(linear_map) / (norm.clamp_min(1e-30) * self._digit_gain(linear_map))
-        return scale
+        return norm.clamp_min(1e-30).reciprocal_().mul_(self._usable_range(linear_map) / self._digit_gain(linear_map))
 
     def _digit_gain(self, linear_map: LinearMap) -> float:
         """A bound of one digit's outputs over the norm of their input."""

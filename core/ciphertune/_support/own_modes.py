@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 from torch.utils import _python_dispatch
 
-from ciphertune._support.torch_compat import without_autocast
+from ciphertune._support.torch_compat import autocast_dtype, without_autocast
 
 
 class own_modes(contextlib.ContextDecorator):  # noqa: N801 - read as a possessive
@@ -26,13 +26,14 @@ class own_modes(contextlib.ContextDecorator):  # noqa: N801 - read as a possessi
 
     def __enter__(self) -> None:
         # Entered for every product, so that modes which are as they should be cost nothing.
-        self._stack = contextlib.ExitStack()
+        self._stack: contextlib.ExitStack | None = None
         for kind in ("cpu", "cuda"):
-            self._stack.enter_context(without_autocast(kind))
+            if autocast_dtype(kind) is not None:
+                self._leave(without_autocast(kind))
         if _python_dispatch._get_current_dispatch_mode_stack():
-            self._stack.enter_context(_python_dispatch._disable_current_modes())
+            self._leave(_python_dispatch._disable_current_modes())
         if torch.is_inference_mode_enabled():
-            self._stack.enter_context(torch.inference_mode(False))
+            self._leave(torch.inference_mode(False))
         self._gradients = torch.is_grad_enabled()
         if self._gradients:
             torch._C._set_grad_enabled(False)
@@ -43,4 +44,11 @@ class own_modes(contextlib.ContextDecorator):  # noqa: N801 - read as a possessi
         self._functions.__exit__(kind, error, at)
         if self._gradients:
             torch._C._set_grad_enabled(True)
-        self._stack.__exit__(kind, error, at)
+        if self._stack is not None:
+            self._stack.__exit__(kind, error, at)
+
+    def _leave(self, mode: contextlib.AbstractContextManager[object]) -> None:
+        """Be without a mode of the caller's until the end."""
+        if self._stack is None:
+            self._stack = contextlib.ExitStack()
+        self._stack.enter_context(mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import random
 import threading
@@ -74,7 +75,7 @@ class Opening:
     key: Mapping[str, Any]
     watch: KeyWatch | None = None
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of the key."""
         return sum(buffer.nbytes for buffer in self.key.values())

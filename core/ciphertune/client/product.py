@@ -150,16 +150,15 @@ class Product:
     ) -> PendingRequest:
         """Send the request for a piece; it is given up when ``stack`` unwinds."""
         start = time.perf_counter()
-        with blamed(registry.BACKENDS, type(self._backend).name, "its allowance of time", quote=True):
+        with blamed(registry.BACKENDS, type(self._backend).name, "its statement of time or of sizes", quote=True):
             allowance = self._backend.allowance(linear_map, self._exchange.tokens)
+            most = self._backend.reply_bytes(whole, linear_map, self._exchange.tokens)
         buffers = encrypted.buffers
 
         def check(reply: Buffers) -> None:
             with blamed(registry.BACKENDS, type(self._backend).name, "its check of a reply"):
                 self._client.check_reply(reply, encrypted.state, linear_map)
 
-        with blamed(registry.BACKENDS, type(self._backend).name, "its statement of sizes", quote=True):
-            most = self._backend.reply_bytes(whole, linear_map, self._exchange.tokens)
         request = PendingRequest(
             self._pool, piece, linear_map.direction, self._opening, buffers, check, allowance, most
         )

@@ -64,6 +64,7 @@ class _Group:
         layers: the layers.
         maps: of both directions; of a table backward alone, for lookups.
         parent: the group that a layer alone belongs to, and the layer's first row in it; None for any other group.
+        names: of the layers.
         precise: directions that the backend was asked about and does not refuse as imprecise.
     """
 
@@ -71,6 +72,10 @@ class _Group:
     maps: dict[Direction, LinearMap]
     parent: tuple[int, int] | None = None
     precise: set[Direction] = dataclasses.field(default_factory=set)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
 
 
 class Session:
@@ -165,6 +170,8 @@ class Session:
         self._renewing = threading.Lock()
         self._covering = threading.Lock()
         self._covered: dict[int, tuple[Piece, ...]] = {}
+        # Of the pieces of a product, as ``_cut`` gives them.
+        self._maps: dict[tuple[int, Direction], tuple[tuple[Piece, ...], list[LinearMap]]] = {}
         try:
             self._prepare(list(range(len(self._groups))), codes)
             self.plugins.observe("ciphertune_session_opened", session=self)
@@ -249,9 +256,7 @@ class Session:
         if self._apart:
             owners = self._owners(linear_map, x, owners)
         self._refuse_imprecise(self._groups[group], direction)
-        exchange = Exchange(
-            layers=tuple(layer.name for layer in self.members(group)), direction=direction, tokens=len(x)
-        )
+        exchange = Exchange(layers=self._groups[group].names, direction=direction, tokens=x.shape[0])
         self.plugins.gate("ciphertune_before_request", session=self, exchange=exchange)
         y = self._evaluate(group, direction, x, exchange, owners if self._apart else None)
         with self._counting:
@@ -456,8 +461,11 @@ class Session:
             x[:, columns] = alone
             number, offset = parent, 0
         pieces = self._prepared_pieces(number)
-        maps = [dataclasses.replace(piece.map(direction), peak=whole.peak) for piece in pieces]
-        return pieces, [_moved(each, offset) for each in maps], x, whole
+        known = self._maps.get((number, direction))
+        if known is None or known[0] is not pieces:
+            maps = [_moved(dataclasses.replace(piece.map(direction), peak=whole.peak), offset) for piece in pieces]
+            known = self._maps[number, direction] = pieces, maps
+        return pieces, known[1], x, whole
 
     def _prepared_pieces(self, number: int) -> tuple[Piece, ...]:
         """The pieces of a group's products, for which the client half is prepared."""

@@ -41,7 +41,7 @@ class OutsourcedProduct(torch.autograd.Function):
         layers = session.members(group)
         # What is set aside counts as many multiply-adds as any operation here.
         width = max(sum(layer.out_features for layer in layers), x.shape[1])
-        with flushing(MOST_CHANNELS * width * len(x)), without_autocast(x.device.type):
+        with flushing(MOST_CHANNELS * width * x.shape[0]), without_autocast(x.device.type):
             finite, overflown = _finite_rows(x)
             sent, aside = set_inputs_aside(finite, layers)
             stacked = session.product(group, "forward", sent, owners, finite=True)
@@ -188,7 +188,7 @@ def _finite_rows(x: Tensor) -> tuple[Tensor, Tensor | None]:
     Without such rows nothing is copied, which is nearly always. A copy may show in the time before a request; without
     it the run would end there, which shows more.
     """
-    return (x, None) if len(x) == 0 or all_finite(x) else zeroed(x)
+    return (x, None) if x.shape[0] == 0 or all_finite(x) else zeroed(x)
 
 
 def _batched(grad: Tensor, at: int | None, batch: int) -> Tensor:

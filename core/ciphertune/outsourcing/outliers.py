@@ -76,7 +76,7 @@ def set_inputs_aside(x: Tensor, layers: Sequence[LayerInfo]) -> tuple[Tensor, Te
         x with zeros in its kept channels, and these channels, (tokens, A); x itself and None where none is kept.
     """
     kept = layers[0].kept
-    if kept is None or len(kept.inputs) == 0:
+    if kept is None or kept.inputs.shape[0] == 0:
         return x, None
     # Times zero and not zeros: NaN and infinity must be seen where products are refused for them.
     return x * kept.sent_inputs.to(x.device), x.index_select(1, kept.inputs.to(x.device))
