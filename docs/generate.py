@@ -378,6 +378,28 @@ def _validated() -> str:
     return f"SmolLM2-135M over zmq, {pinned}. {_where(found['machine'])}\n\n{table}"
 
 
+def _several() -> str:
+    """More workers, measured and planned."""
+    found = _measured("several")
+    one = found["rows"][0]["measured_s"]
+    rows = [
+        (
+            f"{row['workers']}" + (f", {row['placement']}" if row["workers"] > 1 else ""),
+            f"{row['measured_s']:.1f} s",
+            f"{one / row['measured_s']:.1f}",
+            f"{row['predicted_s']:.1f} s",
+            f"{100 * row['error']:+.0f}%",
+            _BOTTLENECKS[row["limit"]],
+        )
+        for row in found["rows"]
+    ]
+    header = ("workers", "measured", "times one worker", "planned", "error", "most of the step waits for")
+    return (
+        f"SmolLM2-135M over zmq, {found['rows'][0]['tokens']:,} tokens a step, the client with one core, each worker "
+        f"with {found['share']:.0%} of another. {_where(found['machine'])}\n\n{_table(header, rows)}"
+    )
+
+
 def _where(machine: Any) -> str:
     busy = " **Busy with other work: measure again before you rely on it.**" if machine["load_before"] >= 1 else ""
     return (
@@ -425,7 +447,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         **{name: functools.partial(settings.part, name) for name in settings.options()},
     },
     "training.md": {"names": _names},
-    "planning.md": {"predicted": _predicted, "shares": _shares, "validated": _validated},
+    "planning.md": {"predicted": _predicted, "several": _several, "shares": _shares, "validated": _validated},
     "../README.md": {"summary": _summary},
 }
 
