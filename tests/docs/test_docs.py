@@ -76,6 +76,19 @@ EXCLUDED = {
     ("cluster.md", "ciphertune ray up bundle --workers 8 --cpus 8"): _CLUSTER,
     ("cluster.md", "ciphertune train train.toml --to mlwe+ray://auto"): _CLUSTER,
     ("cluster.md", "ciphertune ray up bundle --workers 4 --cpus 8 --listen zmq -o curve=/keys"): _CLUSTER,
+    (
+        "cluster.md",
+        "ciphertune ray up bundle --workers 2 --listen zmq -o curve=/keys --port 0 --addresses /shared/addresses",
+    ): _CLUSTER,
+    (
+        "cluster.md",
+        'ciphertune train train.toml --to "mlwe+zmq://file:///shared/addresses/0.address,'
+        'file:///shared/addresses/1.address?curve=keys"',
+    ): _CLUSTER,
+    (
+        "remote.md",
+        'ciphertune train train.toml --to "mlwe+zmq://file:///shared/worker.address?curve=keys"',
+    ): "a folder of several machines; tests/transports/test_zmq.py follows such a file",
     ("cluster.md", "ciphertune ray status"): _CLUSTER,
     ("cluster.md", "ciphertune ray scale --min-workers 1 --max-workers 8"): _CLUSTER,
     ("cluster.md", 'ciphertune train train.toml --to "mlwe+zmq://10.0.0.5:5555,10.0.0.6:5556?curve=keys"'): _CLUSTER,
@@ -162,6 +175,7 @@ REPLACED = [
     ("*", "127.0.0.1:5555", "127.0.0.1:PORT"),
     ("operations.md", "port = 9100", "port = 0"),
     ("remote.md", "meta-llama/Llama-3.2-1B", "model"),
+    ("remote.md", "/shared/worker.address", "worker.address"),
     ("cheaper.md", "--first-block 23", "--first-block 1"),
 ]
 

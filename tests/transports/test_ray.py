@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -278,6 +279,39 @@ def test_from_outside(
     direct = Training(to)
     assert [direct.step(), direct.step()] == expected[:2]
     direct.session.close()
+
+
+def test_a_client_from_outside_follows_a_worker_that_starts_again_elsewhere(
+    deployed: Any, expected: list[float], tmp_path: Path
+) -> None:
+    zmq: Any = registry.load(registry.TRANSPORTS, "zmq")
+    zmq.make_keys(tmp_path / "keys", ["client"], worker=True)
+    file = tmp_path / "addresses/0.address"
+    options = {"curve": str(tmp_path / "keys")}
+    (worker,) = deployed("moving", listen="zmq", port=0, listen_options=options, addresses=str(file.parent))
+    assert file.read_text() == f"{worker['address']}\n"
+    query = f"allow_insecure=1&weight_bits=8&curve={tmp_path / 'keys'}"
+    run = Training(f"clear+zmq://file://{file}?{query}")
+    with socket.socket() as taken:  # once the worker is dead, so that it has to take another port
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+        def dies() -> None:
+            os.kill(worker["pid"], signal.SIGKILL)
+            until(lambda: not binds(taken, int(worker["address"].rpartition(":")[2])))
+
+        assert [run.step(), run.step(dies), run.step()] == expected[:3]
+    assert file.read_text() != f"{worker['address']}\n"
+    run.session.close()
+
+
+def binds(taker: socket.socket, port: int) -> bool:
+    """Whether somebody listens at a port; if not, ``taker`` has it from now on."""
+    try:
+        taker.bind(("0.0.0.0", port))
+        taker.listen()
+    except OSError:
+        return True
+    return False
 
 
 CLIENT = """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import http.server
 import itertools
 import os
 import socket
@@ -261,7 +263,8 @@ def test_secrets_show_nowhere(keys: Path, curved: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "host", "host:", ":5555", "host:70000", "udp://host:5", "ipc://", "host:x", "a b"]
+    "text",
+    ["", "host", "host:", ":5555", "host:70000", "udp://host:5", "ipc://", "host:x", "a b", "file://x", "https://host"],
 )
 def test_addresses_that_are_none(text: str) -> None:
     from ciphertune_zmq.address import parse
@@ -312,6 +315,115 @@ def test_a_link_connects_again_by_itself(service: Service) -> None:
         else:
             pytest.fail("the link did not come back")
     link.close()
+
+
+def losses(to: str, before: dict[int, Any]) -> list[float]:
+    """Of six steps of a layer behind outsourced ones; what is to be done before a step is called then."""
+    model = ciphertune.outsource(network(), to)
+    torch.manual_seed(3)
+    head, x = nn.Linear(8, 4), torch.randn(5, 24)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+    found = []
+    try:
+        for step in range(6):
+            before.get(step, lambda: None)()
+            optimizer.zero_grad()
+            loss = head(model(x)).square().mean()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    finally:
+        session_of(model).close()
+    return found
+
+
+def put(file: Path, text: str) -> None:
+    """Write a file that appears whole."""
+    draft = file.with_suffix(".draft")
+    draft.write_text(text)
+    draft.replace(file)
+
+
+def test_a_client_follows_a_worker_to_another_address_while_it_trains(keys: Path, tmp_path: Path) -> None:
+    """Known by its key: neither one who listens at the old address nor one whom the file names instead is used."""
+    file = tmp_path / "worker.address"
+    ZmqTransport.make_keys(tmp_path / "strange", ("client",), worker=True)
+    (tmp_path / "strange/clients/client.pub").write_bytes((keys / "clients/client.pub").read_bytes())
+    stranger = EchoHandler()
+    services = [Service(Worker(store())) for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        for service in services:
+            stack.callback(service.close)
+        listeners = [ZmqTransport.listen(services[0], "127.0.0.1:*", {"curve": str(keys)})]
+        first = listeners[0].address
+        put(file, first + "\n")
+
+        def moves() -> None:
+            listeners[0].close()
+            listeners.append(ZmqTransport.listen(stranger, first, {"curve": str(tmp_path / "strange")}))
+
+            def comes_back() -> None:
+                for text in (None, "no address", f"ipc://{tmp_path}/x", "x" * 400, listeners[1].address):
+                    put(file, text) if text else file.unlink()
+                    time.sleep(0.2)
+                listeners.append(ZmqTransport.listen(services[1], "127.0.0.1:*", {"curve": str(keys)}))
+                put(file, listeners[2].address)
+
+            later = threading.Thread(target=comes_back)
+            later.start()
+            stack.callback(later.join)
+
+        to = f"clear+zmq://file://{file}?curve={keys}&allow_insecure=1&weight_bits=8&heartbeat=0.3"
+        found = losses(to, {2: moves})
+        for listener in listeners:
+            stack.callback(listener.close)
+    assert found == losses("clear?weight_bits=8", {})
+    assert listeners[2].address != first
+    # It was tried there, and no message was sent.
+    assert stranger.refusals
+    assert not stranger.peers
+
+
+def test_places_of_addresses(service: Service, keys: Path, tmp_path: Path) -> None:
+    file = tmp_path / "second.address"
+    with listening(service, curve=str(keys)) as listener:
+        link = link_to(f"mlwe+zmq://file://{file}?curve={keys}")
+        with pytest.raises(TransportError, match=r"its address cannot be read from file://.*No such file"):
+            link.submit(Message("hello")).result(60)
+        put(file, "10.0.0.5:*")
+        eventually(lambda: "is no address" in problem(link))
+        put(file, listener.address)
+        eventually(lambda: not problem(link))
+        link.close()
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            place = f"http://127.0.0.1:{server.server_port}"
+            link = link_to(f"mlwe+zmq://{place}/second.address?curve={keys}")
+            eventually(lambda: not problem(link))
+            link.close()
+            link = link_to(f"mlwe+zmq://{place}/third.address?curve={keys}")
+            with pytest.raises(TransportError, match="404"):
+                link.submit(Message("hello")).result(60)
+            link.close()
+            server.shutdown()
+    # Its own key, by the file's name: the worker with the other key is not taken for it.
+    (keys / "second.pub").write_bytes((keys / "clients/client.pub").read_bytes())
+    with pytest.raises(KeyFileError, match="of one pair"):
+        link_to(f"mlwe+zmq://file://{file}?curve={keys}")
+    with pytest.raises(SecurityError, match="insecure is for this machine only"):
+        link_to(f"mlwe+zmq://file://{file}?insecure=1")
+    with pytest.raises(SelectionError, match="a worker listens at HOST:PORT"):
+        ZmqTransport.listen(service, f"file://{file}", {"curve": str(keys)})
+
+
+def problem(link: Link) -> str:
+    """What a request fails with; empty for none."""
+    try:
+        link.submit(Message("hello")).result(60)
+    except TransportError as error:
+        return str(error)
+    return ""
 
 
 def descriptors() -> int:

@@ -6,10 +6,12 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ciphertune.errors import ConfigError
 from ciphertune.protocol import Frame
 
 
@@ -65,8 +67,10 @@ class WorkerActor:
         self._listener = None
         if spec["listen"]:
             transport = registry.load(registry.TRANSPORTS, spec["listen"])
-            address = f"0.0.0.0:{spec['port'] + index}"
+            address = f"0.0.0.0:{spec['port'] + index if spec['port'] else '*'}"
             self._listener = transport.listen(self._service, address, spec["listen_options"])
+            if spec.get("addresses"):
+                write_address(Path(spec["addresses"]) / f"{index}.address", self._address())
 
     async def answer(self, peer: str, *frames: Any) -> list[Any]:
         """Answer a request of the client known as ``peer``."""
@@ -107,8 +111,21 @@ class WorkerActor:
         """Its address for clients outside the cluster; empty if it does not listen."""
         import ray
 
-        port = self._spec["port"] + self._index
-        return f"{ray.util.get_node_ip_address()}:{port}" if self._listener is not None else ""
+        if self._listener is None:
+            return ""
+        return f"{ray.util.get_node_ip_address()}:{self._listener.address.rpartition(':')[2]}"
+
+
+def write_address(file: Path, address: str) -> None:
+    """Write where clients find a worker, such that nobody reads half of it. Raises ``ConfigError``."""
+    draft = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(f"{address}\n", encoding="ascii")
+        draft.replace(file)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ConfigError(f"the worker's address cannot be written to {file}: {error.strerror}") from error
 
 
 def _set_result(future: asyncio.Future[Any], value: Any) -> None:

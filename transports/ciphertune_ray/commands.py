@@ -76,7 +76,17 @@ def ray() -> None:
     help="Serve workers over this transport too, as zmq, to clients that are no part of the cluster.",
 )
 @click.option(
-    "--port", type=click.IntRange(1, 65000), default=5555, show_default=True, help="Of worker 0; then upwards."
+    "--port",
+    type=click.IntRange(0, 65000),
+    default=5555,
+    show_default=True,
+    help="Of worker 0; then upwards. 0: any free ones, with --addresses.",
+)
+@click.option(
+    "--addresses",
+    default="",
+    metavar="FOLDER",
+    help="Where worker I writes its address as I.address, whenever it starts; on a path that all machines share.",
 )
 @click.option("-o", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Of that transport, as curve=KEYS.")
 @_TIMEOUT
@@ -99,6 +109,7 @@ def up(
     backends: str,
     listen: str,
     port: int,
+    addresses: str,
     extra: tuple[str, ...],
     timeout: float,
     as_json: bool,
@@ -126,7 +137,12 @@ def up(
         "listen": listen,
         "port": port,
         "listen_options": name_values(extra),
+        "addresses": absolute(addresses) if addresses else "",
     }
+    if addresses and not listen:
+        raise SelectionError("--addresses are of workers that --listen TRANSPORT has clients outside the cluster reach")
+    if listen and not port and not addresses:
+        raise SelectionError("--port 0 takes any free port, so name a folder with --addresses where clients find it")
     if listen:
         registry.load(registry.TRANSPORTS, listen)
     with _joined(address, name) as deployment:

@@ -56,9 +56,10 @@ class Spec:
         max_requests, max_client_mb, idle_seconds: as options of ``ciphertune worker``.
         listen: a transport over which each worker is served as well, to clients that are no part of the cluster; empty
             for none.
-        port: worker i listens on ``port + i`` of its node.
+        port: worker i listens on ``port + i`` of its node; 0 for any free one.
         listen_options: of that transport.
         backends: those that clients may ask for; none for all that are installed.
+        addresses: folder that all nodes share, where worker i writes its address as ``i.address``; empty for none.
     """
 
     bundle: str
@@ -76,6 +77,7 @@ class Spec:
     port: int
     listen_options: Mapping[str, str]
     backends: tuple[str, ...] = ()
+    addresses: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Wanted:
             layers as fit the nodes' memory.
         memory: bytes that a worker may take; 0 for what a node has.
         cpus, gpus, threads, restarts, retries, max_requests, max_client_mb, idle_seconds, listen, port, listen_options,
-        backends: as in ``Spec``.
+        backends, addresses: as in ``Spec``.
     """
 
     bundle: str
@@ -108,6 +110,7 @@ class Wanted:
     port: int = 5555
     listen_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     backends: tuple[str, ...] = ()
+    addresses: str = ""
 
 
 def members(name: str) -> list[int]:

@@ -74,7 +74,7 @@ class ZmqTransport(Transport):
     ServeOptions = ZmqServeOptions
 
     def connect(self, endpoints: tuple[str, ...], worker: LocalWorker | None) -> list[Link]:
-        """See ``Transport.connect``. Endpoints are ``HOST:PORT`` or ``ipc://PATH``."""
+        """See ``Transport.connect``. Endpoints are as ``ciphertune_zmq.address.parse`` reads them."""
         _need_zmq()
         from ciphertune_zmq.link import ZmqLink
 
@@ -169,6 +169,8 @@ class ZmqTransport(Transport):
         from ciphertune_zmq.security import server_curve
 
         where = parse(address)
+        if where.moves:
+            raise SelectionError(f"a worker listens at HOST:PORT or ipc://PATH, and {where} is where clients find that")
         return ZmqListener(handler, where, server_curve(where, options), options)
 
 

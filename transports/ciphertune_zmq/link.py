@@ -17,6 +17,7 @@ from ciphertune.transport import Link, PendingReplies
 from ciphertune_zmq.address import Address
 from ciphertune_zmq.context import shared_context
 from ciphertune_zmq.framing import MAX_FRAME, unwrap, wrap
+from ciphertune_zmq.lookup import Lookup
 from ciphertune_zmq.loop import HANDSHAKE_FAILURES, SocketLoop
 from ciphertune_zmq.receive_limit import ReceiveLimit
 from ciphertune_zmq.security import ClientCurve
@@ -45,7 +46,8 @@ class ZmqLink(SocketLoop, Link):
     """Requests to one worker, many at a time, answered in any order.
 
     Args:
-        address: the worker's.
+        address: the worker's, or the place where that is written: it is read again whenever the connection is gone, so
+            that a worker may come back elsewhere.
         curve: keys, or None for a connection without.
         heartbeat: seconds between heartbeats.
 
@@ -68,9 +70,11 @@ class ZmqLink(SocketLoop, Link):
         self._resting, self._awake_until = False, 0.0  # whether the thread sleeps for long, and until when it does not
         self._connected = False
         self._descriptor = -1
-        self._address = address.zmq
+        self._lookup = Lookup(address, self.wake) if address.moves else None
+        self._address = "" if address.moves else address.zmq  # that the socket connects to; empty for none
         self._refusals = 0  # in a row
         self._knock_at: float | None = None  # when it connects again, after it was refused
+        self._problem = _REFUSED  # why it does not connect before
         options = {
             zmq.IMMEDIATE: 1,  # Requests wait in this process, where they can fail, and not in the socket.
             zmq.HEARTBEAT_IVL: int(1000 * heartbeat),
@@ -88,7 +92,10 @@ class ZmqLink(SocketLoop, Link):
             if curve is not None:
                 self.socket.curve_publickey, self.socket.curve_secretkey = curve.pair.public, curve.pair.secret
                 self.socket.curve_serverkey = curve.server
-            self.socket.connect(address.zmq)
+            if self._lookup is None:
+                self.socket.connect(self._address)
+            else:
+                self._lookup.ask()
         except zmq.ZMQError as error:
             self.stop()
             raise TransportError(f"cannot connect to {address}: {error}") from error
@@ -120,11 +127,13 @@ class ZmqLink(SocketLoop, Link):
             self._receive()
         if self._knock_at is not None and time.monotonic() >= self._knock_at:
             self._knock_at = None
-            self.socket.connect(self._address)
+            self._connect()
+        if self._lookup is not None and (found := self._lookup.take()) is not None:
+            self._follow(found)
         if self._connected:
             self._send()
         elif self._knock_at is not None and self._outgoing:
-            self._lost(_REFUSED)
+            self._lost(self._problem)
         if self._pending and time.monotonic() >= self._next_check:
             self._next_check = time.monotonic() + _CHECK_SECONDS
             self._limit.limit = _SPARE_BYTES + min(_MOST, sum(map(_most_bytes, self._expected.values())))
@@ -149,11 +158,15 @@ class ZmqLink(SocketLoop, Link):
             self._send()
         elif event == zmq.EVENT_DISCONNECTED:
             self._limit.forget(value)
-            self._lost("the connection was lost" if self._knock_at is None else _REFUSED)
+            # One to an address that the worker has left may end after the new one was made.
+            if self._lookup is None or value == self._descriptor:
+                self._lost("the connection was lost" if self._knock_at is None else self._problem)
+                self._look_up()
         elif event in HANDSHAKE_FAILURES:
             self._refused()
         elif event == zmq.EVENT_CONNECT_RETRIED:
-            self._lost("nothing answers there")
+            self._lost("nothing answers there" + (f", at {self._address}" if self._lookup else ""))
+            self._look_up()
 
     def ended(self) -> None:
         """See ``SocketLoop.ended``."""
@@ -197,10 +210,46 @@ class ZmqLink(SocketLoop, Link):
         if self._knock_at is None:
             with contextlib.suppress(zmq.ZMQError):
                 self.socket.disconnect(self._address)
-            pause = min(_FIRST_KNOCK_SECONDS * 2 ** min(self._refusals, 16), _LONGEST_KNOCK_SECONDS)
-            self._knock_at = time.monotonic() + pause * random.uniform(0.5, 1.0)
-            self._refusals += 1
-        self._lost(_REFUSED)
+            self._wait_with(_REFUSED)
+        self._lost(self._problem)
+
+    def _wait_with(self, problem: str) -> None:
+        pause = min(_FIRST_KNOCK_SECONDS * 2 ** min(self._refusals, 16), _LONGEST_KNOCK_SECONDS)
+        self._knock_at = time.monotonic() + pause * random.uniform(0.5, 1.0)
+        self._refusals += 1
+        self._problem = problem
+
+    def _connect(self) -> None:
+        if self._lookup is None:
+            self.socket.connect(self._address)
+        else:
+            self._address = ""
+            self._lookup.ask()
+
+    def _look_up(self) -> None:
+        """Ask where the worker is now; meanwhile ZeroMQ tries the address that was known."""
+        if self._lookup is not None and self._knock_at is None:
+            self._lookup.ask()
+
+    def _follow(self, found: Address | TransportError) -> None:
+        """Connect to where the worker is now."""
+        if self._connected or self._knock_at is not None:
+            return
+        if isinstance(found, TransportError):
+            if not self._address:
+                self._wait_with(str(found))
+                self._lost(self._problem)
+        elif found.zmq != self._address:
+            with contextlib.suppress(zmq.ZMQError):
+                self.socket.disconnect(self._address)
+            self._address = found.zmq
+            try:
+                self.socket.setsockopt(zmq.IPV6, int(found.host.startswith("[")))
+                self.socket.connect(self._address)
+            except zmq.ZMQError as error:
+                self._address = ""
+                self._wait_with(f"cannot connect to {found}: {error}")
+                self._lost(self._problem)
 
     def _lost(self, why: str) -> None:
         self._connected = False

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import threading
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ciphertune.errors import KeyFileError, SecurityError
@@ -88,7 +88,7 @@ def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
     """Read a client's keys for a worker; None for a connection without CURVE.
 
     The worker's public key is the first that exists of ``HOST_PORT.pub``, ``HOST.pub`` and ``worker.pub`` in the keys'
-    folder.
+    folder; of one that moves, of ``NAME.pub`` and ``worker.pub``, where ``NAME`` is that of the file with its address.
 
     Raises:
         KeyFileError: a key is missing, damaged, or of the wrong side.
@@ -98,7 +98,8 @@ def client_curve(address: Address, options: ZmqOptions) -> ClientCurve | None:
         return None
     folder = keys_folder(options.curve)
     host = address.host.strip("[]")
-    names = (f"{host}_{address.port}.pub", f"{host}.pub", "worker.pub")
+    own = (PurePosixPath(address.path).stem,) if address.moves else (f"{host}_{address.port}", host)
+    names = [f"{name}.pub" for name in (*own, "worker")]
     public = next((folder / name for name in names if (folder / name).exists()), folder / "worker.pub")
     secret = _existing(folder / f"{options.client}.key")
     curve = ClientCurve(read_pair(secret), read_public(_existing(public)))
@@ -136,6 +137,8 @@ def server_curve(address: Address, options: ZmqServeOptions) -> ServerCurve | No
 def _plain(address: Address, insecure: bool, no_authentication: bool) -> bool:
     if address.scheme == "ipc" or no_authentication:
         return True
+    if insecure and address.moves:
+        raise SecurityError(f"insecure is for this machine only, and what {address} names may be another: use keys")
     if insecure and not address.loopback:
         raise SecurityError(
             f"insecure is for this machine only, and {address} is not: use keys (see 'ciphertune keys'), or say "
