@@ -338,6 +338,19 @@ def test_exit_status(
     assert ("interrupted" in capsys.readouterr().err) == (status == 130)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "words",
+    ["doctor", "doctor --json", "backends", "plugins --json", "transports", "share smollm2", "cache --json", "--help"],
+)
+def test_a_command_whose_output_cannot_be_written_says_so_and_fails(words: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "ciphertune", *words.split()]
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    said = ran.stderr.splitlines()[-1:]
+    assert (ran.returncode, said) == (1, ["ciphertune: what this prints cannot be written: No space left on device"])
+
+
 def test_a_wrong_option_shows_the_usage_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["doctor", "--jsn"])

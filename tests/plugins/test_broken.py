@@ -219,6 +219,92 @@ def test_lists_have_the_others_as_they_are(told: dict[str, Any]) -> None:
     assert f"older 1.0 is made for ciphertune<0.1, and {ciphertune.__version__} is installed" in older["mismatch"]
 
 
+LACKING = """
+import dataclasses
+from ciphertune.transport import Loopback, Transport
+
+class Lacking(Transport):
+    name = "lacking"
+
+    @dataclasses.dataclass(frozen=True)
+    class Options: token: str = ""
+
+    ServeOptions = Options
+
+    def connect(self, endpoints, worker):
+        import quantum_link.client
+
+    def check(self, endpoints):
+        import quantum_link.client
+
+    @classmethod
+    def loopback(cls, folder, options):
+        import quantum_link.keys
+
+    @classmethod
+    def serve(cls, handler, address, options):
+        import quantum_link.server
+"""
+
+
+def test_a_package_that_a_plugin_needs_is_named_where_it_is_first_used(tmp_path: Path) -> None:
+    points = "[ciphertune.transports]\nlacking = lacking_plugin:Lacking\nwanting = wanting_plugin:Wanting\n"
+    wanting = "import superposition\n"
+    ship(tmp_path, "lacking", points, "quantum-link>=2,<3", lacking_plugin=LACKING, wanting_plugin=wanting)
+    ciphertune.split(nn.Sequential(nn.Linear(4, 3)), tmp_path / "bundle", layers="all")
+    run = 'to = "clear+lacking://x?allow_insecure=1"\nmodel.name = "x"\ndata.source = "x"\ntraining.output = "out"\n'
+    (tmp_path / "train.toml").write_text(run)
+    worker = ["worker", str(tmp_path / "bundle/worker"), "--transport", "lacking", "--bind", "x"]
+    commands = [
+        ["bench", "link", "--to", "clear+lacking://?allow_insecure=1"],
+        ["bench", "link", "--to", "clear+lacking://x?allow_insecure=1"],
+        ["top", "lacking://x", "--once"],
+        ["train", str(tmp_path / "train.toml")],
+        worker,
+        ["top", "wanting://x", "--once"],
+    ]
+    printed = child(
+        f"""
+        import contextlib, io, json
+        from ciphertune.cli import main
+        said = []
+        for arguments in {commands!r}:
+            with contextlib.redirect_stderr(io.StringIO()) as stream, contextlib.redirect_stdout(io.StringIO()):
+                try:
+                    main(arguments)
+                except SystemExit as end:
+                    said.append([end.code, stream.getvalue()])
+        print(json.dumps(said))
+        """,
+        tmp_path,
+    )
+    *uses, load = json.loads(printed.splitlines()[-1])
+    for (status, text), what in zip(uses, ("loopback", "connect", "connect", "check", "serve"), strict=True):
+        assert status == 1
+        assert f"transport 'lacking' (lacking_plugin:Lacking, from lacking 1.0) failed in '{what}': " in text
+        assert "the package 'quantum_link' is not installed: pip install 'quantum-link<3,>=2'\n" in text
+        assert "fault of" not in text
+    assert load[0] == 1
+    # Which package holds that module, its plugin does not say.
+    assert "cannot be imported: the package 'superposition' is not installed: pip install 'lacking'" in load[1]
+
+
+def test_a_package_that_a_command_needs_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(self: Any, context: Any) -> None:
+        import quantum_link  # noqa: F401
+
+    monkeypatch.setattr(LazyGroup, "invoke", run)
+    with pytest.raises(SystemExit) as end:
+        main(["backends"])
+    assert end.value.code == 1
+    assert (
+        capsys.readouterr().err
+        == "ciphertune: the package 'quantum_link' is not installed: pip install 'quantum_link'\n"
+    )
+
+
 # Faults of a plugin at work: in this process.
 
 Clear = ciphertune.get_backend("clear")

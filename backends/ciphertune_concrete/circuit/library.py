@@ -13,6 +13,7 @@ from typing import Any
 
 from ciphertune.errors import PluginError
 from ciphertune_concrete import versions
+from ciphertune_concrete.ending import keep_status
 from ciphertune_concrete.licence import notice
 
 PACKAGE = "concrete-python"
@@ -64,7 +65,9 @@ def _load() -> tuple[Any, Any]:
         with warnings.catch_warnings(), signals_kept():
             # Its package file still asks setuptools for namespaces, which warns wherever it can be imported at all.
             warnings.simplefilter("ignore")
-            return importlib.import_module("concrete.fhe"), importlib.import_module("concrete.compiler")
+            found = importlib.import_module("concrete.fhe"), importlib.import_module("concrete.compiler")
+        keep_status()
+        return found
     except ModuleNotFoundError as error:
         hint = " (setuptools dropped it: pip install 'setuptools<81')" if error.name == "pkg_resources" else ""
         raise PluginError(f"{PACKAGE} cannot be imported: it lacks {error.name}{hint}") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from ciphertune.errors import PluginError, ProtocolError
 from ciphertune_concrete import versions
+from ciphertune_concrete.ending import keep_status
 from ciphertune_concrete.licence import notice
 
 PACKAGE = "concrete-ml"
@@ -90,7 +91,9 @@ def require(module: str) -> types.ModuleType:
         with warnings.catch_warnings():
             # What its dependencies of 2024 deprecate is no news to whoever runs them.
             warnings.simplefilter("ignore")
-            return importlib.import_module(module)
+            found = importlib.import_module(module)
+        keep_status()
+        return found
     except ImportError as error:
         raise PluginError(
             f"the backend concrete-ml needs the package {PACKAGE}, which cannot be imported here ({error}): {INSTALL}"

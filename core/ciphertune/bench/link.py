@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ciphertune.client.choice import choose
+from ciphertune.client.connecting import connect
 from ciphertune.errors import ConfigError
 from ciphertune.protocol import Message
 from ciphertune.workloads.local_worker import serving
@@ -31,7 +32,7 @@ def bench_link(to: str, count: int = 2000) -> dict[str, Any]:
         raise ConfigError(f"{to!r} stays in this process: there is no link to measure")
     with serving(torch.nn.Sequential(torch.nn.Linear(8, 8)), to) as served:
         choice = choose(served)
-        link, *others = choice.transport.connect(choice.selection.endpoints, None)
+        link, *others = connect(choice, None)
         try:
             seconds = []
             for _ in range(count + count // 10):

@@ -7,6 +7,8 @@ import io
 import os
 import signal
 import sys
+import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -137,13 +139,23 @@ def _terminated(number: int, frame: object) -> NoReturn:
 def _unexpected(error: Exception) -> str:
     """A line on an error that is no type of ours, without its text, which may quote data."""
     from ciphertune.plugins.blame import out_of_memory, place_of
+    from ciphertune.plugins.registry import missing_package
 
     if out_of_memory(error):
         return "there is not enough memory: take smaller batches, shorter sequences or a smaller model"
     if isinstance(error, UnicodeEncodeError):
         return f"the locale of this terminal cannot write a letter ({error.encoding}): set PYTHONUTF8=1 and try again"
+    if absent := missing_package(error):
+        return absent
     kind = type(error).__name__
     return f"a fault of CipherTune itself: {kind}{place_of(error)}. Please report it; {TRACEBACK}=1 shows more"
+
+
+def _unwritten(error: OSError) -> str:
+    """Says of an error without a file that it was in printing, where it was."""
+    frames = traceback.extract_tb(error.__traceback__)
+    printing = any(Path(frame.filename).parent.name in ("click", "rich") for frame in frames[-1:])
+    return "what this prints cannot be written: " if printing else ""
 
 
 def main(args: list[str] | None = None) -> NoReturn:
@@ -165,7 +177,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         click.echo(f"ciphertune: {error}", err=True)
         sys.exit(1)
     except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
+        where = f"{error.filename}: " if error.filename is not None else _unwritten(error)
         click.echo(f"ciphertune: {where}{error.strerror or error}", err=True)
         sys.exit(1)
     except click.ClickException as error:

@@ -18,6 +18,7 @@ from ciphertune.errors import (
     TransportTimeoutError,
 )
 from ciphertune.plugins import registry
+from ciphertune.plugins.blame import blamed
 from ciphertune.protocol import Message
 from ciphertune.selection import Selection, SessionOptions
 from ciphertune.status import WorkerStatus
@@ -69,7 +70,8 @@ class Watch:
 
     def __init__(self, url: str) -> None:
         transport, endpoints = transport_of(url)
-        self._workers = [_Watched(link) for link in transport.connect(endpoints, None)]
+        with blamed(registry.TRANSPORTS, type(transport).name, "'connect'"):
+            self._workers = [_Watched(link) for link in transport.connect(endpoints, None)]
         self._exclusions = Exclusions()
 
     @property

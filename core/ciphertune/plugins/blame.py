@@ -73,6 +73,8 @@ class blamed(contextlib.AbstractContextManager[None]):  # noqa: N801 - read as a
             if self._group == registry.TRANSPORTS:
                 raise TransportError(f"{title} failed in {self._doing}: {error}") from error
             return
+        if absent := registry.missing_package(error, registry.installed_as(self._group, self._name)):
+            raise PluginError(f"{title} failed in {self._doing}: {absent}") from error
         said = f": {error}" if self._quote else ""
         raise PluginError(
             f"{title} failed in {self._doing}: {type(error).__name__}{said}{place_of(error)}. This is a fault of the "

@@ -6,8 +6,11 @@ to whoever asks for it, and nothing else is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib.util
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +77,8 @@ class Registered:
         try:
             plugin = self.entry_point.load()
         except (Exception, SystemExit) as error:
+            if absent := missing_package(error, [self]):
+                raise PluginError(f"{self.title} cannot be imported: {absent}{self._hint}") from error
             raise PluginError(
                 f"{self.title} cannot be imported: {type(error).__name__}: {error}{self._hint}"
             ) from error
@@ -185,12 +190,34 @@ def own_names(group: str) -> frozenset[str]:
     return frozenset(row.name for row in _found(group) if _package(row) == _OWN)
 
 
+def missing_package(error: BaseException, rows: Sequence[Registered] = ()) -> str:
+    """In a sentence, the package that an import failed for want of; empty for any other error.
+
+    Args:
+        error: as it was raised.
+        rows: the plugins that it may have been raised in, whose packages say which versions they need.
+    """
+    module = error.name if isinstance(error, ModuleNotFoundError) else None
+    package = (module or "").partition(".")[0]
+    if not package or package.startswith("ciphertune") or importlib.util.find_spec(package) is not None:
+        return ""
+    needed = [text for row in rows if row.entry_point.dist for text in _needs(row.entry_point.dist, package)]
+    # Of a package whose modules have other names, the plugin's own requirements are the way to it.
+    homes = [_package(row) for row in rows if _package(row) != _OWN]
+    return f"the package {package!r} is not installed: pip install '{(needed or homes or [package])[0]}'"
+
+
+def installed_as(group: str, name: str) -> list[Registered]:
+    """What a name stands for: of a transport around another, both."""
+    return [row for part in name.split("::") if (row := installed(group).get(part)) is not None]
+
+
 def title(group: str, name: str) -> str:
     """A plugin in words, with the package that it is from where one is installed under this name.
 
     Of a transport around another, both packages: the fault may be in either.
     """
-    rows = [row for part in name.split("::") if (row := installed(group).get(part)) is not None]
+    rows = installed_as(group, name)
     if not rows:
         return f"{KINDS[group]} {name!r}"
     homes = " around ".join(f"{row.target}, from {row.distribution}" for row in rows)
@@ -235,6 +262,19 @@ def _requirement(dist: metadata.Distribution) -> str:
         if requirement.name.lower().replace("_", "-") == _OWN and applies and requirement.specifier:
             found.append(str(requirement.specifier))
     return ",".join(dict.fromkeys(found))
+
+
+def _needs(dist: metadata.Distribution, package: str) -> list[str]:
+    """What a distribution says that it needs of a package, as pip takes it."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    found = []
+    for text in dist.requires or ():
+        with contextlib.suppress(InvalidRequirement):
+            requirement = Requirement(text)
+            if requirement.name.lower().replace("-", "_") == package.lower():
+                found.append(f"{requirement.name}{requirement.specifier}")
+    return found
 
 
 def _suits(requires: str) -> bool:

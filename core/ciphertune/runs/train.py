@@ -21,6 +21,8 @@ from ciphertune.errors import ConfigError
 from ciphertune.models.load import most_positions
 from ciphertune.outsourcing.calibration import calibration_under
 from ciphertune.outsourcing.convert import outsource, outsourced_layers, session_of, share
+from ciphertune.plugins import registry
+from ciphertune.plugins.blame import blamed
 from ciphertune.plugins.manager import plugin_manager
 from ciphertune.report.costs import CostMeter
 from ciphertune.runs.adapters import adapted, check_adapters
@@ -124,7 +126,8 @@ def _run(
     if resume and checkpoints is not None and not list_checkpoints(checkpoints):
         raise ConfigError(f"there is no checkpoint in {checkpoints}, so nothing to go on from: leave out --resume")
     choice = choose(config.to)
-    choice.transport.check(choice.selection.endpoints)
+    with blamed(registry.TRANSPORTS, choice.selection.transport, "'check'", quote=True):
+        choice.transport.check(choice.selection.endpoints)
     # Before the model, which takes minutes: places and data are looked at quickly, and may be wrong.
     if not resume and not overwrite:
         _refuse_overwriting(output, checkpoints)

@@ -21,6 +21,7 @@ from ciphertune._support.notify import notify, notify_reloading, watchdog_second
 from ciphertune.bundle.worker import load_worker, read_blocks
 from ciphertune.errors import CipherTuneError, ConfigError
 from ciphertune.plugins import registry
+from ciphertune.plugins.blame import blamed
 from ciphertune.protocol import Limits
 from ciphertune.runs.worker_config import BindSection, WorkerConfig
 from ciphertune.transport import Listener
@@ -209,7 +210,8 @@ class _Serving:
             for bind in binds:
                 if all(bind != known for known, _ in (*kept.values(), *new.values())):
                     transport: Any = registry.load(registry.TRANSPORTS, bind.transport)
-                    listener = transport.listen(self._entrance, bind.address, bind.listen_options)
+                    with blamed(registry.TRANSPORTS, bind.transport, "'serve'", quote=True):
+                        listener = transport.listen(self._entrance, bind.address, bind.listen_options)
                     new[id(listener)] = bind, listener
         except BaseException:
             for _, listener in new.values():

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ciphertune.plugins import registry
+from ciphertune.plugins.blame import blamed
 from ciphertune.selection import Selection
 from ciphertune.worker.process import worker_process
 from ciphertune.workloads.base import base_of
@@ -35,7 +36,8 @@ def serving(model: str | nn.Module, to: str) -> Iterator[str]:
 
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        here = transport.loopback(folder, selection.options)
+        with blamed(registry.TRANSPORTS, selection.transport, "'loopback'", quote=True):
+            here = transport.loopback(folder, selection.options)
         split(base_of(model), folder / "bundle")
         process = worker_process(folder / "bundle" / "worker", selection.transport, here.address, here.serve)
         address, _ = stack.enter_context(process)
