@@ -18,7 +18,8 @@ CipherTuneError
 │   └── ReplyError            a reply that cannot belong to its request
 │       └── WrongReplyError   a reply of the right form that is not the product that was asked for
 ├── TransportError            the link to a worker failed
-│   └── TransportTimeoutError no answer within the deadline
+│   ├── TransportTimeoutError no answer within the deadline
+│   └── RefusedError          the worker's end does not let this client in
 ├── WeightsError              codes that a client prepares itself from cannot be had, or are others
 ├── NotPreparedError          (client half) what was prepared for a product is used up, and its codes are needed again
 ├── CacheError                what is kept on disk between sessions cannot be written, or was altered
@@ -114,6 +115,13 @@ class TransportError(CipherTuneError):
 
 class TransportTimeoutError(TransportError, TimeoutError):
     """No answer within the deadline."""
+
+
+class RefusedError(TransportError):
+    """The worker's end does not let this client in: its key or token is not authorised there.
+
+    A session that opens does not wait for it to change its mind. One that is open does, until its deadline.
+    """
 
 
 class WeightsError(CipherTuneError):

@@ -560,8 +560,12 @@ class PendingReplies(Generic[_Answer]):
         error = self._error(why)
         self._settle(self._take(number), lambda future: future.set_exception(error))
 
-    def fail_all(self, why: str) -> None:
-        """Settle all requests with a ``TransportError``. Later ones are taken as before."""
+    def fail_all(self, why: TransportError | str) -> None:
+        """Settle all requests with a ``TransportError``. Later ones are taken as before.
+
+        Args:
+            why: as of ``fail``; a ``RefusedError`` has a session that opens give up at once.
+        """
         self._fail_all(why, close=False)
 
     def close(self) -> bool:
@@ -573,7 +577,7 @@ class PendingReplies(Generic[_Answer]):
             future = self._futures.pop(number, None)
         return [] if future is None else [future]
 
-    def _fail_all(self, why: str, *, close: bool) -> bool:
+    def _fail_all(self, why: TransportError | str, *, close: bool) -> bool:
         with self._lock:
             first = not self._closed
             self._closed = self._closed or close

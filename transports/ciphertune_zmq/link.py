@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 import zmq
 
-from ciphertune.errors import ProtocolError, TransportError
+from ciphertune.errors import ProtocolError, RefusedError, TransportError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Limits, Message, pack, unpack
 from ciphertune.transport import Link, PendingReplies
 from ciphertune_zmq.address import Address
@@ -34,6 +34,9 @@ _REFUSED = (
     "it refused this client: the client's key is not authorised there, or the worker has another key than the one in "
     "this client's folder"
 )
+_UNAUTHORISED = "it refused this client: the client's key is not authorised there"
+_DENIED = 400
+"""Status of a client whose key was looked for in vain, in ZeroMQ's authentication protocol."""
 _MOST = DEFAULT_LIMITS.total_bytes
 
 
@@ -74,7 +77,7 @@ class ZmqLink(SocketLoop, Link):
         self._address = "" if address.moves else address.zmq  # that the socket connects to; empty for none
         self._refusals = 0  # in a row
         self._knock_at: float | None = None  # when it connects again, after it was refused
-        self._problem = _REFUSED  # why it does not connect before
+        self._problem: TransportError | str = _REFUSED  # why it does not connect before
         options = {
             zmq.IMMEDIATE: 1,  # Requests wait in this process, where they can fail, and not in the socket.
             zmq.HEARTBEAT_IVL: int(1000 * heartbeat),
@@ -163,7 +166,9 @@ class ZmqLink(SocketLoop, Link):
                 self._lost("the connection was lost" if self._knock_at is None else self._problem)
                 self._look_up()
         elif event in HANDSHAKE_FAILURES:
-            self._refused()
+            denied = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and value == _DENIED
+            # One that ends in the midst of a handshake looks like one with another key, and may come back.
+            self._refused(RefusedError(f"{self.name}: {_UNAUTHORISED}") if denied else _REFUSED)
         elif event == zmq.EVENT_CONNECT_RETRIED:
             self._lost("nothing answers there" + (f", at {self._address}" if self._lookup else ""))
             self._look_up()
@@ -205,15 +210,15 @@ class ZmqLink(SocketLoop, Link):
             except ProtocolError as error:
                 self._pending.fail(number, error)
 
-    def _refused(self) -> None:
+    def _refused(self, problem: TransportError | str) -> None:
         """Connect again after a while: ZeroMQ itself would try twenty times a second."""
         if self._knock_at is None:
             with contextlib.suppress(zmq.ZMQError):
                 self.socket.disconnect(self._address)
-            self._wait_with(_REFUSED)
+            self._wait_with(problem)
         self._lost(self._problem)
 
-    def _wait_with(self, problem: str) -> None:
+    def _wait_with(self, problem: TransportError | str) -> None:
         pause = min(_FIRST_KNOCK_SECONDS * 2 ** min(self._refusals, 16), _LONGEST_KNOCK_SECONDS)
         self._knock_at = time.monotonic() + pause * random.uniform(0.5, 1.0)
         self._refusals += 1
@@ -251,7 +256,7 @@ class ZmqLink(SocketLoop, Link):
                 self._wait_with(f"cannot connect to {found}: {error}")
                 self._lost(self._problem)
 
-    def _lost(self, why: str) -> None:
+    def _lost(self, why: TransportError | str) -> None:
         self._connected = False
         # In this order: a request that is submitted in between fails. In the other it would be dropped unanswered.
         self._outgoing.clear()

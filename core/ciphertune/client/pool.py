@@ -13,7 +13,7 @@ from ciphertune.backend import Direction
 from ciphertune.client.connection import LONGEST_BACKOFF_SECONDS, Opening, Retry, WorkerConnection, backoff
 from ciphertune.client.exclusions import Exclusion, Exclusions
 from ciphertune.client.placement import Piece, fitting, place
-from ciphertune.errors import CipherTuneError, SecurityError, TransportError, UnknownLayerError
+from ciphertune.errors import CipherTuneError, RefusedError, SecurityError, TransportError, UnknownLayerError
 from ciphertune.protocol import Message
 from ciphertune.selection import Timeouts
 from ciphertune.transport import Link
@@ -60,7 +60,7 @@ class WorkerPool:
 
     Raises:
         SecurityError: a worker that is needed gave wrong answers before, and is excluded.
-        TransportError: workers that are needed cannot be reached.
+        TransportError: workers that are needed cannot be reached, or do not let this client in.
         UnknownLayerError: together they do not hold every layer with the weights that this client expects.
         WorkerError, ReplyError: one refused, or answered nonsense.
     """
@@ -92,6 +92,7 @@ class WorkerPool:
         self._told_of_exclusion = excluded
         self._told_of_silence = silence
         self._silent: dict[WorkerConnection, float] = {}  # since when
+        self._refused: set[WorkerConnection] = set()  # that do not let this client in
         self._choosing = threading.Lock()
         self._introduce(self.workers)
         try:
@@ -104,6 +105,9 @@ class WorkerPool:
                 raise SecurityError(f"{told}. Nothing was sent to it; without it, {error}") from error
             if not absent:
                 raise
+            if self._refused.issuperset(absent):
+                told = "; ".join(worker.last_problem for worker in absent)
+                raise RefusedError(told if len(absent) == len(self.workers) else f"{told}; {error}") from error
             gone = "; ".join(f"{worker.name} ({worker.last_problem})" for worker in absent)
             rest = (
                 f"; {error}" if len(absent) < len(self.workers) else ". Is the worker started, and the address right?"
@@ -270,6 +274,9 @@ class WorkerPool:
                         reply = worker.reply(future, 0, kind)
                     except (Retry, TransportError) as error:
                         worker.last_problem = str(error)
+                        if isinstance(error, RefusedError):
+                            self._refused.add(worker)
+                            continue
                         failures[worker] += 1
                         again[worker] = time.monotonic() + backoff(failures[worker], self._longest_backoff)
                         continue

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from ciphertune.errors import KeyFileError, ReplyError, TransportError
+from ciphertune.errors import KeyFileError, RefusedError, ReplyError, TransportError
 from ciphertune.protocol import Frame, Limits, Message, error_message, pack, unpack
 from ciphertune.transport import Link, PendingReplies
 from ciphertune_http import body
@@ -110,7 +110,7 @@ class HttpLink(Link):
             if response.status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
                 return error_message("protocol", f"{self.name} takes no request of {size['Content-Length']} bytes")
             if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-                raise TransportError(f"{self.name} refused this client: its token is not among those authorised there")
+                raise RefusedError(f"{self.name} refused this client: its token is not among those authorised there")
             if response.status_code != httpx.codes.OK:
                 raise TransportError(f"{self.name} answered with status {response.status_code}")
             if response.headers.get("Content-Type") != body.TYPE:
