@@ -154,7 +154,7 @@ EXCLUDED = {
     ): "a part of a file that is there already; tests/runs/test_worker.py adds an address",
     (
         "operations.md",
-        "ciphertune top 'zmq://10.0.0.5:5555,10.0.0.6:5555?curve=keys'",
+        "ciphertune top 'zmq://10.0.0.5:5555,10.0.0.6:5555?curve=keys&client=alice'",
     ): "asks workers that the page does not start; tests/client/test_monitor.py",
     ("concrete.md", "pip install 'ciphertune[concrete-circuit]'"): _INSTALL,
     ("adapters.md", 'llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora notes.gguf -p "The notes of today:"'): _OTHERS,
