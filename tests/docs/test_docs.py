@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import remote
 import yaml
@@ -421,18 +422,30 @@ def test_no_block_escapes_the_reader() -> None:
         assert page.read_text(encoding="utf-8").count("```") == found, page.name
 
 
-def test_commands_in_the_documentation_exist() -> None:
-    runner = CliRunner()
+def command_lines(page: Path) -> set[str]:
+    """What a page has of ``ciphertune`` in blocks and in running text, one line each, without what a shell adds."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"`(ciphertune [^`]+)`", text) + re.findall(r"^(ciphertune .+)$", text, re.M)
+    return {re.split(r"[|;]|&&|\s#", " ".join(line.split()))[0] for line in found}
+
+
+def test_commands_and_options_in_the_documentation_exist() -> None:
     found = set()
     for page in PAGES:
-        for fence in fences(page):
-            if fence.language == "sh":
-                lines = "\n".join(command for command, _ in commands(fence.body))
-                found |= set(re.findall(r"ciphertune ((?:bench )?[a-z]+)\b", lines))
-    assert {"backends", "bench kernel", "bench train", "demo", "doctor", "train"} <= found
-    for command in found:
-        result = runner.invoke(cli, [*command.split(), "--help"])
-        assert result.exit_code == 0, command
+        for line in command_lines(page) - {"ciphertune COMMAND --help"}:
+            _, *words = line.split()
+            command: click.Command = cli
+            while words and isinstance(command, click.Group):
+                inner = command.get_command(click.Context(command), words[0])
+                if inner is None:
+                    break
+                command = inner
+                found.add(words.pop(0))
+            assert command is not cli or words[0].startswith("-"), (page.name, line)
+            known = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}
+            options = [word.partition("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)]
+            assert set(options) <= known | {"--help", "-h", "--version"}, (page.name, line)
+    assert {"backends", "bench", "kernel", "train", "demo", "doctor", "ray", "up", "usage"} <= found
 
 
 def test_what_is_made_from_code_and_measurements_is_up_to_date() -> None:
