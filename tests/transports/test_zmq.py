@@ -41,11 +41,12 @@ from ciphertune.errors import (
     WorkerError,
 )
 from ciphertune.plugins import registry
-from ciphertune.protocol import Limits, Message, pack, unpack
+from ciphertune.protocol import Frame, Limits, Message, pack, unpack
 from ciphertune.testing import EchoHandler
 from ciphertune.transport import Link, RequestHandler
 from ciphertune.weights import quantize
 from ciphertune.worker import Quota, Service, SessionLimits, WeightStore, Worker
+from ciphertune_zmq.framing import ALIGNMENT, CHUNK, PLAIN_CHUNK, SMALL, unwrap, wrap
 
 ZmqTransport = registry.load(registry.TRANSPORTS, "zmq")
 FAST = "connect_timeout=1.5"
@@ -557,6 +558,11 @@ def test_strangers_leave_nothing_behind(service: Service) -> None:
         assert descriptors() <= before + 3
 
 
+def envelope(*numbers: int) -> bytes:
+    """What comes before a message's frames."""
+    return b"12345678" + struct.pack(f"<{1 + len(numbers)}I", len(numbers), *numbers)
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -564,15 +570,25 @@ def test_strangers_leave_nothing_behind(service: Service) -> None:
         [b"x"],
         [b"12345678"],
         [b"12345678", b"junk"],
-        [b"12345678\x01\0\0\0", b"junk"],
-        [b"12345678\x02\0\0\0", b"junk"],
-        [b"12345678\x00\0\0\0", b"junk"],
-        [b"12345678\xff\xff\xff\xff", b"junk"],
-        [b"12345678\x01\0\0", b"junk"],
+        [envelope(1), b"junk"],
+        [envelope(2), b"junk"],
+        [envelope(0), b"junk"],
+        [envelope(0xFFFFFFFF), b"junk"],
+        [envelope(1)[:-1], b"junk"],
+        [envelope(1, 1)[:-4], b"junk"],
+        [envelope(1) + b"more", b"junk"],
         [b"12345678", *[b"y"] * 5000],
-        [b"12345678\x01\0\0\0" + b"\x01\0\0\0" * 40, *[b"z"] * 41],
+        [envelope(*[1] * 41), *[b"z"] * 41],
+        [envelope()],
+        [envelope(0)],
+        [envelope(4) + b"junk"],
+        [envelope(4) + b"junkjunk"],
+        [envelope(4, 4) + b"junkjunk"],
+        [envelope(0xFFFFFFFF) + b"junk"],
+        [envelope(*[0] * 15_000)],
+        [envelope(100_000) + bytes(100_000)],
+        [b"12345678\xff\xff\xff\xff" + bytes(1000)],
     ],
-    ids=range(11),
 )
 def test_messages_that_are_none(plain: str, parts: list[bytes]) -> None:
     context = zmq.Context()
@@ -583,9 +599,9 @@ def test_messages_that_are_none(plain: str, parts: list[bytes]) -> None:
         peer.send_multipart(parts)
         if len(parts[0]) >= 8:  # A request with a number is answered.
             assert peer.poll(10_000)
-            number, *frames = peer.recv_multipart()
-            assert number[:8] == b"12345678"
-            assert unpack(frames).kind == "error"
+            envelope, *parts = peer.recv_multipart()
+            assert envelope[:8] == b"12345678"
+            assert unpack(unwrap(envelope, parts)).kind == "error"
         products(f"mlwe+zmq://{plain}?insecure=1")
     finally:
         peer.close(0)
@@ -629,8 +645,8 @@ class Liar:
     def _run(self) -> None:
         while self.running:
             if self.socket.poll(50):
-                route, number, *_ = self.socket.recv_multipart()
-                for parts in self.answer(number):
+                route, request, *_ = self.socket.recv_multipart()
+                for parts in self.answer(request[:8]):
                     self.socket.send_multipart([route, *parts])
 
     def close(self) -> None:
@@ -642,18 +658,22 @@ class Liar:
 
 OK = pack(Message("ok"))[0]
 LIES: dict[str, Any] = {
-    "garbage": lambda number: [[number, b"\xc1garbage"]],
-    "nothing": lambda number: [[number[:8]]],
-    "an envelope that lies": lambda number: [[number[:8] + b"\x09\0\0\0", OK]],
+    "garbage": lambda number: [wrap(number, [b"\xc1garbage"], False)],
+    "nothing": lambda number: [[number]],
+    "an envelope that lies": lambda number: [[number + envelope(9)[8:], OK]],
+    "a size that lies": lambda number: [[number + envelope(9)[8:] + bytes(OK)]],
     "buffers that are not there": lambda number: [
-        [number[:8] + b"\x01\0\0\0", pack(Message("ok", {}, {"y": torch.ones(3)}))[0]]
+        wrap(number, pack(Message("ok", {}, {"y": torch.ones(3)}))[:1], False)
     ],
     "a huge shape": lambda number: [
-        [
-            number[:8] + b"\x01\0\0\0" * 2,
-            pack(Message("ok", {}, {"y": torch.ones(3)}))[0].replace(b"\x91\x03", b"\x91\xce\x7f\xff\xff\xff"),  # type: ignore[union-attr]
-            b"123",
-        ]
+        wrap(
+            number,
+            [
+                pack(Message("ok", {}, {"y": torch.ones(3)}))[0].replace(b"\x91\x03", b"\x91\xce\x7f\xff\xff\xff"),  # type: ignore[union-attr]
+                b"123",
+            ],
+            False,
+        )
     ],
 }
 
@@ -671,9 +691,9 @@ def test_a_worker_that_answers_nonsense(lie: str) -> None:
 
 
 def test_replies_to_requests_that_were_never_made_are_ignored() -> None:
-    def answer(number: bytes) -> list[list[bytes]]:
-        good = [number[:8] + b"\x01\0\0\0", bytes(OK)]
-        return [[b"", b"x"], [b"\xff" * 8 + b"\x01\0\0\0", bytes(OK)], [b"z"], good, good, good]
+    def answer(number: bytes) -> list[list[Frame]]:
+        good, other = (wrap(each, [OK], False) for each in (number, b"\xff" * 8))
+        return [[b"", b"x"], other, [b"z"], good, good, good]
 
     liar = Liar(answer)
     link = link_to(f"mlwe+zmq://{liar.address}?insecure=1")
@@ -685,9 +705,27 @@ def test_replies_to_requests_that_were_never_made_are_ignored() -> None:
         liar.close()
 
 
-def test_envelopes() -> None:
-    from ciphertune_zmq.framing import CHUNK, PLAIN_CHUNK, unwrap, wrap
+def test_a_small_message_is_one_frame_in_which_tensors_are_aligned() -> None:
+    tensors = {"b": torch.arange(5, dtype=torch.uint8), "x": torch.randn(7, 3, dtype=torch.float64)}
+    (frame,) = wrap(b"12345678", pack(Message("ok", {"a": "b"}, {**tensors, "none": torch.empty(0, 4)})), True)
+    assert isinstance(frame, bytes)
+    assert frame[:8] == b"12345678"
+    read = unpack(unwrap(frame, []))
+    assert read.fields == {"a": "b"}
+    assert all(torch.equal(read.buffers[name], tensor) for name, tensor in tensors.items())
+    assert read.buffers["x"].data_ptr() % read.buffers["x"].element_size() == 0
 
+
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+def test_the_largest_message_that_is_one_frame(spare: int) -> None:
+    frames = [bytes(40), os.urandom(SMALL - 40 - 4 * ALIGNMENT + spare)]
+    first, *parts = wrap(b"12345678", frames, True)
+    assert len(parts) == (2 if spare > 0 else 0)
+    assert len(first) <= SMALL
+    assert [bytes(frame) for frame in unwrap(bytes(first), parts)] == frames
+
+
+def test_envelopes() -> None:
     frames = [b"header", bytes(CHUNK), os.urandom(2 * CHUNK + 1), b"", bytes(PLAIN_CHUNK + 1)]
     for cut in (True, False):
         envelope, *parts = wrap(b"12345678", frames, cut)
@@ -710,10 +748,8 @@ def test_a_slow_link_carries_what_takes_longer_than_the_signs_of_life(
         link.close()
 
 
-def test_what_is_not_cut_is_not_copied() -> None:
-    from ciphertune_zmq.framing import unwrap, wrap
-
-    tensor = torch.arange(1000)
+def test_what_is_neither_small_nor_cut_is_not_copied() -> None:
+    tensor = torch.arange(10_000)
     envelope, *parts = wrap(b"12345678", pack(Message("ok", {}, {"t": tensor})), True)
     read = unpack(unwrap(bytes(envelope), parts)).buffers["t"]
     assert read.data_ptr() == tensor.data_ptr()
