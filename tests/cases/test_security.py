@@ -117,7 +117,7 @@ def test_both_ends_know_the_size_of_a_reply(name: str, monkeypatch: pytest.Monke
     handle = Worker.handle
 
     def watched(self: Worker, request: Message, peer: str = "", *rest: Any) -> Message:
-        foretold = self.reply_bytes(request, peer)
+        foretold = self.foresee(request, peer).reply_bytes
         reply = handle(self, request, peer, *rest)
         if request.kind == "evaluate":
             found.append((request.reply_bytes, foretold, reply.nbytes))
@@ -150,7 +150,7 @@ class Bloated:
     def reserve(self, peer: str, nbytes: int) -> Callable[[], None]:
         return lambda: None
 
-    def submit(self, frames: Any, peer: str, reply: Any, connection: Any = None) -> None:
+    def submit(self, frames: Any, peer: str, reply: Any, connection: Any = None, *, idle: bool = False) -> None:
         request = unpack(frames)
         size = int(request.fields["size"])
         reply(pack(Message("ok", {}, {"y": torch.zeros(size, dtype=torch.uint8)})), lambda: None)

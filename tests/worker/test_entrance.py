@@ -15,7 +15,13 @@ class Echo:
         return lambda: None
 
     def submit(
-        self, frames: Sequence[Frame], peer: str, reply: Callable[..., None], connection: Hashable = None
+        self,
+        frames: Sequence[Frame],
+        peer: str,
+        reply: Callable[..., None],
+        connection: Hashable = None,
+        *,
+        idle: bool = False,
     ) -> None:
         reply(pack(Message("ok", {"peer": peer})), lambda: None)
 

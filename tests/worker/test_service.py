@@ -106,6 +106,8 @@ def test_small_products_are_evaluated_in_the_pauses_of_a_large_one(scripted: tup
     ask(service, "large", inboxes["large"])
     ask(service, "middle", inboxes["middle"], nbytes=20_000)
     ask(service, "small", inboxes["small"], cost=0.01)
+    # Who used more time so far is not let in between.
+    time.sleep(2 * (service.status("small").own.evaluate_seconds or 0.0))
     worker.resume.set()
     assert inboxes["small"].wait(2)[1].kind == "ok"
     for peer, count in (("large", 2), ("middle", 1)):

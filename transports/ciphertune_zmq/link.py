@@ -66,6 +66,7 @@ class ZmqLink(SocketLoop, Link):
         if curve is not None:
             self.identity = f"curve {curve.server.decode('ascii')}"
         self._outgoing: collections.deque[tuple[int, list[Frame], Limits]] = collections.deque()
+        self._incoming: list[tuple[int, Message | ProtocolError]] = []
         # What replies to requests that were sent may be, those that were given up included.
         self._expected: dict[int, Limits] = {}
         self._limit = ReceiveLimit(0)
@@ -143,6 +144,15 @@ class ZmqLink(SocketLoop, Link):
             if self._limit.enforce():
                 self._lost("it sent more than a reply can be")
 
+    def deliver(self) -> None:
+        """See ``SocketLoop.deliver``: settles what replies came for."""
+        while self._incoming:
+            number, reply = self._incoming.pop(0)
+            if isinstance(reply, Message):
+                self._pending.answer(number, reply)
+            else:
+                self._pending.fail(number, reply)
+
     def send_now(self) -> bool:
         """See ``SocketLoop.send_now``."""
         if not self._connected:
@@ -175,6 +185,7 @@ class ZmqLink(SocketLoop, Link):
 
     def ended(self) -> None:
         """See ``SocketLoop.ended``."""
+        self.deliver()
         self._pending.close()
 
     def _send(self) -> None:
@@ -206,9 +217,9 @@ class ZmqLink(SocketLoop, Link):
                 if nbytes > _most_bytes(limits):
                     raise ProtocolError("it is longer than the reply to its request can be")
                 parts = unwrap(envelope, [frame.buffer for frame in frames[1:]])
-                self._pending.answer(number, unpack(parts, limits))
+                self._incoming.append((number, unpack(parts, limits)))
             except ProtocolError as error:
-                self._pending.fail(number, error)
+                self._incoming.append((number, error))
 
     def _refused(self, problem: TransportError | str) -> None:
         """Connect again after a while: ZeroMQ itself would try twenty times a second."""
@@ -258,6 +269,7 @@ class ZmqLink(SocketLoop, Link):
 
     def _lost(self, why: TransportError | str) -> None:
         self._connected = False
+        self.deliver()  # replies that came before
         # In this order: a request that is submitted in between fails. In the other it would be dropped unanswered.
         self._outgoing.clear()
         self._expected.clear()

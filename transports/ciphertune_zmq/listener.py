@@ -219,6 +219,9 @@ class _ServerLoop(SocketLoop):
             if count:
                 log.warning("shut down %d connections whose incomplete messages were over the limit", count)
 
+    def deliver(self) -> None:
+        return  # the handler takes requests as they come
+
     def connection_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
             self._limit.watch(value)
@@ -299,8 +302,8 @@ class _ServerLoop(SocketLoop):
 
     def _receive(self) -> None:
         # A few at a time, so that a client that keeps sending does not delay replies.
-        for _ in range(_RECEIVE_QUEUE):
-            if not self.readable():
+        for count in range(_RECEIVE_QUEUE):
+            if count and not self.readable():
                 return
             frames: list[zmq.Frame] = []
             limits, nbytes = self._handler.limits, 0
@@ -333,7 +336,8 @@ class _ServerLoop(SocketLoop):
                 self._handler.refused(peer, f"a malformed message: {error}")
                 parts = []
             connection = self._connection(descriptor, route, peer)
-            self._handler.submit(parts, peer, self._reply_to(route, envelope[:NUMBER_BYTES]), connection)
+            reply = self._reply_to(route, envelope[:NUMBER_BYTES])
+            self._handler.submit(parts, peer, reply, connection, idle=not self.readable())
 
     def _reply_to(self, route: bytes, number: bytes) -> Callable[[list[Frame], Callable[[], None]], None]:
         def reply(frames: list[Frame], release: Callable[[], None]) -> None:

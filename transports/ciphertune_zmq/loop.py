@@ -26,6 +26,8 @@ CONNECTION_EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+# A plain number: operations on enumerations take longer than the question.
+_POLLIN = int(zmq.POLLIN)
 HANDSHAKE_FAILURES = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
@@ -59,7 +61,8 @@ class SocketLoop(abc.ABC):
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
         self.stopping = False
-        self._using = threading.Lock()
+        self._using = threading.RLock()
+        self._working = False  # whether the thread is in ``work`` or ``connection_event``
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -73,13 +76,15 @@ class SocketLoop(abc.ABC):
             self._wake_out.send(b"x")
 
     def send(self) -> None:
-        """Have what waits sent: here if the socket is free, else by the thread soon. Never blocks."""
+        """Have what waits sent: here if the socket is free, or this thread's, else by the thread soon. Never blocks."""
         if not self._using.acquire(blocking=False):
             self.wake()
             return
         try:
-            # What came meanwhile shows in the events of the socket, and no longer at its descriptor.
-            left = self.stopping or self.send_now() or self.readable()
+            left = self.stopping or self.send_now()
+            # What came meanwhile shows in the events of the socket, and no longer at its descriptor. In the course of
+            # ``work`` the thread will look by itself.
+            left = not self._working and (left or self.readable())
         finally:
             self._using.release()
         if left:
@@ -107,6 +112,10 @@ class SocketLoop(abc.ABC):
         """Send what waits, after receiving if the socket is ``readable``."""
 
     @abc.abstractmethod
+    def deliver(self) -> None:
+        """Hand on what ``work`` received; called while the socket is free, so that whoever is waked by it can send."""
+
+    @abc.abstractmethod
     def connection_event(self, event: int, value: int) -> None:
         """Handle a connection that was made, lost or refused; ``value`` as in ``zmq_socket_monitor``."""
 
@@ -132,23 +141,26 @@ class SocketLoop(abc.ABC):
         wake = self._wake_in.fileno()
         for each in (self.socket.getsockopt(zmq.FD), self._monitor, wake):
             poller.register(each, zmq.POLLIN)
+        sleep = 0.0
         while not self.stopping:
-            with self._using:
-                # The descriptor tells of what is new alone.
-                sleep = 0.0 if self.readable() else self.poll_seconds()
             events: dict[Any, int] = dict(poller.poll(int(1000 * sleep)))
             if wake in events:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_in.recv(4096)
             with self._using:
+                self._working = True
                 # Before the monitor: replies that came before the connection was lost count.
                 self.work(self.readable())
                 if self._monitor in events:
                     self._read_monitor()
+                self._working = False
+                # The descriptor tells of what is new alone.
+                sleep = 0.0 if self.readable() else self.poll_seconds()
+            self.deliver()
 
     def readable(self) -> bool:
         """Whether a message waits; asked by whoever uses the socket."""
-        return bool(int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return bool(int(self.socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
     def _read_monitor(self) -> None:
         while True:

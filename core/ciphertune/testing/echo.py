@@ -42,7 +42,9 @@ class EchoHandler:
         """See ``RequestHandler.reserve``: there is always room."""
         return lambda: None
 
-    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None) -> None:
+    def submit(
+        self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None, *, idle: bool = False
+    ) -> None:
         """See ``RequestHandler.submit``."""
         size = sum(len(memoryview(frame).cast("B")) for frame in frames)
         with self._lock:

@@ -31,10 +31,12 @@ class Entrance:
         """Count a request; see ``ciphertune.transport.RequestHandler``."""
         return None if self._service is None else self._service.reserve(peer, nbytes)
 
-    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None) -> None:
+    def submit(
+        self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None, *, idle: bool = False
+    ) -> None:
         """Take a request; see ``ciphertune.transport.RequestHandler``."""
         if self._service is not None:
-            self._service.submit(frames, peer, reply, connection)
+            self._service.submit(frames, peer, reply, connection, idle=idle)
             return
         refusal = error_message("busy", "the worker is still reading its weights")
         # Of the version that every client reads, whatever it sent.

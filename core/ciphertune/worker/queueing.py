@@ -111,7 +111,9 @@ class FairQueue:
 
     def client(self, peer: str, now: float) -> Client:
         """The client of that name, known from now on."""
-        client = self.clients.setdefault(peer, Client(peer))
+        client = self.clients.get(peer)
+        if client is None:
+            client = self.clients[peer] = Client(peer)
         client.last_seen = now
         return client
 

@@ -26,6 +26,7 @@ _EXPIRY_SECONDS = 1.0
 _TELL_SECONDS = 5.0
 # Opening a session prepares weights, which may take minutes.
 _SILENCE_SECONDS = 900.0
+_NO_REQUEST = Message("hello")
 
 
 class Waiting(NamedTuple):
@@ -49,8 +50,9 @@ class Service:
     """Request handler of a transport: takes requests of many clients and has a worker answer them in fair turns.
 
     Products are evaluated on threads of their own, one at a time unless told otherwise, since each uses every core;
-    ``FairQueue`` says which is next, which are evaluated together, and which in the pauses of a larger one. Everything
-    else is answered on another thread and never waits for a product.
+    ``FairQueue`` says which is next, which are evaluated together, and which in the pauses of a larger one. A short one
+    is evaluated on the thread that it came on, if that is idle and no other product waits or is evaluated: to wake
+    another thread takes as long. Everything else is answered on another thread and never waits for a product.
 
     Args:
         worker: what answers.
@@ -88,7 +90,8 @@ class Service:
         self._idle = threading.Condition(self._lock)
         self._draining = False
         self._stopped = False
-        self._since: dict[int, float] = {}  # by thread, from when on its evaluation is not counted yet
+        # By thread that evaluates, from when on its evaluation is not counted yet. No more of them than ``evaluators``.
+        self._since: dict[int, float] = {}
         self._evaluating = 0
         self._disclosure = Disclosure(evaluators, self._started)
         self._threads = [
@@ -99,10 +102,11 @@ class Service:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None) -> None:
+    def submit(
+        self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None, *, idle: bool = False
+    ) -> None:
         """Take a request; see ``ciphertune.transport.RequestHandler``."""
-        nbytes = sum(len(frame) for frame in frames)
-        job = Job(Message("hello"), nbytes, reply, self._clock(), connection=connection)
+        job = Job(_NO_REQUEST, sum(map(len, frames)), reply, self._clock(), connection=connection)
         try:
             job.request = unpack(frames, self.limits)
         except ProtocolError as error:
@@ -118,8 +122,12 @@ class Service:
             self._answer(None, job, told, kind)
         elif kind == "hello" and not self._draining:
             self._answer(None, job, self.worker.handle(job.request, peer), kind)
-        elif refused := self._enqueue(peer, job):
-            self._answer(None, job, refused, kind)
+        else:
+            refused, turn = self._enqueue(peer, job, idle)
+            if refused is not None:
+                self._answer(None, job, refused, kind)
+            elif turn:
+                self._evaluate(turn)
 
     def left(self, peer: str, connection: Hashable) -> None:
         """Take notice of a connection that has ended; see ``ciphertune.transport.RequestHandler``."""
@@ -240,33 +248,57 @@ class Service:
         end = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
             thread.join(None if end is None else max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        with self._lock:
+            # On threads of the listener, too.
+            evaluated = self._work.wait_for(
+                lambda: not self._since, None if end is None else max(0.0, end - time.monotonic())
+            )
+        return evaluated and not any(thread.is_alive() for thread in self._threads)
 
-    def _enqueue(self, peer: str, job: Job) -> Message | None:
-        """Queue a request with its reply's bytes reserved, or return the error with which it is refused."""
-        reply_bytes = self.worker.reply_bytes(job.request, peer)
+    def _enqueue(self, peer: str, job: Job, idle: bool) -> tuple[Message | None, list[tuple[Client, Job]]]:
+        """Queue a request with its reply's bytes reserved.
+
+        Args:
+            peer: the client.
+            job: the request.
+            idle: whether it may be evaluated on this thread.
+
+        Returns:
+            The error with which it is refused, if it is; and what this thread is to evaluate now.
+        """
+        product = job.request.kind == "evaluate"
+        reply_bytes, short = self.worker.foresee(job.request, peer)
         most = min(self._products.quota.nbytes, self.limits.total_bytes)
         # A reading's size is a bound, which small quotas need not hold.
-        if job.request.kind == "evaluate" and reply_bytes > most:
+        if product and reply_bytes > most:
             text = f"the reply would have {reply_bytes} bytes, and this worker sends a client {most} at most"
-            return error_message("quota", f"{text}: ask for fewer tokens at a time")
+            return error_message("quota", f"{text}: ask for fewer tokens at a time"), []
         job.reserved = job.nbytes + reply_bytes
-        if job.request.kind == "evaluate":
+        here = idle and short
+        if product and not (here and self._free):
             job.joint = self.worker.joint(job.request, peer)
         with self._lock:
             client = self._products.client(peer, job.arrived)
             if self._draining:
-                return error_message("busy", "this worker is shutting down")
+                return error_message("busy", "this worker is shutting down"), []
             if refusal := self._products.refusal(client, job.reserved):
-                return error_message("busy", refusal)
+                return error_message("busy", refusal), []
             self._products.admit(client, job.reserved)
-            if job.request.kind == "evaluate":
+            here = here and self._free
+            if product:
                 self._products.push(client, job)
+                if here:
+                    return None, self._begin(self._products.pop())
                 self._work.notify()
             else:
                 self._quick.append((client, job))
                 self._quick_work.notify()
-            return None
+            return None, []
+
+    @property
+    def _free(self) -> bool:
+        """Whether no product waits or is evaluated."""
+        return not self._since and not self._products
 
     def _waiting(self, seconds: float) -> Waiting:
         """What a drain waits for; the caller holds the lock."""
@@ -290,7 +322,9 @@ class Service:
     def _evaluate_loop(self) -> None:
         while True:
             with self._lock:
-                self._work.wait_for(lambda: self._stopped or bool(self._products))
+                self._work.wait_for(
+                    lambda: self._stopped or (bool(self._products) and len(self._since) < self.evaluators)
+                )
                 if self._stopped:
                     return
                 turn = self._begin(self._products.pop())
@@ -307,8 +341,8 @@ class Service:
                 counters.joined += len(turn) > 1
         return turn
 
-    def _evaluate(self, turn: list[tuple[Client, Job]]) -> None:
-        """Evaluate products that were begun, and answer them."""
+    def _evaluate(self, turn: list[tuple[Client, Job]], paused: bool = False) -> None:
+        """Evaluate products that were begun, and answer them; ``paused``: in the course of another one."""
         if len(turn) == 1:
             ((client, job),) = turn
             # Parts cost a little, for nothing where nobody else is there.
@@ -318,8 +352,13 @@ class Service:
             messages = self.worker.handle_together([(job.request, client.peer) for client, job in turn])
         with self._lock:
             self._account(turn)
-            del self._since[threading.get_ident()]
             self._evaluating -= len(turn)
+            if not paused:
+                del self._since[threading.get_ident()]
+                if self._stopped:
+                    self._work.notify_all()
+                elif self._products:
+                    self._work.notify()
         for (client, job), message in zip(turn, messages, strict=True):
             self._answer(client, job, message, "evaluate")
 
@@ -332,7 +371,7 @@ class Service:
                 turn = None if small is None else self._begin(small)
             if turn is None:
                 return
-            self._evaluate(turn)
+            self._evaluate(turn, paused=True)
             with self._lock:
                 self._since[threading.get_ident()] = self._clock()
 
@@ -394,7 +433,7 @@ class Service:
             used = str(job.request.fields.get("session"))
             self.worker.opened.count(used, client.peer, (job.nbytes, nbytes), job.seconds, message.kind == "error")
         # The request's memory goes with it; the reply's once it has left.
-        job.request = Message("hello")
+        job.request = _NO_REQUEST
         job.reply(frames, self._releaser(client, nbytes))
 
     def _releaser(self, client: Client | None, nbytes: int) -> Callable[[], None]:

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from ciphertune.worker.usage import SessionRecord
 
 log = logging.getLogger(__name__)
 
+_SHORT_SECONDS = 0.001
 _ROWS: tuple[tuple[str, type], ...] = (("layer", str), ("start", int), ("stop", int))
 
 
@@ -48,16 +49,35 @@ class _Group:
         prepared: by the backend's half.
         owner: of its memory.
         rows: of what the owner holds, where other sessions use it too; None where it is this session's own.
+        short: bytes of requests that were evaluated in less than a millisecond, the largest, by direction.
     """
 
     prepared: Any
     owner: Prepared
     rows: tuple[int, int] | None = None
+    short: dict[Direction, int] = dataclasses.field(default_factory=dict)
+
+    def timed(self, direction: Direction, nbytes: int, seconds: float) -> None:
+        """Note how long a request of so many bytes took."""
+        known = self.short.get(direction, -1)
+        self.short[direction] = max(known, nbytes) if seconds < _SHORT_SECONDS else min(known, nbytes - 1)
 
     @property
     def piece(self) -> tuple[int, tuple[int, int] | None]:
         """What sessions that evaluate the same rows have in common, as long as one of them is open."""
         return id(self.owner), self.rows
+
+
+class Foreseen(NamedTuple):
+    """What is known of a reply beforehand.
+
+    Attributes:
+        reply_bytes: of its buffers; 0 where they are not known.
+        short: whether requests like this one were evaluated in less than a millisecond so far.
+    """
+
+    reply_bytes: int = 0
+    short: bool = False
 
 
 class Worker:
@@ -190,26 +210,24 @@ class Worker:
         """Memory of prepared weights beside the weights themselves."""
         return sum(prepared.nbytes for held in self.held for prepared in list(held.prepared.values()))
 
-    def reply_bytes(self, request: Message, peer: str) -> int:
-        """Bytes of buffers of the reply to a request, before anything is evaluated; 0 where they are not known."""
+    def foresee(self, request: Message, peer: str) -> Foreseen:
+        """What is known of the reply to a request before anything is evaluated."""
         if request.kind == "weights":
-            return LARGEST_READING
+            return Foreseen(LARGEST_READING)
         if request.kind != "evaluate":
-            return 0
+            return Foreseen()
         try:
-            session = self.opened.find(str(request.fields.get("session")), peer)
-        except UnknownSessionError:
-            return 0
-        index, direction = request.fields.get("group"), request.fields.get("direction")
-        if type(index) is not int or not 0 <= index < len(session.groups) or direction not in DIRECTIONS:
-            return 0  # which is refused
+            session, group, direction = self._asked(request, peer)
+        except CipherTuneError:
+            return Foreseen()  # it is refused
+        short = request.nbytes <= group.short.get(direction, -1)
         try:
-            stated: object = session.half.reply_bytes(session.groups[index].prepared, direction, request.buffers)
+            stated: object = session.half.reply_bytes(group.prepared, direction, request.buffers)
         except Exception as error:
             # On a thread of the listener, who serves others too.
             log.error("backend %r cannot state the size of a reply", session.record.backend, exc_info=error)
-            return 0
-        return stated if isinstance(stated, int) and stated > 0 else 0
+            return Foreseen(0, short)
+        return Foreseen(stated if isinstance(stated, int) and stated > 0 else 0, short)
 
     def sessions_of(self, peer: str) -> int:
         """Number of sessions that one client has open."""
@@ -325,6 +343,7 @@ class Worker:
                 else:
                     buffers = session.half.evaluate_in_parts(group.prepared, direction, request.buffers, pausing)
             seconds = time.perf_counter() - start - paused
+        group.timed(direction, request.nbytes, seconds)
         if why := buffers_fault(buffers):
             raise _BackendFaultError(session.record.backend, f"the result of its evaluation {why}")
         return Message("ok", {"seconds": seconds}, buffers)

@@ -214,7 +214,9 @@ def test_addresses() -> None:
 class Bloated(EchoHandler):
     """A worker that answers with as many bytes as a request's field says."""
 
-    def submit(self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None) -> None:
+    def submit(
+        self, frames: Sequence[Frame], peer: str, reply: Reply, connection: Hashable = None, *, idle: bool = False
+    ) -> None:
         size = int(unpack(frames).fields["size"])
         reply(pack(Message("ok", {}, {"y": torch.zeros(size, dtype=torch.uint8)})), lambda: None)
 
