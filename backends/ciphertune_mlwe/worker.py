@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,17 @@ PANEL = 16
 """Tokens that are evaluated together at most: kernels multiply panels of so many columns, filled or not."""
 _PART_SECONDS = 0.002
 """Of evaluation, about, between pauses."""
+
+
+def _cut(
+    weight: Tensor, b: Tensor, out: Tensor, parts: Sequence[tuple[slice, slice]]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The arguments of the product of each part, of rows and tokens; of the whole where there is one part or none."""
+    if len(parts) <= 1:
+        yield weight, b, out  # as they are: to slice them takes as long as a small product
+        return
+    for rows, tokens in parts:
+        yield weight[rows], b[:, :, tokens], out[rows, :, tokens]
 
 
 class MLWEWorker(WorkerHalf):
@@ -89,15 +100,14 @@ class MLWEWorker(WorkerHalf):
         planes, tokens = b.shape[1:]
         y = torch.empty(len(digits) * rows, planes, tokens, dtype=torch.uint8, device=self._device)
         # Parts pack values again and again, for nothing where nobody else waits.
-        parts = [(slice(None), slice(None))]
-        if pause is not None:
-            parts = self._kernel.parts(rows, features, tokens, self._part)
+        parts = [] if pause is None else self._kernel.parts(rows, features, tokens, self._part)
+        begun = False
         for index, digit in enumerate(digits):
-            out = y[index * rows : (index + 1) * rows]
-            for number, (some, columns) in enumerate(parts):
-                if pause is not None and (index or number):
+            for each in _cut(digit, b, y[index * rows : (index + 1) * rows], parts):
+                if pause is not None and begun:
                     pause()
-                self._kernel.product(digit[some], b[:, :, columns], out[some, :, columns])
+                self._kernel.product(*each)
+                begun = True
         return {"y": y}
 
     def joint(self, prepared: tuple[Tensor, ...], direction: Direction, request: Buffers) -> Joint | None:

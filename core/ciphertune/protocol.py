@@ -12,10 +12,11 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +46,7 @@ ERROR_CODES = (
 """``busy`` asks to try again later or elsewhere; ``holdings`` says that the worker no longer holds what the client
 thinks it does; the others, but for ``unknown-session``, that the same request will fail again."""
 
+_MOST_DIMENSIONS = 8
 _DTYPES: dict[str, torch.dtype] = {
     "u1": torch.uint8,
     "i1": torch.int8,
@@ -66,7 +68,7 @@ if sys.byteorder != "little":
 with warnings.catch_warnings():
     # torch warns once a process that received frames are read-only; nobody writes to them.
     warnings.simplefilter("ignore")
-    torch.frombuffer(b"0", dtype=torch.uint8)
+    torch.from_numpy(np.frombuffer(b"0", np.uint8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +194,9 @@ def pack(message: Message) -> list[Frame]:
         code = _CODES.get(tensor.dtype)
         if code is None:
             raise ProtocolError(f"buffer {name!r} has dtype {tensor.dtype}, which the protocol does not carry")
-        tensor = tensor.detach().cpu().contiguous()
         described.append([name, code, list(tensor.shape)])
-        frames.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        values = np.ascontiguousarray(tensor.numpy(force=True))
+        frames.append(values.data.cast("B") if values.size else b"")
     header = msgpack.packb(
         {"v": message.version, "kind": message.kind, "fields": message.fields, "buffers": described}, use_bin_type=True
     )
@@ -236,7 +238,7 @@ def _read_header(frame: Frame, limits: Limits) -> dict[str, Any]:
         )
     except Exception as error:
         raise ProtocolError(f"the header is not msgpack: {type(error).__name__}") from error
-    if not isinstance(header, Mapping):
+    if not isinstance(header, dict):
         raise ProtocolError("the header is not a map")
     version = header.get("v")
     if not isinstance(version, int) or isinstance(version, bool):
@@ -250,7 +252,7 @@ def _read_header(frame: Frame, limits: Limits) -> dict[str, Any]:
         raise ProtocolError("the message kind is unknown")
     if not isinstance(header.get("fields"), dict):
         raise ProtocolError("the header has no fields")
-    return dict(header)
+    return header
 
 
 def _read_buffer(row: Any, frame: Frame, limits: Limits) -> tuple[str, Tensor]:
@@ -260,15 +262,16 @@ def _read_buffer(row: Any, frame: Frame, limits: Limits) -> tuple[str, Tensor]:
     dtype = _DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise ProtocolError("a buffer has an unknown dtype")
-    if len(shape) > 8 or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
+    if len(shape) > _MOST_DIMENSIONS or any(type(n) is not int or n < 0 for n in shape):
         raise ProtocolError("a buffer has a malformed shape")
+    expected = math.prod(shape) * dtype.itemsize
     # A dimension of 0 must not hide others that are too large for a tensor's strides.
-    largest = math.prod(max(n, 1) for n in shape) * dtype.itemsize
+    largest = expected or math.prod(max(n, 1) for n in shape) * dtype.itemsize
     if largest > limits.buffer_bytes:
         raise ProtocolError(f"a buffer of {largest} bytes is over the limit of {limits.buffer_bytes}")
-    expected = math.prod(shape) * dtype.itemsize
     if expected != len(frame):
         raise ProtocolError(f"a buffer of {len(frame)} bytes was announced with {expected}")
     if expected == 0:
         return name, torch.empty(shape, dtype=dtype)
-    return name, torch.frombuffer(frame, dtype=dtype).reshape(shape)
+    # Its codes are numpy's. Torch's own functions take twice as long for a small one.
+    return name, torch.from_numpy(np.ndarray(shape, code, frame))

@@ -121,6 +121,132 @@ def test_small_products_are_evaluated_in_the_pauses_of_a_large_one(scripted: tup
     assert service.drain(5)
 
 
+class Short:
+    """A service of real products, which remembers on which threads they were evaluated."""
+
+    def __init__(self, worker: Worker, service: Service) -> None:
+        self.worker, self.service = worker, service
+        self.threads: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        handle = worker.handle
+
+        def watched(request: Message, peer: str = "", *rest: Any) -> Message:
+            if request.kind == "evaluate":
+                self.threads.append(threading.current_thread().name)
+                self.gate.wait(60)
+            return handle(request, peer, *rest)
+
+        worker.handle = watched  # type: ignore[method-assign, assignment]
+
+    def open(self, peer: str) -> str:
+        reply = self.worker.handle(Message("open", {"backend": "mlwe", "public": {}, "groups": [["a"]]}), peer)
+        assert reply.kind == "ok", reply.fields
+        return str(reply.fields["session"])
+
+    def ask(self, peer: str, session: str, inbox: Inbox, idle: bool = True) -> None:
+        fields = {"session": session, "group": 0, "direction": "forward"}
+        b = torch.ones(WEIGHT.codes.shape[1], 3, 1, dtype=torch.uint8)
+        self.service.submit(pack(Message("evaluate", fields, {"b": b})), peer, inbox.take, idle=idle)
+
+    def wait(self, count: int) -> None:
+        """Until so many products have begun."""
+        end = time.monotonic() + 60
+        while len(self.threads) < count and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(self.threads) == count
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Short]:
+    # However long this machine takes.
+    monkeypatch.setattr("ciphertune.worker.worker._SHORT_SECONDS", 60.0)
+    worker = Worker(WeightStore.of({"a": WEIGHT}))
+    made = Short(worker, Service(worker, Quota(requests=3, nbytes=100_000)))
+    yield made
+    made.gate.set()
+    assert made.service.close(60)
+
+
+def in_background(call: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=call, name="listener")
+    thread.start()
+    return thread
+
+
+def test_a_short_product_is_evaluated_where_it_came(short: Short) -> None:
+    session, inbox, here = short.open("me"), Inbox(), threading.current_thread().name
+    short.ask("me", session, inbox)  # of which nobody knows how long it takes
+    inbox.wait(1)
+    short.ask("me", session, inbox)
+    short.ask("me", session, inbox, idle=False)
+    replies = inbox.wait(3)
+    assert short.threads == ["ciphertune-evaluate-0", here, "ciphertune-evaluate-0"]
+    assert torch.equal(replies[0].buffers["y"], replies[1].buffers["y"])
+    own = short.service.status("me").own
+    assert (own.products, own.errors, own.under_way) == (3, 0, 0)
+    assert own.evaluate_seconds > 0
+    assert short.service.counters.queue_seconds > 0
+    assert short.service.drain(5)
+    short.ask("me", session, inbox)
+    assert inbox.wait(4)[3].fields["code"] == "busy"
+    assert len(short.threads) == 3
+
+
+def test_a_product_that_took_longer_is_evaluated_elsewhere(short: Short, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, inbox = short.open("me"), Inbox()
+    for count in range(1, 3):
+        short.ask("me", session, inbox)
+        inbox.wait(count)
+    monkeypatch.setattr("ciphertune.worker.worker._SHORT_SECONDS", 0.0)
+    for count in range(3, 6):
+        short.ask("me", session, inbox)
+        inbox.wait(count)
+    here = threading.current_thread().name
+    assert short.threads == ["ciphertune-evaluate-0", here, here, *["ciphertune-evaluate-0"] * 2]
+
+
+def test_a_short_product_waits_for_its_turn_where_others_wait(short: Short) -> None:
+    sessions = {peer: short.open(peer) for peer in ("one", "two")}
+    inboxes = {peer: Inbox() for peer in sessions}
+    for peer, session in sessions.items():
+        short.ask(peer, session, inboxes[peer])
+        inboxes[peer].wait(1)
+    short.threads.clear()
+    short.gate.clear()
+    listener = in_background(lambda: short.ask("one", sessions["one"], inboxes["one"]))
+    short.wait(1)
+    # One evaluator: while the listener's thread is it, no other thread evaluates, nor this one, and quotas hold.
+    for _ in range(3):
+        short.ask("one", sessions["one"], inboxes["one"])
+    short.ask("two", sessions["two"], inboxes["two"])
+    assert inboxes["one"].wait(2)[1].fields["code"] == "busy"
+    assert (short.service.load.queued, short.service.load.under_way) == (3, 4)
+    assert short.threads == ["listener"]
+    short.gate.set()
+    listener.join(60)
+    assert [message.kind for message in inboxes["one"].wait(5)[2:]] == ["ok"] * 3
+    assert inboxes["two"].wait(2)[1].kind == "ok"
+    # What waited for one layer was evaluated at once, on the evaluator's thread.
+    assert short.service.counters.joined == 3
+    assert short.threads == ["listener"]
+    assert short.service.load.under_way == 0
+
+
+def test_closing_waits_for_products_on_threads_of_the_listener(short: Short) -> None:
+    session, inbox = short.open("me"), Inbox()
+    short.ask("me", session, inbox)
+    inbox.wait(1)
+    short.gate.clear()
+    listener = in_background(lambda: short.ask("me", session, inbox))
+    short.wait(2)
+    assert not short.service.close(0.05)
+    short.gate.set()
+    assert short.service.close(60)
+    listener.join(60)
+    assert len(inbox.wait(2)) == 2
+
+
 def test_who_used_more_time_is_not_let_in_between(scripted: tuple[Scripted, Service]) -> None:
     worker, service = scripted
     large, small = Inbox(), Inbox()

@@ -302,8 +302,9 @@ class _ServerLoop(SocketLoop):
 
     def _receive(self) -> None:
         # A few at a time, so that a client that keeps sending does not delay replies.
-        for count in range(_RECEIVE_QUEUE):
-            if count and not self.readable():
+        idle = False
+        for _ in range(_RECEIVE_QUEUE):
+            if idle:
                 return
             frames: list[zmq.Frame] = []
             limits, nbytes = self._handler.limits, 0
@@ -316,6 +317,7 @@ class _ServerLoop(SocketLoop):
                 # Without the frames that are not kept the message is refused below.
                 if len(frames) <= most and nbytes <= limits.header_bytes + limits.total_bytes + _ENVELOPE_BYTES:
                     frames.append(frame)
+            idle = not self.readable()
             descriptor, peer = _descriptor(frame), _peer(frame)
             # The route, which comes first, was made here.
             self._limit.message_complete(descriptor, nbytes - len(frames[0]))
@@ -337,7 +339,7 @@ class _ServerLoop(SocketLoop):
                 parts = []
             connection = self._connection(descriptor, route, peer)
             reply = self._reply_to(route, envelope[:NUMBER_BYTES])
-            self._handler.submit(parts, peer, reply, connection, idle=not self.readable())
+            self._handler.submit(parts, peer, reply, connection, idle=idle)
 
     def _reply_to(self, route: bytes, number: bytes) -> Callable[[list[Frame], Callable[[], None]], None]:
         def reply(frames: list[Frame], release: Callable[[], None]) -> None:

@@ -26,14 +26,18 @@ class own_modes(contextlib.ContextDecorator):  # noqa: N801 - read as a possessi
 
     def __enter__(self) -> None:
         # Entered for every product, so that modes which are as they should be cost nothing.
-        self._stack: contextlib.ExitStack | None = None
-        for kind in ("cpu", "cuda"):
-            if autocast_dtype(kind) is not None:
-                self._leave(without_autocast(kind))
+        modes: list[contextlib.AbstractContextManager[object]] = [
+            without_autocast(kind) for kind in ("cpu", "cuda") if autocast_dtype(kind) is not None
+        ]
         if _python_dispatch._get_current_dispatch_mode_stack():
-            self._leave(_python_dispatch._disable_current_modes())
+            modes.append(_python_dispatch._disable_current_modes())
         if torch.is_inference_mode_enabled():
-            self._leave(torch.inference_mode(False))
+            modes.append(torch.inference_mode(False))
+        self._stack = None
+        if modes:
+            self._stack = contextlib.ExitStack()
+            for mode in modes:
+                self._stack.enter_context(mode)
         self._gradients = torch.is_grad_enabled()
         if self._gradients:
             torch._C._set_grad_enabled(False)
@@ -46,9 +50,3 @@ class own_modes(contextlib.ContextDecorator):  # noqa: N801 - read as a possessi
             torch._C._set_grad_enabled(True)
         if self._stack is not None:
             self._stack.__exit__(kind, error, at)
-
-    def _leave(self, mode: contextlib.AbstractContextManager[object]) -> None:
-        """Be without a mode of the caller's until the end."""
-        if self._stack is None:
-            self._stack = contextlib.ExitStack()
-        self._stack.enter_context(mode)
