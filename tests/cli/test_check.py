@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import warm
 from click.testing import CliRunner, Result
 from shipped import ship
 
-from ciphertune.cli import cli
+from ciphertune.cli import check as check, cli
 from ciphertune.cli.check import run_suite
 from ciphertune.errors import ConfigError, PluginError, SelectionError
 from ciphertune.plugins import registry
@@ -43,6 +49,34 @@ def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", path)
 
 
+# What holds of a process that starts anew has tests of its own here.
+_SUITE = """
+import os, sys
+number = int(sys.argv[1])
+os.dup2(os.open(f"/proc/{os.getppid()}/fd/{number}", os.O_WRONLY), number)
+print("open", flush=True)
+import pytest
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite runs in a process of its own that has imported torch already."""
+    if not sys.platform.startswith("linux"):
+        return
+
+    @contextlib.contextmanager
+    def start(command: list[str], *, env: dict[str, str], pass_fds: tuple[int], **_: Any) -> Iterator[Any]:
+        process = warm.start([str(pass_fds[0]), *command[3:]], warm.TORCH, code=_SUITE, env=env)
+        assert process.stdout is not None
+        with process.stdout:
+            assert process.stdout.readline() == "open\n"
+            yield types.SimpleNamespace(kill=process.kill, wait=lambda: process.wait(600))
+
+    monkeypatch.setattr(check, "subprocess", types.SimpleNamespace(Popen=start, DEVNULL=None, STDOUT=None))
+
+
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["check", *arguments])
 
@@ -56,6 +90,7 @@ def test_a_good_plugin_passes_and_says_what_was_left_out() -> None:
     assert result.output.splitlines()[-1] == "1 passed, 0 failed, 3 skipped"
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(("name", "only"), [("flaky", "needs or belongs"), ("flaky::zmq", "interface or without")])
 def test_a_transport_around_others_has_a_suite_of_its_own(name: str, only: str) -> None:
     result = invoke(name, "--only", only)
@@ -64,6 +99,7 @@ def test_a_transport_around_others_has_a_suite_of_its_own(name: str, only: str) 
     assert ("it needs another" in result.output) == (name == "flaky")
 
 
+@pytest.mark.usefixtures("forked")
 def test_results_for_programs() -> None:
     result = invoke("progress", "--only", "hooks", "--json")
     (report,) = json.loads(result.output)
@@ -74,7 +110,7 @@ def test_results_for_programs() -> None:
     ]
 
 
-@pytest.mark.usefixtures("strangers")
+@pytest.mark.usefixtures("strangers", "forked")
 def test_a_bad_plugin_fails_with_the_reason() -> None:
     results = {row["test"]: row for row in run_suite(registry.BACKENDS, "stranger", only="gives or zeros")}
     assert results["tokens of zeros"]["outcome"] == "passed"
@@ -90,6 +126,7 @@ def test_one_that_ends_the_process_is_told_in_one_line() -> None:
         list(run_suite(registry.BACKENDS, "crashing", only="zeros"))
 
 
+@pytest.mark.usefixtures("forked")
 def test_nothing_that_passes_is_no_pass() -> None:
     assert invoke("simulation", "--only", "prepared").exit_code == 1
 

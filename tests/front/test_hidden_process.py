@@ -1,9 +1,10 @@
 """Other processes of the same user cannot read a client's memory."""
 
-import subprocess
+import os
 import sys
 
 import pytest
+import warm
 
 PROBE = """
 import ctypes, sys
@@ -20,13 +21,9 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Li
 
 
 def dumpable(module: str, name: str, call: str, **environment: str) -> tuple[str, str]:
-    run = subprocess.run(
-        [sys.executable, "-c", PROBE.format(module=module, name=name, call=call)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**__import__("os").environ, **environment},
-    )
+    code = PROBE.format(module=module, name=name, call=call)
+    run = warm.run(code, preload=warm.TORCH, env={**os.environ, **environment})
+    assert run.returncode == 0, run.stderr
     _, before, after, _ = run.stdout.splitlines()[-1].split()
     return before, after
 

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import warm
+
 
 def ship(folder: Path, distribution: str, entry_points: str, requires: str = "", **modules: str) -> None:
     """Install a distribution as pip would: modules, and a dist-info folder that points to them."""
@@ -20,12 +22,18 @@ def ship(folder: Path, distribution: str, entry_points: str, requires: str = "",
         (folder / f"{name}.py").write_text(textwrap.dedent(source))
 
 
-def child(code: str, folder: Path, **environment: str) -> str:
-    """What Python code prints in a process of its own that also sees the distributions in a folder."""
+def child(code: str, folder: Path, *, torch: bool = True, **environment: str) -> str:
+    """What Python code prints in a process of its own that also sees the distributions in a folder.
+
+    It finds torch imported already, and nothing of this project; nothing at all without ``torch``.
+    """
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, check=False
-    )
+    code = textwrap.dedent(code)
+    if torch:
+        done = warm.run(code, preload=warm.TORCH, env=environment)
+    else:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

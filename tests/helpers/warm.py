@@ -2,8 +2,8 @@
 
 A process that imports torch, or transformers, computes for seconds before it does anything. ``start`` has a process
 without threads import them once, and fork for each command, which then gets its own arguments, environment, folder and
-streams. The new process is a child of this one, as any other. Tests of what is imported, and of what happens until a
-command runs, start a real one; so does ``start`` where there is no Linux.
+streams. The new process is a child of this one, as any other. Tests of whether torch is imported, and of what happens
+until a command runs, start a real one; so does ``start`` where there is no Linux.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+TORCH = ("torch",)
+"""What nearly all import: nothing of this project, nor of its plugins, is loaded yet."""
 WORKER = ("ciphertune.cli.worker", "ciphertune.runs.worker", "ciphertune_mlwe", "ciphertune_zmq")
 """What a worker imports."""
 CLIENT = (*WORKER, "matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama")
@@ -44,7 +46,7 @@ class Process:
         stdout: what it prints.
     """
 
-    def __init__(self, pid: int, command: Sequence[str], stdout: IO[str]) -> None:
+    def __init__(self, pid: int, command: Sequence[str], stdout: IO[str] | None) -> None:
         self.pid, self.stdout, self.args = pid, stdout, list(command)
         self.returncode: int | None = None
 
@@ -92,7 +94,8 @@ def start(
     reader, writer = os.pipe()
     errors = 2 if stderr is None else stderr.fileno()
     try:
-        pid = _server().fork(json.dumps({**told, "cwd": str(cwd or Path.cwd())}).encode(), writer, errors)
+        request = json.dumps({**told, "cwd": str(cwd or Path.cwd())}).encode()
+        pid = _server(more=tuple(preload) != TORCH).fork(request, writer, errors)
     except BaseException:
         os.close(reader)
         raise
@@ -121,18 +124,26 @@ def run(
 
 
 class _Server:
-    """The process that forks."""
+    """A process that forks; forked itself from another one, if one is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, other: _Server | None) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_START_SECONDS)
-        # For libraries that read it when they are loaded: one thread, as all tests have, and no hub.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        self._process = subprocess.Popen(
-            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        theirs.close()
+        self._process: Process | subprocess.Popen[bytes]
+        with theirs:
+            if other is not None:
+                told = json.dumps({"preload": TORCH, "serve": True})
+                self._process = Process(other.fork(told.encode(), theirs.fileno(), 2), [__file__], None)
+            else:
+                # For libraries that read it when they are loaded: one thread, as all tests have, and no hub.
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+                self._process = subprocess.Popen(
+                    [sys.executable, __file__, str(theirs.fileno())],
+                    env=environment,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                )
         atexit.register(self.close)
 
     def fork(self, told: bytes, stdout: int, stderr: int) -> int:
@@ -156,8 +167,9 @@ def _adopt(asked: bool) -> None:
 
 
 @functools.cache
-def _server() -> _Server:
-    return _Server()
+def _server(*, more: bool) -> _Server:
+    """The process that has imported torch alone, or the one with all else that was asked for."""
+    return _Server(_server(more=False) if more else None)
 
 
 def _serve(connection: socket.socket) -> dict[str, Any] | None:
@@ -183,18 +195,26 @@ def _serve(connection: socket.socket) -> dict[str, Any] | None:
                 os._exit(0)
             while os.getppid() == between:
                 time.sleep(0.001)
+            connection.close()
+            if request.get("serve"):
+                os.close(reader)
+                os.close(writer)
+                connection = socket.socket(fileno=received[0])
+                os.dup2(received[1], 2)
+                os.close(received[1])
+                continue
             os.dup2(received[0], 1)
             os.dup2(received[1], 2)
             for each in (*received, reader, writer):
                 os.close(each)
-            connection.close()
             # The streams that were there know the files that they were made for.
             sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
             os.environ.clear()
             os.environ.update(request["env"])
             os.chdir(request["cwd"])
-            sys.path[0] = request["cwd"]
+            found = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *sys.path)]
+            sys.path[:1] = [request["cwd"], *found]
             return request
         os.waitpid(between, 0)
         connection.send(os.read(reader, 1024))

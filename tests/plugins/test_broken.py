@@ -622,11 +622,11 @@ def test_commands_run_however_the_hook_is_given(tmp_path: Path) -> None:
     from ciphertune.cli.installed import rows
     print(*(row["note"] for row in rows("ciphertune.plugins") if "note" in row))
     """
-    lines = child(textwrap.dedent(code), tmp_path).splitlines()
+    lines = child(textwrap.dedent(code), tmp_path, torch=False).splitlines()
     assert lines[:3] == ["ran of-module", "ran of-class", "ran of-options"]
     assert "No such command 'bound'" in lines[3]
     assert lines[4].startswith("its commands are added only where CIPHERTUNE_PLUGINS names it")
-    lines = child(code, tmp_path, CIPHERTUNE_PLUGINS="no:optional,bound?level=2").splitlines()
+    lines = child(code, tmp_path, torch=False, CIPHERTUNE_PLUGINS="no:optional,bound?level=2").splitlines()
     assert lines[:2] == ["ran of-module", "ran of-class"]
     assert "No such command 'of-options'" in lines[2]
     assert lines[3] == "ran bound"

@@ -106,6 +106,7 @@ def test_plugins_load_lazily_and_a_broken_one_disables_nothing(tmp_path: Path) -
         assert "misspelt" not in manager.names()
         """,
         tmp_path,
+        torch=False,
     )
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+import warm
 
 OPTIONAL = (
     *("transformers", "peft", "accelerate", "ray", "zmq", "rich", "mlflow", "tensorboardX", "prometheus_client"),
@@ -77,9 +76,7 @@ print("called")
 
 
 def in_a_child(code: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, timeout=300
-    )
+    done = warm.run(code, *arguments, preload=warm.TORCH)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
