@@ -6,8 +6,10 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import tiny as models
 import torch
+import warm
 from farm import Farm
 from hypothesis import settings
 from torch import nn
@@ -107,6 +110,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(_status)
+
+
+@pytest.fixture(autouse=True)
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that the product starts by itself are forked: see ``helpers/warm.py``."""
+    from ciphertune.worker import process
+
+    known = {name: getattr(subprocess, name) for name in ("PIPE", "TimeoutExpired")}
+    monkeypatch.setattr(process, "subprocess", types.SimpleNamespace(Popen=warm.popen, **known))
 
 
 class Recorder:

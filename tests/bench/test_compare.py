@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from click.testing import CliRunner
 
 from ciphertune.backend import Buffers, LinearMap, Work
@@ -104,7 +105,8 @@ def test_a_slow_round_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_processes_of_their_own() -> None:
+def test_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", warm.completed)
     result = bench_compare(["clear", "mlwe"], LARGE, repeat=1)
     clear, mlwe = result["rows"]
     assert (clear["to"], mlwe["to"]) == ("clear", "mlwe")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from click.testing import CliRunner
 
 from ciphertune.bench.compare import Product, bench_compare
@@ -19,7 +21,9 @@ from ciphertune.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    return bench_compare(["clear"], Product(2, 16, 16), repeat=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", warm.completed)
+        return bench_compare(["clear"], Product(2, 16, 16), repeat=1)
 
 
 def written(folder: Path, **results: Any) -> list[Path]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import small
 import torch
+import warm
 from torch import Tensor, nn
 
 import ciphertune
@@ -192,9 +191,7 @@ def test_fork_after_use() -> None:
         assert os.waitpid(pid, 0)[1] == 0, "the child hung or died"
         model(torch.randn(300, 64))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = warm.run(textwrap.dedent(code), preload=warm.TORCH)
     assert done.returncode == 0, done.stderr
     assert "another process" in done.stdout
 

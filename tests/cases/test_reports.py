@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -20,6 +19,7 @@ from typing import Any
 import click
 import pytest
 import torch
+import warm
 from click.testing import CliRunner, Result
 from remote import with_adapter
 from torch import Tensor, nn
@@ -259,7 +259,11 @@ def test_a_length_beyond_the_model(project: Path) -> None:
 
 @pytest.mark.slow
 def test_streams_that_take_ascii_alone() -> None:
+    # As PYTHONIOENCODING=ascii makes them.
     code = """
+        import sys
+        sys.stdout.reconfigure(encoding="ascii", errors="strict")
+        sys.stderr.reconfigure(encoding="ascii", errors="backslashreplace")
         import ciphertune.cli
 
         for command in (["backends"], ["plan", "llama-3-8b", "--no-measure"], ["train", "--help"]):
@@ -269,11 +273,10 @@ def test_streams_that_take_ascii_alone() -> None:
                 assert not end.code, command
             print("ended", flush=True)
     """
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, env=environment)
+    done = warm.run(textwrap.dedent(code), preload=warm.CLIENT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(b"ended\n") == 3
-    assert b"Traceback" not in done.stderr
+    assert done.stdout.count("ended\n") == 3
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["a+b", "a b", "100%25", "a&b", "a#b", "k,l", "~", "caf\u00e9"])

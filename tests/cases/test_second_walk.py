@@ -8,8 +8,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
@@ -18,6 +16,7 @@ from typing import Any
 
 import click
 import pytest
+import warm
 from click.testing import CliRunner
 
 import ciphertune
@@ -362,7 +361,7 @@ def test_sigterm_leaves_nothing_half_written(project: Path) -> None:
         writer.sync_tree = lambda folder: os.kill(os.getpid(), signal.SIGTERM)
         main(["split", "model", "bundle"])
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=project, capture_output=True)
+    done = warm.run(textwrap.dedent(code), preload=warm.CLIENT, cwd=project)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert b"Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr
     assert {path.name for path in project.iterdir()} == {"model", "run.toml", "text.txt"}

@@ -35,6 +35,7 @@ CLIENT = (*WORKER, "matplotlib.pyplot", "peft", "transformers.models.llama.model
 
 _PR_SET_CHILD_SUBREAPER = 36
 _START_SECONDS = 180.0
+_run = subprocess.run
 
 
 class Process:
@@ -102,6 +103,37 @@ def start(
     finally:
         os.close(writer)
     return Process(pid, arguments, open(reader, encoding="utf-8"))  # noqa: PTH123
+
+
+_MODULE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def popen(
+    command: Sequence[str],
+    preload: Sequence[str] = WORKER,
+    *,
+    stderr: IO[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    **same: Any,
+) -> Process | subprocess.Popen[str]:
+    """``subprocess.Popen`` of ``python -m MODULE``, with standard output as a pipe of text as it must be asked for."""
+    assert list(command[:2]) == [sys.executable, "-m"], command
+    assert same == {"stdout": subprocess.PIPE, "text": True}, same
+    return start(command[2:], preload, code=_MODULE, stderr=stderr, env=env)
+
+
+def completed(command: Any, **asked: Any) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run``, which forks what is ``python -m MODULE``: that must ask for text and check nothing."""
+    if list(command[:2]) != [sys.executable, "-m"]:
+        done: subprocess.CompletedProcess[str] = _run(command, **asked)
+        return done
+    env, seconds = asked.pop("env"), asked.pop("timeout", 300.0)
+    assert asked == {"capture_output": True, "text": True, "check": False}, asked
+    return run(_MODULE, *command[2:], seconds=seconds, env=env)
 
 
 def run(

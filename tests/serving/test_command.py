@@ -9,7 +9,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import peft
 import pytest
 import remote
 import torch
+import warm
 from served_model import KEYS, SECRET, ask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,10 +39,9 @@ def block(language: str, beginning: str) -> str:
 @contextlib.contextmanager
 def served(*arguments: str, cwd: Path, log: Path, **environment: str) -> Iterator[str]:
     """The address of ``ciphertune serve``; it has to end well."""
-    command = [sys.executable, "-m", "ciphertune", "serve", *arguments, "--port", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, cwd=cwd)
+        process = warm.start(["serve", *arguments, "--port", "0"], warm.CLIENT, stderr=errors, env=env, cwd=cwd)
     try:
         assert process.stdout is not None
         readable, _, _ = select.select([process.stdout], [], [], remote.START_SECONDS)
