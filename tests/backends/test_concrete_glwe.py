@@ -574,10 +574,8 @@ def test_circles(to: str) -> None:
 
 def test_circles_as_a_command() -> None:
     options = ["--to", "concrete-glwe+zmq://", "--steps", "2", "--batch", "2", "--json"]
-    code = "import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "examples" / "circles.py")
-    run = warm.run(code, script, *options, preload=warm.CLIENT, seconds=600, env=environment)
+    run = warm.script(ROOT / "examples" / "circles.py", *options, preload=warm.CLIENT, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     check_circles(json.loads(run.stdout), 2)
     assert "commercial use needs a patent licence" in run.stderr

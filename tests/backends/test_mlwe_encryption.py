@@ -4,14 +4,13 @@ import dataclasses
 import hashlib
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from mlwe_halves import CPU, Halves, error_of, negacyclic, random_codes
 
 from ciphertune.backend import DIRECTIONS, Direction, LinearMap
@@ -374,7 +373,7 @@ def test_security_is_stated_under_three_cost_models() -> None:
 @pytest.mark.slow
 def test_the_script_that_estimates_security_says_what_it_needs() -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "estimate.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    done = warm.script(script)
     if done.returncode == 0:
         for parameters in SETS:
             assert done.stdout.count(parameters.name) == len(parameters.estimates)

@@ -131,7 +131,7 @@ def completed(command: Any, **asked: Any) -> subprocess.CompletedProcess[str]:
     if list(command[:2]) != [sys.executable, "-m"]:
         done: subprocess.CompletedProcess[str] = _run(command, **asked)
         return done
-    env, seconds = asked.pop("env"), asked.pop("timeout", 300.0)
+    env, seconds = asked.pop("env", None), asked.pop("timeout", 300.0)
     assert asked == {"capture_output": True, "text": True, "check": False}, asked
     return run(_MODULE, *command[2:], seconds=seconds, env=env)
 
@@ -153,6 +153,20 @@ def run(
         status = process.wait(seconds)
         errors.seek(0)
         return subprocess.CompletedProcess(["python", "-c", code, *arguments], status, printed, errors.read())
+
+
+_SCRIPT = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def script(
+    path: Path, *arguments: str, preload: Sequence[str] = WORKER, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``python PATH ARGUMENTS`` until it ends."""
+    return run(_SCRIPT, str(path), *arguments, preload=preload, seconds=600, env=env)
 
 
 class _Server:

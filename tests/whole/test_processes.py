@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,6 +31,29 @@ def net() -> nn.Module:
 
 def rows() -> Tensor:
     return torch.randn(8, 8, generator=torch.Generator().manual_seed(5))
+
+
+_RANK = """
+import json, runpy, sys
+file, name, arguments = json.loads(sys.argv[1])
+runpy.run_path(file)[name](*arguments)
+"""
+
+
+def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function of this module with its rank and what is given, in two processes at once, until both end."""
+    started = []
+    for rank in range(2):
+        told = json.dumps([__file__, function.__name__, [rank, *arguments]])
+        started.append(warm.start([told], (*warm.CLIENT, "torch.distributed.fsdp"), code=_RANK))
+    try:
+        assert [process.wait(300) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait(60)
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 def one_of_two(rank: int, port: int, out: str) -> None:
@@ -52,7 +77,7 @@ def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call,attr-defined]
+    in_two_processes(one_of_two, port, str(tmp_path))
     plain = net()
     plain(rows()).square().mean().backward()
     wanted = plain[0].weight.grad
@@ -104,8 +129,7 @@ def test_sharded_parameters_are_trained_as_whole_ones(kind: str, tmp_path: Path)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    arguments = (port, str(tmp_path), kind)
-    torch.multiprocessing.spawn(one_of_two_shards, arguments, nprocs=2)  # type: ignore[no-untyped-call,attr-defined]
+    in_two_processes(one_of_two_shards, port, str(tmp_path), kind)
     plain = net()
     before = {name: p.detach().clone() for name, p in plain.named_parameters()}
     plain(rows()).square().mean().backward()
@@ -145,7 +169,7 @@ def test_accelerate_in_two_launched_processes(tmp_path: Path) -> None:
     script.write_text(LAUNCHED)
     # What ``accelerate launch`` runs for several processes, but on CPUs, where it wants MPI.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
+    ended = warm.completed([*command, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
     plain = net()
     plain(rows()).square().mean().backward()
