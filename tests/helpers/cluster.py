@@ -17,6 +17,8 @@ SERVER = {
     # The server of Ray Client forks for each client; gRPC's handlers of forks can kill the child before it is a server.
     "GRPC_ENABLE_FORK_SUPPORT": "0",
     "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",
+    # A worker for each processor of each node, which actors with an environment of their own do not use.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 
