@@ -30,6 +30,7 @@ from ciphertune.models.load import load_named_model
 STEPS = 8  # with Trainer
 SFT_STEPS = 12  # with SFTTrainer
 BATCH = 4  # notes of a step
+HELD_OUT = 16  # pairs that are not trained on
 RATE = 2e-3  # learning rate at the start; both trainers lower it to nothing
 
 # %% [markdown]
@@ -53,7 +54,7 @@ def adapted():
 
 # %% [markdown]
 # ## The private data
-# Notes and answers, made up. Beds and days vary and mean nothing; the answer follows from the complaint. 16 pairs are
+# Notes and answers, made up. Beds and days vary and mean nothing; the answer follows from the complaint. Some pairs are
 # held out.
 
 # %%
@@ -69,7 +70,7 @@ pairs = [
     for bed, day, (complaint, answer) in itertools.product(range(1, 10), days, rules.items())
 ]
 random.Random(0).shuffle(pairs)
-held_out, train_pairs = pairs[:16], pairs[16:]
+held_out, train_pairs = pairs[:HELD_OUT], pairs[HELD_OUT:]
 print(f"{len(train_pairs)} pairs to train on, for example {train_pairs[0]}")
 
 
