@@ -386,7 +386,7 @@ def test_a_transport_is_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) 
     monkeypatch.setattr(measure, "_LINK_ROUNDS", 3)  # the figures' spread is of no interest here
     monkeypatch.setattr(process, "subprocess", subprocess)  # a worker's process that starts anew, as all do in earnest
     found = measure.measure_link("zmq", {"insecure": "1"})
-    assert 1e5 < found.rate < 1e12
+    assert found.rate > 1e5  # however little longer the long message took beside other work
     assert 0 <= found.overhead < 5
     asked = []
 
