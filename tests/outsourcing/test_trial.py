@@ -59,6 +59,26 @@ def test_a_split_leaves_them_out_too(tmp_path: Any) -> None:
         assert ciphertune.split(str(tmp_path / "model"), tmp_path / "bundle").layers == 6
 
 
+def jamba() -> Any:
+    config = transformers.JambaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, mamba_d_state=4, mamba_dt_rank=4, attn_layer_period=6, attn_layer_offset=5,
+        num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.JambaForCausalLM(config).eval()
+
+
+def test_weights_that_are_read_behind_experts_are_found() -> None:
+    model = jamba()
+    read = weights_read(model)
+    found = [name for name, module in model.named_modules() if id(module) in read]
+    assert found == [f"model.layers.{index}.mamba.dt_proj" for index in range(5)]
+    wanted = model(small.ids()).logits
+    with pytest.warns(UserWarning, match="dt_proj"):
+        ciphertune.outsource(model, "clear")
+    torch.testing.assert_close(model(small.ids()).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification", "LlamaModel"])
 def test_most_models_read_none(name: str) -> None:
     model = small.model(name)

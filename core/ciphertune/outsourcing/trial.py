@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -70,6 +71,7 @@ def _try(kind: Any, config: str) -> Trial:
         model = kind(kind.config_class.from_dict(json.loads(config))).eval()
     frozen = frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad)
     watch = _Watch(model)
+    experts_without_values(model)
     if not watch.run("meta"):
         # Control flow that depends on values.
         fill_with_zeros(model)
@@ -77,8 +79,22 @@ def _try(kind: Any, config: str) -> Trial:
     return Trial(frozen, frozenset(watch.read))
 
 
-def fill_with_zeros(model: nn.Module) -> None:
-    """Give a model on the meta device zeros for values, which take no memory."""
+def experts_without_values(model: Any) -> None:
+    """Have a model on the meta device take each token's stacked experts by index.
+
+    As transformers does it by default, products of stacked experts ask for bfloat16 on this device.
+    """
+    with contextlib.suppress(Exception):  # Older versions have one way, and some models refuse others.
+        model.set_experts_implementation("batched_mm")
+
+
+def fill_with_zeros(model: Any) -> None:
+    """Give a model on the meta device zeros for values, which take no memory.
+
+    Its stacked experts are computed one after the other from then on: products of all at once refuse such zeros.
+    """
+    with contextlib.suppress(Exception):  # As above.
+        model.set_experts_implementation("eager")
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in list(tensors.items()):

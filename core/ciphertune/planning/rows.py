@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ciphertune.errors import ConfigError
-from ciphertune.outsourcing.trial import fill_with_zeros, inputs_for
+from ciphertune.outsourcing.trial import experts_without_values, fill_with_zeros, inputs_for
 
 
 def rows_of_picture(model: nn.Module, names: Sequence[str], size: int | None) -> dict[str, float]:
@@ -55,6 +55,7 @@ def _rows(model: nn.Module, names: Sequence[str], inputs: dict[str, Tensor], eac
     kind: Any = type(model)
     with torch.device("meta"):  # Buffers, too, which the skeleton holds.
         trial = kind(copy.deepcopy(model.config)).eval()
+    experts_without_values(trial)
     found: dict[str, float] = {}
     for name in names:
         module = trial.get_submodule(name)
