@@ -6,14 +6,15 @@ import dataclasses
 import tempfile
 import warnings
 from typing import Any, Literal
+from unittest import mock
 
 import small
 import torch
 from torch import Tensor, nn
 
 import ciphertune
-from ciphertune.errors import OutsourcedWeightError
-from ciphertune.training.tuners import refusal
+from ciphertune.errors import ConfigError, OutsourcedWeightError
+from ciphertune.training.tuners import check_tuner, refusal
 
 Order = Literal["before", "after"]
 
@@ -44,6 +45,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "WAVEFT": {"n_frequency": 8},
     "XLORA": {},
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "LoftQ": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
+}
+"""Kinds of LoRA that a peft configuration asks for."""
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOLERANCE = 1e-4
 
@@ -66,15 +74,16 @@ class Row:
 
 
 def tuners() -> list[str]:
-    """The tuners of the installed peft."""
+    """The tuners of the installed peft, and kinds of LoRA after a comma."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+    names = [*(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING), *(f"LORA, {variant}" for variant in VARIANTS)]
+    return sorted(names)
 
 
 def look(tuner: str) -> Row:
     """Add a tuner in both orders, compare both passes with the plain model's, save, and load on the plain model."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mock.patch("peft.tuners.lora.layer.loftq_init", loftq_init):
         warnings.simplefilter("ignore")
         try:
             plain = _adapted(plain_model(), tuner)
@@ -89,9 +98,35 @@ def in_a_file(tuner: str) -> str:
     """Whether a run's file may name a tuner."""
     if tuner == "LORA":
         return "`[lora]`"
+    if (variant := _variant(tuner)) is not None:
+        refused = {bundle: _refused(VARIANTS[variant], bundle) for bundle in (False, True)}
+        return "no" if refused[False] else "`[lora]`, with the whole model" if refused[True] else "`[lora]`"
     if refusal(tuner, bundle=False) is not None:
         return "no"
     return "yes" if refusal(tuner, bundle=True) is None else "yes, with the whole model"
+
+
+def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """In place of peft's, which asks for bitsandbytes and a GPU: a weight on a grid, and factors of what that lost."""
+    assert num_iter == 1
+    full = weight.to(dtype=torch.float32)
+    step = full.abs().max() / 2 ** (num_bits - 1)
+    rounded = (full / step).round() * step
+    u, s, v = torch.linalg.svd(full - rounded, full_matrices=False)
+    root = s[:reduced_rank].sqrt()
+    return rounded.to(weight.dtype), root[:, None] * v[:reduced_rank], u[:, :reduced_rank] * root
+
+
+def _variant(tuner: str) -> str | None:
+    return tuner.partition(", ")[2] or None
+
+
+def _refused(options: dict[str, Any], bundle: bool) -> bool:
+    try:
+        check_tuner("LORA", options, "lora", bundle=bundle, classification=False)
+    except ConfigError:
+        return True
+    return False
 
 
 def plain_model() -> Any:
@@ -138,10 +173,12 @@ def _adapted(model: Any, tuner: str) -> Any:
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    variant = _variant(tuner)
+    tuner = tuner.partition(", ")[0]
     kind = next(each for each in PEFT_TYPE_TO_CONFIG_MAPPING if each.value == tuner)
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     fields = {field.name for field in dataclasses.fields(cls)}
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM"} | OPTIONS.get(tuner, {})
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM"} | OPTIONS.get(tuner, {}) | VARIANTS.get(variant or "", {})
     if "num_virtual_tokens" in fields and tuner != "CPT":
         options.setdefault("num_virtual_tokens", 3)
     elif "target_modules" in fields and tuner not in ("ADAPTION_PROMPT", "XLORA"):
