@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import ciphertune
@@ -291,3 +292,31 @@ def test_scales_that_cannot_be() -> None:
         Scale(4, 3)
     with pytest.raises(ConfigError, match="2 workers cannot hold the 3 parts"):
         Scale(2, 3, step=3)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--addresses", "folder"], "--addresses are of workers that --listen TRANSPORT"),
+        (["--listen", "zmq", "--port", "0"], "name a folder with --addresses"),
+    ],
+)
+def test_addresses_of_workers_are_written_where_clients_can_use_them(words: list[str], why: str) -> None:
+    from ciphertune_ray.commands import ray as group
+
+    result = CliRunner().invoke(group, ["up", "bundle", *words])
+    assert isinstance(result.exception, SelectionError)
+    assert why in str(result.exception)
+
+
+def test_an_address_appears_whole_or_the_worker_says_why_not(tmp_path: Path) -> None:
+    from ciphertune_ray.actors import write_address
+
+    write_address(tmp_path / "new/0.address", "10.0.0.5:5555")
+    write_address(tmp_path / "new/0.address", "10.0.0.6:5555")
+    assert [(each.name, each.read_text()) for each in (tmp_path / "new").iterdir()] == [
+        ("0.address", "10.0.0.6:5555\n")
+    ]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="address cannot be written to"):
+        write_address(tmp_path / "file/0.address", "10.0.0.5:5555")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -124,7 +125,8 @@ def write_address(file: Path, address: str) -> None:
         draft.write_text(f"{address}\n", encoding="ascii")
         draft.replace(file)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise ConfigError(f"the worker's address cannot be written to {file}: {error.strerror}") from error
 
 
