@@ -7,12 +7,14 @@ import copy
 import dataclasses
 import inspect
 import json
+import math
 import re
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import recipes
 import torch
 from torch import Tensor, nn
 
@@ -23,9 +25,9 @@ from ciphertune.outsourcing.trial import inputs_for
 
 Verdict = Literal["matches", "refused", "deviates", "fails", "not built"]
 
-FACTORS = (16, 8, 32, 4)
+FACTORS = (16, 8, 32, 4, 1)
 """What features are divided by; heads keep their number, so that sizes go on fitting each other."""
-MOST_WEIGHTS = 70_000_000
+MOST_WEIGHTS = 120_000_000
 SECONDS = 60
 TOLERANCE = 1e-3
 """Of relative errors, of models in float32 whose products are computed in float32 in another order."""
@@ -38,7 +40,7 @@ _NO_FEATURES = re.compile(r"layers|act|heads|factor|ratio|position|num_|drop|typ
 _LAYERS = re.compile(r"^(?!.*(feat|conv|pos_emb))((n|num)_?(\w+_)?(layers?|blocks)|depth|\w+_layers|n_layer)$")
 _STAGES = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
 _EXPERTS = re.compile(r"^(n_routed|num|num_local|moe_num|moe_n_routed|num_routed|n)_experts$")
-
+_HEADS = (("num_attention_heads", "hidden_size"), ("num_heads", "hidden_size"), ("num_heads", "embed_dim"))
 
 _MISSING: dict[str, dict[str, Any]] = {"kv_n_heads": {"rope_theta": 1e4, "clip_qkv": 8}}
 """What configurations with some key lack that their models ask for."""
@@ -88,7 +90,7 @@ def look(architecture: str, name: str) -> Found:
     try:
         with _limited(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = _smallest(name)
+            made = _smallest(architecture, name)
     except Exception as error:
         return Found(architecture, name, "not built", detail=_short(error))
     model, inputs, wanted, gradients = made
@@ -160,7 +162,11 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], d
     torch.manual_seed(0)
     taken = inspect.signature(model.forward).parameters
     asked: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
-    outputs = [each for each in _tensors(model(**inputs, **asked)) if each.is_floating_point()]
+    # What a model masks is infinite, and tokenizers of sound give codes alone.
+    # Some models write into their inputs.
+    every = list(_tensors(model(**copy.deepcopy(inputs), **asked)))
+    outputs = [each for each in every if each.is_floating_point()] or [each.float() for each in every]
+    outputs = [each.masked_fill(each.isinf(), 0) for each in outputs]
     # A sum with weights: that of squares after a norm hardly has a gradient.
     generator = torch.Generator().manual_seed(1)
     parts = [(each.float() * torch.randn(each.shape, generator=generator)).mean() for each in outputs]
@@ -173,14 +179,16 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], d
     }
 
 
-def _smallest(name: str) -> tuple[nn.Module, Any, list[Tensor], dict[str, Tensor]]:
+def _smallest(architecture: str, name: str) -> tuple[nn.Module, Any, list[Tensor], dict[str, Tensor]]:
     import transformers
 
-    cls = getattr(transformers, name)
+    recipe = recipes.RECIPES.get(architecture, recipes.PLAIN)
+    cls = getattr(transformers, recipe.model or name)
+    factors = (recipe.factor,) if recipe.factor is not None else FACTORS
     error: Exception | None = None
-    for factor, guessed in [(factor, guessed) for guessed in (False, True) for factor in FACTORS]:
+    for factor, guessed in [(factor, guessed) for guessed in (False, True) for factor in factors]:
         try:
-            config = small_config(cls.config_class, factor)
+            config = small_config(cls.config_class, factor, recipe)
             if guessed:
                 _guess(config)
             with torch.device("meta"):
@@ -188,11 +196,11 @@ def _smallest(name: str) -> tuple[nn.Module, Any, list[Tensor], dict[str, Tensor
             if weights > MOST_WEIGHTS:
                 raise ValueError(f"{weights:,} weights at least")
             torch.manual_seed(0)
-            model = cls(config).eval()
-            _even(model)
+            model = cls(config).train(recipe.train)
+            _even(model, recipe.drawn)
             # Of a copy: some models keep tensors of one call for the next.
-            inputs, wanted, gradients = _tried(copy.deepcopy(model))
-            if not wanted or not all(bool(each.isfinite().all()) for each in wanted):
+            inputs, wanted, gradients = _tried(copy.deepcopy(model), recipe)
+            if not any(bool(each.any()) for each in wanted) or any(bool(each.isnan().any()) for each in wanted):
                 raise ValueError("no finite output")
             return model, inputs, wanted, gradients
         except (TimeoutError, ImportError):
@@ -205,8 +213,11 @@ def _smallest(name: str) -> tuple[nn.Module, Any, list[Tensor], dict[str, Tensor
     raise error
 
 
-def _tried(model: nn.Module) -> tuple[Any, list[Tensor], dict[str, Tensor]]:
+def _tried(model: nn.Module, recipe: recipes.Recipe) -> tuple[Any, list[Tensor], dict[str, Tensor]]:
     """Inputs that a model takes, its outputs and gradients."""
+    if recipe.inputs is not None:
+        made = recipe.inputs(model.config)
+        return made, *run(model, made)
     try:
         inputs = inputs_for(model, torch.device("cpu"))
         return inputs, *run(model, inputs)
@@ -232,10 +243,10 @@ def _guess(config: Any) -> None:
             ropes["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
-def small_config(cls: Any, factor: int) -> Any:
-    """A configuration of a few layers, its features divided by a factor."""
-    stated = cls().to_dict()
-    return cls.from_dict(_small(json.loads(json.dumps(stated, default=str)), factor))
+def small_config(cls: Any, factor: int, recipe: recipes.Recipe = recipes.PLAIN) -> Any:
+    """A configuration of a few layers, its features divided by a factor, and what a recipe says."""
+    stated = recipes.merged(cls(**recipe.made).to_dict(), recipe.first)
+    return cls.from_dict(recipes.merged(_small(json.loads(json.dumps(stated, default=str)), factor), recipe.config))
 
 
 def _small(stated: dict[str, Any], factor: int) -> dict[str, Any]:
@@ -268,8 +279,8 @@ def _small(stated: dict[str, Any], factor: int) -> dict[str, Any]:
                 made[key] = (every * few)[:few]
             else:
                 made[key] = [1] * len(value) if key == "depths" else value
-        elif key == "num_experts_per_tok" and value is None:
-            made[key] = 2
+        elif key == "num_experts_per_tok":
+            made[key] = 2 if value is None else min(value, 8)
         elif isinstance(value, bool) or not isinstance(value, int):
             made[key] = value
         elif "vocab_size" in key:
@@ -292,16 +303,30 @@ def _small(stated: dict[str, Any], factor: int) -> dict[str, Any]:
             made[key] = value // factor
         else:
             made[key] = value
+    for heads, size in _HEADS if made.get("head_dim") is None else ():
+        if isinstance(count := made.get(heads), int) and isinstance(width := made.get(size), int) and width % count:
+            made[heads] = next(each for each in (8, 4, 2, 1) if width % (4 * each) == 0 or each == 1)
+            if isinstance(shared := made.get("num_key_value_heads"), int):
+                made["num_key_value_heads"] = made[heads] if shared == count else min(shared, made[heads])
     return made
 
 
-def _even(model: nn.Module) -> None:
-    """Give every parameter values: those that a class leaves empty hold whatever memory held."""
+def _even(model: nn.Module, drawn: bool = False) -> None:
+    """Give every parameter values: those that a class leaves empty hold whatever memory held.
+
+    Args:
+        model: changed.
+        drawn: whether matrices and codebooks are drawn anew.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if not bool(parameter.isfinite().all()) or float(parameter.abs().max() if parameter.numel() else 0) > 1e3:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        for tensor in (*model.parameters(), *model.buffers()) if drawn else ():
+            if tensor.ndim > 1 and tensor.is_floating_point():
+                fan = math.prod(tensor.shape[1:])
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 2 * fan**-0.5)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -327,13 +352,15 @@ def _short(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"longer than {SECONDS} s")
+    """Bound the processor time of what is done within: a machine that is busy otherwise makes nothing a failure."""
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"longer than {SECONDS} s of processor time")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

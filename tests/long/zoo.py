@@ -8,9 +8,12 @@ import json
 import logging
 import os
 import re
-import subprocess
+import resource
+import select
+import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,10 @@ import architectures
 import torch
 import transformers
 
-HERE = Path(__file__)
-ROOT = HERE.parents[2]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "models.md"
-AT_ONCE = 32
-"""Architectures that one process looks at: what a model leaves in memory goes with it."""
-_SECONDS = 3 * architectures.SECONDS * AT_ONCE
+MEMORY = 12 << 30
+"""Bytes of address space that the process of one architecture may have."""
 
 _HEAD = """# Models
 
@@ -49,32 +50,52 @@ clear, forward and backward. So the table says whether an architecture computes 
 | --- | --- | --- | --- | --- | --- | --- |
 """
 
+_REST = """
+## Not looked at
+{count} more have no small model that computes in the clear, here or with these inputs, so nothing is known of them.
 
-def look(names: list[str]) -> None:
-    """Print what comes of some architectures, a line of JSON each."""
+| architecture | class | why |
+| --- | --- | --- |
+"""
+
+
+def look(names: list[str]) -> Iterator[architectures.Found]:
+    """What comes of some architectures, each in a process of its own: one that ends it, or hangs, is a failure."""
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     every = architectures.architectures()
+    # What all of them import, they import once.
+    architectures.look("llama", every["llama"])
     for name in names:
-        _say(json.dumps(dataclasses.asdict(architectures.look(name, every[name]))))
+        yield _look_apart(name, every[name])
 
 
-def look_apart(names: list[str]) -> list[architectures.Found]:
-    """What comes of some architectures, in a process of their own. One that ends it is a failure."""
-    command = [sys.executable, str(HERE), "--look", *names]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-        lines, why = ended.stdout, f"the process ended with {ended.returncode}"
-    except subprocess.TimeoutExpired as expired:
-        lines, why = (expired.stdout or b"").decode() if isinstance(expired.stdout, bytes) else "", "it hung"
-    found = [architectures.Found(**json.loads(line)) for line in lines.splitlines() if line.startswith("{")]
-    if len(found) == len(names):
-        return found
-    lost = names[len(found)]
-    found.append(architectures.Found(lost, architectures.architectures()[lost], "fails", detail=why))
-    rest = names[len(found) :]
-    return found + (look_apart(rest) if rest else [])
+def _look_apart(name: str, model: str) -> architectures.Found:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(reading)
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            with os.fdopen(writing, "w") as file:
+                file.write(json.dumps(dataclasses.asdict(architectures.look(name, model))))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        hung = not select.select([file], [], [], 10 * architectures.SECONDS)[0]
+        if hung:
+            os.kill(child, signal.SIGKILL)
+        line = file.read()
+    _, status = os.waitpid(child, 0)
+    if line:
+        return architectures.Found(**json.loads(line))
+    why = "it hung" if hung else f"the process ended with {os.waitstatus_to_exitcode(status)}"
+    return architectures.Found(name, model, "fails", detail=why)
 
 
 def page(found: list[architectures.Found]) -> str:
@@ -97,20 +118,28 @@ def page(found: list[architectures.Found]) -> str:
             f"{_number(each.backward)} | {_percent(each.share)} | {_cell(stays)} |\n"
         )
     rest = [each for each in found if each.verdict == "not built"]
-    text += (
-        f"\n## Not looked at\nOf {len(rest)} more no small model computes in the clear with inputs that are made by "
-        "rule: they need another package, inputs of their own, or sizes that fit each other in ways of their own. "
-        "Nothing is known of them here: "
-    )
-    return text + ", ".join(f"`{each.architecture}`" for each in rest) + ".\n"
+    text += _REST.format(count=len(rest))
+    return text + "".join(f"| {each.architecture} | `{each.model}` | {_cell(_why(each.detail))} |\n" for each in rest)
+
+
+def _why(detail: str) -> str:
+    """Why no model is built, in short."""
+    if package := re.search(r"requires the (\w+) library", detail):
+        return f"needs the package {package[1]}"
+    if "inference_session" in detail:
+        return "is called with a session of inference, which holds what it saw of a video"
+    if "_forward_unimplemented" in detail:
+        return "has no forward pass of its own"
+    if "module transformers has no attribute" in detail:
+        return "transformers does not export the class that it names"
+    return detail
 
 
 def read_page() -> list[architectures.Found]:
     """What the page says was found; errors and shares as it rounds them."""
-    table, _, rest = PAGE.read_text().partition("\n## Not looked at\n")
     every = architectures.architectures()
     found = []
-    for line in table.splitlines():
+    for line in PAGE.read_text().splitlines():
         cells = [
             cell.replace("\\|", "|") for cell in re.split(r"(?<!\\) \| ", line.removeprefix("| ").removesuffix(" |"))
         ]
@@ -122,7 +151,9 @@ def read_page() -> list[architectures.Found]:
             kept, detail = (told, "") if verdict == "matches" else ("", told)
             kind: Any = verdict
             found.append(architectures.Found(name, model.strip("`"), kind, ahead, back, of_all, kept, detail))
-    return found + [architectures.Found(name, every[name], "not built") for name in re.findall(r"`([^`]+)`", rest)]
+        elif len(cells) == 3 and cells[0] in every:
+            found.append(architectures.Found(cells[0], cells[1].strip("`"), "not built", detail=cells[2]))
+    return found
 
 
 def _number(value: float | None) -> str:
@@ -152,7 +183,8 @@ def main() -> None:
     parser.add_argument("--add", nargs="+", type=Path, metavar="FILE", help="add what --look printed to the page")
     options = parser.parse_args()
     if options.look:
-        look(options.look)
+        for each in look(options.look):
+            _say(json.dumps(dataclasses.asdict(each)))
         return
     if options.write:
         lines = [line for file in options.write for line in file.read_text().splitlines()]
@@ -172,12 +204,12 @@ def main() -> None:
     found: list[architectures.Found] = []
     options.found.parent.mkdir(exist_ok=True)
     options.found.write_text("")
-    for start in range(0, len(names), AT_ONCE):
-        new = look_apart(names[start : start + AT_ONCE])
-        found += new
+    for each in look(names):
+        found.append(each)
         with options.found.open("a") as file:
-            file.writelines(json.dumps(dataclasses.asdict(each)) + "\n" for each in new)
-        _say(f"{len(found)} of {len(names)}: {dict(Counter(each.verdict for each in found))}")
+            file.write(json.dumps(dataclasses.asdict(each)) + "\n")
+        if len(found) % 32 == 0 or len(found) == len(names):
+            _say(f"{len(found)} of {len(names)}: {dict(Counter(each.verdict for each in found))}")
     if parts == 1:
         PAGE.write_text(page(found))
     worst = [each for each in found if each.verdict in ("deviates", "fails")]

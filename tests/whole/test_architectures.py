@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SAMPLE = ["llama", "gpt_oss", "mamba", "wavlm", "vit", "clip", "t5", "rwkv"]
+SAMPLE = ["llama", "gpt_oss", "mamba", "wavlm", "vit", "clip", "t5", "rwkv", "detr", "sam2_vision_model", "siglip2"]
 
 
 @pytest.mark.parametrize("kind", SAMPLE)
