@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import tiny
 import torch
 from click.testing import CliRunner
@@ -16,6 +17,7 @@ from ciphertune import session_of
 from ciphertune.cli import cli
 from ciphertune.errors import ConfigError, NothingOutsourcedError
 from ciphertune.planning.plan import Plan, make_plan
+from ciphertune.planning.rows import rows_of_token
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -185,3 +187,10 @@ def test_a_model_of_texts_has_no_pictures() -> None:
         make_plan("smollm2", pictures=2, measure=False)
     with pytest.raises(NothingOutsourcedError, match="the model has none"):
         make_plan("smollm2", convolutions=True, measure=False)
+
+
+def test_rows_behind_stacked_experts() -> None:
+    sizes = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(small.config("Mixtral", **sizes))
+    assert rows_of_token(model, ["model.layers.1.self_attn.q_proj"], 8) == {"model.layers.1.self_attn.q_proj": 1.0}
