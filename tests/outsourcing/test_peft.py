@@ -371,3 +371,33 @@ def test_moving_adapters_follows_the_absent_weight(tiny: Tiny) -> None:
     model = get_peft_model(model, config(["q_proj"]), autocast_adapter_dtype=False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_adapters_that_layers_share(tiny: Tiny) -> None:
+    """Two layers train the same matrices, and gradients of both add up."""
+    found = []
+    for outsourced in (False, True):
+        model: Any = adapted(tiny("llama"), ["q_proj", "v_proj"])
+        first, second = (model.base_model.model.model.layers[index].self_attn.q_proj for index in (0, 1))
+        second.lora_A, second.lora_B = first.lora_A, first.lora_B
+        found.append(trained(ciphertune.outsource(model, "clear") if outsourced else model))
+    (wanted, gradients), (logits, own) = found
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    assert own.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(own[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_after_outsourcing(tiny: Tiny, dtype: torch.dtype) -> None:
+    plain = adapted(tiny("llama"), ["q_proj", "v_proj"]).to(dtype)
+    model = ciphertune.outsource(adapted(tiny("llama"), ["q_proj", "v_proj"]), "clear").to(dtype)
+    (wanted, gradients), (logits, own) = trained(plain), trained(model)
+    assert logits.dtype == dtype
+    within = 1e-4 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
+    assert float((logits.double() - wanted.double()).norm()) <= within * float(wanted.double().norm())
+    assert own.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert float((own[name].double() - gradient.double()).norm()) <= 4 * within * float(gradient.double().norm()), (
+            name
+        )
