@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ciphertune.errors import ConfigError
-from ciphertune_mlwe.native import library_for, packed, pointer, products, thread_count
+from ciphertune_mlwe.native import ALONE, library_for, packed, pointer, products, thread_count
 from ciphertune_mlwe.native.team import Call, spread
 from ciphertune_mlwe.planes import join_bytes, low_bits, split_bytes
 
@@ -152,7 +152,8 @@ class NativeKernel(Kernel):
         alone = rows * depth * columns < self._ALONE
         # A part of the rows packs all values again, one of the columns expands all weights again: values take longer.
         if alone or 4 * columns < rows:
-            spread(native, rows, rows if alone else self._MULTIPLE, lambda first, last: part(first, last, 0, columns))
+            values = 0 if alone else ALONE
+            spread(native, rows, self._MULTIPLE, lambda first, last: part(first, last, 0, columns), values)
         else:
             spread(native, columns, self._MULTIPLE, lambda left, right: part(0, rows, left, right))
 

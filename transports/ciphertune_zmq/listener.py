@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -37,8 +37,6 @@ _ROUTING_FRAMES = 2
 _ENVELOPE_BYTES = 1 << 16
 # Replies kept for clients that do not read theirs.
 _MAX_REPLIES = 1 << 14
-# Bytes below which a copy is cheaper than tracking when ZeroMQ has sent the memory.
-_COPY_BYTES = 1 << 16
 _KEYS_SECONDS = 1.0
 _ZAP_ADDRESS = 3
 # Of all connections of all listeners of this process.
@@ -126,9 +124,10 @@ class _Authenticator(ThreadAuthenticator):
 
 @dataclasses.dataclass
 class _Outgoing:
+    """A reply: where to, the frames on the wire, and what is called once they have left."""
+
     route: bytes
-    number: bytes
-    frames: list[Frame]
+    parts: list[Frame]
     release: Callable[[], None]
 
 
@@ -191,7 +190,7 @@ class _ServerLoop(SocketLoop):
     def send_now(self) -> bool:
         # Large ones are let go of by the thread once they have left.
         for _ in range(len(self._replies)):
-            if not _small(self._replies[0].frames):
+            if len(self._replies[0].parts) > 1:
                 break
             self._send(self._replies.popleft())
         return self.sending
@@ -343,7 +342,8 @@ class _ServerLoop(SocketLoop):
 
     def _reply_to(self, route: bytes, number: bytes) -> Callable[[list[Frame], Callable[[], None]], None]:
         def reply(frames: list[Frame], release: Callable[[], None]) -> None:
-            self._replies.append(_Outgoing(route, number, frames, release))
+            parts = wrap(number, frames, self._clients is not None)
+            self._replies.append(_Outgoing(route, parts, release))
             if self.stopping:
                 release()
             else:
@@ -352,9 +352,10 @@ class _ServerLoop(SocketLoop):
         return reply
 
     def _send(self, out: _Outgoing) -> None:
-        parts: Sequence[Any] = [out.route, *wrap(out.number, out.frames, self._authenticator is not None)]
+        parts: list[Any] = [out.route, *out.parts]
         try:
-            if _small(out.frames):
+            # A copy of a small message is cheaper than to track when ZeroMQ has sent the memory.
+            if len(out.parts) == 1:
                 self.socket.send_multipart(parts, zmq.NOBLOCK)
                 out.release()
             else:
@@ -370,10 +371,6 @@ class _ServerLoop(SocketLoop):
             # The client has gone; it repeats the request if it still needs the reply.
             log.info("a reply was dropped: %s", error)
             out.release()
-
-
-def _small(frames: Sequence[Frame]) -> bool:
-    return sum(len(frame) for frame in frames) < _COPY_BYTES
 
 
 def _peer(frame: zmq.Frame) -> str:
