@@ -380,6 +380,8 @@ def _validated() -> str:
 
 def _several() -> str:
     """More workers, measured and planned."""
+    if not (BENCHMARKS / "several.json").exists():
+        return "Not measured yet.\n"
     found = _measured("several")
     one = found["rows"][0]["measured_s"]
     rows = [

@@ -73,12 +73,16 @@ class Row:
     file: str
 
 
-def tuners() -> list[str]:
-    """The tuners of the installed peft, and kinds of LoRA after a comma."""
+def named() -> list[str]:
+    """The tuners of the installed peft, as a run's file names them."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    names = [*(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING), *(f"LORA, {variant}" for variant in VARIANTS)]
-    return sorted(names)
+    return sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+
+
+def tuners() -> list[str]:
+    """The tuners of the installed peft, and kinds of LoRA after a comma."""
+    return sorted([*named(), *(f"LORA, {variant}" for variant in VARIANTS)])
 
 
 def look(tuner: str) -> Row:

@@ -35,8 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-TAUGHT = [tuner for tuner in tuners.tuners() if tuner != "LORA" and refusal(tuner, bundle=False) is None]
-REFUSED = [tuner for tuner in tuners.tuners() if tuner != "LORA" and tuner not in TAUGHT]
+TAUGHT = [tuner for tuner in tuners.named() if tuner != "LORA" and refusal(tuner, bundle=False) is None]
+REFUSED = [tuner for tuner in tuners.named() if tuner != "LORA" and tuner not in TAUGHT]
 
 
 def toml(value: Any) -> str:
