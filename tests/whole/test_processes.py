@@ -35,7 +35,7 @@ def rows() -> Tensor:
 
 _RANK = """
 import json, runpy, sys
-file, name, arguments = json.loads(sys.argv[1])
+file, name, arguments, sys.path[:] = json.loads(sys.argv[1])
 runpy.run_path(file)[name](*arguments)
 """
 
@@ -44,7 +44,7 @@ def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
     """Call a function of this module with its rank and what is given, in two processes at once, until both end."""
     started = []
     for rank in range(2):
-        told = json.dumps([__file__, function.__name__, [rank, *arguments]])
+        told = json.dumps([__file__, function.__name__, [rank, *arguments], sys.path])
         started.append(warm.start([told], (*warm.CLIENT, "torch.distributed.fsdp"), code=_RANK))
     try:
         assert [process.wait(300) for process in started] == [0, 0]
