@@ -31,10 +31,8 @@ constraints = $(addprefix --constraint ,$(abspath $(wildcard requirements/$(1)-$
 CONCRETE_ML := ".[concrete-ml,tests,worker]"
 WHEEL := ".[demo,testing]" mypy $(foreach name,http ckks slalom,"plugins/ciphertune-$(name)[test]")
 
-# A thread each: tests wait as much as they compute. Modules stay together (tests/conftest.py). Slow tests wait for
-# clusters and workers, so that two processors have room for three of them; a third costs fast ones more than it brings.
-PROCESSES := 2
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+# Two processes, a thread each: tests wait as much as they compute. Modules stay together (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: install install-checks demo demo-quick check test fast-tests tests browser-test elsewhere concrete-ml-beside lint types docs wheel wheel-test \
 	release arm-test concrete-ml constraints soak fuzz zoo bench clean
@@ -74,7 +72,6 @@ test: $(CHECK_STAMP)
 fast-tests: $(CHECK_STAMP)
 	$(PYTEST) -m "not slow"
 
-tests: PROCESSES := 3
 tests: $(CHECK_STAMP)
 	$(PYTEST)
 
@@ -83,8 +80,7 @@ browser-test: $(CHECK_STAMP)
 	CIPHERTUNE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v --durations 0 tests/serving/test_page.py
 
 # What is said is shown when all is done, not between the lines of the tests; torch's threads leave them the processors.
-# So nice that it ends about when the tests do: nicer, and it would go on alone.
-beside = mkdir -p build; OMP_WAIT_POLICY=PASSIVE nice -n 5 $(MAKE) $(2) > build/$(1).log 2>&1; status=$$?; cat build/$(1).log; exit $$status
+beside = mkdir -p build; OMP_WAIT_POLICY=PASSIVE nice -n 10 $(MAKE) $(2) > build/$(1).log 2>&1; status=$$?; cat build/$(1).log; exit $$status
 
 elsewhere:
 	+@$(call beside,elsewhere,wheel-test lint docs)
