@@ -88,7 +88,6 @@ def measured(tokens: int, share: float | None, workers_alone: bool) -> Speeds:
             plan_command(tokens, path), stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
         done = threading.Event()
-        stack.callback(done.set)
         if procs is not None:
             if workers_alone:
                 watching = threading.Thread(target=limit_children, args=(process.pid, procs, done))
@@ -99,7 +98,6 @@ def measured(tokens: int, share: float | None, workers_alone: bool) -> Speeds:
                 limit(process.pid, procs)
         if process.wait() != 0:
             raise SystemExit("the speeds could not be measured")
-        done.set()
         return read_speeds(path)
 
 

@@ -172,6 +172,24 @@ _TIMES = Recipe(
 )
 _RATIOS = (("long", 7), ("mid", 5), ("short", 3))
 _CODEC = {"upsample_groups": 32}
+_RT_DETR_RESNET: dict[str, Any] = {
+    "model_type": "rt_detr_resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [16, 32, 64, 64],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "bottleneck",
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+_SAM_VISION: dict[str, Any] = {
+    "image_size": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "output_channels": 32,
+    "window_size": 2,
+    "global_attn_indexes": [1],
+    "mlp_dim": 32,
+    "num_pos_feats": 16,
+}
 _SAM_PARTS: dict[str, Any] = {
     "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 16, "image_embedding_size": 4},
     "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 4, "iou_head_hidden_dim": 32},
@@ -496,66 +514,23 @@ RECIPES: dict[str, Recipe] = {
         train=True,
     ),
     "rt_detr": Recipe(
-        _TWO_STAGE
-        | {
-            "backbone_config": {
-                "model_type": "rt_detr_resnet",
-                "embedding_size": 8,
-                "hidden_sizes": [16, 32, 64, 64],
-                "depths": [1, 1, 1, 1],
-                "layer_type": "bottleneck",
-                "out_features": ["stage2", "stage3", "stage4"],
-            }
-        },
+        _TWO_STAGE | {"backbone_config": _RT_DETR_RESNET},
         _picture(),
         16,
     ),
     "rt_detr_v2": Recipe(
-        _TWO_STAGE
-        | {
-            "backbone_config": {
-                "model_type": "rt_detr_resnet",
-                "embedding_size": 8,
-                "hidden_sizes": [16, 32, 64, 64],
-                "depths": [1, 1, 1, 1],
-                "layer_type": "bottleneck",
-                "out_features": ["stage2", "stage3", "stage4"],
-            }
-        },
+        _TWO_STAGE | {"backbone_config": _RT_DETR_RESNET},
         _picture(),
         16,
     ),
     "sam": Recipe(
-        _SAM_PARTS
-        | {
-            "vision_config": {
-                "image_size": 64,
-                "hidden_size": 32,
-                "num_attention_heads": 4,
-                "output_channels": 32,
-                "window_size": 2,
-                "global_attn_indexes": [1],
-                "mlp_dim": 32,
-                "num_pos_feats": 16,
-            }
-        },
+        _SAM_PARTS | {"vision_config": _SAM_VISION},
         _picture(**_POINTS),
         16,
     ),
     "sam_hq": Recipe(
         _SAM_PARTS
-        | {
-            "vision_config": {
-                "image_size": 64,
-                "hidden_size": 32,
-                "num_attention_heads": 4,
-                "output_channels": 32,
-                "window_size": 2,
-                "global_attn_indexes": [1],
-                "mlp_dim": 32,
-                "num_pos_feats": 16,
-            }
-        }
+        | {"vision_config": _SAM_VISION}
         | {"mask_decoder_config": _SAM_PARTS["mask_decoder_config"] | {"vit_dim": 32}},
         _picture(**_POINTS),
         16,

@@ -54,9 +54,6 @@ def spread(
     Raises:
         MemoryError: a loop could not allocate its scratch memory.
     """
-    if values < native.ALONE:
-        _make(library, calls(0, rows))
-        return
     parts = native.parts(rows, multiple, values)
     if len(parts) == 1:
         _make(library, calls(*parts[0]))
