@@ -45,7 +45,7 @@ MANY = ("--max-sessions", "1000", "--max-requests", "1000", "--threads", "1")
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[tuple[str, nn.Module]]:
+def serving(folder: Path) -> Iterator[tuple[str, nn.Sequential]]:
     """A worker on a core of its own: the selection string, and the model."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(*FEATURES, bias=False))
@@ -56,7 +56,7 @@ def serving(folder: Path) -> Iterator[tuple[str, nn.Module]]:
         yield f"mlwe+zmq://{worker[0]}?{options}", model
 
 
-def record(to: str, model: nn.Module) -> tuple[Message, Message, float]:
+def record(to: str, model: nn.Sequential, tokens: int = TOKENS) -> tuple[Message, Message, float]:
     """The requests that open a session and ask for a product, and seconds of the evaluation, the median of several."""
     sent: list[Message] = []
     submit = WorkerConnection.submit
@@ -66,13 +66,14 @@ def record(to: str, model: nn.Module) -> tuple[Message, Message, float]:
         return submit(self, request, *rest)
 
     with mock.patch.object(WorkerConnection, "submit", recording):
+        features = model[0].in_features
         outsourced = ciphertune.outsource(model, to, "all")
         session = ciphertune.session_of(outsourced)
         seconds = []
         with torch.no_grad():
             for _ in range(12):
                 before = session.traffic.evaluate_seconds
-                outsourced(torch.randn(TOKENS, FEATURES[0]))
+                outsourced(torch.randn(tokens, features))
                 seconds.append(session.traffic.evaluate_seconds - before)
         session.close()
     opened, product = (next(m for m in sent if m.kind == kind) for kind in ("open", "evaluate"))
@@ -95,9 +96,13 @@ class Replaying:
             if pause:
                 time.sleep(chance.expovariate(1 / pause))
             begun = time.monotonic()
-            for request in self._asked:
-                self._answer(request)
+            self.once()
             self.seconds.append(time.monotonic() - begun)
+
+    def once(self) -> None:
+        """Send all requests, one after the other."""
+        for request in self._asked:
+            self._answer(request)
 
     def close(self) -> None:
         self._link.close()

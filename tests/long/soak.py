@@ -2,8 +2,9 @@
 
 Each has a model of its own, and a key. Its products are held against its weights, forward and backward, then the same
 requests are sent again many times, and each answer held against the first bit for bit: what a client computes itself
-takes little, so that the worker always has requests of all clients. Ends with status 1 if a result was wrong, a
-client's share was less than 0.9 of another's, or the worker's memory grew after its warm-up.
+takes little, so that the worker always has requests of all clients. The worker has a core, and the clients the others.
+Ends with status 1 if a result was wrong, a client's share was less than 0.9 of another's, or the worker's memory grew
+after its warm-up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from ciphertune import session_of
 from ciphertune.plugins import registry
 from ciphertune.protocol import Message
 
+CORES = sorted(os.sched_getaffinity(0))
 PROCESSES = 4
 FEATURES = (512, 1024, 64)
 TOKENS = 64
@@ -131,6 +134,7 @@ class Client:
 
 def clients(address: str, keys: str, numbers: list[int], models: int) -> None:
     """Several clients in this process: tells when they are ready, reads when to begin and end, prints what each got."""
+    os.sched_setaffinity(0, CORES[:-1] or CORES)
     torch.set_num_threads(1)
     made = [Client(address, keys, number, models) for number in numbers]
     print("ready", flush=True)
@@ -141,6 +145,12 @@ def clients(address: str, keys: str, numbers: list[int], models: int) -> None:
     for thread in threads:
         thread.join()
     print(json.dumps([[each.products, each.wrong] for each in made]))
+
+
+def give_core(pid: int) -> None:
+    """Have a process with all its threads run on the last core alone."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), CORES[-1:])
 
 
 def resident(pid: int) -> float:
@@ -169,6 +179,7 @@ def main() -> int:
             '[[bind]]\naddress = "tcp://127.0.0.1:*"\ncurve = "keys"\n[log]\nlevel = "warning"\n'
         )
         worker = stack.enter_context(remote.worker_of(file))
+        give_core(worker.process.pid)
         children = []
         for part in range(min(PROCESSES, count)):
             code = "import sys, json, soak; soak.clients(*json.loads(sys.argv[1]))"
