@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from inbox import Inbox
 
+from ciphertune._support.long_turns import turn_seconds
 from ciphertune.client.choice import choose
 from ciphertune.protocol import Limits, Message, pack
 from ciphertune.weights import describe, group_map, quantize
@@ -122,19 +123,27 @@ def test_small_products_are_evaluated_in_the_pauses_of_a_large_one(scripted: tup
 
 
 class Short:
-    """A service of real products, which remembers on which threads they were evaluated."""
+    """A service of real products, which remembers on which threads they were evaluated.
+
+    Attributes:
+        gate: where products wait.
+        gates: where those of some clients wait instead.
+        now: seconds, by the clock of a fixture that stops it.
+    """
 
     def __init__(self, worker: Worker, service: Service) -> None:
         self.worker, self.service = worker, service
         self.threads: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.gates: dict[str, threading.Event] = {}
+        self.now = 0.0
         handle = worker.handle
 
         def watched(request: Message, peer: str = "", *rest: Any) -> Message:
             if request.kind == "evaluate":
                 self.threads.append(threading.current_thread().name)
-                self.gate.wait(60)
+                self.gates.get(peer, self.gate).wait(60)
             return handle(request, peer, *rest)
 
         worker.handle = watched  # type: ignore[method-assign, assignment]
@@ -144,9 +153,9 @@ class Short:
         assert reply.kind == "ok", reply.fields
         return str(reply.fields["session"])
 
-    def ask(self, peer: str, session: str, inbox: Inbox, idle: bool = True) -> None:
+    def ask(self, peer: str, session: str, inbox: Inbox, idle: bool = True, tokens: int = 1) -> None:
         fields = {"session": session, "group": 0, "direction": "forward"}
-        b = torch.ones(WEIGHT.codes.shape[1], 3, 1, dtype=torch.uint8)
+        b = torch.ones(WEIGHT.codes.shape[1], 3, tokens, dtype=torch.uint8)
         self.service.submit(pack(Message("evaluate", fields, {"b": b})), peer, inbox.take, idle=idle)
 
     def wait(self, count: int) -> None:
@@ -231,6 +240,95 @@ def test_a_short_product_waits_for_its_turn_where_others_wait(short: Short) -> N
     assert short.service.counters.joined == 3
     assert short.threads == ["listener"]
     assert short.service.load.under_way == 0
+
+
+@pytest.fixture
+def beside(short: Short, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Short, dict[str, str], dict[str, Inbox]]]:
+    """A service whose evaluator is busy with a large product of 100 tokens.
+
+    It knows products of a token as short, and of the client "other" those of 50.
+    """
+    short.now = time.monotonic()
+    monkeypatch.setattr(short.service, "_clock", lambda: short.now)
+    sessions = {peer: short.open(peer) for peer in ("large", "small", "other")}
+    inboxes = {peer: Inbox() for peer in sessions}
+    for peer, session in sessions.items():
+        short.ask(peer, session, inboxes[peer], tokens=50 if peer == "other" else 1)
+        inboxes[peer].wait(1)
+    short.threads.clear()
+    short.gates["large"] = threading.Event()
+    short.ask("large", sessions["large"], inboxes["large"], tokens=100)
+    short.wait(1)
+    yield short, sessions, inboxes
+    short.gates["large"].set()
+
+
+def test_a_short_product_is_evaluated_beside_a_larger_one(
+    beside: tuple[Short, dict[str, str], dict[str, Inbox]],
+) -> None:
+    short, sessions, inboxes = beside
+    for count in (2, 3):
+        short.ask("small", sessions["small"], inboxes["small"])
+        assert inboxes["small"].wait(count)[-1].kind == "ok"
+    here = threading.current_thread().name
+    assert short.threads == ["ciphertune-evaluate-0", here, here]
+    assert short.service.load.under_way == 1
+    assert not inboxes["large"].messages[1:]
+    short.gates["large"].set()
+    assert inboxes["large"].wait(2)[1].kind == "ok"
+    assert short.service.drain(5)
+
+
+def test_time_beside_a_larger_product_is_counted_once(
+    beside: tuple[Short, dict[str, str], dict[str, Inbox]],
+) -> None:
+    short, sessions, inboxes = beside
+
+    def spent() -> dict[str, float]:
+        return {peer: short.service.status(peer).own.evaluate_seconds or 0.0 for peer in sessions}
+
+    before = spent()
+    short.now += 5.0
+    short.gate.clear()
+    listener = in_background(lambda: short.ask("small", sessions["small"], inboxes["small"]))
+    short.wait(2)
+    short.now += 3.0
+    short.gate.set()
+    listener.join(60)
+    short.now += 1.0
+    short.gates["large"].set()
+    inboxes["large"].wait(2)
+    assert short.service.drain(5)
+    gained = {peer: seconds - before[peer] for peer, seconds in spent().items()}
+    assert gained == pytest.approx({"large": 6.0, "small": 3.0, "other": 0.0})
+    assert short.service.counters.evaluate_seconds == pytest.approx(sum(spent().values()))
+
+
+@pytest.mark.parametrize(
+    "why", ["it is its own", "others arrived", "it is no smaller", "more time used", "one is there"]
+)
+def test_what_is_not_evaluated_beside_a_larger_product(
+    beside: tuple[Short, dict[str, str], dict[str, Inbox]], why: str
+) -> None:
+    short, sessions, inboxes = beside
+    peer = {"it is its own": "large", "it is no smaller": "other"}.get(why, "small")
+    if why == "more time used":
+        short.service._products.client("small", 0.0).virtual_time += 10.0
+    if why == "one is there":
+        short.gate.clear()
+        listener = in_background(lambda: short.ask("other", sessions["other"], inboxes["other"]))
+        short.wait(2)
+    begun = len(short.threads)
+    tokens = 50 if why == "it is no smaller" else 1
+    short.ask(peer, sessions[peer], inboxes[peer], idle=why != "others arrived", tokens=tokens)
+    assert len(short.threads) == begun
+    assert short.service.load.queued == 1
+    short.gate.set()
+    short.gates["large"].set()
+    assert inboxes[peer].wait(2)[1].kind == "ok"
+    assert short.threads[begun:] == ["ciphertune-evaluate-0"]
+    if why == "one is there":
+        listener.join(60)
 
 
 def test_closing_waits_for_products_on_threads_of_the_listener(short: Short) -> None:
@@ -464,3 +562,23 @@ def test_metrics_and_health_over_http(scripted: tuple[Scripted, Service]) -> Non
     assert float(values["ciphertune_weight_bytes"]) == worker.weights.nbytes == 24
     assert float(values['ciphertune_seconds_total{phase="evaluate"}']) > 0
     assert re.search(r"^process_resident_memory_bytes \d", text, re.M)
+
+
+def test_threads_that_evaluate_take_long_turns() -> None:
+    """Any other thread that wakes up is to have the processor at once: see ``take_long_turns``."""
+    if turn_seconds() == 0.0:
+        pytest.skip("this system has one length of turns for all threads")
+    turns: list[float] = []
+    worker = Scripted()
+    handle = worker.handle
+
+    def watched(*given: Any) -> Message:
+        turns.append(turn_seconds())
+        return handle(*given)
+
+    worker.handle = watched  # type: ignore[method-assign, assignment]
+    service, inbox = Service(worker), Inbox()
+    ask(service, "me", inbox)
+    inbox.wait(1)
+    assert service.close(60)
+    assert turns[0] > turn_seconds()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from ciphertune.backend import Joint
 from ciphertune.protocol import Message
@@ -75,6 +75,8 @@ class Client:
 
 _SMALLER = 4
 """How many times as large as a product is another one that it is let into."""
+_AHEAD_SECONDS = 0.001
+"""Of evaluation, that a client may have used more than the one whose product it is let into: a small product or two."""
 
 
 class FairQueue:
@@ -162,22 +164,32 @@ class FairQueue:
         return taken
 
     def pop_within(self, client: Client, job: Job) -> tuple[Client, Job] | None:
-        """A product that is to be evaluated in a pause of another one, ``job``; None where none is.
-
-        It is a quarter as large at most, and of another client, who used no more evaluation time.
-        """
+        """A product that is to be evaluated in a pause of another one, ``job``; None where none is."""
         small = [
-            other
-            for other in self.clients.values()
-            if other is not client
-            and other.jobs
-            and other.virtual_time <= client.virtual_time
-            and _SMALLER * other.jobs[0].reserved <= job.reserved
+            other for other in self.clients.values() if other.jobs and self._let_in(other, other.jobs[0], client, job)
         ]
         if not small:
             return None
         chosen = min(small, key=lambda c: c.virtual_time)
         return chosen, chosen.jobs.popleft()
+
+    def pop_beside(self, client: Client, evaluated: Sequence[tuple[Client, Job]]) -> tuple[Client, Job] | None:
+        """A client's only product that waits, if it is let into all of those that are evaluated; None otherwise."""
+        if len(client.jobs) != 1 or not all(self._let_in(client, client.jobs[0], *each) for each in evaluated):
+            return None
+        return client, client.jobs.popleft()
+
+    @staticmethod
+    def _let_in(small: Client, its: Job, client: Client, job: Job) -> bool:
+        """Whether a client's product may be evaluated in the course of another one.
+
+        It is a quarter as large at most, and of another client, who used no more evaluation time.
+        """
+        return (
+            small is not client
+            and small.virtual_time <= client.virtual_time + _AHEAD_SECONDS
+            and _SMALLER * its.reserved <= job.reserved
+        )
 
     def charge(self, client: Client, seconds: float) -> None:
         """Add evaluation time to a client's share."""

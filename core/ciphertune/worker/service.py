@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
+from ciphertune._support.long_turns import take_long_turns
 from ciphertune._support.version import __version__
 from ciphertune.errors import ProtocolError, VersionError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Limits, Message, error_message, pack, unpack
@@ -46,13 +48,30 @@ class Waiting(NamedTuple):
     seconds: float
 
 
+@dataclasses.dataclass
+class _Running:
+    """Products that a thread evaluates at once.
+
+    Attributes:
+        turn: the products and their clients.
+        since: from when on their evaluation is not counted yet.
+        beside: what is evaluated on other threads that give way to it.
+    """
+
+    turn: list[tuple[Client, Job]]
+    since: float
+    beside: Sequence[_Running] = ()
+
+
 class Service:
     """Request handler of a transport: takes requests of many clients and has a worker answer them in fair turns.
 
     Products are evaluated on threads of their own, one at a time unless told otherwise, since each uses every core;
-    ``FairQueue`` says which is next, which are evaluated together, and which in the pauses of a larger one. A short one
-    is evaluated on the thread that it came on, if that is idle and no other product waits or is evaluated: to wake
-    another thread takes as long. Everything else is answered on another thread and never waits for a product.
+    ``FairQueue`` says which is next, which are evaluated together, and which in the course of a larger one. A short one
+    is evaluated on the thread that it came on, if that is idle, and no other product waits or is evaluated (to wake
+    another thread takes as long), or larger ones are: the system interrupts these at once, where it knows how to.
+    Others are evaluated in the pauses of a larger one. Everything else is answered on another thread and never waits
+    for a product.
 
     Args:
         worker: what answers.
@@ -90,8 +109,8 @@ class Service:
         self._idle = threading.Condition(self._lock)
         self._draining = False
         self._stopped = False
-        # By thread that evaluates, from when on its evaluation is not counted yet. No more of them than ``evaluators``.
-        self._since: dict[int, float] = {}
+        # By thread that evaluates: as many as ``evaluators``, and one more for short products beside larger ones.
+        self._running: dict[int, _Running] = {}
         self._evaluating = 0
         self._disclosure = Disclosure(evaluators, self._started)
         self._threads = [
@@ -251,7 +270,7 @@ class Service:
         with self._lock:
             # On threads of the listener, too.
             evaluated = self._work.wait_for(
-                lambda: not self._since, None if end is None else max(0.0, end - time.monotonic())
+                lambda: not self._running, None if end is None else max(0.0, end - time.monotonic())
             )
         return evaluated and not any(thread.is_alive() for thread in self._threads)
 
@@ -284,11 +303,13 @@ class Service:
             if refusal := self._products.refusal(client, job.reserved):
                 return error_message("busy", refusal), []
             self._products.admit(client, job.reserved)
-            here = here and self._free
             if product:
+                free = self._free
                 self._products.push(client, job)
-                if here:
+                if here and free:
                     return None, self._begin(self._products.pop())
+                if here and (first := self._pop_beside(client)) is not None:
+                    return None, self._begin(first, list(self._running.values()))
                 self._work.notify()
             else:
                 self._quick.append((client, job))
@@ -298,7 +319,14 @@ class Service:
     @property
     def _free(self) -> bool:
         """Whether no product waits or is evaluated."""
-        return not self._since and not self._products
+        return not self._running and not self._products
+
+    def _pop_beside(self, client: Client) -> tuple[Client, Job] | None:
+        """The product of a client that this thread may evaluate beside larger ones; the caller holds the lock."""
+        for running in self._running.values():
+            self._account(running)
+        evaluated = [each for running in self._running.values() for each in running.turn]
+        return self._products.pop_beside(client, evaluated) if evaluated else None
 
     def _waiting(self, seconds: float) -> Waiting:
         """What a drain waits for; the caller holds the lock."""
@@ -316,24 +344,27 @@ class Service:
     def _totals(self) -> Totals:
         """Sums up to this moment; the caller holds the lock."""
         now, sums = self._clock(), self.counters
-        running = sum(now - since for since in self._since.values())
+        running = sum(now - each.since for each in self._running.values())
         return Totals(now, sums.evaluate_seconds + running, sums.bytes_in, sums.bytes_out)
 
     def _evaluate_loop(self) -> None:
+        # All other threads only pass on what takes a moment, short products among it.
+        take_long_turns()
         while True:
             with self._lock:
                 self._work.wait_for(
-                    lambda: self._stopped or (bool(self._products) and len(self._since) < self.evaluators)
+                    lambda: self._stopped or (bool(self._products) and len(self._running) < self.evaluators)
                 )
                 if self._stopped:
                     return
                 turn = self._begin(self._products.pop())
             self._evaluate(turn)
 
-    def _begin(self, first: tuple[Client, Job]) -> list[tuple[Client, Job]]:
+    def _begin(self, first: tuple[Client, Job], beside: Sequence[_Running] = ()) -> list[tuple[Client, Job]]:
         """What is evaluated together with a product that was popped, itself first; the caller holds the lock."""
         turn = [first, *self._products.pop_joint(first[1])]
-        now = self._since[threading.get_ident()] = self._clock()
+        now = self._clock()
+        self._running[threading.get_ident()] = _Running(turn, now, beside)
         self._evaluating += len(turn)
         for client, job in turn:
             for counters in (self.counters, client.counters):
@@ -351,10 +382,13 @@ class Service:
         else:
             messages = self.worker.handle_together([(job.request, client.peer) for client, job in turn])
         with self._lock:
-            self._account(turn)
+            running = self._running[threading.get_ident()]
+            seconds = self._account(running)
+            for other in running.beside:
+                other.since = min(other.since + seconds, running.since)
             self._evaluating -= len(turn)
             if not paused:
-                del self._since[threading.get_ident()]
+                del self._running[threading.get_ident()]
                 if self._stopped:
                     self._work.notify_all()
                 elif self._products:
@@ -364,29 +398,31 @@ class Service:
 
     def _pause(self, client: Client, job: Job) -> None:
         """Evaluate small products of others in the course of a large one."""
+        running = self._running[threading.get_ident()]
         while True:
             with self._lock:
-                self._account([(client, job)])
+                self._account(running)
                 small = None if self._stopped else self._products.pop_within(client, job)
                 turn = None if small is None else self._begin(small)
             if turn is None:
                 return
             self._evaluate(turn, paused=True)
             with self._lock:
-                self._since[threading.get_ident()] = self._clock()
+                running.since = self._clock()
+                self._running[threading.get_ident()] = running
 
-    def _account(self, turn: list[tuple[Client, Job]]) -> None:
-        """Charge clients for what this thread evaluated since it did so last; the caller holds the lock."""
+    def _account(self, running: _Running) -> float:
+        """Charge clients for what a thread evaluated since it was done last; its seconds. The caller holds the lock."""
         now = self._clock()
-        seconds = now - self._since[threading.get_ident()]
-        self._since[threading.get_ident()] = now
-        sizes = [job.joint.size if job.joint is not None else 1 for _, job in turn]
-        for (client, job), size in zip(turn, sizes, strict=True):
+        seconds, running.since = now - running.since, now
+        sizes = [job.joint.size if job.joint is not None else 1 for _, job in running.turn]
+        for (client, job), size in zip(running.turn, sizes, strict=True):
             own = seconds * size / sum(sizes)
             job.seconds += own
             self._products.charge(client, own)
             for counters in (self.counters, client.counters):
                 counters.evaluate_seconds += own
+        return seconds
 
     def _quick_loop(self) -> None:
         expiry = self._clock() + _EXPIRY_SECONDS
