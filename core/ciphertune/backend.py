@@ -451,6 +451,8 @@ class WorkerHalf(abc.ABC):
     def evaluate(self, prepared: Any, direction: Direction, request: Buffers) -> Buffers:
         """Evaluate ``x Wᵀ`` (forward) or ``g W`` (backward) on an encrypted request.
 
+        Several threads may evaluate at once, also with one prepared weight.
+
         Raises:
             ProtocolError: the request's buffers are not what this backend sends.
         """

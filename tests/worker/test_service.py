@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from inbox import Inbox
 
-from ciphertune._support.long_turns import turn_seconds
+from ciphertune._support.turns import turn_seconds
 from ciphertune.client.choice import choose
 from ciphertune.protocol import Limits, Message, pack
 from ciphertune.weights import describe, group_map, quantize
@@ -565,7 +565,7 @@ def test_metrics_and_health_over_http(scripted: tuple[Scripted, Service]) -> Non
 
 
 def test_threads_that_evaluate_take_long_turns() -> None:
-    """Any other thread that wakes up is to have the processor at once: see ``take_long_turns``."""
+    """Any other thread that wakes up is to have the processor at once: see ``take_turns``."""
     if turn_seconds() == 0.0:
         pytest.skip("this system has one length of turns for all threads")
     turns: list[float] = []

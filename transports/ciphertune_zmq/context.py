@@ -10,10 +10,11 @@ import zmq
 
 from ciphertune.errors import TransportError
 
-_IO_THREADS = min(4, os.cpu_count() or 1)
+IO_THREADS = min(4, os.cpu_count() or 1)
+"""Of a context: each encrypts and decrypts for some of its connections."""
 # Three sockets a link.
 _MOST_SOCKETS = 1 << 14
-_CONTEXT_DESCRIPTORS = 3 + 2 * _IO_THREADS
+_CONTEXT_DESCRIPTORS = 3 + 2 * IO_THREADS
 LOOP_DESCRIPTORS = 12
 """File descriptors that a socket takes with its monitor, what wakes it, its first connection, and some to spare."""
 
@@ -44,7 +45,7 @@ def shared_context() -> zmq.Context[zmq.Socket[bytes]]:
     with _shared.lock:
         if _shared.context is None:
             need_descriptors(_CONTEXT_DESCRIPTORS + LOOP_DESCRIPTORS)
-            _shared.context = zmq.Context(_IO_THREADS)
+            _shared.context = zmq.Context(IO_THREADS)
             _shared.context.set(zmq.MAX_SOCKETS, _MOST_SOCKETS)
         return _shared.context
 

@@ -12,7 +12,8 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ciphertune_zmq.context import LOOP_DESCRIPTORS, need_descriptors
+from ciphertune._support.turns import SHORT, take_turns
+from ciphertune_zmq.context import IO_THREADS, LOOP_DESCRIPTORS, need_descriptors
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,9 @@ class SocketLoop(abc.ABC):
     """
 
     def __init__(self, kind: int, name: str, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
-        need_descriptors(LOOP_DESCRIPTORS if context is not None else 2 * LOOP_DESCRIPTORS)
+        need_descriptors(LOOP_DESCRIPTORS if context is not None else 2 * LOOP_DESCRIPTORS + 2 * IO_THREADS)
         self._shares = context is not None
-        self.context = context if context is not None else zmq.Context()
+        self.context = context if context is not None else zmq.Context(IO_THREADS)
         self.socket: zmq.Socket[bytes] = self.context.socket(kind)
         self.socket.linger = 0
         self._monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(CONNECTION_EVENTS)
@@ -124,6 +125,8 @@ class SocketLoop(abc.ABC):
         """Settle what still waits; called when the thread ends."""
 
     def _run(self) -> None:
+        # Whoever computes, or encrypts megabytes for the socket, gives way at once.
+        take_turns(SHORT)
         try:
             self._loop()
         except Exception:

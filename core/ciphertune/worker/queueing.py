@@ -60,6 +60,7 @@ class Client:
         jobs: products that wait.
         requests, nbytes: under way.
         virtual_time: its share of the evaluators' time so far.
+        pace: seconds of evaluation by bytes of a product, request and reply, as its last one took.
         last_seen: when its last request arrived.
         counters: its own sums.
     """
@@ -69,22 +70,26 @@ class Client:
     requests: int = 0
     nbytes: int = 0
     virtual_time: float = 0.0
+    pace: float = 0.0
     last_seen: float = 0.0
     counters: Counters = dataclasses.field(default_factory=Counters)
+
+    def ends(self, job: Job) -> float:
+        """What its share will be when a product that waits or is evaluated is done, as far as that can be told."""
+        return self.virtual_time + max(0.0, self.pace * job.reserved - job.seconds)
 
 
 _SMALLER = 4
 """How many times as large as a product is another one that it is let into."""
-_AHEAD_SECONDS = 0.001
-"""Of evaluation, that a client may have used more than the one whose product it is let into: a small product or two."""
 
 
 class FairQueue:
-    """A queue of products whose next one is that of the client that used least evaluation time so far.
+    """A queue of products whose next one is that of the client that will have used least evaluation time after it.
 
-    Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996, section 2): a client with many requests, or large ones,
-    delays others by one product at most, and small products of others by a part of one. Calls are not synchronized:
-    the caller holds a lock.
+    Fair queueing by finish times, with the virtual time of start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996,
+    section 2): a client with many requests, or large ones, delays others by one product at most, and small products of
+    others by a part of one. Shares of clients whose products wait differ by a product or two at any time, and by no
+    more in the end. Calls are not synchronized: the caller holds a lock.
 
     Args:
         quota: of every client.
@@ -148,8 +153,9 @@ class FairQueue:
 
     def pop(self) -> tuple[Client, Job]:
         """The next product, of the client whose turn it is. Raises ``ValueError`` where none waits."""
-        client = min((c for c in self.clients.values() if c.jobs), key=lambda c: c.virtual_time)
-        self._virtual_time = client.virtual_time
+        waiting = [client for client in self.clients.values() if client.jobs]
+        self._virtual_time = max(self._virtual_time, min(client.virtual_time for client in waiting))
+        client = min(waiting, key=lambda c: c.ends(c.jobs[0]))
         return client, client.jobs.popleft()
 
     def pop_joint(self, job: Job) -> list[tuple[Client, Job]]:
@@ -170,12 +176,17 @@ class FairQueue:
         ]
         if not small:
             return None
-        chosen = min(small, key=lambda c: c.virtual_time)
+        chosen = min(small, key=lambda c: c.ends(c.jobs[0]))
         return chosen, chosen.jobs.popleft()
 
     def pop_beside(self, client: Client, evaluated: Sequence[tuple[Client, Job]]) -> tuple[Client, Job] | None:
-        """A client's only product that waits, if it is let into all of those that are evaluated; None otherwise."""
-        if len(client.jobs) != 1 or not all(self._let_in(client, client.jobs[0], *each) for each in evaluated):
+        """A client's only product that waits, if it is let into all of those that are evaluated; None otherwise.
+
+        Where none is evaluated, as between one and the next, those that come next count.
+        """
+        others = evaluated or [(other, other.jobs[0]) for other in self.clients.values() if other.jobs]
+        others = [(other, job) for other, job in others if job is not client.jobs[0]]
+        if len(client.jobs) != 1 or not all(self._let_in(client, client.jobs[0], *each) for each in others):
             return None
         return client, client.jobs.popleft()
 
@@ -183,17 +194,18 @@ class FairQueue:
     def _let_in(small: Client, its: Job, client: Client, job: Job) -> bool:
         """Whether a client's product may be evaluated in the course of another one.
 
-        It is a quarter as large at most, and of another client, who used no more evaluation time.
+        It is a quarter as large at most, and of another client, who will have used no more evaluation time.
         """
-        return (
-            small is not client
-            and small.virtual_time <= client.virtual_time + _AHEAD_SECONDS
-            and _SMALLER * its.reserved <= job.reserved
-        )
+        return small is not client and small.ends(its) <= client.ends(job) and _SMALLER * its.reserved <= job.reserved
 
-    def charge(self, client: Client, seconds: float) -> None:
-        """Add evaluation time to a client's share."""
+    def charge(self, client: Client, job: Job, seconds: float) -> None:
+        """Add evaluation time of a product to its client's share."""
+        job.seconds += seconds
         client.virtual_time += seconds
+
+    def ended(self, client: Client, job: Job) -> None:
+        """Note that a product was evaluated."""
+        client.pace = job.seconds / max(1, job.reserved)
 
     def forget(self, before: float) -> None:
         """Forget clients that have nothing under way and were not seen since."""

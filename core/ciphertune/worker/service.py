@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
-from ciphertune._support.long_turns import take_long_turns
+from ciphertune._support.turns import LONG, take_turns
 from ciphertune._support.version import __version__
 from ciphertune.errors import ProtocolError, VersionError
 from ciphertune.protocol import DEFAULT_LIMITS, Frame, Limits, Message, error_message, pack, unpack
@@ -325,8 +325,7 @@ class Service:
         """The product of a client that this thread may evaluate beside larger ones; the caller holds the lock."""
         for running in self._running.values():
             self._account(running)
-        evaluated = [each for running in self._running.values() for each in running.turn]
-        return self._products.pop_beside(client, evaluated) if evaluated else None
+        return self._products.pop_beside(client, [each for running in self._running.values() for each in running.turn])
 
     def _waiting(self, seconds: float) -> Waiting:
         """What a drain waits for; the caller holds the lock."""
@@ -348,8 +347,8 @@ class Service:
         return Totals(now, sums.evaluate_seconds + running, sums.bytes_in, sums.bytes_out)
 
     def _evaluate_loop(self) -> None:
-        # All other threads only pass on what takes a moment, short products among it.
-        take_long_turns()
+        # What other threads do takes a moment, short products included.
+        take_turns(LONG)
         while True:
             with self._lock:
                 self._work.wait_for(
@@ -387,6 +386,8 @@ class Service:
             for other in running.beside:
                 other.since = min(other.since + seconds, running.since)
             self._evaluating -= len(turn)
+            for client, job in turn:
+                self._products.ended(client, job)
             if not paused:
                 del self._running[threading.get_ident()]
                 if self._stopped:
@@ -418,8 +419,7 @@ class Service:
         sizes = [job.joint.size if job.joint is not None else 1 for _, job in running.turn]
         for (client, job), size in zip(running.turn, sizes, strict=True):
             own = seconds * size / sum(sizes)
-            job.seconds += own
-            self._products.charge(client, own)
+            self._products.charge(client, job, own)
             for counters in (self.counters, client.counters):
                 counters.evaluate_seconds += own
         return seconds

@@ -38,6 +38,8 @@ from ciphertune.worker.usage import SessionRecord
 log = logging.getLogger(__name__)
 
 _SHORT_SECONDS = 0.001
+_DISTURBED = 10
+"""How many times as long a short product may take where the system runs other threads meanwhile."""
 _ROWS: tuple[tuple[str, type], ...] = (("layer", str), ("start", int), ("stop", int))
 
 
@@ -57,10 +59,13 @@ class _Group:
     rows: tuple[int, int] | None = None
     short: dict[Direction, int] = dataclasses.field(default_factory=dict)
 
-    def timed(self, direction: Direction, nbytes: int, seconds: float) -> None:
-        """Note how long a request of so many bytes took."""
+    def timed(self, direction: Direction, nbytes: int, seconds: float, computed: float) -> None:
+        """Note how long a request of so many bytes took, and how long this thread computed for it."""
         known = self.short.get(direction, -1)
-        self.short[direction] = max(known, nbytes) if seconds < _SHORT_SECONDS else min(known, nbytes - 1)
+        if seconds < _SHORT_SECONDS:
+            self.short[direction] = max(known, nbytes)
+        elif computed >= _SHORT_SECONDS or seconds >= _DISTURBED * _SHORT_SECONDS:
+            self.short[direction] = min(known, nbytes - 1)
 
     @property
     def piece(self) -> tuple[int, tuple[int, int] | None]:
@@ -336,14 +341,14 @@ class Worker:
             paused += time.perf_counter() - begun
 
         with self.opened.using(session):
-            start = time.perf_counter()
+            start, computed = time.perf_counter(), time.thread_time()
             with _blamed(session.record.backend, "evaluation"):
                 if pause is None:
                     buffers = session.half.evaluate(group.prepared, direction, request.buffers)
                 else:
                     buffers = session.half.evaluate_in_parts(group.prepared, direction, request.buffers, pausing)
-            seconds = time.perf_counter() - start - paused
-        group.timed(direction, request.nbytes, seconds)
+            seconds, computed = time.perf_counter() - start - paused, time.thread_time() - computed
+        group.timed(direction, request.nbytes, seconds, computed)
         if why := buffers_fault(buffers):
             raise _BackendFaultError(session.record.backend, f"the result of its evaluation {why}")
         return Message("ok", {"seconds": seconds}, buffers)
