@@ -28,6 +28,7 @@ from torch import nn
 
 import ciphertune
 from ciphertune import session_of
+from ciphertune._support.turns import turn_seconds
 from ciphertune.client.choice import choose
 from ciphertune.errors import (
     KeyFileError,
@@ -908,3 +909,22 @@ def test_a_key_that_is_taken_out_ends_its_clients_sessions_and_no_others(service
             assert torch.equal(again(x), expected)
         for model in (revoked, stays, again):
             session_of(model).close()
+
+
+def test_threads_of_sockets_take_short_turns() -> None:
+    """They have the processor at once when a message comes, whoever computes meanwhile: see ``take_turns``."""
+    if (mine := turn_seconds()) == 0.0:
+        pytest.skip("this system has one length of turns for all threads")
+    turns: list[float] = []
+
+    class Watched(EchoHandler):
+        def submit(self, *given: Any, **more: Any) -> None:
+            turns.append(turn_seconds())
+            super().submit(*given, **more)
+
+    with listening(Watched(), insecure=True) as listener:
+        link = link_to(f"mlwe+zmq://{listener.address}?insecure=true")
+        link.submit(Message("hello")).result(60)
+        link.close()
+    assert len(turns) == 1
+    assert 0 < turns[0] < mine
