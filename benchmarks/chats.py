@@ -3,22 +3,23 @@
 Each chat is a client with a key, a connection and a session of its own. First one generates text for itself, and the
 requests of its tokens are recorded; then 1, 2, 4 … chats each send the requests of a token over and over, one after
 the other as generation has to, and the tokens that the worker answers are counted. What clients compute takes no time
-then: the figures are the worker's, for clients that are fast enough. ``--think`` adds what a client computes, as a
-pause before each request. The worker has a core, and the clients another.
+then: they send bytes that were packed once, and the figures are the worker's, for clients that are fast enough.
+``--think`` adds what a client computes, as a pause before each request. The worker has a core, and the clients another.
 
-``joined`` is the share of products that the worker evaluated together with others'.
+``joined`` is the share of products that the worker evaluated together with others'. ``worker_s`` and ``clients_s`` are
+processor seconds a second: whose core was full says what the figures are of.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import os
 import random
 import re
 import socket
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -27,16 +28,21 @@ from typing import Any
 from unittest import mock
 
 import torch
+import zmq
 from capacity import Replaying
 from predict import CORES, on
 from sweep import machine
 
 import ciphertune
 from ciphertune.bundle.client import load_client
+from ciphertune.client.choice import choose
 from ciphertune.client.connection import WorkerConnection
-from ciphertune.protocol import Message
+from ciphertune.protocol import Message, pack, unpack
 from ciphertune.worker.process import worker_process
 from ciphertune_zmq import ZmqTransport
+from ciphertune_zmq.address import parse
+from ciphertune_zmq.framing import NUMBER_BYTES, unwrap, wrap
+from ciphertune_zmq.security import client_curve
 
 PROMPT, TOKENS = 8, 4
 """Tokens of the prompt, and of the answer that is recorded."""
@@ -74,20 +80,70 @@ def record(to: str, client: Path) -> tuple[Message, list[Message], float]:
 
 
 class Chat(Replaying):
-    """A chat that sends the requests of a token over and over."""
+    """A chat that sends the requests of a token over and over, over a socket of its own.
 
-    def run(self, think: float, until: float, seed: int) -> None:
-        """Generate until then; the first token starts somewhere in its middle, as chats that began at other times."""
-        start = random.Random(seed).randrange(len(self._asked))
-        for request in self._asked[start:]:
-            self._answer(request)
-        while time.monotonic() < until:
-            begun = time.monotonic()
-            for request in self._asked:
-                if think:
-                    time.sleep(think)
-                self._answer(request)
-            self.seconds.append(time.monotonic() - begun)
+    Args:
+        to, opened, asked: as for ``Replaying``.
+        seed: says which request is the first, as of chats that began at other times.
+    """
+
+    def __init__(self, to: str, opened: Message, asked: Sequence[Message], seed: int) -> None:
+        super().__init__(to, opened, asked)
+        choice = choose(to)
+        address = parse(choice.selection.endpoints[0])
+        curve = client_curve(address, choice.transport.options)
+        assert curve is not None
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.curve_publickey, self.socket.curve_secretkey = curve.pair.public, curve.pair.secret
+        self.socket.curve_serverkey = curve.server
+        self.socket.connect(address.zmq)
+        self._packed = [wrap(bytes(NUMBER_BYTES), pack(request), True) for request in self._asked]
+        self._next = random.Random(seed).randrange(len(self._packed))
+        self._begun = 0.0
+        self.requests = len(self._packed)
+        self.answered = 0
+
+    def send(self) -> None:
+        self.socket.send_multipart(self._packed[self._next], copy=True)
+
+    def receive(self) -> None:
+        """Take a reply; the first of each request is looked at."""
+        parts = self.socket.recv_multipart(copy=True)
+        if self.answered < len(self._packed):
+            assert unpack(unwrap(parts[0], parts[1:])).kind == "ok"
+        self.answered += 1
+        self._next += 1
+        if self._next == len(self._packed):
+            self._next, now = 0, time.monotonic()
+            if self._begun:
+                self.seconds.append(now - self._begun)
+            self._begun = now
+
+    def close(self) -> None:
+        self.socket.close()
+        super().close()
+
+
+def carry(everyone: Sequence[Chat], think: float, seconds: float) -> None:
+    """Have all chats generate for so long."""
+    poller, of = zmq.Poller(), {chat.socket: chat for chat in everyone}
+    due: list[tuple[float, int]] = []
+    for chat in everyone:
+        poller.register(chat.socket, zmq.POLLIN)
+        chat.send()
+    waiting, until = len(everyone), time.monotonic() + seconds
+    while waiting or due:
+        wait = None if not due else max(0, int(1000 * (due[0][0] - time.monotonic())))
+        for ready, _ in poller.poll(wait):
+            chat = of[ready]
+            chat.receive()
+            waiting -= 1
+            if time.monotonic() < until:
+                heapq.heappush(due, (time.monotonic() + think, everyone.index(chat)))
+        while due and due[0][0] <= time.monotonic():
+            everyone[heapq.heappop(due)[1]].send()
+            waiting += 1
 
 
 def counted(port: int) -> tuple[float, float]:
@@ -99,26 +155,33 @@ def counted(port: int) -> tuple[float, float]:
     return float(products[1]) if products else 0.0, float(joined[1]) if joined else 0.0
 
 
-def measured(everyone: Sequence[Chat], think: float, seconds: float, port: int) -> dict[str, float]:
+def processor_seconds(pid: int) -> float:
+    """Of all threads of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measured(everyone: Sequence[Chat], think: float, seconds: float, port: int, pid: int) -> dict[str, float]:
     """Tokens a second of all chats, seconds of a token, and the share of products that were joined."""
-    before = counted(port)
-    begun = time.monotonic()
-    threads = [
-        threading.Thread(target=one.run, args=(think, begun + seconds, seed)) for seed, one in enumerate(everyone)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    carry(everyone, think, 1.0)
+    for chat in everyone:
+        chat.seconds.clear()
+    before, answered = counted(port), sum(chat.answered for chat in everyone)
+    begun, used, own = time.monotonic(), processor_seconds(pid), time.process_time()
+    carry(everyone, think, seconds)
     took = time.monotonic() - begun
+    used, own = processor_seconds(pid) - used, time.process_time() - own
     products, joined = (now - then for now, then in zip(counted(port), before, strict=True))
     found = sorted(value for one in everyone for value in one.seconds)
+    answered = sum(chat.answered for chat in everyone) - answered
     return {
         "chats": len(everyone),
-        "tokens_per_second": len(found) / took,
+        "tokens_per_second": answered / everyone[0].requests / took,
         "median_s": found[len(found) // 2],
         "p99_s": found[min(len(found) - 1, int(0.99 * len(found)))],
         "joined": joined / products,
+        "worker_s": used / took,
+        "clients_s": own / took,
     }
 
 
@@ -148,21 +211,22 @@ def main() -> None:
         more = ("--threads", "1", "--metrics-port", str(port))
         with (
             on(CORES[-1]),
-            worker_process(folder / "bundle" / "worker", "zmq", "127.0.0.1:*", serve, more) as (address, _),
+            worker_process(folder / "bundle" / "worker", "zmq", "127.0.0.1:*", serve, more) as (address, pid),
         ):
             tos = [f"mlwe+zmq://{address}?curve={folder / 'keys'}&client={each}" for each in names]
             opened, asked, rate = record(tos[0], folder / "bundle" / "client")
             print(f"one chat that encrypts, on this machine: {rate:.2f} tokens/s; {len(asked)} requests a token")
             for count in arguments.chats:
-                everyone = [Chat(to, opened, asked) for to in tos[:count]]
-                rows.append(measured(everyone, arguments.think, arguments.seconds, port))
+                everyone = [Chat(to, opened, asked, seed) for seed, to in enumerate(tos[:count])]
+                rows.append(measured(everyone, arguments.think, arguments.seconds, port, pid))
                 for one in everyone:
                     one.close()
                 row = rows[-1]
                 print(
                     f"{count} chats: {row['tokens_per_second']:.1f} tokens/s of all, "
                     f"{row['tokens_per_second'] / rows[0]['tokens_per_second']:.1f} times the first row; a token "
-                    f"{1000 * row['median_s']:.0f} ms, p99 {1000 * row['p99_s']:.0f} ms; {row['joined']:.0%} joined",
+                    f"{1000 * row['median_s']:.0f} ms, p99 {1000 * row['p99_s']:.0f} ms; {row['joined']:.0%} joined; "
+                    f"of their cores the worker used {row['worker_s']:.0%} and the clients {row['clients_s']:.0%}",
                     flush=True,
                 )
     if arguments.json is not None:
