@@ -158,6 +158,12 @@ def resident(pid: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024.0
 
 
+def computed(pid: int) -> float:
+    """Processor seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
@@ -205,9 +211,12 @@ def main() -> int:
             child.stdin.write(json.dumps([begin, end]) + "\n")
             child.stdin.flush()
         memory = []
+        time.sleep(max(0.0, begin - time.time()))
+        used = computed(worker.process.pid)
         while time.time() < end:
             time.sleep(min(1.0, 0.6 * arguments.minutes))
             memory.append(resident(worker.process.pid))
+        used = (computed(worker.process.pid) - used) / (time.time() - begin)
         got: list[list[int]] = []
         for child in children:
             output, _ = child.communicate(timeout=120)
@@ -220,6 +229,7 @@ def main() -> int:
     least, most = min(products), max(products)
     print(f"{count} clients, {models} models, {arguments.minutes:g} minutes, {sum(products)} products, {wrong} wrong")
     print(f"{sum(products) / 60 / arguments.minutes:.0f} products a second; of a client {least} to {most}")
+    print(f"the worker computed for {used:.0%} of the time")
     print(f"worker's own memory after warm-up, medians of both halves: {early / 1e6:.1f} MB, {late / 1e6:.1f} MB")
     fair = least >= SHARE * most
     flat = late - early < GROWTH
