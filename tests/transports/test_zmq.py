@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import remote
@@ -928,3 +929,36 @@ def test_threads_of_sockets_take_short_turns() -> None:
         link.close()
     assert len(turns) == 1
     assert 0 < turns[0] < mine
+
+
+class Part:
+    """A frame as the listener's socket gives it."""
+
+    def __init__(self, data: Frame, more: bool) -> None:
+        self.bytes, self.buffer, self.more = bytes(data), memoryview(data), more
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    def get(self, option: Any) -> Any:
+        raise zmq.ZMQError(zmq.EINVAL)
+
+
+def test_small_messages_come_after_large_ones_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the last of them the listener's thread has nothing else to do: a short product is evaluated there."""
+    took: list[tuple[int, bool]] = []
+
+    class Watched(EchoHandler):
+        def submit(self, frames: Any, *given: Any, idle: bool = False) -> None:
+            took.append((sum(map(len, frames)), idle))
+
+    with listening(Watched(), insecure=True) as listener:
+        loop = listener._loop
+    waiting: list[Part] = []
+    for size in (10, SMALL, 20, 2 * SMALL):
+        parts = [b"route", *wrap(bytes(8), [bytes(size)], False)]
+        waiting += [Part(part, index + 1 < len(parts)) for index, part in enumerate(parts)]
+    monkeypatch.setattr(loop, "socket", mock.Mock(recv=lambda *_, **__: waiting.pop(0)))
+    monkeypatch.setattr(loop, "readable", lambda: bool(waiting))
+    loop._receive()
+    assert took == [(SMALL, False), (2 * SMALL, False), (10, False), (20, True)]

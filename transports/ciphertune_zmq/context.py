@@ -10,7 +10,7 @@ import zmq
 
 from ciphertune.errors import TransportError
 
-IO_THREADS = min(4, os.cpu_count() or 1)
+IO_THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Of a context: each encrypts and decrypts for some of its connections."""
 # Three sockets a link.
 _MOST_SOCKETS = 1 << 14

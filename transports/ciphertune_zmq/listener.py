@@ -301,10 +301,11 @@ class _ServerLoop(SocketLoop):
 
     def _receive(self) -> None:
         # A few at a time, so that a client that keeps sending does not delay replies.
-        idle = False
-        for _ in range(_RECEIVE_QUEUE):
-            if idle:
-                return
+        # Small ones come last: then there is nothing else to do when one of them is to be evaluated here.
+        small: list[tuple[bytes, list[zmq.Frame], str, int]] = []
+        for count in range(_RECEIVE_QUEUE):
+            if count and not self.readable():
+                break
             frames: list[zmq.Frame] = []
             limits, nbytes = self._handler.limits, 0
             most = max_parts(limits) + _ROUTING_FRAMES
@@ -316,7 +317,6 @@ class _ServerLoop(SocketLoop):
                 # Without the frames that are not kept the message is refused below.
                 if len(frames) <= most and nbytes <= limits.header_bytes + limits.total_bytes + _ENVELOPE_BYTES:
                     frames.append(frame)
-            idle = not self.readable()
             descriptor, peer = _descriptor(frame), _peer(frame)
             # The route, which comes first, was made here.
             self._limit.message_complete(descriptor, nbytes - len(frames[0]))
@@ -329,16 +329,26 @@ class _ServerLoop(SocketLoop):
             if len(frames) < _ROUTING_FRAMES or len(frames[1]) < NUMBER_BYTES:
                 self._handler.refused(peer, "a message without a request number")
                 continue
-            route, envelope = frames[0].bytes, frames[1].bytes
-            try:
-                parts = unwrap(envelope, [frame.buffer for frame in frames[_ROUTING_FRAMES:]])
-            except ProtocolError as error:
-                # Without frames the handler answers with an error.
-                self._handler.refused(peer, f"a malformed message: {error}")
-                parts = []
-            connection = self._connection(descriptor, route, peer)
-            reply = self._reply_to(route, envelope[:NUMBER_BYTES])
-            self._handler.submit(parts, peer, reply, connection, idle=idle)
+            message = (frames[0].bytes, frames[_ROUTING_FRAMES - 1 :], peer, descriptor)
+            if len(frames) == _ROUTING_FRAMES:
+                small.append(message)
+            else:
+                self._submit(*message, idle=False)
+        for index, message in enumerate(small):
+            self._submit(*message, idle=index + 1 == len(small) and not self.readable())
+
+    def _submit(self, route: bytes, frames: list[zmq.Frame], peer: str, descriptor: int, idle: bool) -> None:
+        """Hand a message to the handler; ``idle``: nothing else is to be done now."""
+        envelope = frames[0].bytes
+        try:
+            parts = unwrap(envelope, [frame.buffer for frame in frames[1:]])
+        except ProtocolError as error:
+            # Without frames the handler answers with an error.
+            self._handler.refused(peer, f"a malformed message: {error}")
+            parts = []
+        connection = self._connection(descriptor, route, peer)
+        reply = self._reply_to(route, envelope[:NUMBER_BYTES])
+        self._handler.submit(parts, peer, reply, connection, idle=idle)
 
     def _reply_to(self, route: bytes, number: bytes) -> Callable[[list[Frame], Callable[[], None]], None]:
         def reply(frames: list[Frame], release: Callable[[], None]) -> None:

@@ -10,8 +10,8 @@ import threading
 
 LONG = 0.02
 """Seconds of a turn for threads that compute."""
-SHORT = 0.0002
-"""Seconds of a turn for threads that pass on what has come, and sleep."""
+SHORT = 0.001
+"""Seconds of a turn for threads that pass on what has come: a short product of a worker fits in."""
 
 # The system call sched_setattr; sched_getattr has the next number.
 _CALLS = {"x86_64": 314, "aarch64": 274, "riscv64": 274}
