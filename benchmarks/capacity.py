@@ -51,7 +51,10 @@ def serving(folder: Path) -> Iterator[tuple[str, nn.Sequential]]:
     model = nn.Sequential(nn.Linear(*FEATURES, bias=False))
     ciphertune.split(model, folder / "bundle")
     here = ZmqTransport.loopback(folder, {})
-    with on(CORES[-1]), worker_process(folder / "bundle" / "worker", "zmq", here.address, here.serve, MANY) as worker:
+    with contextlib.ExitStack() as stack:
+        with on(CORES[-1]):  # the worker alone, which starts here
+            process = worker_process(folder / "bundle" / "worker", "zmq", here.address, here.serve, MANY)
+            worker = stack.enter_context(process)
         options = "&".join(f"{name}={value}" for name, value in here.connect.items())
         yield f"mlwe+zmq://{worker[0]}?{options}", model
 

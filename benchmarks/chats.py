@@ -13,6 +13,7 @@ processor seconds a second: whose core was full says what the figures are of.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import json
 import os
@@ -209,10 +210,10 @@ def main() -> None:
         ZmqTransport.make_keys(folder / "keys", names, worker=True)
         serve = {"curve": str(folder / "keys")}
         more = ("--threads", "1", "--metrics-port", str(port))
-        with (
-            on(CORES[-1]),
-            worker_process(folder / "bundle" / "worker", "zmq", "127.0.0.1:*", serve, more) as (address, pid),
-        ):
+        with contextlib.ExitStack() as stack:
+            with on(CORES[-1]):  # the worker alone, which starts here
+                process = worker_process(folder / "bundle" / "worker", "zmq", "127.0.0.1:*", serve, more)
+                address, pid = stack.enter_context(process)
             tos = [f"mlwe+zmq://{address}?curve={folder / 'keys'}&client={each}" for each in names]
             opened, asked, rate = record(tos[0], folder / "bundle" / "client")
             print(f"one chat that encrypts, on this machine: {rate:.2f} tokens/s; {len(asked)} requests a token")
