@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="of each of the five runs")
     parser.add_argument("--clients", type=int, default=4, help="with big requests")
     parser.add_argument("--tokens", type=int, default=512, help="of a big request")
-    parser.add_argument("--pause", type=float, default=0.005, help="seconds between small requests, on average")
+    parser.add_argument("--pause", type=float, default=0.01, help="seconds between small requests, on average")
     parser.add_argument("--evaluators", type=int, default=1)
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
