@@ -22,7 +22,7 @@ MOST = {
     ("ciphertune.linear",): 13,
     ("ciphertune.backend",): 9,
     ("ciphertune.transport",): 10,
-    ("ciphertune.bundle.worker", "ciphertune.worker.service"): 42,
+    ("ciphertune.bundle.worker", "ciphertune.worker.service"): 43,
 }
 # Each half of mlwe, and what of the other it must not load.
 HALVES = {
