@@ -7,7 +7,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class EncryptionState:
         tokens, sent: tokens asked for, and sent.
         masks: of the ciphertext, each of the tokens after those of the one before.
         runs: tokens of each mask.
-        scale: per sent token, float64.
+        unit: per sent token, float32: what one 2^-32 of the modulus is worth.
         b: what was sent for a piece, and ``vectors`` its check vectors; None where answers are not checked.
     """
 
@@ -50,7 +50,7 @@ class EncryptionState:
     sent: int
     masks: tuple[Mask, ...] = dataclasses.field(repr=False)
     runs: tuple[int, ...]
-    scale: Tensor = dataclasses.field(repr=False)
+    unit: Tensor = dataclasses.field(repr=False)
     b: Tensor | None = dataclasses.field(default=None, repr=False)
     vectors: Vectors | None = dataclasses.field(default=None, repr=False)
 
@@ -178,7 +178,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         values = x.detach().to(self._device, torch.float32)
         if sent > tokens:
             values = torch.cat([values, values.new_zeros(sent - tokens, values.shape[1])])
-        scale = product.noise.token_scale(values, whole, self._transforms.norms(values))
+        norm = product.noise.encoded_norm(whole)
         runs = [count for _, count in owners]
         # What fills up the last tokens is zeros, which may be anyone's.
         runs[-1] += sent - tokens
@@ -188,14 +188,15 @@ class MLWEClient(ClientHalf[EncryptionState]):
             for own, (caller, _) in zip(parts, owners, strict=True)
         )
         planes = product.parameters.planes
-        b = _side_by_side(
-            mask.take(lambda body, own=own, unit=unit: self._transforms.encrypt(body, own, unit, planes))  # type: ignore[misc]
-            for mask, own, unit in zip(masks, parts, _cut(scale, runs), strict=True)
-        )
+        made = [
+            mask.take(lambda body, own=own: self._transforms.encode(body, own, norm, planes))  # type: ignore[misc]
+            for mask, own in zip(masks, parts, strict=True)
+        ]
+        b, unit = made[0] if len(made) == 1 else map(_side_by_side, zip(*made, strict=True))
         found = []
         for piece, each in zip(pieces, vectors, strict=True):
             part = b if whole.direction == "forward" else _rows(b, piece.rows)
-            found.append(Encrypted({"b": part}, EncryptionState(tokens, sent, masks, tuple(runs), scale, part, each)))
+            found.append(Encrypted({"b": part}, EncryptionState(tokens, sent, masks, tuple(runs), unit, part, each)))
         return found
 
     def check_reply(self, reply: Buffers, state: EncryptionState, piece: LinearMap) -> None:
@@ -225,7 +226,7 @@ class MLWEClient(ClientHalf[EncryptionState]):
         for part in parts:
             if part.shape[1] != product.parameters.planes:
                 raise ReplyError(f"{whole.label}: a value of the reply has {part.shape[1]} bytes")
-        unit = state.scale.reciprocal().to(torch.float32)
+        unit = state.unit
         outputs, first = [], 0
         for mask, run in zip(state.masks, state.runs, strict=True):
             columns = slice(first, first + run)
@@ -412,10 +413,9 @@ def _cut(values: Tensor, runs: Sequence[int]) -> Sequence[Tensor]:
     return [values] if len(runs) == 1 else torch.split(values, list(runs))
 
 
-def _side_by_side(parts: Iterable[Tensor]) -> Tensor:
-    """Tensors whose last dimension is tokens, as one; a single one as it is."""
-    found = list(parts)
-    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors whose last dimension is tokens, as one."""
+    return torch.cat(parts, dim=-1)
 
 
 def _hash(values: Tensor) -> bytes:

@@ -11,7 +11,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from ciphertune_mlwe.native import step_back
 from ciphertune_mlwe.spare_memory import SPARE
 
 log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 BANK_COLUMNS = 256
 """Columns of a bank at most: those that one secret masks."""
@@ -85,7 +87,7 @@ class Mask:
         self._unused = [block.body]
         self._whole = columns == slice(0, block.columns)
 
-    def take(self, use: Callable[[Tensor], Tensor]) -> Tensor:
+    def take(self, use: Callable[[Tensor], _Result]) -> _Result:
         """Encrypt under this mask: ``use`` gets A·s + e, (features, tokens) int32, once and for all.
 
         Raises:
@@ -122,7 +124,7 @@ class Mask:
     def __del__(self) -> None:
         self.close()
 
-    def _used(self, memory: MaskMemory | None, use: Callable[[Tensor], Tensor]) -> Tensor:
+    def _used(self, memory: MaskMemory | None, use: Callable[[Tensor], _Result]) -> _Result:
         if memory is None or not memory.intact:
             raise SecurityError(_GONE)
         found = use(memory.matrix[:, self._columns])

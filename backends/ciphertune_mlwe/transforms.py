@@ -114,6 +114,21 @@ class Transforms(abc.ABC):
             (features, planes, tokens) uint8.
         """
 
+    def encode(self, mask: Tensor, x: Tensor, norm: float, planes: int) -> tuple[Tensor, Tensor]:
+        """Scale every token to the same Euclidean norm, and ``encrypt``.
+
+        Args:
+            mask: as for ``encrypt``.
+            x: as for ``encrypt``.
+            norm: ``NoiseModel.encoded_norm`` of the map; a token's norm below 1e-30 counts as that.
+            planes: as for ``encrypt``.
+
+        Returns:
+            What ``encrypt`` gives, and the inverse scales, (tokens,) float32.
+        """
+        scale = self.norms(x).clamp_min_(1e-30).reciprocal_().mul_(norm)
+        return self.encrypt(mask, x, scale, planes), scale.reciprocal().to(torch.float32)
+
     @abc.abstractmethod
     def decrypt(self, reply: Tensor, mask: Tensor, unit: Tensor, out: Tensor) -> None:
         """``centred(reply lifted to 32 bits - mask) · unit``.
@@ -332,6 +347,18 @@ class NativeTransforms(Transforms):
 
         spread(self._library, features, LANES, calls, tokens * features)
         return b
+
+    def encode(self, mask: Tensor, x: Tensor, norm: float, planes: int) -> tuple[Tensor, Tensor]:
+        """See ``Transforms.encode``: of few tokens in one call, for calls take longer than they do."""
+        tokens, features = x.shape
+        if tokens * features >= native.ALONE:
+            return super().encode(mask, x, norm, planes)
+        x = native.packed(x)
+        b = torch.empty(features, planes, tokens, dtype=torch.uint8)
+        unit = torch.empty(tokens, dtype=torch.float32)
+        at = mask.data_ptr(), *mask.stride(), x.data_ptr(), x.stride(0)
+        self._library.ct_encode(*at, norm, tokens, features, planes, b.data_ptr(), unit.data_ptr())
+        return b, unit
 
     def decrypt(self, reply: Tensor, mask: Tensor, unit: Tensor, out: Tensor) -> None:
         """See ``Transforms.decrypt``."""

@@ -176,7 +176,7 @@ class NoiseModel:
         return self.error_deviation(linear_map.max_norm) / max(signal, 1e-300)
 
     def token_scale(self, x: Tensor, linear_map: LinearMap, norm: Tensor | None = None) -> Tensor:
-        """The largest real scale per token for which no output can wrap, by Cauchy-Schwarz.
+        """The largest real scale per token for which no output can wrap: that of ``encoded_norm``.
 
         Args:
             x: (tokens, features), floating point.
@@ -190,7 +190,11 @@ class NoiseModel:
         if norm is None:
             norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         # Norms under 1e-30 would ask for a scale whose inverse float32 outputs cannot carry.
-        return norm.clamp_min(1e-30).reciprocal_().mul_(self._usable_range(linear_map) / self._digit_gain(linear_map))
+        return norm.clamp_min(1e-30).reciprocal_().mul_(self.encoded_norm(linear_map))
+
+    def encoded_norm(self, linear_map: LinearMap) -> float:
+        """The Euclidean norm of every encoded token: the largest for which no output can wrap, by Cauchy-Schwarz."""
+        return self._usable_range(linear_map) / self._digit_gain(linear_map)
 
     def _digit_gain(self, linear_map: LinearMap) -> float:
         """A bound of one digit's outputs over the norm of their input."""

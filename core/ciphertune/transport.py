@@ -531,12 +531,15 @@ class PendingReplies(Generic[_Answer]):
     def __contains__(self, number: int) -> bool:
         return number in self._futures
 
-    def add(self) -> tuple[int, Future[_Answer]]:
+    def add(self, future: Future[_Answer] | None = None) -> tuple[int, Future[_Answer]]:
         """Register a request; its number, from 1 up, and its future.
 
         After ``close`` the future has failed already, and the request need not be sent.
+
+        Args:
+            future: a new one of a class of the transport's own; a plain one if not given.
         """
-        future: Future[_Answer] = Future()
+        future = Future() if future is None else future
         with self._lock:
             number = next(self._numbers)
             closed = self._closed

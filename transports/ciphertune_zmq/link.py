@@ -45,6 +45,34 @@ def _most_bytes(limits: Limits) -> int:
     return limits.header_bytes + limits.total_bytes + (limits.total_bytes >> 10) + _SPARE_BYTES
 
 
+class _Reply(Future[Message]):
+    """A reply that the thread which waits for it receives.
+
+    Args:
+        link: over which it comes.
+    """
+
+    def __init__(self, link: ZmqLink) -> None:
+        super().__init__()
+        self._link = link
+
+    def result(self, timeout: float | None = None) -> Message:
+        """See ``Future.result``."""
+        return super().result(self._receive(timeout))
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """See ``Future.exception``."""
+        return super().exception(self._receive(timeout))
+
+    def _receive(self, seconds: float | None) -> float | None:
+        """Receive until the reply is there; the seconds that are left to wait."""
+        if seconds == 0 or self.done():
+            return seconds
+        end = None if seconds is None else time.monotonic() + seconds
+        self._link.receive_until(self.done, end)
+        return None if end is None else max(0.0, end - time.monotonic())
+
+
 class ZmqLink(SocketLoop, Link):
     """Requests to one worker, many at a time, answered in any order.
 
@@ -66,7 +94,7 @@ class ZmqLink(SocketLoop, Link):
         if curve is not None:
             self.identity = f"curve {curve.server.decode('ascii')}"
         self._outgoing: collections.deque[tuple[int, list[Frame], Limits]] = collections.deque()
-        self._incoming: list[tuple[int, Message | ProtocolError]] = []
+        self._incoming: collections.deque[tuple[int, Message | ProtocolError]] = collections.deque()
         # What replies to requests that were sent may be, those that were given up included.
         self._expected: dict[int, Limits] = {}
         self._limit = ReceiveLimit(0)
@@ -108,10 +136,12 @@ class ZmqLink(SocketLoop, Link):
     def submit(self, request: Message) -> Future[Message]:
         """See ``Link.submit``. Buffers are read until the request has left, so they must not be changed."""
         frames = pack(request)
-        number, reply = self._pending.add()
+        number, reply = self._pending.add(_Reply(self))
         if not reply.done():
             self._outgoing.append((number, frames, request.reply_limits))
             self.send()
+            if not self.awaited_alone():
+                self.attend_again()
         return reply
 
     def close(self) -> None:
@@ -124,6 +154,10 @@ class ZmqLink(SocketLoop, Link):
         self._resting = not self._pending and time.monotonic() >= self._awake_until
         seconds = 60.0 if self._resting else _CHECK_SECONDS
         return seconds if self._knock_at is None else max(0.0, min(seconds, self._knock_at - time.monotonic()))
+
+    def awaited_alone(self) -> bool:
+        """See ``SocketLoop.awaited_alone``."""
+        return len(self._pending) <= 1
 
     def work(self, readable: bool) -> None:
         """See ``SocketLoop.work``."""
@@ -146,8 +180,11 @@ class ZmqLink(SocketLoop, Link):
 
     def deliver(self) -> None:
         """See ``SocketLoop.deliver``: settles what replies came for."""
-        while self._incoming:
-            number, reply = self._incoming.pop(0)
+        while True:
+            try:
+                number, reply = self._incoming.popleft()
+            except IndexError:  # several threads deliver
+                return
             if isinstance(reply, Message):
                 self._pending.answer(number, reply)
             else:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
+import select
 import socket
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -29,6 +32,10 @@ CONNECTION_EVENTS = (
 )
 # A plain number: operations on enumerations take longer than the question.
 _POLLIN = int(zmq.POLLIN)
+_SLICE_SECONDS = 0.005
+"""Of a thread that receives for itself between two looks at whether somebody else received for it."""
+_ATTENDED_SECONDS = 0.05
+"""How long after a thread that received for itself another one is expected to."""
 HANDSHAKE_FAILURES = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
@@ -40,7 +47,8 @@ class SocketLoop(abc.ABC):
     """A thread that owns a ZeroMQ socket and its monitor. Other threads ``wake`` it, or send in its place.
 
     The socket is used by one thread at a time, under a lock. While the thread sleeps it watches the socket's descriptor
-    and not the socket, so that another one can send: two changes of threads less for a message.
+    and not the socket, so that another one can send: two changes of threads less for a message. One that waits for a
+    message receives it itself, by ``receive_until``, and meanwhile the thread does not watch: two changes less again.
 
     Args:
         kind: type of the socket.
@@ -63,7 +71,10 @@ class SocketLoop(abc.ABC):
         self._wake_in.setblocking(False)
         self.stopping = False
         self._using = threading.RLock()
-        self._working = False  # whether the thread is in ``work`` or ``connection_event``
+        self._working = False  # whether somebody is in ``work`` or ``connection_event``
+        self._receiving = threading.Lock()  # held by who receives for itself
+        self._attended = -_ATTENDED_SECONDS  # when somebody last did
+        self._arrivals: Any = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -91,6 +102,43 @@ class SocketLoop(abc.ABC):
         if left:
             self.wake()
 
+    def receive_until(self, done: Callable[[], bool], end: float | None) -> None:
+        """Receive on the calling thread until what it waits for is there, or others wait too: then the thread does.
+
+        Args:
+            done: whether it is there.
+            end: of the wait, as ``time.monotonic``; None for none.
+        """
+        if not hasattr(select, "poll") or not self._receiving.acquire(blocking=False):
+            return
+        try:
+            while not (done() or self.stopping):
+                with self._using:
+                    if self.stopping:
+                        return
+                    self._work()
+                self.deliver()
+                now = self._attended = time.monotonic()
+                if done() or not self.awaited_alone() or (end is not None and now >= end):
+                    return
+                if self._arrivals is None:
+                    self._arrivals = select.poll()
+                    self._arrivals.register(self.socket.getsockopt(zmq.FD), select.POLLIN)
+                    continue  # what came before shows in the events of the socket alone
+                self._arrivals.poll(1000 * (_SLICE_SECONDS if end is None else min(_SLICE_SECONDS, end - now)))
+        except Exception:
+            log.exception("%s failed on a thread that waits", self._thread.name)
+            self.stopping = True
+            self.wake()
+        finally:
+            self._receiving.release()
+
+    def attend_again(self) -> None:
+        """Have the thread watch for messages, where others received for themselves lately."""
+        if time.monotonic() - self._attended < _ATTENDED_SECONDS:
+            self._attended = -_ATTENDED_SECONDS
+            self.wake()
+
     def stop(self) -> None:
         """End the thread and release its resources. Idempotent; not to be called on the thread itself."""
         self.stopping = True
@@ -107,6 +155,10 @@ class SocketLoop(abc.ABC):
     @abc.abstractmethod
     def send_now(self) -> bool:
         """Send what can be sent at once; whether that leaves something for ``work``. Called on any thread."""
+
+    def awaited_alone(self) -> bool:
+        """Whether one message at most is to come, so that who waits for it may receive it."""
+        return False
 
     @abc.abstractmethod
     def work(self, readable: bool) -> None:
@@ -140,26 +192,41 @@ class SocketLoop(abc.ABC):
                     self._release()
 
     def _loop(self) -> None:
-        poller = zmq.Poller()
         wake = self._wake_in.fileno()
-        for each in (self.socket.getsockopt(zmq.FD), self._monitor, wake):
+        poller, attended_poller = zmq.Poller(), zmq.Poller()
+        for each in (self._monitor, wake):
             poller.register(each, zmq.POLLIN)
+            attended_poller.register(each, zmq.POLLIN)
+        poller.register(self.socket.getsockopt(zmq.FD), zmq.POLLIN)
         sleep = 0.0
         while not self.stopping:
-            events: dict[Any, int] = dict(poller.poll(int(1000 * sleep)))
+            # Whoever receives for itself is waked by the socket alone, and comes again soon.
+            attended = self._receiving.locked() or time.monotonic() - self._attended < _ATTENDED_SECONDS
+            seconds = min(sleep, _SLICE_SECONDS) if attended else sleep
+            events: dict[Any, int] = dict((attended_poller if attended else poller).poll(int(1000 * seconds)))
             if wake in events:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_in.recv(4096)
+            elif not events and self._receiving.locked():
+                sleep = _SLICE_SECONDS
+                continue
             with self._using:
-                self._working = True
                 # Before the monitor: replies that came before the connection was lost count.
-                self.work(self.readable())
+                self._work()
                 if self._monitor in events:
+                    self._working = True
                     self._read_monitor()
-                self._working = False
+                    self._working = False
                 # The descriptor tells of what is new alone.
                 sleep = 0.0 if self.readable() else self.poll_seconds()
             self.deliver()
+
+    def _work(self) -> None:
+        self._working = True
+        try:
+            self.work(self.readable())
+        finally:
+            self._working = False
 
     def readable(self) -> bool:
         """Whether a message waits; asked by whoever uses the socket."""

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LIBRARY = "kernels.so"
-_INT = ctypes.c_int64
-_POINTER = ctypes.c_void_p
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 _SIGNATURES = {
     "transform_secrets": "ppi",
     "transform_rows": "piip",
@@ -31,9 +30,11 @@ _SIGNATURES = {
     "masks": "pipiiipiip",
     "hint_masks": "ppiiip",
     "encrypt": "piipipiiipi",
+    "encode": "piipidiiipp",
     "decrypt": "pipiipiiipi",
     "norms": "piiip",
     "weighted_sums": "piiiiipiipi",
+    "agrees": "ppiipiipiiii",
     "split": "piiipii",
     "join": "piiiiip",
     "low_bits": "piip",
@@ -64,7 +65,7 @@ def declare(loaded: ctypes.CDLL, prefix: str = "") -> None:
     """Tell ctypes the arguments of the library's functions, those whose names start with the prefix."""
     for name, arguments in _SIGNATURES.items():
         if name.startswith(prefix):
-            getattr(loaded, f"ct_{name}").argtypes = [_POINTER if each == "p" else _INT for each in arguments]
+            getattr(loaded, f"ct_{name}").argtypes = [_KINDS[each] for each in arguments]
     loaded.ct_product_name.restype = ctypes.c_char_p
 
 

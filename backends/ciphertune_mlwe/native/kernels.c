@@ -467,6 +467,26 @@ CLONES void ct_norms(const float *x, int64_t x_stride, int64_t features, int64_t
     }
 }
 
+/* What is encrypted of tokens whose scales follow from their norms: see ct_encrypt and ct_norms.
+ *
+ * norm  of a token times its scale; a norm below 1e-30 counts as that
+ * unit  (tokens) float to write to, the inverse scales
+ */
+void ct_encode(const int32_t *mask, int64_t row_step, int64_t token_step, const float *x, int64_t x_stride, double norm,
+               int64_t tokens, int64_t rows, int64_t planes, uint8_t *out, float *unit) {
+    for (int64_t first = 0; first < tokens; first += TOKENS) {
+        int64_t width = least(TOKENS, tokens - first);
+        double scale[TOKENS];
+        ct_norms(x + first * x_stride, x_stride, rows, width, scale);
+        for (int64_t t = 0; t < width; t++) {
+            scale[t] = 1.0 / (scale[t] < 1e-30 ? 1e-30 : scale[t]) * norm;
+            unit[first + t] = (float)(1.0 / scale[t]);
+        }
+        ct_encrypt(mask + first * token_step, row_step, token_step, x + first * x_stride, x_stride, scale, width, rows,
+                   planes, out + first, tokens);
+    }
+}
+
 #define DRAWN 8 /* vectors that are usual, whose sums stay in registers */
 #define DEEP 32 /* rows whose values are read at a time */
 typedef uint32_t uvec __attribute__((vector_size(32), aligned(4)));
@@ -488,6 +508,7 @@ INLINE void add_weighted(const uint32_t (*value)[TOKENS], const int32_t *weights
 }
 
 #define FEW 16 /* tokens up to which loops run over rows */
+#define MOST_VECTORS 64
 #define LINE 256 /* rows of such a loop */
 
 /* out (count, out_stride) = weights (count, rows), of one byte or four, times values, of a few tokens. */
@@ -554,6 +575,28 @@ CLONES void ct_weighted_sums(const uint8_t *in, int64_t in_stride, int64_t plane
         for (int64_t j = 0; j < DRAWN; j++)
             memcpy(out + j * out_stride + first, sums[j], width * sizeof *out);
     }
+}
+
+/* Whether left x reply = right x request, mod 2^32 of values lifted to the top, for every digit of a weight: 1 or 0, in
+ * a time that does not tell which sums differ.
+ *
+ * reply    (digits * rows, planes, tokens) bytes, up to FEW tokens; left (count, rows) int8, up to MOST_VECTORS
+ * request  (features, planes, tokens) bytes, rows and planes so many apart; right (digits, count, features) int32
+ */
+int64_t ct_agrees(const uint8_t *reply, const int8_t *left, int64_t rows, int64_t digits, const uint8_t *request,
+                  int64_t request_stride, int64_t plane_stride, const int32_t *right, int64_t features, int64_t planes,
+                  int64_t tokens, int64_t count) {
+    int32_t of_reply[MOST_VECTORS * FEW], of_request[MOST_VECTORS * FEW];
+    uint32_t apart = 0;
+    for (int64_t digit = 0; digit < digits; digit++) {
+        ct_weighted_sums(reply + digit * rows * planes * tokens, planes * tokens, tokens, planes, rows, tokens, left, 1,
+                         count, of_reply, tokens);
+        ct_weighted_sums(request, request_stride, plane_stride, planes, features, tokens,
+                         right + digit * count * features, 4, count, of_request, tokens);
+        for (int64_t i = 0; i < count * tokens; i++)
+            apart |= (uint32_t)of_reply[i] ^ (uint32_t)of_request[i];
+    }
+    return apart == 0;
 }
 
 /* Byte planes of values: (rows, columns) int32 -> (rows, planes, plane_stride) bytes, lowest plane first. */
