@@ -224,6 +224,8 @@ class MaskStock:
         """
         with self._lock:
             self._check()
+            if (mask := self._next_of_bank(product, tokens, caller)) is not None:
+                return mask
             callers = len(self._banks.keys() | {caller})
         order = self._order(product, tokens, callers)
         if order.tokens > tokens:
@@ -303,26 +305,39 @@ class MaskStock:
 
     def _of_bank(self, order: Order, tokens: int, caller: str, message: Callable[[], bytes]) -> Mask:
         while True:
-            with self._lock:
-                self._check()
-                own = self._banks[caller] = self._banks.pop(caller, {})
-                bank = own.get(order.product)
-                if bank is not None and bank.used + tokens <= bank.block.columns and self._usable(bank.block):
-                    columns = slice(bank.used, bank.used + tokens)
-                    bank.used += tokens
-                    if bank.used == bank.block.columns:
-                        # Its memory goes with the masks that were handed out, and makes room for masks made ahead.
-                        del own[order.product]
-                        if self._thread is not None:
-                            self._asked.put(None)
-                    return self._hand(bank.block, columns)
             block = self._find(order) or self._made(order, message())
             if tokens <= _TOKENS_APART:
                 block = block.by_tokens()
             with self._lock:
                 self._check()
-                self._banks.setdefault(caller, {})[order.product] = _Bank(block)
+                own = self._banks[caller] = self._banks.pop(caller, {})
+                own[order.product] = _Bank(block)
                 self._make_room(caller)
+                if (mask := self._next_of_bank(order.product, tokens, caller)) is not None:
+                    return mask
+
+    def _next_of_bank(self, product: str, tokens: int, caller: str) -> Mask | None:
+        """The next columns of a caller's bank for a product; None where it has none, or too few, or may not use them.
+
+        A request that takes more than half of a bank has masks of its own.
+        """
+        own = self._banks.get(caller)
+        bank = None if own is None else own.get(product)
+        if own is None or bank is None:
+            return None
+        columns = bank.block.columns
+        if bank.used + tokens > columns or 2 * tokens > columns or not self._usable(bank.block):
+            return None
+        if len(self._banks) > 1:
+            self._banks[caller] = self._banks.pop(caller)
+        taken = slice(bank.used, bank.used + tokens)
+        bank.used += tokens
+        if bank.used == columns:
+            # Its memory goes with the masks that were handed out, and makes room for masks made ahead.
+            del own[product]
+            if self._thread is not None:
+                self._asked.put(None)
+        return self._hand(bank.block, taken)
 
     def _make_room(self, caller: str) -> None:
         """Drop banks of others while all together take too much."""

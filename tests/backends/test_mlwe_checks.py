@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ciphertune.backend import DIRECTIONS, Direction
 from ciphertune.errors import SecurityError, WrongReplyError
-from ciphertune_mlwe import checks
+from ciphertune_mlwe import checks, native
 from ciphertune_mlwe.checks import CheckVectors, Vectors, cuts_of, right, weighted_sums
 from ciphertune_mlwe.planes import lifted, split_bytes
 
@@ -185,6 +186,45 @@ def test_few_tokens_are_held_against_all_vectors(monkeypatch: pytest.MonkeyPatch
     assert right(one, b[:, :, :16].contiguous(), planes_of(y[:, :16], 3))
     y[7, 11] += 1
     assert not right(one, b[:, :, :16].contiguous(), planes_of(y[:, :16], 3))
+
+
+@given(
+    rows=st.integers(1, 90),
+    features=st.integers(1, 90),
+    digits=st.integers(1, 2),
+    tokens=st.integers(1, checks.FEW_TOKENS),
+    planes=st.sampled_from([3, 4]),
+    part=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_few_tokens_are_checked_alike_in_one_call_and_in_tensors(
+    rows: int, features: int, digits: int, tokens: int, planes: int, part: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-128, 128, (digits, rows, features), dtype=torch.int8, generator=generator)
+    left = torch.randint(-1, 2, (checks.VECTORS, rows), dtype=torch.int8, generator=generator)
+    vectors = Vectors(left, (left.long() @ codes.long()).to(torch.int32))
+    b = torch.randint(0, 256, (2 * features, planes, tokens), dtype=torch.uint8, generator=generator)
+    b = b[features:] if part else b[:features]
+    y = planes_of((codes.long() @ values_of(b)).flatten(0, 1), planes)
+    wrong = y.clone()
+    wrong[rows // 2, planes // 2, tokens // 2] ^= 4
+    seen = bool(left[:, rows // 2].any())
+    for each in (nullcontext(), pytest.MonkeyPatch.context()):
+        with each as patch:
+            if patch is not None:
+                patch.setattr(native, "library_for", lambda _: None)
+            assert right(vectors, b, y)
+            assert right(vectors, b, wrong) is not seen
+
+
+def test_vectors_of_another_product_are_no_reason_to_read_beyond_memory() -> None:
+    one = pool(random_codes(OUTPUTS, FEATURES)).forward(())
+    b, y = asked(random_codes(OUTPUTS, FEATURES), 3, "forward", 0)
+    with pytest.raises((ValueError, RuntimeError)):
+        right(one, b[: FEATURES // 2, :, :2].contiguous(), planes_of(y[:, :2], 3))
+    with pytest.raises((ValueError, RuntimeError)):
+        right(one, b[:, :, :2].contiguous(), planes_of(y[: OUTPUTS // 2, :2], 3))
 
 
 @pytest.mark.usefixtures("code")

@@ -214,6 +214,27 @@ def test_norms_are_those_of_float64_whatever_the_size_of_values(made: Callable[[
     assert found[4] == 0
 
 
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("tokens", [1, 3, 65, 300])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_tokens_are_encoded_by_their_norms(made: Callable[[], Transforms], tokens: int, by_columns: bool) -> None:
+    """In one call or in several, the scale of a token is that of ``NoiseModel.token_scale``."""
+    generator = torch.Generator().manual_seed(tokens)
+    transforms, features = made(), 120
+    x = torch.randn(tokens, features + 3, generator=generator)[:, 2:-1] * torch.logspace(-35, 3, tokens)[:, None]
+    x[tokens // 2] = 0
+    mask = torch.randint(-(1 << 31), 1 << 31, (features, tokens), dtype=torch.int32, generator=generator)
+    mask = mask.t().contiguous().t() if by_columns else mask
+    linear_map = dataclasses.replace(Halves(random_codes(8, features)).maps["forward"], max_norm=900.0)
+    for parameters in SETS:
+        noise = parameters.noise(1)
+        scale = noise.token_scale(x, linear_map, transforms.norms(x))
+        b, unit = transforms.encode(mask, x, noise.encoded_norm(linear_map), parameters.planes)
+        assert torch.equal(b, transforms.encrypt(mask, x, scale, parameters.planes))
+        assert torch.equal(unit, scale.reciprocal().float())
+        assert float(scale[tokens // 2]) > 1e35, "a token of zeros decodes to zeros"
+
+
 def test_known_answers() -> None:
     digests = []
     for make in MADE:

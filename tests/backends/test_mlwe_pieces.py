@@ -54,9 +54,10 @@ def encrypted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     take = Mask.take
 
-    def recorded(mask: Mask, use: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        found.append(take(mask, use))
-        return found[-1]
+    def recorded(mask: Mask, use: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        sent, unit = take(mask, use)
+        found.append(sent)
+        return sent, unit
 
     monkeypatch.setattr(Mask, "take", recorded)
     return found

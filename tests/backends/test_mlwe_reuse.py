@@ -38,16 +38,16 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> list[Sealed]:
     found: list[Sealed] = []
     take = Mask.take
 
-    def recorded(mask: Mask, use: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def recorded(mask: Mask, use: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         kept: list[torch.Tensor] = []
 
-        def keep(body: torch.Tensor) -> torch.Tensor:
+        def keep(body: torch.Tensor) -> tuple[torch.Tensor, ...]:
             kept.append(body.clone())
             return use(body)
 
-        sent = take(mask, keep)
+        sent, unit = take(mask, keep)
         found.append(Sealed(kept[0], sent.clone()))
-        return sent
+        return sent, unit
 
     monkeypatch.setattr(Mask, "take", recorded)
     return found

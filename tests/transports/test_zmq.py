@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import http.server
@@ -176,6 +177,67 @@ def test_threads_share_a_link(plain: str) -> None:
         thread.join(60)
     link.close()
     assert kinds == ["ok"] * 400
+
+
+def test_who_waits_for_a_reply_receives_it(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = link_to(f"mlwe+zmq://{plain}?insecure=1")
+    receiving: list[threading.Thread] = []
+    receive = type(link)._receive  # type: ignore[attr-defined]
+
+    def recorded(self: Any) -> None:
+        before = len(self._incoming)
+        receive(self)
+        receiving.extend([threading.current_thread()] * (len(self._incoming) - before))
+
+    monkeypatch.setattr(type(link), "_receive", recorded)
+    for _ in range(30):
+        assert link.submit(Message("hello")).result(60).kind == "ok"
+    # The socket's thread may be first now and then.
+    assert receiving.count(threading.current_thread()) > 15
+    # Whoever does not wait by the future gets replies all the same.
+    done = threading.Event()
+    futures = [link.submit(Message("hello")) for _ in range(3)]
+    futures[0].add_done_callback(lambda _: done.set())
+    assert done.wait(60)
+    assert not concurrent.futures.wait(futures, 60).not_done
+    link.close()
+
+
+def test_one_waits_while_another_asks(plain: str) -> None:
+    """A thread that receives for itself gives way to the socket's own once others wait, and neither is forgotten."""
+    handler = EchoHandler()
+    handler.hold = True
+    with listening(handler, insecure=True) as listener:
+        link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
+        kinds: list[str] = []
+        first = threading.Thread(target=lambda: kinds.append(link.submit(Message("hello")).result(60).kind))
+        first.start()
+        eventually(lambda: len(handler.kept) == 1)
+        second = threading.Thread(target=lambda: kinds.append(link.submit(Message("hello")).result(60).kind))
+        second.start()
+        eventually(lambda: len(handler.kept) == 2)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            link.submit(Message("hello")).result(0.05)
+        handler.answer(backwards=True)
+        first.join(60)
+        second.join(60)
+        assert kinds == ["hello", "hello"]
+        link.close()
+
+
+def test_a_thread_that_waits_learns_at_once_that_the_worker_is_gone(service: Service) -> None:
+    handler = EchoHandler()
+    handler.hold = True
+    with listening(handler, insecure=True) as listener:
+        link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
+        future = link.submit(Message("hello"))
+        eventually(lambda: len(handler.kept) == 1)
+        closing = threading.Timer(0.2, listener.close)
+        closing.start()
+        with pytest.raises(TransportError, match="lost"):
+            future.result(60)
+        closing.join()
+        link.close()
 
 
 @pytest.mark.slow

@@ -36,6 +36,8 @@ _SLICE_SECONDS = 0.005
 """Of a thread that receives for itself between two looks at whether somebody else received for it."""
 _ATTENDED_SECONDS = 0.05
 """How long after a thread that received for itself another one is expected to."""
+_LOOK_SECONDS = 0.02
+"""Of the socket's own thread between two looks meanwhile."""
 HANDSHAKE_FAILURES = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
@@ -112,19 +114,22 @@ class SocketLoop(abc.ABC):
         if not hasattr(select, "poll") or not self._receiving.acquire(blocking=False):
             return
         try:
-            while not (done() or self.stopping):
+            while not done():
                 with self._using:
                     if self.stopping:
                         return
+                    if self._arrivals is None:
+                        self._arrivals = select.poll()
+                        self._arrivals.register(self.socket.getsockopt(zmq.FD), select.POLLIN)
+                    # First, for the descriptor tells of what is new alone.
                     self._work()
                 self.deliver()
                 now = self._attended = time.monotonic()
-                if done() or not self.awaited_alone() or (end is not None and now >= end):
+                if done() or (end is not None and now >= end):
                     return
-                if self._arrivals is None:
-                    self._arrivals = select.poll()
-                    self._arrivals.register(self.socket.getsockopt(zmq.FD), select.POLLIN)
-                    continue  # what came before shows in the events of the socket alone
+                if not self.awaited_alone():
+                    self.attend_again()
+                    return
                 self._arrivals.poll(1000 * (_SLICE_SECONDS if end is None else min(_SLICE_SECONDS, end - now)))
         except Exception:
             log.exception("%s failed on a thread that waits", self._thread.name)
@@ -202,13 +207,13 @@ class SocketLoop(abc.ABC):
         while not self.stopping:
             # Whoever receives for itself is waked by the socket alone, and comes again soon.
             attended = self._receiving.locked() or time.monotonic() - self._attended < _ATTENDED_SECONDS
-            seconds = min(sleep, _SLICE_SECONDS) if attended else sleep
+            seconds = min(sleep, _LOOK_SECONDS) if attended else sleep
             events: dict[Any, int] = dict((attended_poller if attended else poller).poll(int(1000 * seconds)))
             if wake in events:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_in.recv(4096)
             elif not events and self._receiving.locked():
-                sleep = _SLICE_SECONDS
+                sleep = _LOOK_SECONDS
                 continue
             with self._using:
                 # Before the monitor: replies that came before the connection was lost count.

@@ -26,9 +26,9 @@ class own_modes(contextlib.ContextDecorator):  # noqa: N801 - read as a possessi
 
     def __enter__(self) -> None:
         # Entered for every product, so that modes which are as they should be cost nothing.
-        modes: list[contextlib.AbstractContextManager[object]] = [
-            without_autocast(kind) for kind in ("cpu", "cuda") if autocast_dtype(kind) is not None
-        ]
+        modes: list[contextlib.AbstractContextManager[object]] = []
+        if torch._C._is_any_autocast_enabled():
+            modes += [without_autocast(kind) for kind in ("cpu", "cuda") if autocast_dtype(kind) is not None]
         if _python_dispatch._get_current_dispatch_mode_stack():
             modes.append(_python_dispatch._disable_current_modes())
         if torch.is_inference_mode_enabled():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -106,12 +105,11 @@ class Product:
                 encrypted = self._client.encrypt_owned(x, whole, maps, owners)
         check_requests(name, encrypted, len(pieces))
         exchange.encrypt_seconds += clock() - start
-        with contextlib.ExitStack() as stack:
-            requests = [
-                self._send(piece, whole, part, each, stack)
-                for piece, part, each in zip(pieces, maps, encrypted, strict=True)
-            ]
-            parts = []
+        requests: list[PendingRequest] = []
+        parts = []
+        try:
+            for piece, part, each in zip(pieces, maps, encrypted, strict=True):
+                requests.append(self._send(piece, whole, part, each))
             for piece, request, part, each in zip(pieces, requests, maps, encrypted, strict=True):
                 reply = self._receive(request)
                 self._count(whole, part, each.buffers, reply)
@@ -125,6 +123,9 @@ class Product:
                     self._pool.exclude(request.answered_by, piece, whole.direction)
                     raise Rejected(piece, request.answered_by)
                 exchange.decrypt_seconds += clock() - start
+        finally:
+            for request in requests:
+                request.abandon()
         start = clock()
         with blamed(registry.BACKENDS, name, "decryption"):
             y = self._client.put_together(parts, [each.state for each in encrypted], whole, maps)
@@ -140,15 +141,8 @@ class Product:
             return check(piece, sent, y, whole, x)
         return check(piece, sent, y, piece, sent)
 
-    def _send(
-        self,
-        piece: Piece,
-        whole: LinearMap,
-        linear_map: LinearMap,
-        encrypted: Encrypted[Any],
-        stack: contextlib.ExitStack,
-    ) -> PendingRequest:
-        """Send the request for a piece; it is given up when ``stack`` unwinds."""
+    def _send(self, piece: Piece, whole: LinearMap, linear_map: LinearMap, encrypted: Encrypted[Any]) -> PendingRequest:
+        """Send the request for a piece."""
         start = time.perf_counter()
         with blamed(registry.BACKENDS, type(self._backend).name, "its statement of time or of sizes", quote=True):
             allowance = self._backend.allowance(linear_map, self._exchange.tokens)
@@ -162,7 +156,6 @@ class Product:
         request = PendingRequest(
             self._pool, piece, linear_map.direction, self._opening, buffers, check, allowance, most
         )
-        stack.callback(request.abandon)
         self._exchange.wait_seconds += time.perf_counter() - start
         self._exchange.requests += 1
         return request
