@@ -402,6 +402,30 @@ def _several() -> str:
     )
 
 
+def _networks() -> str:
+    """A training over a line with latency, a rate and losses."""
+    found = _measured("networks")
+    without = {row["system"]: row["measured"]["seconds"] for row in found["rows"] if row["loss"] == 0}
+    rows = [
+        (
+            f"{row['system']}",
+            f"{100 * row['loss']:.0f}%",
+            f"{row['measured']['seconds']:.2f} s",
+            f"{row['measured']['seconds'] / without[row['system']]:.1f}",
+            f"{row['predicted_s']:.2f} s" if row["loss"] == 0 else "",
+            f"{100 * (row['predicted_s'] / row['measured']['seconds'] - 1):+.0f}%" if row["loss"] == 0 else "",
+        )
+        for row in found["rows"]
+    ]
+    header = ("congestion control", "packets lost each way", "a step", "times one without losses", "planned", "error")
+    sent = found["rows"][0]["measured"]
+    return (
+        f"A small model, {found['tokens']:,} tokens a step, {found['latency']} one way, {found['bandwidth']} each way; "
+        f"{sent['requests']} requests and {sent['bytes']:,} bytes in the whole run, the same in every row. "
+        f"{_where(found['machine'])}\n\n{_table(header, rows)}"
+    )
+
+
 def _where(machine: Any) -> str:
     busy = " **Busy with other work: measure again before you rely on it.**" if machine["load_before"] >= 1 else ""
     return (
@@ -450,6 +474,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "training.md": {"names": _names},
     "planning.md": {"predicted": _predicted, "several": _several, "shares": _shares, "validated": _validated},
+    "cheaper.md": {"networks": _networks},
     "../README.md": {"summary": _summary},
 }
 
