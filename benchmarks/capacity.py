@@ -29,6 +29,7 @@ from sweep import machine
 from torch import nn
 
 import ciphertune
+from ciphertune._support.processor import processor_seconds
 from ciphertune.client.choice import choose
 from ciphertune.client.connection import WorkerConnection
 from ciphertune.planning.queueing import Kind, Lines, Pass, simulate_clients
@@ -45,8 +46,8 @@ MANY = ("--max-sessions", "1000", "--max-requests", "1000", "--threads", "1")
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[tuple[str, nn.Sequential]]:
-    """A worker on a core of its own: the selection string, and the model."""
+def serving(folder: Path) -> Iterator[tuple[str, int, nn.Sequential]]:
+    """A worker on a core of its own: the selection string, its process id, and the model."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(*FEATURES, bias=False))
     ciphertune.split(model, folder / "bundle")
@@ -56,7 +57,7 @@ def serving(folder: Path) -> Iterator[tuple[str, nn.Sequential]]:
             process = worker_process(folder / "bundle" / "worker", "zmq", here.address, here.serve, MANY)
             worker = stack.enter_context(process)
         options = "&".join(f"{name}={value}" for name, value in here.connect.items())
-        yield f"mlwe+zmq://{worker[0]}?{options}", model
+        yield f"mlwe+zmq://{worker[0]}?{options}", worker[1], model
 
 
 def record(to: str, model: nn.Sequential, tokens: int = TOKENS) -> tuple[Message, Message, float]:
@@ -117,22 +118,25 @@ class Replaying:
 
 
 def measured(
-    to: str, opened: Message, product: Message, clients: int, pause: float, seconds: float
+    to: str, pid: int, opened: Message, product: Message, clients: int, pause: float, seconds: float
 ) -> dict[str, float]:
-    """Products a second of all clients, seconds of their core for one, and what one takes, median and p99."""
+    """Products a second of all clients, seconds of their core and the worker's for one, what one takes, median, p99."""
     everyone = [Replaying(to, opened, [product]) for _ in range(clients)]
     until = time.monotonic() + seconds
     threads = [threading.Thread(target=one.run, args=(pause, until, i)) for i, one in enumerate(everyone)]
-    begun, used = time.monotonic(), time.process_time()
+    begun, used, worked = time.monotonic(), time.process_time(), processor_seconds(pid) or 0.0
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     took, used = time.monotonic() - begun, time.process_time() - used
+    worked = (processor_seconds(pid) or 0.0) - worked
     found = sorted(value for one in everyone for value in one.seconds)
     for one in everyone:
         one.close()
-    return {"products_per_second": len(found) / took, "client_s": used / len(found), **shown(found)}
+    count = len(found)
+    rates = {"products_per_second": count / took, "client_s": used / count, "worker_s": worked / count}
+    return {**rates, **shown(found)}
 
 
 def shown(seconds: Sequence[float]) -> dict[str, float]:
@@ -149,14 +153,14 @@ def main() -> None:
     before, rows = os.getloadavg()[0], []
     os.sched_setaffinity(0, {CORES[0]})
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name, serving(Path(name)) as (to, model):
+    with tempfile.TemporaryDirectory() as name, serving(Path(name)) as (to, pid, model):
         opened, product, evaluate = record(to, model)
-        alone = measured(to, opened, product, 1, 0.0, arguments.seconds / 4)
+        alone = measured(to, pid, opened, product, 1, 0.0, arguments.seconds / 4)
         overhead = max(0.0, alone["median_s"] - evaluate)
         own = min(overhead, alone["client_s"])
         print(
             f"evaluation {1000 * evaluate:.2f} ms, the rest of a round trip {1000 * overhead:.2f} ms, of it "
-            f"{1000 * own:.2f} ms of the clients' core"
+            f"{1000 * own:.2f} ms of the clients' core; {1000 * alone['worker_s']:.2f} ms of the worker's core"
         )
         # What a message takes beside that is the worker's time: its processor encrypts, checks and copies. Sending and
         # receiving are alike.
@@ -166,7 +170,7 @@ def main() -> None:
         for load in arguments.load:
             for clients in arguments.clients:
                 pause = clients * (evaluate + overhead) / load
-                real = measured(to, opened, product, clients, pause, arguments.seconds)
+                real = measured(to, pid, opened, product, clients, pause, arguments.seconds)
                 told = simulate_clients([Kind("one", clients, cycle, think=pause)], 1, lines, 20_000).kinds["one"]
                 row = {
                     "clients": clients,
@@ -183,7 +187,8 @@ def main() -> None:
                 print(
                     f"{clients} clients, load {load:g}: {real['products_per_second']:.1f} products/s measured, "
                     f"{told.tokens_per_second:.1f} predicted ({100 * off:+.0f}%); median {1000 * real['median_s']:.1f} "
-                    f"and {1000 * told.median:.1f} ms, p99 {1000 * real['p99_s']:.1f} and {1000 * told.p99:.1f} ms",
+                    f"and {1000 * told.median:.1f} ms, p99 {1000 * real['p99_s']:.1f} and {1000 * told.p99:.1f} ms; "
+                    f"{1000 * real['worker_s']:.2f} ms of the worker's core",
                     flush=True,
                 )
     found = {"machine": machine(before), "evaluate_s": evaluate, "overhead_s": overhead, "client_s": own, "rows": rows}

@@ -1,10 +1,10 @@
-"""More workers against what ``ciphertune plan`` says of them, on one machine: each has a share of a core of its own.
+"""More workers against what ``ciphertune plan`` says of them, on one machine: each as a slow machine of its own.
 
-``python benchmarks/several.py`` needs root on Linux with control groups, and takes some ten minutes on a quiet machine
-of two cores or more. The client has one core. Each worker may use a fifth of another one, as the scheduler's quota
-grants it, so that four are as four slow machines are. Their speeds, and what the transport costs with such a worker,
-are measured under the same quota. It writes ``several.json`` beside this file; then ``python docs/generate.py`` makes
-the table.
+``python benchmarks/several.py`` takes some six minutes on a quiet machine of two cores or more. The client has one
+core. The workers are on another one, and an evaluation takes each of them as long as if it had a fifth of a core
+(``slow_worker.py``), so that four are as four slow machines are. The core is measured by itself, and the plan counts a
+fifth of its speed. ``several.json`` beside this file is written after every case; ``--only`` measures some of them
+again, and keeps the others. Then ``python docs/generate.py`` makes the table.
 """
 
 from __future__ import annotations
@@ -18,156 +18,108 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from predict import CORES, LOOPBACK, TO, Case, on
+from predict import CORES, LOOPBACK, TO, Case, environment, on
 from sweep import machine
 
 import ciphertune
 from ciphertune.bench.train import run_child
-from ciphertune.planning.plan import make_plan
+from ciphertune.planning.plan import Plan, make_plan
 from ciphertune.planning.speeds import Speeds, read_speeds
-from ciphertune.worker.process import worker_process
 from ciphertune_zmq import ZmqTransport
 
 HERE = Path(__file__).parent
 CASES = (Case(1, "layers", "0ms", 0), *(Case(n, p, "0ms", 0) for n in (2, 4) for p in ("layers", "rows")))
-_PERIOD = 5000
-"""Microseconds in which a worker gets its share: short beside a product."""
 
 
-@contextlib.contextmanager
-def group(share: float) -> Iterator[Path]:
-    """A control group whose processes get a share of one core together: the file that takes their ids.
-
-    Raises:
-        SystemExit: there are no control groups that this process may make.
-    """
-    name, quota = f"ciphertune-{os.getpid()}-{time.monotonic_ns()}", int(share * _PERIOD)
-    old, new = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
-    folder = (old if old.is_dir() else new) / name
-    try:
-        folder.mkdir()
-        if old.is_dir():
-            (folder / "cpu.cfs_period_us").write_text(str(_PERIOD))
-            (folder / "cpu.cfs_quota_us").write_text(str(quota))
-        else:
-            (folder / "cpu.max").write_text(f"{quota} {_PERIOD}")
-    except OSError as error:
-        raise SystemExit(f"no control group for processors can be made here ({error}): run it as root") from None
-    try:
-        yield folder / "cgroup.procs"
-    finally:
-        end = time.monotonic() + 10
-        while folder.exists() and time.monotonic() < end:
-            time.sleep(0.1)
-            with contextlib.suppress(OSError):  # until the last process has gone
-                folder.rmdir()
-
-
-def limit(pid: int, to: Path) -> None:
-    """Put a process with all its threads into a group."""
-    to.write_text(str(pid))
-
-
-def plan_command(tokens: int, path: Path) -> list[str]:
-    command = [sys.executable, "-m", "ciphertune", "plan", "smollm2", "--to", TO, "--json", "--save-speeds", str(path)]
-    return [*command, "--tokens", str(tokens), "--workers", "4", "--placement", "rows"]
-
-
-def measured(tokens: int, share: float | None, workers_alone: bool) -> Speeds:
-    """Speeds of a core, or of a share of one; with ``workers_alone`` only what the process starts is limited."""
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+def measured(tokens: int) -> Speeds:
+    """Speeds of a core, and what the transport costs between two."""
+    with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "speeds.json"
-        procs = None if share is None else stack.enter_context(group(share))
-        process = subprocess.Popen(
-            plan_command(tokens, path), stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        done = threading.Event()
-        if procs is not None:
-            if workers_alone:
-                watching = threading.Thread(target=limit_children, args=(process.pid, procs, done))
-                watching.start()
-                stack.callback(watching.join)
-                stack.callback(done.set)
-            else:
-                limit(process.pid, procs)
-        if process.wait() != 0:
-            raise SystemExit("the speeds could not be measured")
+        command = [sys.executable, "-m", "ciphertune", "plan", "smollm2", "--to", TO, "--json"]
+        command += ["--tokens", str(tokens), "--workers", "4", "--placement", "rows", "--save-speeds", str(path)]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment(True))
         return read_speeds(path)
 
 
-def limit_children(pid: int, to: Path, done: threading.Event) -> None:
-    """Put the processes that a process starts into a group, as they come."""
-    known: set[int] = set()
-    while not done.wait(0.05):
-        with contextlib.suppress(OSError):
-            found = {int(each) for task in Path(f"/proc/{pid}/task").glob("*/children") for each in read_ids(task)}
-            for each in found - known:
-                limit(each, to)
-            known |= found
+def slowed(speeds: Speeds, share: float) -> Speeds:
+    """Speeds of a machine whose processor has a share of the speed."""
+    products = (dataclasses.replace(each, evaluate=each.evaluate / share) for each in speeds.products)
+    return dataclasses.replace(speeds, products=tuple(products))
 
 
-def read_ids(path: Path) -> list[str]:
-    return path.read_text().split()
+@contextlib.contextmanager
+def slow_worker(folder: Path, bind: str, serve: dict[str, str], share: float) -> Iterator[str]:
+    """A worker with a share of the last core: its address."""
+    command = [sys.executable, str(HERE / "slow_worker.py"), str(share), str(folder), "--bind", bind, "--threads", "1"]
+    command += ["--backends", "all"]
+    for name, value in serve.items():
+        command += ["--option", f"{name}={value}"]
+    with on(CORES[-1]):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        first = next((line for line in process.stdout if line.startswith("ready ")), "")
+        if not first:
+            raise SystemExit("a worker did not start")
+        yield first.split()[1]
+    finally:
+        process.terminate()
+        process.wait()
 
 
-def run(case: Case, bundle: Path, keys: Path, steps: int, share: float) -> list[float]:
-    """Seconds of the steps of a training."""
+def run(case: Case, bundle: Path, keys: Path, steps: int, share: float) -> dict[str, Any]:
+    """A training: seconds of its steps, and what the client counted in the last."""
     here = ZmqTransport.loopback(keys, {})
     with contextlib.ExitStack() as stack:
-        addresses = []
-        for folder in sorted(bundle.glob("worker*")):
-            procs = stack.enter_context(group(share))
-            with on(CORES[-1]):
-                process = worker_process(folder, "zmq", here.address, here.serve, ("--threads", "1"))
-                address, pid = stack.enter_context(process)
-            limit(pid, procs)
-            addresses.append(address)
+        addresses = [
+            stack.enter_context(slow_worker(folder, here.address, dict(here.serve), share))
+            for folder in sorted(bundle.glob("worker*"))
+        ]
         options = "&".join(f"{name}={value}" for name, value in {**here.connect, "timeout": "600"}.items())
         request: dict[str, Any] = {"model_name": "smollm2", "to": f"{TO}{','.join(addresses)}?{options}"}
         request |= {"tokens": case.tokens, "count": steps + 1, "seed": 0}
         with on(CORES[0]):
-            found = run_child(request, str(keys / "cache"))
-    return list(found["seconds"])
+            return run_child(request, str(keys / "cache"))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    load = os.getloadavg()[0]
-    client = measured(arguments.tokens, None, False)
-    worker = measured(arguments.tokens, arguments.share, False)
-    between = measured(arguments.tokens, arguments.share, True)
-    client = dataclasses.replace(client, link=between.link)
-    rows: list[dict[str, Any]] = []
+def planned(case: Case, speeds: Speeds, share: float) -> Plan:
+    return make_plan(
+        "smollm2",
+        TO,
+        tokens=case.tokens,
+        bandwidth=LOOPBACK,
+        latency=0.0,
+        workers=case.workers,
+        placement=case.placement,
+        client=speeds,
+        worker=slowed(speeds, share),
+    )
+
+
+def measure(case: Case, speeds: Speeds, steps: int, share: float) -> dict[str, Any]:
+    """A row: a case, measured and planned."""
     with tempfile.TemporaryDirectory() as name:
-        for number in arguments.only or range(len(CASES)):
-            case = dataclasses.replace(CASES[number], tokens=arguments.tokens)
-            bundle = Path(name) / f"{case.placement}-{case.workers}"
-            ciphertune.split("smollm2", bundle, workers=case.workers, placement=case.placement)
-            seconds = run(case, bundle, Path(name), arguments.steps, arguments.share)
-            real = statistics.median(seconds[1:])
-            planned = make_plan(
-                "smollm2",
-                TO,
-                tokens=case.tokens,
-                bandwidth=LOOPBACK,
-                latency=0.0,
-                workers=case.workers,
-                placement=case.placement,
-                client=client,
-                worker=worker,
-            )
-            assert planned.estimate is not None
-            told = planned.estimate.total
-            row = {**dataclasses.asdict(case), "measured_s": real, "predicted_s": told, "error": told / real - 1}
-            rows.append({**row, "all_seconds": seconds, "limit": planned.estimate.bottleneck})
-            told_of = f"{case.workers} by {case.placement}: {real:.2f} s, planned {told:.2f} s ({row['error']:+.0%})"
-            print(told_of, flush=True)
-    return {"machine": machine(load), "share": arguments.share, "steps": arguments.steps, "rows": rows}
+        folder = Path(name)
+        ciphertune.split("smollm2", folder / "bundle", workers=case.workers, placement=case.placement)
+        found = run(case, folder / "bundle", folder, steps, share)
+    estimate = planned(case, speeds, share).estimate
+    assert estimate is not None
+    real = statistics.median(found["seconds"][1:])
+    phases = {name: value for name, value in found["traffic"][-1].items() if name.endswith("_seconds")}
+    parts = {name: getattr(estimate, name) for name in ("encrypt", "evaluate", "decrypt", "network", "rest")}
+    row = {**dataclasses.asdict(case), "measured_s": real, "predicted_s": estimate.total}
+    row |= {"error": estimate.total / real - 1, "limit": estimate.bottleneck, "all_seconds": found["seconds"]}
+    return {**row, "phases": phases, "predicted_phases": parts}
+
+
+def kept(path: Path, same: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run with the same settings."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return list(found["rows"]) if all(found.get(name) == value for name, value in same.items()) else []
 
 
 def main() -> None:
@@ -175,10 +127,24 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.2, help="of a core, for each worker")
     parser.add_argument("--tokens", type=int, default=256, help="of a step")
     parser.add_argument("--steps", type=int, default=3, help="that are timed, after one that is not")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases, from 0")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases, from 0; others are kept")
     parser.add_argument("--json", type=Path, default=HERE / "several.json")
     arguments = parser.parse_args()
-    arguments.json.write_text(json.dumps(measure(arguments), indent=1) + "\n", encoding="utf-8")
+    same = {"share": arguments.share, "tokens": arguments.tokens, "steps": arguments.steps}
+    where = machine(os.getloadavg()[0])
+    chosen = [dataclasses.replace(case, tokens=arguments.tokens) for case in CASES]
+    names = [(case.workers, case.placement) for case in chosen]
+    rows = {(row["workers"], row["placement"]): row for row in kept(arguments.json, same)}
+    speeds = measured(arguments.tokens)
+    for number in arguments.only or range(len(CASES)):
+        row = rows[names[number]] = measure(chosen[number], speeds, arguments.steps, arguments.share)
+        print(
+            f"{row['workers']} by {row['placement']}: {row['measured_s']:.2f} s, planned {row['predicted_s']:.2f} s "
+            f"({row['error']:+.0%}); {row['phases']} against {row['predicted_phases']}",
+            flush=True,
+        )
+        found = {"machine": where, **same, "rows": [rows[name] for name in names if name in rows]}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
