@@ -3,8 +3,8 @@
 ``python benchmarks/capacity.py`` takes some three minutes on a quiet machine of two cores or more. The worker has a
 core, and the clients share another. A client replays a recorded request over a connection and a session of its own,
 pauses, and does so again: what it would compute for itself takes no time, so that many fit one core. Seconds of an
-evaluation, of a round trip, and of the clients' core for one are measured with one client that does not pause. It
-writes ``capacity.json`` beside this file.
+evaluation, of a round trip, and of both cores for one are measured with one client that does not pause. It writes
+``capacity.json`` beside this file.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import ciphertune
 from ciphertune._support.processor import processor_seconds
 from ciphertune.client.choice import choose
 from ciphertune.client.connection import WorkerConnection
+from ciphertune.planning.capacity import with_transport
 from ciphertune.planning.queueing import Kind, Lines, Pass, simulate_clients
 from ciphertune.planning.simulation import MicroBatch, Product, Request
 from ciphertune.protocol import Message
@@ -42,6 +43,7 @@ from ciphertune_zmq import ZmqTransport
 HERE = Path(__file__).parent
 FEATURES, TOKENS = (576, 1536), 256
 """Of SmolLM2's widest products, and a micro-batch."""
+WARM_UP = 0.5
 MANY = ("--max-sessions", "1000", "--max-requests", "1000", "--threads", "1")
 
 
@@ -92,16 +94,16 @@ class Replaying:
         self._link: Link = choice.transport.connect(choice.selection.endpoints, None)[0]
         session = self._answer(opened).fields["session"]
         self._asked = [Message("evaluate", {**each.fields, "session": session}, each.buffers) for each in asked]
-        self.seconds: list[float] = []
+        self.done: list[tuple[float, float]] = []
+        """When each was answered, and the seconds until then."""
 
-    def run(self, pause: float, until: float, seed: int) -> None:
+    def run(self, pause: float, stop: threading.Event, seed: int) -> None:
         chance = random.Random(seed)
-        while time.monotonic() < until:
-            if pause:
-                time.sleep(chance.expovariate(1 / pause))
+        while not stop.wait(chance.expovariate(1 / pause) if pause else 0.0):
             begun = time.monotonic()
             self.once()
-            self.seconds.append(time.monotonic() - begun)
+            now = time.monotonic()
+            self.done.append((now, now - begun))
 
     def once(self) -> None:
         """Send all requests, one after the other."""
@@ -122,21 +124,29 @@ def measured(
 ) -> dict[str, float]:
     """Products a second of all clients, seconds of their core and the worker's for one, what one takes, median, p99."""
     everyone = [Replaying(to, opened, [product]) for _ in range(clients)]
-    until = time.monotonic() + seconds
-    threads = [threading.Thread(target=one.run, args=(pause, until, i)) for i, one in enumerate(everyone)]
-    begun, used, worked = time.monotonic(), time.process_time(), processor_seconds(pid) or 0.0
+    stop = threading.Event()
+    threads = [threading.Thread(target=one.run, args=(pause, stop, i)) for i, one in enumerate(everyone)]
     for thread in threads:
         thread.start()
+    # Neither the beginning counts, when all come at once, nor the end, when some have gone.
+    time.sleep(2 * pause + WARM_UP)
+    before = spent(pid)
+    time.sleep(seconds)
+    after = spent(pid)
+    stop.set()
     for thread in threads:
         thread.join()
-    took, used = time.monotonic() - begun, time.process_time() - used
-    worked = (processor_seconds(pid) or 0.0) - worked
-    found = sorted(value for one in everyone for value in one.seconds)
+    found = sorted(took for one in everyone for end, took in one.done if before[0] <= end < after[0])
     for one in everyone:
         one.close()
+    took, client, worker = (b - a for a, b in zip(before, after, strict=True))
     count = len(found)
-    rates = {"products_per_second": count / took, "client_s": used / count, "worker_s": worked / count}
-    return {**rates, **shown(found)}
+    return {"products_per_second": count / took, "client_s": client / count, "worker_s": worker / count, **shown(found)}
+
+
+def spent(pid: int) -> tuple[float, float, float]:
+    """Seconds that have passed, and those that the clients and the worker have computed."""
+    return time.monotonic(), time.process_time(), processor_seconds(pid) or 0.0
 
 
 def shown(seconds: Sequence[float]) -> dict[str, float]:
@@ -162,9 +172,10 @@ def main() -> None:
             f"evaluation {1000 * evaluate:.2f} ms, the rest of a round trip {1000 * overhead:.2f} ms, of it "
             f"{1000 * own:.2f} ms of the clients' core; {1000 * alone['worker_s']:.2f} ms of the worker's core"
         )
-        # What a message takes beside that is the worker's time: its processor encrypts, checks and copies. Sending and
-        # receiving are alike.
-        request = Request((0,), own / 2, 0, evaluate + overhead - own, 0, own / 2)
+        # What a message takes beside that is the worker's time: its processor encrypts, checks and copies, a part of it
+        # while the client is at work as well. Sending and receiving are alike.
+        request = Request((0,), own / 2, 0, evaluate, 0, own / 2)
+        request = with_transport(request, overhead - own, max(0.0, alone["worker_s"] - evaluate))
         cycle = (Pass(MicroBatch([Product(0.0, (request,))]), 1),)
         lines = Lines(1e12, 1e12, 0.0, 1e12, processors=1)
         for load in arguments.load:
@@ -191,7 +202,8 @@ def main() -> None:
                     f"{1000 * real['worker_s']:.2f} ms of the worker's core",
                     flush=True,
                 )
-    found = {"machine": machine(before), "evaluate_s": evaluate, "overhead_s": overhead, "client_s": own, "rows": rows}
+    found = {"machine": machine(before), "seconds": arguments.seconds, "evaluate_s": evaluate, "overhead_s": overhead}
+    found |= {"client_s": own, "worker_s": alone["worker_s"], "rows": rows}
     arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from ciphertune.cli import cli
 from ciphertune.errors import CipherTuneError, ConfigError
-from ciphertune.planning.capacity import CHATS, TRAINING, CapacityPlan, ClientMix, Prices, plan_capacity
+from ciphertune.planning.capacity import CHATS, TRAINING, CapacityPlan, ClientMix, Prices, plan_capacity, with_transport
 from ciphertune.planning.queueing import Kind, Lines, Load, Pass, simulate_clients
 from ciphertune.planning.simulation import MicroBatch, Product, Request
 from ciphertune.planning.speeds import ClientCompute, Line, LinkSpeed, ProductSpeed, Speeds, write_speeds
@@ -135,13 +135,26 @@ def test_chats_and_training_are_both_served(folder: Path) -> None:
 
 
 def test_a_transport_takes_the_workers_time(folder: Path) -> None:
-    linked = dataclasses.replace(speeds(), link=LinkSpeed(rate=1e9, overhead=0.02))
+    linked = dataclasses.replace(speeds(), link=LinkSpeed(1e9, 0.02, 1e-9, 0.02))
     without, found = (plan(folder, 8, workers=1, client=client).asked for client in (speeds(), linked))
     assert without is not None
     assert found is not None
     # A saturated worker: each of the 15 products of a step takes 20 ms more of it.
     steps = [one.tokens_per_second / 24 for one in (without, found)]
     assert 1 / steps[1] - 1 / steps[0] == pytest.approx(15 * 0.02, rel=0.1)
+
+
+def test_a_worker_may_be_busy_when_its_reply_has_left() -> None:
+    request = with_transport(Request((0,), 0.0, 0, 0.05, 0, 0.0), waited=0.02, worked=0.05)
+    assert (request.evaluate, request.after, request.decrypt) == pytest.approx((0.07, 0.03, 0.0))
+    cycle = (Pass(MicroBatch([Product(0.03, (request,))]), tokens=1),)
+    alone, many = load(1, cycle).kinds["one"], load(20, cycle)
+    assert alone.median == pytest.approx(0.1)  # the worker is done before the next request
+    assert many.kinds["one"].tokens_per_second == pytest.approx(10, rel=0.02)
+    assert many.evaluating == pytest.approx(1.0, abs=0.01)
+    # What the worker does not do, the client does.
+    lighter = with_transport(Request((0,), 0.0, 0, 0.05, 0, 0.0), waited=0.05, worked=0.02)
+    assert (lighter.evaluate, lighter.after, lighter.decrypt) == pytest.approx((0.07, 0.0, 0.03))
 
 
 def test_memory_decides_how_many_workers_hold_a_copy(folder: Path) -> None:

@@ -253,7 +253,7 @@ def test_faster_workers_are_faster(folder: Path) -> None:
 
 
 def test_what_the_transport_costs_counts(folder: Path) -> None:
-    with_link = total(folder, client=speeds(link=LinkSpeed(rate=1e6, overhead=0.1)))
+    with_link = total(folder, client=speeds(link=LinkSpeed(1e6, 0.1, 1e-6, 0.1)))
     plan = planned(folder, tokens=24)
     more = 15 * 0.1 + (plan.bytes_up + plan.bytes_down) * (1 / 1e6 - 1 / 125e6)
     assert with_link == pytest.approx(total(folder) + more)
@@ -296,7 +296,7 @@ def test_plans_that_cannot_be(folder: Path, changes: dict[str, Any], text: str) 
 
 
 def test_speeds_survive_their_file(tmp_path: Path) -> None:
-    for one in (speeds(), speeds(client_compute=None, link=LinkSpeed(1e9, 1e-3))):
+    for one in (speeds(), speeds(client_compute=None, link=LinkSpeed(1e9, 1e-3, 1e-9, 1e-3))):
         write_speeds(one, tmp_path / "speeds.json")
         assert read_speeds(tmp_path / "speeds.json") == one
     with pytest.raises(ConfigError, match="cannot write speeds"):
@@ -392,13 +392,13 @@ def test_a_transport_is_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) 
 
     def link(*arguments: Any) -> LinkSpeed:
         asked.append(arguments)
-        return LinkSpeed(1e9, 1e-3)
+        return LinkSpeed(1e9, 1e-3, 1e-9, 1e-3)
 
     monkeypatch.setattr(measure, "measure_link", link)
     plan = make_plan(str(folder), "mlwe+zmq://10.0.0.5:1?insecure=1&pad_tokens=16&timeout=3", tokens=8)
     assert asked == [("zmq", {"insecure": "1"})]
     assert plan.speeds is not None
-    assert (plan.speeds.to, plan.speeds.link) == ("mlwe?pad_tokens=16", LinkSpeed(1e9, 1e-3))
+    assert (plan.speeds.to, plan.speeds.link) == ("mlwe?pad_tokens=16", LinkSpeed(1e9, 1e-3, 1e-9, 1e-3))
 
 
 def test_measuring_leaves_random_numbers_alone(folder: Path) -> None:

@@ -293,16 +293,33 @@ def _passes(planned: PlannedModel, mix: ClientMix, client: Speeds, worker: Speed
 
 
 def _carried(one: Pass, link: LinkSpeed | None) -> Pass:
-    """A pass whose messages take the worker's time as well: its processor encrypts, checks and copies them."""
+    """A pass whose messages take time as well, most of it the worker's: its processor encrypts, checks and copies."""
     if link is None:
         return one
 
     def carried(request: Request) -> Request:
-        took = link.overhead + (request.up + request.down) / link.rate
-        return dataclasses.replace(request, evaluate=request.evaluate + took)
+        nbytes = request.up + request.down
+        return with_transport(request, link.waited(nbytes), link.worked(nbytes))
 
     products = [Product(each.rest, tuple(map(carried, each.requests))) for each in one.batch.products]
     return dataclasses.replace(one, batch=MicroBatch(products, one.batch.rest))
+
+
+def with_transport(request: Request, waited: float, worked: float) -> Request:
+    """A request with what its messages take.
+
+    Args:
+        request: without it.
+        waited: seconds that a client waits for them which is alone.
+        worked: seconds of the worker's processor. What the client does not wait for comes after the reply, and what the
+            worker does not do the client does.
+    """
+    return dataclasses.replace(
+        request,
+        evaluate=request.evaluate + min(waited, worked),
+        after=max(0.0, worked - waited),
+        decrypt=request.decrypt + max(0.0, waited - worked),
+    )
 
 
 def _capacity(

@@ -107,7 +107,8 @@ def estimate_step(
             "the client's speeds lack its own computation: measure them on the client, with the same model"
         )
     if client.link is not None:
-        network = dataclasses.replace(network, rate=client.link.rate, overhead=client.link.overhead)
+        link = client.link
+        network = dataclasses.replace(network, rate=link.rate, overhead=link.overhead, client_rate=link.client_rate)
     computed = client.client_compute
     costs = Costs(backend, client, worker, computed)
     batches = {tokens: costs.micro_batch(groups, tokens) for tokens in set(micro_batches)}

@@ -15,6 +15,7 @@ from torch import nn
 
 from ciphertune._support.environment import machine
 from ciphertune._support.options import split_options
+from ciphertune._support.processor import processor_seconds
 from ciphertune.backend import DIRECTIONS, Backend, Direction
 from ciphertune.client.choice import Choice, choose
 from ciphertune.client.preparing import HeldCodes, prepare
@@ -32,12 +33,13 @@ from ciphertune.selection import Selection, SessionOptions
 from ciphertune.traffic import Traffic
 from ciphertune.weights import describe, group_map, quantize
 from ciphertune.worker import WeightStore, Worker
-from ciphertune.workloads.local_worker import serving
+from ciphertune.workloads.local_worker import serving_process
 
 _COPIED_VALUES = 1 << 22
 _SMALL, _LARGE = (1, 64, 64), (512, 1024, 2048)
 """Products whose replies are of a few hundred kilobytes, and of megabytes."""
 _LINK_ROUNDS = 15
+_SETTLED_SECONDS = 0.02
 _PREPARED = (1024, 1024)
 """Inputs and outputs of the layer that preparing is measured with."""
 
@@ -125,7 +127,8 @@ def measure_link(transport: str, options: dict[str, str]) -> LinkSpeed:
     """Measure a transport, with a worker in a process of its own on this machine.
 
     Its cost is what a product under ``mlwe`` takes beside encrypting, evaluating and decrypting, for a small one and a
-    large one, whose bytes are known.
+    large one, whose bytes are known: seconds that the client waits, and seconds of the worker's processor. Where the
+    system does not tell those of another process, all that is waited for counts as the worker's.
 
     Args:
         transport: its name.
@@ -137,21 +140,46 @@ def measure_link(transport: str, options: dict[str, str]) -> LinkSpeed:
     torch.manual_seed(0)
     small, large = nn.Linear(*_SMALL[1:], bias=False), nn.Linear(*_LARGE[1:], bias=False)
     model = nn.Sequential(small, large)
-    waited: list[list[tuple[float, int]]] = [[], []]
-    with serving(model, str(Selection("mlwe", transport, (), options))) as served:
+    waited: list[float] = []
+    worked: list[float] = []
+    sent: list[int] = []
+    # With one thread, seconds of an evaluation are those of the processor.
+    with serving_process(model, str(Selection("mlwe", transport, (), options)), ("--threads", "1")) as (served, pid):
         session = session_of(outsource(model, served, "all", plugins=PluginManager()))
         try:
-            for _ in range(_LINK_ROUNDS):
-                for group, (tokens, features, _) in enumerate((_SMALL, _LARGE)):
-                    before = copy.copy(session.traffic)
-                    session.product(group, "forward", torch.randn(tokens, features))
-                    t = session.traffic.since(before)
-                    waited[group].append((t.wait_seconds - t.evaluate_seconds, t.bytes_up + t.bytes_down))
+            for group, (tokens, features, _) in enumerate((_SMALL, _LARGE)):
+                x = torch.randn(tokens, features)
+                session.product(group, "forward", x)
+                alone, whole, before = [], copy.copy(session.traffic), _worked(pid)
+                for _ in range(_LINK_ROUNDS):
+                    one = copy.copy(session.traffic)
+                    session.product(group, "forward", x)
+                    t = session.traffic.since(one)
+                    alone.append(t.wait_seconds - t.evaluate_seconds)
+                after = _worked(pid)
+                t = session.traffic.since(whole)
+                waited.append(statistics.median(alone))
+                sent.append((t.bytes_up + t.bytes_down) // _LINK_ROUNDS)
+                own = None if before is None or after is None else after - before - t.evaluate_seconds
+                worked.append(waited[-1] if own is None else max(0.0, own / _LINK_ROUNDS))
         finally:
             session.close()
-    (fast, few), (slow, many) = ((statistics.median(s for s, _ in row), row[0][1]) for row in waited)
-    per_byte = max(slow - fast, 1e-9) / (many - few)
-    return LinkSpeed(rate=1.0 / per_byte, overhead=max(0.0, fast - few * per_byte))
+    byte, request = _line(waited, sent)
+    worker_byte, worker_request = _line(worked, sent)
+    return LinkSpeed(1.0 / byte, request, worker_byte, worker_request)
+
+
+def _worked(pid: int | None) -> float | None:
+    """Seconds of a worker's processor, once it has nothing more to do for what was answered."""
+    time.sleep(_SETTLED_SECONDS)
+    return None if pid is None else processor_seconds(pid)
+
+
+def _line(seconds: Sequence[float], sent: Sequence[int]) -> tuple[float, float]:
+    """Seconds a byte, and those that remain, through a small and a large message."""
+    (fast, slow), (few, many) = seconds, sent
+    byte = max(slow - fast, 1e-9) / (many - few)
+    return byte, max(0.0, fast - few * byte)
 
 
 def measure_speeds(

@@ -302,6 +302,9 @@ class _Run:
         begin = max(time, free[worker])
         shared = what == "evaluating" and self._lines.with_workers and self._processors
         end = free[worker] = self._on_one(begin, seconds) if shared else begin + seconds
+        if what == "evaluating" and request.after:
+            free[worker] = self._on_one(end, request.after) if shared else end + request.after
+            seconds += request.after
         self._busy[what][worker] += seconds
         if what == "sending":
             self._under_way[worker] -= 1

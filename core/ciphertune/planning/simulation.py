@@ -33,6 +33,7 @@ class Request:
         up, down: bytes.
         evaluate: seconds at the worker.
         decrypt: seconds at the client once the reply is there.
+        after: seconds that the worker is busy with it when the reply has left; of interest where many clients share it.
     """
 
     workers: tuple[int, ...]
@@ -41,6 +42,7 @@ class Request:
     evaluate: float
     down: int
     decrypt: float
+    after: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Network:
         overhead: seconds that the transport adds to the way of a request and its reply together.
         processors: see ``Processors``.
         down: bytes a second that the client's card receives; as it sends if None.
+        client_rate: bytes a second that the client's end of the transport carries each way, on all connections.
     """
 
     bandwidth: float
@@ -85,10 +88,12 @@ class Network:
     overhead: float = 0.0
     processors: Processors = "own"
     down: float | None = None
+    client_rate: float = math.inf
 
     def card(self, way: Literal["uplink", "downlink"]) -> float:
-        """Bytes a second of the client's card in one direction."""
-        return self.bandwidth if way == "uplink" or self.down is None else self.down
+        """Bytes a second of the client's card, and of the processor that serves it, in one direction."""
+        card = self.bandwidth if way == "uplink" or self.down is None else self.down
+        return min(card, self.client_rate)
 
 
 class Activity(NamedTuple):

@@ -13,7 +13,7 @@ from ciphertune._support.atomic import replace_file
 from ciphertune.backend import DIRECTIONS, Backend, Direction, LinearMap
 from ciphertune.errors import ConfigError
 
-FORMAT = "ciphertune-speeds-2"
+FORMAT = "ciphertune-speeds-3"
 
 Phase = Literal["encrypt", "evaluate", "decrypt", "ahead"]
 _PHASES: tuple[Phase, ...] = ("encrypt", "evaluate", "decrypt", "ahead")
@@ -75,10 +75,34 @@ class ClientCompute:
 
 @dataclasses.dataclass(frozen=True)
 class LinkSpeed:
-    """Cost of a transport beside the network's: bytes a second on one connection, and seconds a request."""
+    """Cost of a transport beside the network's.
+
+    Attributes:
+        rate: bytes a second on one connection.
+        overhead: seconds a request, beside those of its bytes.
+        worker_byte, worker_request: seconds of the worker's processor for each byte, and for each request: what a busy
+            worker spends. A part of them is not waited for by a client that is alone, as sender and receiver of a
+            message work at the same time.
+    """
 
     rate: float
     overhead: float
+    worker_byte: float
+    worker_request: float
+
+    @property
+    def client_rate(self) -> float:
+        """Bytes a second that the client's end carries, on however many connections: what the worker's end leaves."""
+        byte = 1.0 / self.rate - self.worker_byte
+        return 1.0 / byte if byte > 0.0 else math.inf
+
+    def waited(self, nbytes: int) -> float:
+        """Seconds that a client waits for a request and its reply of so many bytes together."""
+        return self.overhead + nbytes / self.rate
+
+    def worked(self, nbytes: int) -> float:
+        """Seconds of the worker's processor for them."""
+        return self.worker_request + nbytes * self.worker_byte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +198,7 @@ def _speeds(found: Mapping[str, Any]) -> Speeds:
         products=products,
         copy=_number(found, "copy"),
         client_compute=None if computed is None else _client_compute(computed),
-        link=None if link is None else LinkSpeed(_number(link, "rate", least=1.0), _number(link, "overhead")),
+        link=None if link is None else _link(link),
     )
 
 
@@ -187,6 +211,11 @@ def _client_compute(row: Mapping[str, Any]) -> ClientCompute:
         end=_line(row["end"]),
         optimizer=_number(row, "optimizer"),
     )
+
+
+def _link(row: Mapping[str, Any]) -> LinkSpeed:
+    rest = (_number(row, name) for name in ("overhead", "worker_byte", "worker_request"))
+    return LinkSpeed(_number(row, "rate", least=1.0), *rest)
 
 
 def _product(row: Mapping[str, Any]) -> ProductSpeed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -27,10 +27,23 @@ def serving(model: str | nn.Module, to: str) -> Iterator[str]:
     Yields:
         The selection string to use, which names the worker.
     """
+    with serving_process(model, to) as (served, _):
+        yield served
+
+
+@contextlib.contextmanager
+def serving_process(model: str | nn.Module, to: str, arguments: Sequence[str] = ()) -> Iterator[tuple[str, int | None]]:
+    """As ``serving``; yields the process id of the worker as well, or None where none was started.
+
+    Args:
+        model: that the worker serves.
+        to: as of ``serving``.
+        arguments: more of ``ciphertune worker``.
+    """
     selection = Selection.parse(to)
     transport = registry.load(registry.TRANSPORTS, selection.transport)
     if not transport.remote or selection.endpoints:
-        yield to
+        yield to, None
         return
     from ciphertune.bundle.writer import split
 
@@ -39,7 +52,8 @@ def serving(model: str | nn.Module, to: str) -> Iterator[str]:
         with blamed(registry.TRANSPORTS, selection.transport, "'loopback'", quote=True):
             here = transport.loopback(folder, selection.options)
         split(base_of(model), folder / "bundle")
-        process = worker_process(folder / "bundle" / "worker", selection.transport, here.address, here.serve)
-        address, _ = stack.enter_context(process)
+        worker = folder / "bundle" / "worker"
+        process = worker_process(worker, selection.transport, here.address, here.serve, arguments)
+        address, pid = stack.enter_context(process)
         options = {**selection.options, **here.connect}
-        yield str(Selection(selection.backend, selection.transport, (address,), options))
+        yield str(Selection(selection.backend, selection.transport, (address,), options)), pid
