@@ -1,6 +1,6 @@
 """More workers against what ``ciphertune plan`` says of them, on one machine: each as a slow machine of its own.
 
-``python benchmarks/several.py`` takes some eight minutes on a quiet machine of two cores or more. The client has one
+``python benchmarks/several.py`` takes some six minutes on a quiet machine of two cores or more. The client has one
 core. The workers are on another one, and an evaluation takes each of them as long as if it had a tenth of a core
 (``slow_worker.py``): so four leave the core idle for half of the time, and are as four slow machines are. The core is
 measured by itself, and the plan counts a tenth of its speed. What the transport takes at the workers' end is not slower
@@ -74,7 +74,7 @@ def slow_worker(folder: Path, bind: str, serve: dict[str, str], share: float) ->
         process.wait()
 
 
-def run(case: Case, bundle: Path, keys: Path, steps: int, share: float) -> dict[str, Any]:
+def run(case: Case, bundle: Path, keys: Path, cache: Path, steps: int, share: float) -> dict[str, Any]:
     """A training: seconds of its steps, and what the client counted in the last."""
     here = ZmqTransport.loopback(keys, {})
     with contextlib.ExitStack() as stack:
@@ -86,7 +86,7 @@ def run(case: Case, bundle: Path, keys: Path, steps: int, share: float) -> dict[
         request: dict[str, Any] = {"model_name": "smollm2", "to": f"{TO}{','.join(addresses)}?{options}"}
         request |= {"tokens": case.tokens, "count": steps + 1, "seed": 0}
         with on(CORES[0]):
-            return run_child(request, str(keys / "cache"))
+            return run_child(request, str(cache))
 
 
 def planned(case: Case, speeds: Speeds, share: float) -> Plan:
@@ -104,12 +104,12 @@ def planned(case: Case, speeds: Speeds, share: float) -> Plan:
     )
 
 
-def measure(case: Case, speeds: Speeds, steps: int, share: float) -> dict[str, Any]:
+def measure(case: Case, cache: Path, speeds: Speeds, steps: int, share: float) -> dict[str, Any]:
     """A row: a case, measured and planned."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ciphertune.split("smollm2", folder / "bundle", workers=case.workers, placement=case.placement)
-        found = run(case, folder / "bundle", folder, steps, share)
+        found = run(case, folder / "bundle", folder, cache, steps, share)
     estimate = planned(case, speeds, share).estimate
     assert estimate is not None
     assert speeds.link is not None
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=0.1, help="of a core, for each worker")
     parser.add_argument("--tokens", type=int, default=256, help="of a step")
-    parser.add_argument("--steps", type=int, default=3, help="that are timed, after one that is not")
+    parser.add_argument("--steps", type=int, default=2, help="that are timed, after one that is not")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of cases, from 0; others are kept")
     parser.add_argument("--json", type=Path, default=HERE / "several.json")
     arguments = parser.parse_args()
@@ -141,15 +141,17 @@ def main() -> None:
     names = [(case.workers, case.placement) for case in chosen]
     rows = {(row["workers"], row["placement"]): row for row in kept(arguments.json, same)}
     speeds = measured(arguments.tokens)
-    for number in arguments.only or range(len(CASES)):
-        row = rows[names[number]] = measure(chosen[number], speeds, arguments.steps, arguments.share)
-        print(
-            f"{row['workers']} by {row['placement']}: {row['measured_s']:.2f} s, planned {row['predicted_s']:.2f} s "
-            f"({row['error']:+.0%}); {row['phases']} against {row['predicted_phases']}",
-            flush=True,
-        )
-        found = {"machine": where, **same, "rows": [rows[name] for name in names if name in rows]}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as cache:  # what encryption prepares of the model, once
+        for number in arguments.only or range(len(CASES)):
+            row = measure(chosen[number], Path(cache), speeds, arguments.steps, arguments.share)
+            rows[names[number]] = row
+            print(
+                f"{row['workers']} by {row['placement']}: {row['measured_s']:.2f} s, planned {row['predicted_s']:.2f} "
+                f"s ({row['error']:+.0%}); {row['phases']} against {row['predicted_phases']}",
+                flush=True,
+            )
+            found = {"machine": where, **same, "rows": [rows[name] for name in names if name in rows]}
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -259,6 +260,11 @@ def test_what_the_transport_costs_counts(folder: Path) -> None:
     assert with_link == pytest.approx(total(folder) + more)
 
 
+def test_what_a_transport_leaves_to_the_client_bounds_all_its_connections() -> None:
+    assert LinkSpeed(1e6, 0.0, 0.75e-6, 0.0).client_rate == pytest.approx(4e6)
+    assert LinkSpeed(1e6, 0.0, 2e-6, 0.0).client_rate == math.inf
+
+
 def test_products_are_scaled_from_the_nearest() -> None:
     backend = choose("mlwe").backend
     near, far = (ProductSpeed("forward", 64, k, k, 1e-3, 1e-2, 1e-3) for k in (64, 4096))
@@ -388,6 +394,9 @@ def test_a_transport_is_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) 
     found = measure.measure_link("zmq", {"insecure": "1"})
     assert found.rate > 1e5  # however little longer the long message took beside other work
     assert 0 <= found.overhead < 5
+    assert 0 <= found.worker_request < 5
+    # A worker's end of it is not all, nor free.
+    assert 0 < found.worker_byte < 1e-5
     asked = []
 
     def link(*arguments: Any) -> LinkSpeed:

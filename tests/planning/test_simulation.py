@@ -76,6 +76,16 @@ def test_who_shares_a_processor_takes_turns_at_messages_too() -> None:
     assert 7.0 + 18.0 < seconds([step(halves)], workers=2, network=far) <= 7.0 + 20.0
 
 
+def test_the_clients_end_of_a_transport_serves_all_connections() -> None:
+    network = dataclasses.replace(FAST, rate=10.0)
+    halves = (request(0, up=40, evaluate=0.0), request(1, encrypt=0.0, up=40, evaluate=0.0))
+    # A message takes four seconds. The client's end is done with the first in half of it, or in all of it.
+    half, whole = (dataclasses.replace(network, client_rate=rate) for rate in (20.0, 10.0))
+    found = [seconds([step(halves)], workers=2, network=each) for each in (network, half, whole)]
+    # Up at 5 both; at 5 and 7; at 5 and 9. Each is decrypted in a second.
+    assert found == pytest.approx([7.0, 8.0, 10.0])
+
+
 def test_whole_layers_at_several_workers_are_no_faster_in_a_single_stream() -> None:
     one, spread = step((request(0),), (request(0),)), step((request(0),), (request(1),))
     assert seconds([one]) == seconds([spread], workers=2) == pytest.approx(12.0)
