@@ -55,11 +55,11 @@ def serving(folder: Path) -> Iterator[tuple[str, int, nn.Sequential]]:
     ciphertune.split(model, folder / "bundle")
     here = ZmqTransport.loopback(folder, {})
     with contextlib.ExitStack() as stack:
-        with on(CORES[-1]):  # the worker alone, which starts here
+        with on(CORES[-1]):  # which is left before clients begin
             process = worker_process(folder / "bundle" / "worker", "zmq", here.address, here.serve, MANY)
-            worker = stack.enter_context(process)
+            address, pid = stack.enter_context(process)
         options = "&".join(f"{name}={value}" for name, value in here.connect.items())
-        yield f"mlwe+zmq://{worker[0]}?{options}", worker[1], model
+        yield f"mlwe+zmq://{address}?{options}", pid, model
 
 
 def record(to: str, model: nn.Sequential, tokens: int = TOKENS) -> tuple[Message, Message, float]:

@@ -85,7 +85,7 @@ def environment(pin: bool) -> dict[str, str]:
 
 @contextlib.contextmanager
 def on(core: int | None) -> Iterator[None]:
-    """Start processes on one core."""
+    """Start processes on one core. Whatever the caller does meanwhile is done there as well."""
     before, threads = os.sched_getaffinity(0), os.environ.get("OMP_NUM_THREADS")
     if core is not None:
         os.sched_setaffinity(0, {core})
