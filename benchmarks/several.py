@@ -3,11 +3,11 @@
 ``python benchmarks/several.py`` takes some six minutes on a quiet machine of two cores or more. The client has one
 core. The workers are on another one, and an evaluation takes each of them as long as if it had a tenth of a core
 (``slow_worker.py``): so four leave the core idle for half of the time, and are as four slow machines are. The core is
-measured by itself, and the plan counts a tenth of its speed. What the transport takes at the workers' end is not slower
-and is the core's in turn, so the plan has its bytes a second as their bandwidth.
+measured by itself, and the plan counts a tenth of its speed. Messages are not slower, and the workers take turns at
+them, which is planned so.
 
-``several.json`` beside this file is written after every case; ``--only`` measures some of them again, and keeps the
-others. Then ``python docs/generate.py`` makes the table.
+``several.json`` beside this file is written after every case; ``--only`` measures some of them again and keeps the
+others, and without a number plans what is there anew. Then ``python docs/generate.py`` makes the table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from predict import CORES, TO, Case, environment, on
+from predict import CORES, LOOPBACK, TO, Case, environment, on
 from sweep import machine
 
 import ciphertune
@@ -90,41 +90,44 @@ def run(case: Case, bundle: Path, keys: Path, cache: Path, steps: int, share: fl
 
 
 def planned(case: Case, speeds: Speeds, share: float) -> Plan:
-    assert speeds.link is not None
     return make_plan(
         "smollm2",
         TO,
         tokens=case.tokens,
-        bandwidth=1.0 / speeds.link.worker_byte,
+        bandwidth=LOOPBACK,
         latency=0.0,
         workers=case.workers,
         placement=case.placement,
+        processors="shared for messages",
         client=speeds,
         worker=slowed(speeds, share),
     )
 
 
-def measure(case: Case, cache: Path, speeds: Speeds, steps: int, share: float) -> dict[str, Any]:
-    """A row: a case, measured and planned."""
+def measure(case: Case, cache: Path, steps: int, share: float) -> dict[str, Any]:
+    """A row: a case, measured."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ciphertune.split("smollm2", folder / "bundle", workers=case.workers, placement=case.placement)
         found = run(case, folder / "bundle", folder, cache, steps, share)
+    phases = {name: value for name, value in found["traffic"][-1].items() if name.endswith("_seconds")}
+    real = statistics.median(found["seconds"][1:])
+    return {**dataclasses.asdict(case), "measured_s": real, "all_seconds": found["seconds"], "phases": phases}
+
+
+def beside(row: dict[str, Any], case: Case, speeds: Speeds, share: float) -> dict[str, Any]:
+    """A row with what is planned."""
     estimate = planned(case, speeds, share).estimate
     assert estimate is not None
-    assert speeds.link is not None
-    real = statistics.median(found["seconds"][1:])
-    phases = {name: value for name, value in found["traffic"][-1].items() if name.endswith("_seconds")}
     parts = {name: getattr(estimate, name) for name in ("encrypt", "evaluate", "decrypt", "network", "rest")}
-    row = {**dataclasses.asdict(case), "measured_s": real, "predicted_s": estimate.total}
-    row |= {"error": estimate.total / real - 1, "limit": estimate.bottleneck, "all_seconds": found["seconds"]}
-    return {**row, "phases": phases, "predicted_phases": parts, "link": dataclasses.asdict(speeds.link)}
+    told = {"predicted_s": estimate.total, "error": estimate.total / row["measured_s"] - 1}
+    return {**row, **told, "limit": estimate.bottleneck, "predicted_phases": parts}
 
 
-def kept(path: Path, same: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier run with the same settings."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return list(found["rows"]) if all(found.get(name) == value for name, value in same.items()) else []
+def kept(path: Path, same: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run with the same settings wrote; nothing where there was none."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found if all(found.get(name) == value for name, value in same.items()) else {}
 
 
 def main() -> None:
@@ -132,26 +135,33 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.1, help="of a core, for each worker")
     parser.add_argument("--tokens", type=int, default=256, help="of a step")
     parser.add_argument("--steps", type=int, default=2, help="that are timed, after one that is not")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases, from 0; others are kept")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, from 0; others are kept")
     parser.add_argument("--json", type=Path, default=HERE / "several.json")
     arguments = parser.parse_args()
     same = {"share": arguments.share, "tokens": arguments.tokens, "steps": arguments.steps}
-    where = machine(os.getloadavg()[0])
+    old = kept(arguments.json, same)
+    where = machine(os.getloadavg()[0]) if arguments.only != [] or not old else old["machine"]
     chosen = [dataclasses.replace(case, tokens=arguments.tokens) for case in CASES]
     names = [(case.workers, case.placement) for case in chosen]
-    rows = {(row["workers"], row["placement"]): row for row in kept(arguments.json, same)}
+    rows = {(row["workers"], row["placement"]): row for row in old.get("rows", [])}
     speeds = measured(arguments.tokens)
     with tempfile.TemporaryDirectory() as cache:  # what encryption prepares of the model, once
-        for number in arguments.only or range(len(CASES)):
-            row = measure(chosen[number], Path(cache), speeds, arguments.steps, arguments.share)
-            rows[names[number]] = row
-            print(
-                f"{row['workers']} by {row['placement']}: {row['measured_s']:.2f} s, planned {row['predicted_s']:.2f} "
-                f"s ({row['error']:+.0%}); {row['phases']} against {row['predicted_phases']}",
-                flush=True,
-            )
+
+        def write() -> None:
+            """Plan all that was measured with the speeds of this run."""
+            for case, name in zip(chosen, names, strict=True):
+                if name in rows:
+                    rows[name] = beside(rows[name], case, speeds, arguments.share)
             found = {"machine": where, **same, "rows": [rows[name] for name in names if name in rows]}
             arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+        for number in arguments.only if arguments.only is not None else range(len(CASES)):
+            rows[names[number]] = measure(chosen[number], Path(cache), arguments.steps, arguments.share)
+            write()
+        write()
+    for row in rows.values():
+        told = f"planned {row['predicted_s']:.2f} s ({row['error']:+.0%})"
+        print(f"{row['workers']} by {row['placement']}: {row['measured_s']:.2f} s, {told}")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ def test_who_shares_a_processor_takes_turns_at_messages_too() -> None:
     shared = dataclasses.replace(network, processors="shared by workers")
     # Two seconds up and two of overhead, one after the other: 4 s where it was 2.
     assert seconds([step(halves)], workers=2, network=shared) == pytest.approx(7.0)
+    # As many, and each evaluates by itself.
+    for_messages = dataclasses.replace(network, processors="shared for messages")
+    assert seconds([step(halves)], workers=2, network=for_messages) == pytest.approx(7.0)
+    busy = step((request(0, up=10), request(1, encrypt=0.0, up=10)))
+    assert seconds([busy], workers=2, network=for_messages) < seconds([busy], workers=2, network=shared)
     # Twice 10 s more, in which others have their turns.
     far = dataclasses.replace(shared, latency=10.0)
     assert 7.0 + 18.0 < seconds([step(halves)], workers=2, network=far) <= 7.0 + 20.0

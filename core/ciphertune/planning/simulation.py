@@ -17,9 +17,10 @@ What = Literal["rest", "encrypt", "decrypt", "evaluate", "uplink", "downlink", "
 """Uses of time: ``rest`` is what the client computes itself, ``latency`` the way of a message whatever its size."""
 
 
-Processors = Literal["own", "shared by workers", "one"]
+Processors = Literal["own", "shared for messages", "shared by workers", "one"]
 """Whether client and workers each have a processor of their own, all workers have one, or all of them, and who shares
 one computes in turn. Whoever shares one also takes turns at what the transport itself takes: its rate and its overhead.
+Workers that share one for messages evaluate each with their own.
 """
 
 
@@ -221,7 +222,8 @@ class _Run:
         self._now = 0.0
         self._client = _Resource()
         shared = self._client if network.processors == "one" else _Resource()
-        self._workers = [_Resource() if network.processors == "own" else shared for _ in range(workers)]
+        own = network.processors in ("own", "shared for messages")
+        self._workers = [_Resource() if own else shared for _ in range(workers)]
         self._cards = {"uplink": _Resource(), "downlink": _Resource()}
         self._turns = None if network.processors == "own" else _Resource()
         self._connections = {way: [self._turns or _Resource() for _ in range(workers)] for way in self._cards}
