@@ -55,15 +55,17 @@ def big(tos: list[str], tokens: int) -> None:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     print("ready", flush=True)
     for line in sys.stdin:
-        until = time.monotonic() + float(line)
-        threads = [threading.Thread(target=each.run, args=(0.0, until, 0)) for each in everyone]
+        stop = threading.Event()
+        threads = [threading.Thread(target=each.run, args=(0.0, stop, 0)) for each in everyone]
         for thread in threads:
             thread.start()
+        time.sleep(float(line))
+        stop.set()
         for thread in threads:
             thread.join()
-        print(sum(len(each.seconds) for each in everyone), flush=True)
+        print(sum(len(each.done) for each in everyone), flush=True)
         for each in everyone:
-            each.seconds.clear()
+            each.done.clear()
 
 
 @contextlib.contextmanager

@@ -44,6 +44,16 @@ def planned(clients: int, chats: float, line: tuple[str, str, str], speeds: Spee
     return {"enough": shown(found.enough), "tried": [shown(one) for one in found.tried], "slowdown": found.slowdown}
 
 
+def apart(clients: int, chats: float, line: tuple[str, str, str], speeds: Speeds) -> dict[str, Any]:
+    """The same with workers of their own for chats and for training."""
+    chatting = round(clients * chats)
+    kinds = (chatting, 1.0), (clients - chatting, 0.0)
+    parts = [planned(count, share, line, speeds)["enough"] for count, share in kinds]
+    tokens = sum(one["tokens_per_second"] for one in parts)
+    price = sum(one["tokens_per_second"] * one["price"] for one in parts) / tokens
+    return {"chats": parts[0], "training": parts[1], "price": price, "tokens_per_second": tokens}
+
+
 def shown(one: Capacity) -> dict[str, Any]:
     return {**dataclasses.asdict(one), "slowdown": one.slowdown}
 
@@ -59,6 +69,7 @@ def main() -> None:
     for where, line in LINES.items():
         for clients in arguments.clients:
             found = planned(clients, arguments.chats, line, speeds)
+            found["apart"] = apart(clients, arguments.chats, line, speeds)
             rows.append({"clients": clients, "where": where, "line": line, **found})
             enough = found["enough"]
             price = f"{enough['price']:.2f} a million tokens"

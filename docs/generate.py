@@ -398,7 +398,7 @@ def _several() -> str:
     header = ("workers", "measured", "times one worker", "planned", "error", "most of the step waits for")
     return (
         f"SmolLM2-135M over zmq, {found['rows'][0]['tokens']:,} tokens a step, the client with one core, each worker "
-        f"with {found['share']:.0%} of another. {_where(found['machine'])}\n\n{_table(header, rows)}"
+        f"evaluating with {found['share']:.0%} of another's speed. {_where(found['machine'])}\n\n{_table(header, rows)}"
     )
 
 
@@ -424,6 +424,89 @@ def _networks() -> str:
         f"{sent['requests']} requests and {sent['bytes']:,} bytes in the whole run, the same in every row. "
         f"{_where(found['machine'])}\n\n{_table(header, rows)}"
     )
+
+
+def _capacity() -> str:
+    """Many clients at one worker, measured and simulated."""
+    found = _measured("capacity")
+    rows = []
+    for row in found["rows"]:
+        real, told = row["measured"], row["predicted"]
+        rows.append(
+            (
+                f"{row['clients']}",
+                f"{row['load']:g}",
+                f"{real['products_per_second']:.0f}",
+                f"{told['products_per_second']:.0f}",
+                f"{100 * (told['products_per_second'] / real['products_per_second'] - 1):+.0f}%",
+                f"{1000 * real['median_s']:.0f} ms / {1000 * told['median_s']:.0f} ms",
+                f"{1000 * real['p99_s']:.0f} ms / {1000 * told['p99_s']:.0f} ms",
+            )
+        )
+    header = ("clients", "load", "products/s", "predicted", "error", "median, measured / predicted", "p99")
+    return (
+        f"One worker with a core, all clients with another; load is that of the worker if nobody waited. "
+        f"{_where(found['machine'])}\n\n{_table(header, rows)}"
+    ) + _note("capacity")
+
+
+def _many() -> str:
+    """Workers and prices for many clients, on paper."""
+    if not (BENCHMARKS / "many.json").exists():
+        return "Not planned yet.\n"
+    found = _measured("many")
+    rows = []
+    for row in found["rows"]:
+        mixed, apart, (up, down, latency) = row["enough"], row["apart"], row["line"]
+        chats, training = apart["chats"], apart["training"]
+        step, token = training["kinds"]["training"], chats["kinds"]["chats"]
+        enough = mixed["slowdown"] <= row["slowdown"]
+        rows.append(
+            (
+                f"{row['clients']:,}",
+                f"{row['where']} ({f'{up}, {latency}' if up == down else f'{up} up, {down} down, {latency}'})",
+                f"{mixed['workers']:,}" if enough else f"none: {mixed['slowdown']:.1f} times at least",
+                f"{chats['workers']:,} and {training['workers']:,}",
+                f"{step['median']:.0f} s, {step['p99']:.0f} s",
+                f"{token['median']:.2f} s, {token['p99']:.2f} s",
+                f"{apart['tokens_per_second']:,.0f}",
+                f"{(chats['bytes_per_second'] + training['bytes_per_second']) / 1e9:,.1f} GB/s",
+                f"{apart['price']:.2f}",
+                f"{_BREAKS[training['busiest']]}, {training[training['busiest']]:.0%}",
+            )
+        )
+    header = (
+        *("clients", "each client", "workers for all", "apart: for chats and for training", "a step: median, p99"),
+        *("a token: median, p99", "tokens/s", "bytes", "price of a million tokens", "busiest"),
+    )
+    m = found["machine"]
+    return (
+        f"SmolLM2-135M, {found['chats']:.0%} chat and the others train; a worker costs {found['worker']:g} an hour and "
+        f"a gigabyte {found['traffic']:g}. Workers and clients are each as fast as {m['processor']} "
+        f"({m['processor capability']}) with {m['threads']} threads. Workers are enough where half of the clients wait "
+        f"at most {found['rows'][0]['slowdown']:g} times as long as one alone. Times and prices are those with workers "
+        "apart."
+        f"\n\n{_table(header, rows)}\n{_answer(found)}"
+    )
+
+
+def _answer(found: Any) -> str:
+    """What a provider asks for, in a sentence for each place of the fewest clients."""
+    few = min(row["clients"] for row in found["rows"])
+    sentences = []
+    for row in found["rows"]:
+        if row["clients"] == few:
+            one = row["apart"]
+            count = one["chats"]["workers"] + one["training"]["workers"]
+            machines = 1e6 * count * found["worker"] / 3600 / one["tokens_per_second"]
+            sentences.append(
+                f"{row['where']} they need {count:,} machines, and a million tokens cost {one['price']:.2f}: "
+                f"{machines:.2f} for machines and {one['price'] - machines:.2f} for traffic"
+            )
+    return f"So for {few:,} clients: {'; '.join(sentences)}.\n"
+
+
+_BREAKS = {"evaluating": "evaluation", "receiving": "a worker's card, in", "sending": "a worker's card, out"}
 
 
 def _where(machine: Any) -> str:
@@ -473,7 +556,14 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         **{name: functools.partial(settings.part, name) for name in settings.options()},
     },
     "training.md": {"names": _names},
-    "planning.md": {"predicted": _predicted, "several": _several, "shares": _shares, "validated": _validated},
+    "planning.md": {
+        "predicted": _predicted,
+        "several": _several,
+        "shares": _shares,
+        "validated": _validated,
+        "capacity": _capacity,
+        "many": _many,
+    },
     "cheaper.md": {"networks": _networks},
     "../README.md": {"summary": _summary},
 }

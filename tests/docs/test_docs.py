@@ -63,13 +63,9 @@ _MANY = "minutes of simulation; tests/planning/test_capacity.py plans for as man
 EXCLUDED = {
     (
         "planning.md",
-        "ciphertune plan smollm2 --clients 1000 --chats 0.9 --client-speeds client.json --worker-speeds worker.json "
-        "--worker-price 0.8 --traffic-price 0.05",
-    ): _MANY,
-    (
-        "planning.md",
-        "ciphertune plan smollm2 --clients 100000 --chats 0.9 --client-speeds client.json --worker-speeds worker.json "
-        "--worker-price 0.8 --traffic-price 0.05",
+        "ciphertune plan smollm2 --to mlwe+zmq:// --clients 1000 --chats 0.9 --client-speeds speeds.json "
+        "--worker-speeds speeds.json --worker-price 0.8 --traffic-price 0.05 --up 20Mbit/s --down 100Mbit/s "
+        "--latency 20ms",
     ): _MANY,
     ("concrete.md", "ciphertune worker BUNDLE --backends mlwe,concrete-glwe"): "serves until it is stopped",
     ("cluster.md", 'pip install "ciphertune[ray]"'): _INSTALL,
