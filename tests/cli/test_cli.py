@@ -341,15 +341,21 @@ def test_exit_status(
     assert ("interrupted" in capsys.readouterr().err) == (status == 130)
 
 
+_FULL = """
+import os, runpy, sys, warnings
+warnings.simplefilter("ignore")
+os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+runpy.run_module("ciphertune", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize(
     "words",
     ["doctor", "doctor --json", "backends", "plugins --json", "transports", "share smollm2", "cache --json", "--help"],
 )
 def test_a_command_whose_output_cannot_be_written_says_so_and_fails(words: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "ciphertune", *words.split()]
-    with Path("/dev/full").open("w") as full:
-        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    ran = warm.run(_FULL, *words.split())
     said = ran.stderr.splitlines()[-1:]
     assert (ran.returncode, said) == (1, ["ciphertune: what this prints cannot be written: No space left on device"])
 

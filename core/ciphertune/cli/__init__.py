@@ -177,8 +177,12 @@ def main(args: list[str] | None = None) -> NoReturn:
         click.echo(f"ciphertune: {error}", err=True)
         sys.exit(1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename is not None else _unwritten(error)
+        unwritten = _unwritten(error) if error.filename is None else ""
+        where = f"{error.filename}: " if error.filename is not None else unwritten
         click.echo(f"ciphertune: {where}{error.strerror or error}", err=True)
+        if unwritten:
+            # What is left of it would be written when Python ends, which then shows an error and a status of its own.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except click.ClickException as error:
         error.show()
