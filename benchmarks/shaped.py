@@ -20,8 +20,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ciphertune.planning.plan import bytes_per_second, seconds
-
 CHUNK = 1 << 18
 MOST_CHUNKS = 1 << 12
 START_SECONDS = 60
@@ -39,9 +37,9 @@ def shaped(to: str, latency: float, bandwidth: float | None = None) -> Iterator[
     Yields:
         HOST:PORT to connect to.
     """
-    command = [sys.executable, str(Path(__file__)), "--to", to, "--latency", f"{latency:.9f}s"]
+    command = [sys.executable, str(Path(__file__)), "--to", to, "--latency", f"{latency:.9f}"]
     if bandwidth is not None:
-        command += ["--bandwidth", f"{bandwidth:.0f}B/s"]
+        command += ["--bandwidth", f"{bandwidth:.0f}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -129,11 +127,29 @@ def _both(client: socket.socket, server: socket.socket, up: Way, down: Way) -> N
         back.join()
 
 
+def _seconds(text: str) -> float:
+    """A number of seconds, or a time with its unit."""
+    with contextlib.suppress(ValueError):
+        return float(text)
+    from ciphertune.planning.plan import seconds  # loads torch, which takes longer than all else here
+
+    return seconds(text)
+
+
+def _bytes_per_second(text: str) -> float:
+    """A number of bytes a second, or a bandwidth with its unit."""
+    with contextlib.suppress(ValueError):
+        return float(text)
+    from ciphertune.planning.plan import bytes_per_second
+
+    return bytes_per_second(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", required=True, metavar="HOST:PORT")
-    parser.add_argument("--latency", type=seconds, default=0.0, help="each way, as 5ms")
-    parser.add_argument("--bandwidth", type=bytes_per_second, help="each way, as 1Gbit/s; no limit if not given")
+    parser.add_argument("--latency", type=_seconds, default=0.0, help="each way, as 5ms")
+    parser.add_argument("--bandwidth", type=_bytes_per_second, help="each way, as 1Gbit/s; no limit if not given")
     parser.add_argument("--port", type=int, default=0, help="to listen on; any free one if not given")
     arguments = parser.parse_args()
     host, _, port = arguments.to.rpartition(":")

@@ -120,7 +120,7 @@ def test_a_bad_plugin_fails_with_the_reason() -> None:
     assert "testing/backends.py:" in found["reason"]
 
 
-@pytest.mark.usefixtures("strangers")
+@pytest.mark.usefixtures("strangers", "forked")
 def test_one_that_ends_the_process_is_told_in_one_line() -> None:
     with pytest.raises(PluginError, match="the suite of 'crashing' ended with signal 6"):
         list(run_suite(registry.BACKENDS, "crashing", only="zeros"))
