@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import remote
 import tiny as models
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -388,8 +388,8 @@ def test_splitting_takes_little_memory(tmp_path: Path) -> None:
     models.llama(**sizes, **heads, tie_word_embeddings=True).save_pretrained(tmp_path / "model", max_shard_size="50MB")
     size = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
     assert size > 300e6
-    command = [sys.executable, "-c", _MEMORY, str(tmp_path / "model"), str(tmp_path / "bundle")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = warm.run(_MEMORY, str(tmp_path / "model"), str(tmp_path / "bundle"), preload=warm.CLIENT)
+    assert run.returncode == 0, run.stderr
     # Two blocks of codes, chunks of 4 million values in float32 and float64, and what imports on the way take.
     assert json.loads(run.stdout.splitlines()[-1]) < 0.45 * size
 

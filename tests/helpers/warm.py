@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,21 +83,26 @@ def start(
     preload: Sequence[str] = WORKER,
     *,
     code: str | None = None,
+    stdout: IO[str] | None = None,
     stderr: IO[str] | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Process | subprocess.Popen[str]:
-    """``ciphertune ARGUMENTS``, or ``python -c CODE ARGUMENTS``, with standard output as a pipe of text."""
+    """``ciphertune ARGUMENTS``, or ``python -c CODE ARGUMENTS``; standard output is a pipe of text if none is given."""
     env = dict(os.environ if env is None else env)
     if not sys.platform.startswith("linux"):
         command = [sys.executable, *(["-m", "ciphertune"] if code is None else ["-c", code]), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env, cwd=cwd)
+        out = subprocess.PIPE if stdout is None else stdout
+        return subprocess.Popen(command, stdout=out, stderr=stderr, text=True, env=env, cwd=cwd)
     told = {"arguments": list(arguments), "preload": list(preload), "code": code, "env": env}
-    reader, writer = os.pipe()
+    request = json.dumps({**told, "cwd": str(cwd or Path.cwd())}).encode()
+    server = _server(more=tuple(preload) != TORCH)
     errors = 2 if stderr is None else stderr.fileno()
+    if stdout is not None:
+        return Process(server.fork(request, stdout.fileno(), errors), arguments, None)
+    reader, writer = os.pipe()
     try:
-        request = json.dumps({**told, "cwd": str(cwd or Path.cwd())}).encode()
-        pid = _server(more=tuple(preload) != TORCH).fork(request, writer, errors)
+        pid = server.fork(request, writer, errors)
     except BaseException:
         os.close(reader)
         raise
@@ -169,6 +175,9 @@ def script(
     return run(_SCRIPT, str(path), *arguments, preload=preload, seconds=600, env=env)
 
 
+_forking = threading.RLock()
+
+
 class _Server:
     """A process that forks; forked itself from another one, if one is given."""
 
@@ -194,12 +203,13 @@ class _Server:
 
     def fork(self, told: bytes, stdout: int, stderr: int) -> int:
         # The new process's parent ends at once; its next living ancestor that asks for orphans becomes the parent.
-        _adopt(True)
-        try:
-            socket.send_fds(self._socket, [told], [stdout, stderr])
-            answer = self._socket.recv(1024)
-        finally:
-            _adopt(False)
+        with _forking:
+            _adopt(True)
+            try:
+                socket.send_fds(self._socket, [told], [stdout, stderr])
+                answer = self._socket.recv(1024)
+            finally:
+                _adopt(False)
         assert answer, "the process that forks has ended"
         return int(answer)
 
@@ -213,9 +223,14 @@ def _adopt(asked: bool) -> None:
 
 
 @functools.cache
+def _started(*, more: bool) -> _Server:
+    return _Server(_started(more=False) if more else None)
+
+
 def _server(*, more: bool) -> _Server:
     """The process that has imported torch alone, or the one with all else that was asked for."""
-    return _Server(_server(more=False) if more else None)
+    with _forking:
+        return _started(more=more)
 
 
 def _serve(connection: socket.socket) -> dict[str, Any] | None:

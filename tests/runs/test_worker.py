@@ -11,7 +11,6 @@ import socket
 import sqlite3
 import stat
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -98,12 +97,7 @@ class Running:
 def running(file: Path, addresses: int) -> Iterator[Running]:
     log = file.parent / "log"
     with log.open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ciphertune", "worker", "--config", str(file)],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
+        process = warm.start(["worker", "--config", str(file)], stderr=errors)
         try:
             assert process.stdout is not None
             readable, _, _ = select.select([process.stdout], [], [], remote.START_SECONDS)

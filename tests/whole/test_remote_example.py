@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import remote
+from shell_commands import forked_commands
 from tiny import WORDS, save_words
 from torch import nn
 
@@ -30,16 +30,16 @@ def test_a_killed_worker_costs_nothing(tiny: Callable[[str], nn.Module], tmp_pat
     config = config.replace("language-reference", str(tmp_path / "text.txt")).replace("length = 128", "length = 12")
     config = config.replace("held_out = 0.02", "held_out = 0.2").replace("steps = 6", "steps = 40")
     (tmp_path / "remote.toml").write_text(config)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    run = subprocess.run(
-        ["sh", ROOT / "examples" / "remote.sh", tmp_path / "model", tmp_path / "out", tmp_path / "remote.toml"],
-        env={**os.environ, "PATH": path, "PORT": str(remote.free_port() // 2 * 2), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    with forked_commands(tmp_path / "bin") as path:
+        run = subprocess.run(
+            ["sh", ROOT / "examples" / "remote.sh", tmp_path / "model", tmp_path / "out", tmp_path / "remote.toml"],
+            env={**os.environ, "PATH": path, "PORT": str(remote.free_port() // 2 * 2), "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
     assert run.returncode == 0, run.stderr[-3000:]
     whole, split = re.findall(r"perplexity: ([\d.]+) on the original model, ([\d.]+) through the workers", run.stdout)[
         0

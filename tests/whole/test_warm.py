@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import warm
+from shell_commands import forked_commands
 
 _TOLD = """
 import os, signal, sys, threading
@@ -69,3 +72,36 @@ def test_a_command() -> None:
     with process.stdout:
         assert process.stdout.read().startswith("ciphertune, version ")
     assert process.wait(60) == 0
+
+
+_SHELL = """
+ciphertune --version
+status=0
+python script.py a "b c" || status=$?
+echo "status $status"
+python script.py waits > waiting &
+until [ -s waiting ]; do sleep 0.05; done
+kill -9 $!
+"""
+_SCRIPT = """
+import os, sys, time
+print(os.getpid(), sys.argv[1:], flush=True)
+if sys.argv[1] == "waits":
+    time.sleep(600)
+sys.exit(3)
+"""
+
+
+def test_commands_of_a_shell(tmp_path: Path) -> None:
+    """Their arguments, output and status are those of real ones, and what a command stands for ends with it."""
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    with forked_commands(tmp_path / "bin", warm.WORKER) as path:
+        environment = {**os.environ, "PATH": path}
+        run: Any = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True, "check": True}
+        version, told, status = subprocess.run(["sh", "-euc", _SHELL], **run).stdout.splitlines()
+    assert version.startswith("ciphertune, version ")
+    assert told.partition(" ")[2] == "['a', 'b c']"
+    assert status == "status 3"
+    pid = (tmp_path / "waiting").read_text().partition(" ")[0]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
