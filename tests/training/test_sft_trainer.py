@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from transformers import PreTrainedTokenizerFast
 import ciphertune
 from ciphertune.errors import OutsourcedWeightError
 
-trl = pytest.importorskip("trl", reason="SFTTrainer needs trl, and Python 3.11")
-datasets = pytest.importorskip("datasets")
-
-# These libraries' own: torch's checkpointing, pinned memory without an accelerator, names that were changed.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    # These libraries' own: torch's checkpointing, pinned memory without an accelerator, names that were changed.
+    pytest.mark.filterwarnings("ignore"),
+    # Not imported here: that takes seconds, in every process that collects tests.
+    pytest.mark.skipif(not all(map(find_spec, ("trl", "datasets"))), reason="SFTTrainer needs trl, and Python 3.11"),
+]
 
 DATA = [{"prompt": f"{a} and {b}:", "completion": f" {a + b}"} for a in range(4) for b in range(4)]
 
@@ -49,6 +53,9 @@ def adapted() -> PeftModel:
 
 def fit(model: Any, folder: Path, peft_config: LoraConfig | None = None, **options: Any) -> tuple[Any, list[float]]:
     """The trainer, and its losses followed by its gradient norms."""
+    import datasets
+    import trl
+
     values = {
         "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True,

@@ -1,4 +1,4 @@
-"""Deployments on a cluster of two nodes: placed, killed, grown, and gone with their client."""
+"""The transport's suite; deployments on a cluster of two nodes: placed, killed, grown, and gone with their client."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from torch import nn
 import ciphertune
 from ciphertune.errors import ConfigError, SelectionError, TransportError
 from ciphertune.plugins import registry
+from ciphertune.testing import TransportSuite
 from ciphertune_ray.transport import RayTransport
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(1200)]
@@ -44,6 +45,13 @@ def cluster() -> Iterator[Any]:
         relay.join("auto")
         yield made
         ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
+class TestRay(TransportSuite):
+    """A worker started by hand, behind an actor."""
+
+    name = "ray"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,24 @@ from torch import nn
 
 import ciphertune
 
-pytest.importorskip("opacus", reason='pip install "ciphertune[private]"')
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore")
-EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "private.py"))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    # Not imported here: that takes seconds, in every process that collects tests.
+    pytest.mark.skipif(find_spec("opacus") is None, reason='pip install "ciphertune[private]"'),
+]
 
 
-def test_the_example_prints_its_epsilon(capsys: pytest.CaptureFixture[str], empty_cache: Any) -> None:
-    epsilon = EXAMPLE["train"]("mlwe", epochs=2, noise=1.0, clip=1.0, delta=1e-3, samples=120)
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    """The names of the example."""
+    return runpy.run_path(str(Path(__file__).parents[2] / "examples" / "private.py"))
+
+
+def test_the_example_prints_its_epsilon(
+    example: dict[str, Any], capsys: pytest.CaptureFixture[str], empty_cache: Any
+) -> None:
+    epsilon = example["train"]("mlwe", epochs=2, noise=1.0, clip=1.0, delta=1e-3, samples=120)
     shown = capsys.readouterr().out
     assert "epoch 2: loss" in shown
     assert f"epsilon {epsilon:.2f} at delta 0.001" in shown
