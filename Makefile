@@ -23,6 +23,9 @@ CONCRETE_ML_TESTS := $(addprefix tests/,front/test_linear.py front/test_protocol
 NATIVE := $(addprefix backends/ciphertune_mlwe/native/,kernels.c product.c team.c)
 SOURCES := pyproject.toml hatch_build.py $(NATIVE) Makefile $(wildcard requirements/*.txt)
 
+# Hundreds of processes import torch: what Python compiles of it is kept, wherever the environment would have it otherwise.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Errors only: where pip looked in vain is no news. Python compiles what it imports; most of 27,000 files it never does.
 PIP = -m pip install -qq --no-compile
 # Versions of every package, made by `make constraints` for the Python that they were resolved with; others get the newest.
@@ -65,8 +68,9 @@ demo-quick: $(STAMP)
 check: $(CHECK_STAMP)
 	$(MAKE) --jobs 2 lint fast-tests
 
-# Everything. What needs other environments is fetched and run beside the tests, which go first: both processors work to the end.
-test: $(CHECK_STAMP)
+# Everything. What needs other environments is fetched and run beside the tests, which go first: both processors work to the end,
+# and from the start, since one environment is fetched while the other is.
+test:
 	$(MAKE) --jobs 3 tests concrete-ml-beside elsewhere
 
 fast-tests: $(CHECK_STAMP)
@@ -82,8 +86,8 @@ browser-test: $(CHECK_STAMP)
 # What is said is shown when all is done, not between the lines of the tests; torch's threads leave them the processors.
 beside = mkdir -p build; OMP_WAIT_POLICY=PASSIVE nice -n 10 $(MAKE) $(2) > build/$(1).log 2>&1; status=$$?; cat build/$(1).log; exit $$status
 
-elsewhere:
-	+@$(call beside,elsewhere,wheel-test lint docs)
+elsewhere: $(CHECK_STAMP)
+	+@$(call beside,elsewhere,--jobs 1 lint wheel-test docs)
 
 concrete-ml-beside:
 	+@$(call beside,concrete-ml,concrete-ml)
