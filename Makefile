@@ -87,7 +87,7 @@ browser-test: $(CHECK_STAMP)
 beside = mkdir -p build; OMP_WAIT_POLICY=PASSIVE nice -n 10 $(MAKE) $(2) > build/$(1).log 2>&1; status=$$?; cat build/$(1).log; exit $$status
 
 elsewhere: $(CHECK_STAMP)
-	+@$(call beside,elsewhere,--jobs 1 lint wheel-test docs)
+	+@$(call beside,elsewhere,wheel-test lint docs)
 
 concrete-ml-beside:
 	+@$(call beside,concrete-ml,concrete-ml)
