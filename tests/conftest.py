@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import tiny as models
 import torch
@@ -119,6 +120,23 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     known = {name: getattr(subprocess, name) for name in ("PIPE", "TimeoutExpired")}
     monkeypatch.setattr(process, "subprocess", types.SimpleNamespace(Popen=warm.popen, **known))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def templates_compiled_once() -> Iterator[None]:
+    """Of peft's model card, which is written with every adapter, and so with every checkpoint."""
+    compile_template, found = jinja2.Environment.compile, {}
+
+    def compiled(self: jinja2.Environment, source: Any, *rest: Any, **options: Any) -> Any:
+        if not isinstance(source, str) or rest or options:
+            return compile_template(self, source, *rest, **options)
+        if (self, source) not in found:
+            found[self, source] = compile_template(self, source)
+        return found[self, source]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", compiled)
+        yield
 
 
 class Recorder:
