@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import cluster as clusters
 import pytest
 import torch
+import warm
 from torch import nn
 
 import ciphertune
@@ -82,10 +82,12 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 3))
 
 
+_COMMAND = "import sys; from ciphertune.cli import main; main(sys.argv[1:])"
+
+
 def command(*arguments: str, status: int = 0) -> Any:
     """A ``ciphertune ray`` command; its JSON, or what it complains of."""
-    words = [sys.executable, "-m", "ciphertune", "ray", *arguments, "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+    done = warm.run(_COMMAND, "ray", *arguments, "--json", seconds=600)
     assert done.returncode == status, done.stderr
     return json.loads(done.stdout) if status == 0 else done.stderr
 
@@ -344,8 +346,7 @@ def test_a_client_that_is_killed_takes_its_own_workers_along_and_disturbs_nobody
     run = training("auto/shared")
     losses = [run.step()]
     clients = [
-        subprocess.Popen([sys.executable, "-c", CLIENT, to], stdout=subprocess.PIPE, text=True)
-        for to in ("mlwe+ray://auto/shared", f"mlwe+ray://auto?bundle={bundle}&cpus=0.5")
+        warm.start([to], code=CLIENT) for to in ("mlwe+ray://auto/shared", f"mlwe+ray://auto?bundle={bundle}&cpus=0.5")
     ]
     try:
         said = [client.stdout.readline().split(maxsplit=1) for client in clients if client.stdout is not None]
@@ -357,7 +358,7 @@ def test_a_client_that_is_killed_takes_its_own_workers_along_and_disturbs_nobody
     finally:
         for client in clients:
             client.kill()
-            client.wait()
+            client.wait(60)
             assert client.stdout is not None
             client.stdout.close()
     losses.append(run.step())
