@@ -32,6 +32,7 @@ SFT_STEPS = 12  # with SFTTrainer
 BATCH = 4  # notes of a step
 HELD_OUT = 16  # pairs that are not trained on
 RATE = 2e-3  # learning rate at the start; both trainers lower it to nothing
+TRIED = 2  # steps with each of the settings at the end
 
 # %% [markdown]
 # ## A model and a tokenizer
@@ -239,7 +240,7 @@ for name, changed in {
     "bf16": {"bf16": True},
     "packing": {"packing": True},
 }.items():
-    tried = sft_trainer(ciphertune.outsource(copy.deepcopy(base), to="mlwe"), "tried", max_steps=2, **changed)
+    tried = sft_trainer(ciphertune.outsource(copy.deepcopy(base), to="mlwe"), "tried", max_steps=TRIED, **changed)
     tried.train()
     counted = ciphertune.session_of(tried.model).traffic
     seen = logged(tried, "num_tokens")[-1]

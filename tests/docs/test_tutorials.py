@@ -102,7 +102,7 @@ LESS: dict[str, dict[str, int]] = {
     "1-two-moons": {"STEPS": 40, "GRID": 20},
     "2-private-text": {"STEPS": 5, "WRITE": 4},
     "3-two-roles": {"STEPS": 40, "KILL_AT": 15},
-    "4-trainers": {"STEPS": 4, "HELD_OUT": 8},
+    "4-trainers": {"STEPS": 4, "HELD_OUT": 4, "TRIED": 1},
     "5-private-classification": {},
 }
 
