@@ -1,13 +1,17 @@
 """Tokens a second of private generation with a worker far away, each way of fewer round trips beside the plan.
 
 ``python benchmarks/generation.py`` splits SmolLM2, starts a worker over zmq on this machine, adds ``--latency`` each
-way by the proxy of ``shaped.py`` and generates: one sequence; sixteen at once; one with prompt lookup, on text that
-repeats itself; one with a draft model at the client, whose tokens are verified in one pass; one with attention's
-projections at the client. Some ten minutes on two quiet cores; ``--model FOLDER`` with a tiny model takes one.
+way by the proxy of ``shaped.py``, none with ``--latency 0ms``, and generates: one sequence; sixteen at once; one with
+prompt lookup, on text that repeats itself; one with a draft model at the client, whose tokens are verified in one pass;
+one with attention's projections at the client. Some ten minutes on two quiet cores; ``--model FOLDER`` with a tiny
+model takes one.
 
 The draft model is the same model in the clear unless ``--draft`` names another: every token of it is right, which is
 the best case. The tokens that a pass yields are counted, and the plan is told them. Client and worker share this
 machine's processors, and the plan assumes that.
+
+``--prefill 512`` also times passes over so many tokens: over this zmq, with the worker in this process, and in the
+clear, in turns; the median of each.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import copy
 import dataclasses
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -159,6 +164,28 @@ def row(case: Case, found: Measured, planned: GenerationPlan, base: float | None
     }
 
 
+def prefill(client: Path, to: str, codes: Path, name: str, tokens: int, repeat: int) -> dict[str, float]:
+    """Seconds of a pass over so many tokens, each way; the first of each is not counted."""
+    plain, _ = load_named_model(name)
+    inside = ciphertune.outsource(load_named_model(name)[0], TO.partition("+")[0])
+    far = load_client(client, to, weights=codes)
+    ids = torch.arange(1, tokens + 1)[None] % plain.get_input_embeddings().num_embeddings
+    found: dict[str, list[float]] = {"plain": [], "inside": [], "zmq": []}
+    try:
+        with torch.no_grad():
+            for _ in range(repeat + 1):
+                for way, model in (("plain", plain), ("inside", inside), ("zmq", far)):
+                    start = time.perf_counter()
+                    model(ids, use_cache=True, logits_to_keep=1)
+                    found[way].append(time.perf_counter() - start)
+                    # Masks are made ahead in pauses, as between two prompts.
+                    time.sleep(1.5)
+    finally:
+        ciphertune.session_of(far).close()
+        ciphertune.session_of(inside).close()
+    return {"tokens": tokens, **{way: statistics.median(times[1:]) for way, times in found.items()}}
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| | round trips | tokens a pass | first token | predicted | tokens/s | predicted | times one | MB a token |",
@@ -181,6 +208,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = cases(arguments.drafted, arguments.sequences)
     chosen = [chosen[i] for i in arguments.only] if arguments.only else chosen
     rows: list[dict[str, Any]] = []
+    passes: dict[str, float] | None = None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         here = ZmqTransport.loopback(folder, {})
@@ -190,7 +218,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             with contextlib.ExitStack() as stack:
                 worker = worker_process(bundle / "worker", "zmq", here.address, here.serve)
                 address, _ = stack.enter_context(worker)
-                address = stack.enter_context(shaped(address, arguments.latency, arguments.bandwidth))
+                if arguments.latency or arguments.bandwidth:
+                    address = stack.enter_context(shaped(address, arguments.latency, arguments.bandwidth))
                 options = "&".join(f"{key}={value}" for key, value in {**here.connect, "timeout": "600"}.items())
                 to = f"{TO}{address}?{options}"
                 for case in [case for case in chosen if case.layers == layers]:
@@ -212,12 +241,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     )
                     rows.append(row(case, found, planned, rows[0]["tokens_per_second"] if rows else None))
                     print(table(rows[-1:]).splitlines()[-1], flush=True)
+                if arguments.prefill and layers is None:
+                    paths = bundle / "client", to, bundle / "worker"
+                    passes = prefill(*paths, arguments.model, arguments.prefill, arguments.passes)
     return {
         "machine": machine(load),
         "model": arguments.model,
         "latency_s": arguments.latency,
         "prompt_tokens": ids.shape[1],
         "rows": rows,
+        "prefill": passes,
     }
 
 
@@ -232,10 +265,14 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16, help="at once, in the case with several")
     parser.add_argument("--repeat", type=int, default=3, help="how often the prompt says its text")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of cases, from 0")
+    parser.add_argument("--prefill", type=int, default=0, help="tokens of passes to time beside plain ones")
+    parser.add_argument("--passes", type=int, default=7, help="of each way, of which the median counts")
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
     found = measure(arguments)
     print(table(found["rows"]))
+    if found["prefill"]:
+        print(", ".join(f"{way} {value:.3g}" for way, value in found["prefill"].items()))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -402,6 +402,38 @@ def _several() -> str:
     )
 
 
+def _generation() -> str:
+    """Generation with the worker on the same machine, and far away."""
+    parts = []
+    for name in ("generation_here", "generation"):
+        if not (BENCHMARKS / f"{name}.json").exists():
+            continue
+        found = _measured(name)
+        rows = [
+            (
+                row["name"],
+                f"{row['tokens_a_pass']:.1f}",
+                f"{row['tokens_per_second']:.2f}",
+                f"{row['predicted_tokens_per_second']:.2f}",
+                f"{row['times_one_sequence']:.1f}",
+                f"{row['bytes_per_token'] / 1e6:.2f} MB",
+            )
+            for row in found["rows"]
+        ]
+        header = ("", "tokens a pass", "tokens/s of all", "planned", "times one sequence", "bytes a token")
+        place = f"{1000 * found['latency_s']:.0f} ms one way" if found["latency_s"] else "Over loopback"
+        text = f"{place}, SmolLM2-135M, greedy. {_where(found['machine'])}\n\n{_table(header, rows)}"
+        if passes := found["prefill"]:
+            plain = passes["plain"]
+            text += (
+                f"\nA prompt of {passes['tokens']} tokens takes {passes['zmq']:.2f} s there, {passes['inside']:.2f} s "
+                f"with the worker in the client's process and {plain:.2f} s in the clear: {passes['zmq'] / plain:.2f} "
+                f"and {passes['inside'] / plain:.2f} times as long.\n"
+            )
+        parts.append(text)
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 def _networks() -> str:
     """A training over a line with latency, a rate and losses."""
     found = _measured("networks")
@@ -563,6 +595,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "validated": _validated,
         "capacity": _capacity,
         "many": _many,
+        "generation": _generation,
     },
     "cheaper.md": {"networks": _networks},
     "../README.md": {"summary": _summary},
