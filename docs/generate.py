@@ -434,6 +434,61 @@ def _generation() -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
+def _load() -> str:
+    """Small requests at an idle worker and beside big ones."""
+    found = _measured("load")
+    kinds = {"replayed": "replays", "true": "encrypts, decrypts and checks"}
+    rows = [
+        (kinds[kind], f"{idle:.1f} ms", f"{busy:.1f} ms", f"{busy / idle:.1f}", share.removeprefix("p") + "%")
+        for kind, row in found["small"].items()
+        for share, (idle, busy) in row.items()
+        if isinstance(idle, float)
+    ]
+    header = ("a client that", "idle", "busy", "times", "percentile")
+    beside = found["small"]["replayed"]["big_per_second"]
+    return (
+        f"Round trips of a token's product at the worker, which has a core. Busy: {found['clients']} clients replay "
+        f"products of {found['tokens']} tokens, {beside:.1f} a second of all, and {found['big_per_second_alone']:.1f} "
+        f"without small ones. {_where(found['machine'])}\n\n{_table(header, rows)}"
+    )
+
+
+def _chats() -> str:
+    """Chats at one worker."""
+    found = _measured("chats")
+    rows = [
+        (
+            row["chats"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{1000 * row['median_s']:.0f} ms",
+            f"{row['joined']:.0%}",
+            f"{row['worker_s']:.0%}",
+        )
+        for row in found["rows"]
+    ]
+    header = ("chats", "tokens/s of all", "a token, median", "products evaluated with others'", "the worker computes")
+    return (
+        f"SmolLM2-135M, the worker with a core, chats that replay with another. A chat that encrypts, decrypts and "
+        f"checks had {found['tokens_per_second_real']:.1f} tokens a second. {_where(found['machine'])}\n\n"
+        f"{_table(header, rows)}"
+    )
+
+
+def _soak() -> str:
+    """Many clients, each with a model, at one worker."""
+    found = _measured("soak")
+    least, most = min(found["products"]), max(found["products"])
+    early, late = found["memory"]
+    return (
+        f"{found['clients']} clients with models and keys of their own filled one worker with a core for "
+        f"{found['minutes']:g} minutes; clients that mostly replay had the other core: {sum(found['products']):,} "
+        f"products, {sum(found['products']) / 60 / found['minutes']:,.0f} a second, {found['wrong']} wrong; {least:,} "
+        f"to {most:,} a client; the worker computed for {found['busy']:.0%} of the time; its own memory was "
+        f"{early / 1e6:.1f} MB in the first half after warm-up, {late / 1e6:.1f} MB in the second. "
+        f"{_where(found['machine'])}\n"
+    )
+
+
 def _networks() -> str:
     """A training over a line with latency, a rate and losses."""
     found = _measured("networks")
@@ -581,6 +636,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "cluster": _cluster,
         "separate": _separate,
         "scale": _scale,
+        "soak": _soak,
     },
     "configuration.md": {
         "keys": settings.keys,
@@ -598,6 +654,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "generation": _generation,
     },
     "cheaper.md": {"networks": _networks},
+    "operations.md": {"load": _load, "chats": _chats},
     "../README.md": {"summary": _summary},
 }
 

@@ -29,6 +29,7 @@ from torch import nn
 
 import ciphertune
 from ciphertune import session_of
+from ciphertune.bench.compare import machine as described
 from ciphertune.plugins import registry
 from ciphertune.protocol import Message
 
@@ -170,7 +171,9 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--models", type=int, help="as many as clients if not given")
     parser.add_argument("--evaluators", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     count, models = arguments.clients, arguments.models or arguments.clients
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         keys = str(Path(folder) / "keys")
@@ -231,6 +234,11 @@ def main() -> int:
     print(f"{sum(products) / 60 / arguments.minutes:.0f} products a second; of a client {least} to {most}")
     print(f"the worker computed for {used:.0%} of the time")
     print(f"worker's own memory after warm-up, medians of both halves: {early / 1e6:.1f} MB, {late / 1e6:.1f} MB")
+    if arguments.json is not None:
+        asked = {"minutes": arguments.minutes, "clients": count, "models": models, "evaluators": arguments.evaluators}
+        made = {"products": products, "wrong": wrong, "busy": used, "memory": [early, late]}
+        found = {"machine": {**described(), "load_before": round(load, 1)}, **asked, **made}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     fair = least >= SHARE * most
     flat = late - early < GROWTH
     print("results", "WRONG" if wrong else "right")
