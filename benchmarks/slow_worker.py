@@ -7,7 +7,7 @@ its share of the next milliseconds saved, and a short product runs at full speed
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,9 +49,13 @@ class SlowWorker(Worker):
 
 
 def main() -> None:
-    SlowWorker.share = float(sys.argv.pop(1))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("share", type=float, help="of a processor, above 0 and up to 1")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of ciphertune worker")
+    arguments = parser.parse_args()
+    SlowWorker.share = arguments.share
     worker.Worker = SlowWorker  # type: ignore[misc]
-    cli(["worker", *sys.argv[1:]])
+    cli(["worker", *arguments.arguments])
 
 
 if __name__ == "__main__":
