@@ -514,6 +514,7 @@ def raw_peer(address: str) -> socket.socket:
     return peer
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a connection received")
 def test_a_message_without_an_end_is_cut(service: Service) -> None:
     with listening(service, insecure=True, max_incomplete_bytes=20 << 20) as listener:
@@ -800,6 +801,7 @@ def test_envelopes() -> None:
                 unwrap(bytes(envelope), wrong)
 
 
+@pytest.mark.slow
 def test_a_slow_link_carries_what_takes_longer_than_the_signs_of_life(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
