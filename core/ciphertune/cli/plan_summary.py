@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from ciphertune.cli.output import megabytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ciphertune.planning.plan import Plan
     from ciphertune.planning.run import Run
     from ciphertune.planning.speeds import Speeds
@@ -98,10 +100,32 @@ def _workers(plan: Plan) -> str:
     now = plan.estimate.total
     steps = [*((one.workers, one.seconds) for one in plan.fewer), (plan.workers, now)]
     text = ", ".join(f"{count}: {duration(seconds)}" for count, seconds in steps)
+    return f"{text}{_enough(steps, plan.estimate.bottleneck)}"
+
+
+def _enough(steps: Sequence[tuple[int, float]], bottleneck: str) -> str:
+    """Which number of workers is enough, and why more do not help; empty where the largest number helps.
+
+    Args:
+        steps: numbers of workers, rising, and the seconds of a step with each.
+        bottleneck: what most of a step is with the largest number.
+
+    >>> _enough([(1, 3.0), (2, 2.0), (4, 1.0)], "evaluate")
+    ''
+    >>> _enough([(1, 3.0), (2, 2.01), (4, 2.0)], "uplink")
+    '. 2 are as fast: upload is the limit, not their number'
+    >>> _enough([(1, 3.0), (2, 2.0), (4, 2.2)], "evaluate")
+    '. 2 are faster than 4: more of them add more sending and waiting than they save'
+    """
+    most, now = steps[-1]
+    fastest, least = min(steps, key=lambda step: step[1])
+    if least * _ALIKE < now:
+        return f". {fastest} are faster than {most}: more of them add more sending and waiting than they save"
     fewest = next(count for count, seconds in steps if seconds <= _ALIKE * now)
-    if fewest == plan.workers:
-        return text
-    return f"{text}. {fewest} are as fast: {WAITED_FOR[plan.estimate.bottleneck]} is the limit, not their number"
+    if fewest == most:
+        return ""
+    why = "sending and waiting are" if bottleneck == "evaluate" else f"{WAITED_FOR[bottleneck]} is"
+    return f". {fewest} are as fast: {why} the limit, not their number"
 
 
 def _machine(given: Speeds | None, plan: Plan) -> str:
