@@ -118,7 +118,7 @@ class Chat(Replaying):
         if self._next == len(self._packed):
             self._next, now = 0, time.monotonic()
             if self._begun:
-                self.seconds.append(now - self._begun)
+                self.done.append((now, now - self._begun))
             self._begun = now
 
     def close(self) -> None:
@@ -166,14 +166,14 @@ def measured(everyone: Sequence[Chat], think: float, seconds: float, port: int, 
     """Tokens a second of all chats, seconds of a token, and the share of products that were joined."""
     carry(everyone, think, 1.0)
     for chat in everyone:
-        chat.seconds.clear()
+        chat.done.clear()
     before, answered = counted(port), sum(chat.answered for chat in everyone)
     begun, used, own = time.monotonic(), processor_seconds(pid), time.process_time()
     carry(everyone, think, seconds)
     took = time.monotonic() - begun
     used, own = processor_seconds(pid) - used, time.process_time() - own
     products, joined = (now - then for now, then in zip(counted(port), before, strict=True))
-    found = sorted(value for one in everyone for value in one.seconds)
+    found = sorted(value for one in everyone for _, value in one.done)
     answered = sum(chat.answered for chat in everyone) - answered
     return {
         "chats": len(everyone),
