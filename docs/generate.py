@@ -439,12 +439,12 @@ def _load() -> str:
     found = _measured("load")
     kinds = {"replayed": "replays", "true": "encrypts, decrypts and checks"}
     rows = [
-        (kinds[kind], f"{idle:.1f} ms", f"{busy:.1f} ms", f"{busy / idle:.1f}", share.removeprefix("p") + "%")
+        (kinds[kind], share.removeprefix("p"), f"{idle:.1f} ms", f"{busy:.1f} ms", f"{busy / idle:.1f}")
         for kind, row in found["small"].items()
-        for share, (idle, busy) in row.items()
-        if isinstance(idle, float)
+        for share in ("p50", "p90", "p99")
+        for idle, busy in [row[share]]
     ]
-    header = ("a client that", "idle", "busy", "times", "percentile")
+    header = ("a client that", "percentile", "idle", "busy", "times")
     beside = found["small"]["replayed"]["big_per_second"]
     return (
         f"Round trips of a token's product at the worker, which has a core. Busy: {found['clients']} clients replay "
@@ -458,7 +458,7 @@ def _chats() -> str:
     found = _measured("chats")
     rows = [
         (
-            row["chats"],
+            f"{row['chats']}",
             f"{row['tokens_per_second']:.1f}",
             f"{1000 * row['median_s']:.0f} ms",
             f"{row['joined']:.0%}",
