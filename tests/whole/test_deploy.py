@@ -224,3 +224,10 @@ def test_pods_of_the_ray_cluster_mount_what_they_name() -> None:
         for container in (*pod["containers"], *pod["initContainers"]):
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         assert "client.key" not in str(pod)
+
+
+def test_the_script_that_builds_the_image_makes_the_base_that_it_is_built_on() -> None:
+    script = DEPLOY / "image.sh"
+    subprocess.run(["sh", "-n", str(script)], check=True)
+    (base,) = re.findall(r"^FROM (\S+)$", (DEPLOY / "Dockerfile").read_text(), re.M)
+    assert f"docker.io/library/{base}\n" in script.read_text()
