@@ -35,6 +35,7 @@ from predict import CORES, on
 from sweep import machine
 
 import ciphertune
+from ciphertune._support.processor import processor_seconds
 from ciphertune.bundle.client import load_client
 from ciphertune.client.choice import choose
 from ciphertune.client.connection import WorkerConnection
@@ -156,22 +157,16 @@ def counted(port: int) -> tuple[float, float]:
     return float(products[1]) if products else 0.0, float(joined[1]) if joined else 0.0
 
 
-def processor_seconds(pid: int) -> float:
-    """Of all threads of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def measured(everyone: Sequence[Chat], think: float, seconds: float, port: int, pid: int) -> dict[str, float]:
     """Tokens a second of all chats, seconds of a token, and the share of products that were joined."""
     carry(everyone, think, 1.0)
     for chat in everyone:
         chat.done.clear()
     before, answered = counted(port), sum(chat.answered for chat in everyone)
-    begun, used, own = time.monotonic(), processor_seconds(pid), time.process_time()
+    begun, used, own = time.monotonic(), processor_seconds(pid) or 0.0, time.process_time()
     carry(everyone, think, seconds)
     took = time.monotonic() - begun
-    used, own = processor_seconds(pid) - used, time.process_time() - own
+    used, own = (processor_seconds(pid) or 0.0) - used, time.process_time() - own
     products, joined = (now - then for now, then in zip(counted(port), before, strict=True))
     found = sorted(value for one in everyone for _, value in one.done)
     answered = sum(chat.answered for chat in everyone) - answered

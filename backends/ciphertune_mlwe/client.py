@@ -267,10 +267,6 @@ class MLWEClient(ClientHalf[EncryptionState]):
             for part in parts[1:]:
                 total.add_(lifted(part))
             return total.sub_(hint).to(torch.float32).mul_(unit).t()
-        if len(parts) == 1 and self._digits == 1 and (whole.direction == "backward" or not pieces[0].rows):
-            y = torch.empty(hint.shape[1], whole.out_features, dtype=torch.float32, device=self._device)
-            self._transforms.decrypt(parts[0], hint, unit, y)
-            return y
         places = [(part, piece.rows) for part, piece in zip(parts, pieces, strict=True)]
         if whole.direction == "backward":
             places = [(parts[0], ())]

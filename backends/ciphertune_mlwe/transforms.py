@@ -364,10 +364,6 @@ class NativeTransforms(Transforms):
         """See ``Transforms.decrypt``."""
         reply, unit = reply.contiguous(), unit.contiguous()
         rows, planes, tokens = reply.shape
-        if tokens * rows < native.ALONE:  # as in ``encode``
-            at = mask.data_ptr(), *mask.stride(), unit.data_ptr(), tokens, rows, planes, out.data_ptr(), out.stride(0)
-            self._library.ct_decrypt(reply.data_ptr(), tokens, *at)
-            return
 
         def calls(start: int, stop: int) -> list[Call]:
             arguments = (

@@ -29,6 +29,7 @@ from torch import nn
 
 import ciphertune
 from ciphertune import session_of
+from ciphertune._support.processor import processor_seconds
 from ciphertune.bench.compare import machine as described
 from ciphertune.plugins import registry
 from ciphertune.protocol import Message
@@ -159,12 +160,6 @@ def resident(pid: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024.0
 
 
-def computed(pid: int) -> float:
-    """Processor seconds of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
@@ -215,11 +210,11 @@ def main() -> int:
             child.stdin.flush()
         memory = []
         time.sleep(max(0.0, begin - time.time()))
-        used = computed(worker.process.pid)
+        used = processor_seconds(worker.process.pid) or 0.0
         while time.time() < end:
             time.sleep(min(1.0, 0.6 * arguments.minutes))
             memory.append(resident(worker.process.pid))
-        used = (computed(worker.process.pid) - used) / (time.time() - begin)
+        used = ((processor_seconds(worker.process.pid) or 0.0) - used) / (time.time() - begin)
         got: list[list[int]] = []
         for child in children:
             output, _ = child.communicate(timeout=120)

@@ -148,11 +148,17 @@ def test_large_and_empty_buffers(keys: Path, secure: bool) -> None:
         link.close()
 
 
-def test_many_requests_are_answered_in_any_order() -> None:
+@contextlib.contextmanager
+def holding() -> Iterator[tuple[EchoHandler, Any, Link]]:
+    """A handler that keeps its answers, its listener, and a link to it, which whoever takes it closes."""
     handler = EchoHandler()
     handler.hold = True
     with listening(handler, insecure=True) as listener:
-        link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
+        yield handler, listener, link_to(f"mlwe+zmq://{listener.address}?insecure=1")
+
+
+def test_many_requests_are_answered_in_any_order() -> None:
+    with holding() as (handler, _, link):
         futures = [link.submit(Message("ok", {"n": n})) for n in range(100)]
         end = time.monotonic() + 60
         while len(handler.kept) < 100 and time.monotonic() < end:
@@ -203,12 +209,9 @@ def test_who_waits_for_a_reply_receives_it(plain: str, monkeypatch: pytest.Monke
     link.close()
 
 
-def test_one_waits_while_another_asks(plain: str) -> None:
+def test_one_waits_while_another_asks() -> None:
     """A thread that receives for itself gives way to the socket's own once others wait, and neither is forgotten."""
-    handler = EchoHandler()
-    handler.hold = True
-    with listening(handler, insecure=True) as listener:
-        link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
+    with holding() as (handler, _, link):
         kinds: list[str] = []
         first = threading.Thread(target=lambda: kinds.append(link.submit(Message("hello")).result(60).kind))
         first.start()
@@ -225,11 +228,8 @@ def test_one_waits_while_another_asks(plain: str) -> None:
         link.close()
 
 
-def test_a_thread_that_waits_learns_at_once_that_the_worker_is_gone(service: Service) -> None:
-    handler = EchoHandler()
-    handler.hold = True
-    with listening(handler, insecure=True) as listener:
-        link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
+def test_a_thread_that_waits_learns_at_once_that_the_worker_is_gone() -> None:
+    with holding() as (handler, listener, link):
         future = link.submit(Message("hello"))
         eventually(lambda: len(handler.kept) == 1)
         closing = threading.Timer(0.2, listener.close)
@@ -351,11 +351,8 @@ def test_errors_of_endpoints_and_options(service: Service, plain: str) -> None:
         ZmqTransport.listen(service, plain, {"colour": "red"})
 
 
-def test_closing_fails_pending_requests(plain: str) -> None:
-    handler = EchoHandler()
-    handler.hold = True
-    with listening(handler, insecure=True) as listener:
-        link = link_to(f"mlwe+zmq://{listener.address}?insecure=1")
+def test_closing_fails_pending_requests() -> None:
+    with holding() as (_, _, link):
         future = link.submit(Message("hello"))
         link.close()
         link.close()
